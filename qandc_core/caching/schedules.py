@@ -1,0 +1,72 @@
+"""Which steps compute and which reuse."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """Reuse policy. `steps` lists the computed steps and replaces `interval`; step 0 always computes.
+
+    `mode` "branch" keeps attention and MLP outputs before the gate (FORA), "block" keeps each block's residual.
+    `order` 1 extrapolates linearly over the last two computed steps instead of holding the last.
+    """
+
+    interval: int = 3
+    steps: frozenset[int] | None = None
+    mode: str = "branch"
+    order: int = 0
+
+    def __post_init__(self) -> None:
+        if self.interval < 1:
+            raise ValueError(f"cache_interval must be 1 (no reuse) or more, got {self.interval}.")
+        if self.mode not in ("branch", "block"):
+            raise ValueError(f"cache mode must be 'branch' or 'block', got {self.mode!r}.")
+        if self.order not in (0, 1):
+            raise ValueError(f"forecast order must be 0 or 1, got {self.order}.")
+
+    def computes(self, step: int) -> bool:
+        """FORA (arXiv 2407.01425): computed where mod(step, interval) = 0."""
+        if self.steps is not None:
+            return step == 0 or step in self.steps
+        return step % self.interval == 0
+
+
+def interval_steps(num_steps: int, interval: int) -> tuple[int, ...]:
+    return tuple(range(0, num_steps, interval))
+
+
+def step_set(steps: Iterable[int] | None) -> frozenset[int] | None:
+    return None if steps is None else frozenset(int(s) for s in steps)
+
+
+def optimal_schedule(distances: Tensor, num_computed: int) -> tuple[int, ...]:
+    """Computed steps of least total reuse error, by dynamic programming (CacheQuant, arXiv 2503.01323).
+
+    distances (T, T) upper triangular: [i, j] is the error of using at step j what step i computed. Step 0 is
+    always computed. Raises ValueError unless 1 <= num_computed <= T.
+    """
+    total = len(distances)
+    if distances.ndim != 2 or distances.shape[1] != total or not torch.isfinite(distances).all():
+        raise ValueError(f"distances must be a finite (T, T) matrix, got shape {tuple(distances.shape)}.")
+    if not 1 <= num_computed <= total:
+        raise ValueError(f"num_computed must be between 1 and the {total} steps, got {num_computed}.")
+    held = torch.triu(distances.double(), diagonal=1).cumsum(dim=1)  # [i, j]: steps i + 1..j reuse step i
+    best = held[0].clone()  # best[j]: least error of steps 0..j with the segments placed so far
+    previous = []
+    for _ in range(num_computed - 1):
+        cost = torch.full((total, total), float("inf"), dtype=torch.float64)
+        for i in range(1, total):
+            cost[i, i:] = best[i - 1] + held[i, i:]
+        best, start = cost.min(dim=0)
+        previous.append(start)
+    schedule, end = [], total - 1
+    for start in reversed(previous):
+        schedule.append(int(start[end]))
+        end = schedule[-1] - 1
+    return (0, *reversed(schedule))

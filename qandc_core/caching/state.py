@@ -1,0 +1,108 @@
+"""What one sampling run keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .schedules import CacheConfig
+
+Key = tuple[int, str]  # call within the step (one for each condition evaluated on its own), branch name
+
+
+@dataclass
+class CacheRun:
+    """Features of one run and where it stands. A step begins when the timestep changes."""
+
+    shape: tuple[int, ...] = ()
+    timestep: float = float("-inf")
+    step: int = -1
+    call: int = 0
+    reusing: bool = False
+    computed: list[bool] = field(default_factory=list)
+    features: dict[Key, list[tuple[int, Tensor]]] = field(default_factory=dict)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(t.nbytes for history in self.features.values() for _, t in history)
+
+
+class FeatureCache:
+    """Locates each model call in the run and answers for every branch: reuse or compute."""
+
+    def __init__(self, config: CacheConfig):
+        self.config = config
+        self.enabled = True
+        self.run = CacheRun()
+        # What attaching changed, as plain data so that a deep copy of the model owns a working cache.
+        self.attached: list[tuple[Any, str, Any]] = []
+        self.hook: Any = None
+
+    def reset(self) -> None:
+        self.run = CacheRun()
+
+    def computed(self, step: int) -> bool:
+        return self.run.computed[step]
+
+    @property
+    def num_bytes(self) -> int:
+        return self.run.num_bytes
+
+    def before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self.enabled:
+            x = args[0] if args else kwargs.get("x", kwargs.get("hidden_states"))
+            self.locate(x, args[1] if len(args) > 1 else kwargs.get("timestep", kwargs.get("timesteps")))
+
+    def locate(self, x: Tensor, timesteps: Tensor) -> None:
+        """Begins a step, a further call of the same step, or, on a rising timestep or new shape, a new run."""
+        run, timestep = self.run, float(timesteps.reshape(-1)[0])
+        if run.step < 0 or timestep > run.timestep or tuple(x.shape) != run.shape:
+            run = self.run = CacheRun(shape=tuple(x.shape))
+        if run.step < 0 or timestep != run.timestep:
+            run.step, run.call, run.timestep = run.step + 1, 0, timestep
+            run.computed.append(True)
+        else:
+            run.call += 1
+        stored = any(call == run.call for call, _ in run.features)
+        run.reusing = stored and not self.config.computes(run.step)
+        run.computed[-1] = not run.reusing
+
+    def needs(self, step: int) -> bool:
+        """Whether features computed at `step` will be read: never where the next step computes too."""
+        return self.config.order > 0 or not self.config.computes(step + 1)
+
+    def store(self, branch: str, value: Tensor) -> None:
+        run = self.run
+        history = run.features.setdefault((run.call, branch), [])
+        history.append((run.step, value))
+        del history[: -1 - self.config.order]
+
+    def recall(self, branch: str) -> Tensor:
+        """The stored feature, or at order 1 its linear extrapolation (TaylorSeer, arXiv 2503.06923, Eq. 2)."""
+        history = self.run.features[self.run.call, branch]
+        step, value = history[-1]
+        if len(history) == 1:
+            return value
+        earlier_step, earlier = history[0]
+        return torch.lerp(earlier, value, (self.run.step - earlier_step) / (step - earlier_step))
+
+
+class CachedBranch:
+    """A branch that is skipped on reused steps. `residual` stores output minus input instead of the output."""
+
+    def __init__(self, function: Callable[..., Tensor], name: str, cache: FeatureCache, residual: bool):
+        self.function, self.name, self.cache, self.residual = function, name, cache, residual
+
+    def __call__(self, x: Tensor, *args, **kwargs) -> Tensor:
+        cache = self.cache
+        if cache.enabled and cache.run.reusing:
+            stored = cache.recall(self.name)
+            return x + stored if self.residual else stored
+        out = self.function(x, *args, **kwargs)
+        if cache.enabled and cache.needs(cache.run.step):
+            cache.store(self.name, out - x if self.residual else out)
+        return out

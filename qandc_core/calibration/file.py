@@ -1,0 +1,149 @@
+"""The calibration file: safetensors with the sections statistics, schedule and variance, and JSON metadata."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..compensation.apply import VarianceCompensation
+from ..sampling.process import SamplingConfig
+from .statistics import LayerStatistics
+
+FORMAT, VERSION = "qandc-calibration", 1
+FINGERPRINT = "qandc_fingerprint"
+TENSORS = ("low", "high", "mean", "histogram", "hessian")
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Hash of the full-precision weights; a quantized model answers with that of its source."""
+    remembered = getattr(model, FINGERPRINT, None)
+    if remembered is not None:
+        return remembered
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        flat = value.detach().flatten()
+        # A few thousand values of each tensor tell models apart; hashing gigabytes would not tell more.
+        sample = flat[:: max(1, flat.numel() // 2048)].float().cpu()
+        digest.update(f"{name}{tuple(value.shape)}".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What calibration found for one model: layer statistics, computed steps of the cache, variance compensation.
+
+    `sampling` and `notes` say how it was made. Immutable: later stages make a new one with `with_variance` and the like.
+    """
+
+    model: str
+    statistics: dict[str, LayerStatistics] = field(default_factory=dict)
+    schedule: tuple[int, ...] | None = None
+    variance: VarianceCompensation | None = None
+    sampling: SamplingConfig | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def check_model(self, model: nn.Module) -> None:
+        if fingerprint(model) != self.model:
+            raise ValueError(
+                f"This calibration was made for another model (fingerprint {self.model[:8]}, this model has "
+                f"{fingerprint(model)[:8]}); calibrate this model, or load the one that the file was made for."
+            )
+
+    def layer(self, name: str) -> LayerStatistics:
+        if name not in self.statistics:
+            raise ValueError(f"The calibration has no statistics for {name}; calibrate with the same skip patterns.")
+        return self.statistics[name]
+
+    def with_variance(self, variance: VarianceCompensation) -> Calibration:
+        return replace(self, variance=variance)
+
+    def with_schedule(self, schedule: tuple[int, ...]) -> Calibration:
+        return replace(self, schedule=schedule)
+
+    def save(self, path: str | Path) -> None:
+        """Writes the file under a temporary name, then renames it."""
+        path, tensors = Path(path), {}
+        for name, layer in self.statistics.items():
+            for key in TENSORS:
+                value = getattr(layer, key)
+                if value is not None:
+                    tensors[f"statistics/{name}/{key}"] = value.contiguous()
+            tensors[f"statistics/{name}/count"] = torch.tensor([layer.count, layer.reach], dtype=torch.float64)
+        if self.schedule is not None:
+            tensors["schedule/steps"] = torch.tensor(self.schedule)
+        if self.variance is not None:
+            for key in ("sigmas", "mean", "factor"):
+                tensors[f"variance/{key}"] = getattr(self.variance, key).contiguous()
+        header = {
+            "format": FORMAT,
+            "version": VERSION,
+            "model": self.model,
+            "variance_method": self.variance.method if self.variance is not None else None,
+            "sampling": asdict(self.sampling) if self.sampling is not None else None,
+            "notes": self.notes,
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".tmp")
+        save_file(tensors or {"empty": torch.zeros(1)}, temporary, {"qandc": json.dumps(header)})
+        os.replace(temporary, path)
+
+
+def load_calibration(path: str | Path) -> Calibration:
+    """Reads a calibration file. Raises FileNotFoundError or ValueError in one sentence."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no calibration file {path}; make one with: python -m qandc_core calibrate.")
+    try:
+        with safe_open(path, "pt") as file:
+            header = json.loads((file.metadata() or {}).get("qandc", "null"))
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a complete safetensors file ({error}); calibrate again.") from error
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a calibration file; expected one written by the calibrate step.")
+    if header["version"] != VERSION:
+        raise ValueError(
+            f"{path} has calibration format {header['version']}, this version reads {VERSION}; calibrate again."
+        )
+    return Calibration(
+        model=header["model"],
+        statistics=read_statistics(tensors),
+        schedule=tuple(tensors["schedule/steps"].tolist()) if "schedule/steps" in tensors else None,
+        variance=read_variance(tensors, header["variance_method"]),
+        sampling=read_sampling(header["sampling"]),
+        notes=header["notes"],
+    )
+
+
+def read_statistics(tensors: dict[str, Tensor]) -> dict[str, LayerStatistics]:
+    names = {key.split("/")[1] for key in tensors if key.startswith("statistics/")}
+    statistics = {}
+    for name in sorted(names):
+        count, reach = tensors[f"statistics/{name}/count"].tolist()
+        low, high, mean, histogram, hessian = (tensors.get(f"statistics/{name}/{key}") for key in TENSORS)
+        assert low is not None and high is not None and mean is not None and histogram is not None
+        statistics[name] = LayerStatistics(int(count), low, high, mean, histogram, reach, hessian)
+    return statistics
+
+
+def read_variance(tensors: dict[str, Tensor], method: str | None) -> VarianceCompensation | None:
+    if method is None:
+        return None
+    return VarianceCompensation(*(tensors[f"variance/{key}"] for key in ("sigmas", "mean", "factor")), method)
+
+
+def read_sampling(values: dict[str, Any] | None) -> SamplingConfig | None:
+    if values is None:
+        return None
+    sigmas = values.pop("sigmas")
+    return SamplingConfig(**values, sigmas=None if sigmas is None else tuple(sigmas))

@@ -1,0 +1,108 @@
+"""What calibration keeps of each layer's inputs: sums, bounds and a histogram, never the activations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+BINS = 2048
+CLIPPINGS = ("minmax", "percentile", "mse")
+
+
+@dataclass
+class LayerStatistics:
+    """Statistics of inputs x (M, K): count M, channel low, high and mean (K,), histogram (2048,) over [-reach, reach],
+    and X^T X (K, K) where Hessians are asked for.
+    """
+
+    count: int
+    low: Tensor
+    high: Tensor
+    mean: Tensor
+    histogram: Tensor
+    reach: float
+    hessian: Tensor | None
+
+    @classmethod
+    def empty(cls, width: int, hessian: bool = False) -> LayerStatistics:
+        low, high = torch.full((width,), float("inf")), torch.full((width,), float("-inf"))
+        second = torch.zeros(width, width) if hessian else None
+        return cls(0, low, high, torch.zeros(width), torch.zeros(BINS), 2.0**-20, second)
+
+    def update(self, x: Tensor) -> None:
+        """Adds rows x (M, K)."""
+        x = x.detach().float()
+        self.count += len(x)
+        self.low, self.high = torch.minimum(self.low, x.amin(0).cpu()), torch.maximum(self.high, x.amax(0).cpu())
+        self.mean += (x.mean(0).cpu() - self.mean) * (len(x) / self.count)
+        self.widen(float(x.abs().max()))
+        self.histogram += torch.histc(x, BINS, -self.reach, self.reach).cpu()
+        if self.hessian is not None:
+            self.hessian += (x.T @ x).cpu()
+
+    def widen(self, absmax: float) -> None:
+        """Doubles the reach until it covers absmax; pairs of bins merge exactly."""
+        while self.reach < absmax:
+            merged = self.histogram.view(-1, 2).sum(1)
+            self.histogram = torch.cat([torch.zeros(BINS // 4), merged, torch.zeros(BINS // 4)])
+            self.reach *= 2
+
+    @property
+    def centers(self) -> Tensor:
+        width = 2 * self.reach / BINS
+        return torch.arange(BINS) * width - self.reach + width / 2
+
+    def bounds(
+        self, clipping: str = "minmax", bits: int = 8, percentile: float = 99.99, symmetric: bool = False
+    ) -> tuple[float, float]:
+        """Low and high of the static activation grid: all seen, a two-sided percentile, or least squared error."""
+        low, high = float(self.low.min()), float(self.high.max())
+        if clipping == "minmax":
+            return low, high
+        if clipping == "percentile":
+            cumulative = self.histogram.double().cumsum(0) / self.histogram.double().sum()
+            tail = (1 - percentile / 100) / 2
+            first, last = (int(torch.searchsorted(cumulative, q)) for q in (tail, 1 - tail))
+            width = 2 * self.reach / BINS
+            edge = self.centers
+            last = min(last, BINS - 1)
+            return max(low, float(edge[first]) - width / 2), min(high, float(edge[last]) + width / 2)
+        if clipping == "mse":
+            fractions = torch.linspace(0.2, 1.0, 81).tolist()
+            best = min(fractions, key=lambda f: self.clipping_error(f * low, f * high, bits, symmetric))
+            return best * low, best * high
+        raise ValueError(f"clipping must be one of {', '.join(CLIPPINGS)}, got {clipping!r}.")
+
+    def clipping_error(self, low: float, high: float, bits: int, symmetric: bool) -> float:
+        """Squared error of quantizing the histogram on the grid from low to high."""
+        from ..quantization.quantizer import affine_grid, dequantize, quantize, symmetric_grid
+
+        if symmetric:
+            grid = symmetric_grid(torch.tensor(max(-low, high)), bits)
+        else:
+            grid = affine_grid(torch.tensor(low), torch.tensor(high), bits)
+        x = self.centers
+        return float((self.histogram.double() * (dequantize(quantize(x, grid), grid) - x).double().square()).sum())
+
+
+def merge_rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+@contextmanager
+def observed(layers: Iterable[tuple[str, nn.Module]], observe: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Calls observe(name, input) before each layer runs, for as long as the context lasts."""
+
+    def hook(name: str) -> Callable[[nn.Module, tuple], None]:
+        return lambda module, args: observe(name, args[0])
+
+    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

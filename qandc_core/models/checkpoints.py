@@ -1,0 +1,282 @@
+"""Reading and writing DiT checkpoints: the published layout, diffusers folders and our own files."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import pickle
+import zipfile
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .diffusers_layout import (
+    BLOCKS,
+    POSITIONS,
+    count_blocks,
+    diffusers_keys,
+    from_diffusers,
+    is_diffusers,
+    parameter_names,
+    repeated_keys,
+)
+from .dit import DiT, DiTConfig, sincos_positions
+from .presets import HEADS
+
+DEMO = Path(__file__).parents[1] / "demo" / "digits_dit.safetensors"
+SAFETENSORS = (".safetensors", ".sft")
+PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+FOLDER_WEIGHTS = tuple(
+    f"diffusion_pytorch_model.{ending}" for ending in ("safetensors", "safetensors.index.json", "bin", "bin.index.json")
+)
+PREFIXES = ("model.diffusion_model.", "diffusion_model.")
+METADATA = ("num_heads", "norm2_eps", "frequency_shift")  # what a DiTConfig holds and tensor shapes do not tell
+
+
+def load_dit(
+    source: str | os.PathLike[str],
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    num_heads: int | None = None,
+) -> DiT:
+    """Loads a DiT from "demo", a checkpoint file, or a diffusers transformer or pipeline folder.
+
+    `dtype` None keeps the file's. `num_heads` is needed for a width not in `HEADS` whose file does not tell it.
+    Raises FileNotFoundError or ValueError with one sentence that says what is wrong.
+    """
+    state_dict, config = read_dit(source, num_heads)
+    model = DiT(config, device="meta")
+    tensors = {key: tensor.to(device=device, dtype=dtype) for key, tensor in state_dict.items()}
+    model.load_state_dict(tensors, assign=True)
+    return model.eval()
+
+
+def save_dit(model: DiT, path: str | os.PathLike[str]) -> None:
+    """Writes a safetensors file that `load_dit` reads back exactly; an interrupted write leaves no file behind."""
+    path = Path(path)
+    tensors = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
+    metadata = {name: repr(getattr(model.config, name)) for name in METADATA}
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        save_file(tensors, temporary, metadata={"format": "pt", **metadata})
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_dit(source: str | os.PathLike[str], num_heads: int | None = None) -> tuple[dict[str, Tensor], DiTConfig]:
+    """Tensors in our layout and configuration of any source `load_dit` accepts, checked against each other."""
+    path = locate(source)
+    tensors, metadata = read_tensors(path)
+    try:
+        state_dict, metadata = to_published_layout(strip_prefix(tensors), metadata, path.parent / "config.json")
+        config = detect_config(state_dict, metadata, num_heads)
+        check_shapes(state_dict, config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return state_dict, config
+
+
+def locate(source: str | os.PathLike[str]) -> Path:
+    """The file that holds the weights, or the index of the files that do."""
+    path = DEMO if source == "demo" else Path(source)
+    if not path.exists():
+        hint = "; install the package again" if source == "demo" else ""
+        raise FileNotFoundError(f"no DiT checkpoint at {path}{hint}")
+    if path.is_file():
+        return path
+    folder = path / "transformer" if (path / "transformer").is_dir() else path
+    for name in FOLDER_WEIGHTS:
+        if (folder / name).is_file():
+            return folder / name
+    raise FileNotFoundError(f"no DiT in the folder {path}: expected one of {', '.join(FOLDER_WEIGHTS)} in {folder}")
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and string metadata of one file, or of all files of an index."""
+    if path.suffix in SAFETENSORS:
+        return read_safetensors(path)
+    if path.suffix in PICKLES:
+        return read_pickle(path), {}
+    if path.name.endswith(".index.json"):
+        return read_shards(path), {}
+    raise ValueError(f"{path} is not a DiT checkpoint: expected a file ending in {', '.join(SAFETENSORS + PICKLES)}")
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or not a safetensors file ({error})") from error
+
+
+def read_pickle(path: Path) -> dict[str, Tensor]:
+    """Tensors of a bare state dict, or of the `ema` or `model` entry of a training checkpoint."""
+    # Training checkpoints of the original code hold their arguments, a plain record, beside the weights.
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} is damaged or holds Python objects that weights_only=True refuses; "
+            "save its state dict as safetensors and load that"
+        ) from error
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # a damaged pickle fails in as many ways as it has opcodes
+        raise ValueError(f"{path} is truncated or not a PyTorch file") from error
+    for name in ("ema", "model"):
+        if isinstance(content, dict) and isinstance(content.get(name), dict):
+            content = content[name]
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected a state dict")
+    return {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
+
+
+def read_shards(path: Path) -> dict[str, Tensor]:
+    shards = read_json(path).get("weight_map")
+    if not isinstance(shards, dict):
+        raise ValueError(f"{path} has no weight_map, expected the index of a sharded checkpoint")
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(set(map(str, shards.values()))):
+        shard = path.parent / Path(name).name
+        if not shard.is_file():
+            raise FileNotFoundError(f"{shard} is missing, but {path.name} lists it")
+        tensors.update(read_tensors(shard)[0])
+    return tensors
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected a JSON object")
+    return content
+
+
+def strip_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The diffusion model alone, if the file keeps it under a prefix."""
+    for prefix in PREFIXES:
+        inner = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        if inner:
+            return inner
+    return tensors
+
+
+def to_published_layout(
+    tensors: dict[str, Tensor], metadata: Mapping[str, Any], config_file: Path
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors under our names, and the metadata completed by what diffusers keeps in its config.json."""
+    if not is_diffusers(tensors):
+        depth = max(1, count_blocks(tensors, "blocks"))
+        check_keys(tensors, [*parameter_names(depth), "pos_embed"])
+        return tensors, dict(metadata)
+    depth = count_blocks(tensors, BLOCKS)
+    keys = [source for key in parameter_names(depth) for source in diffusers_keys(key)]
+    check_keys(tensors, keys, optional=[POSITIONS, *repeated_keys(depth)])
+    config = read_json(config_file) if config_file.is_file() else {}
+    state_dict = from_diffusers(tensors)
+    if "pos_embed" not in state_dict:
+        state_dict["pos_embed"] = diffusers_positions(state_dict["x_embedder.proj.weight"], config)
+    known = {"norm2_eps": config.get("norm_eps", 1e-5), "frequency_shift": 1}
+    if "num_attention_heads" in config:
+        known["num_heads"] = config["num_attention_heads"]
+    return state_dict, {**known, **metadata}
+
+
+def diffusers_positions(projection: Tensor, config: Mapping[str, Any]) -> Tensor:
+    """The position embedding diffusers makes for the patch projection (D, C, p, p) and `sample_size`."""
+    if "sample_size" not in config:
+        raise ValueError(
+            "the input size is neither in the tensors nor in a config.json beside the file; "
+            "load the diffusers folder that holds both"
+        )
+    side = config["sample_size"] // projection.shape[-1]
+    return sincos_positions(projection.shape[0], side, side, side).to(projection.dtype)
+
+
+def check_keys(found: Collection[str], expected: Collection[str], optional: Collection[str] = ()) -> None:
+    missing = [key for key in expected if key not in found]
+    if len(missing) == len(expected):
+        raise ValueError("this is not a DiT: no key of the original or the diffusers layout is in it")
+    if missing:
+        raise ValueError(f"{len(missing)} of {len(expected)} DiT keys are missing, first {', '.join(missing[:3])}")
+    extra = sorted(set(found) - set(expected) - set(optional))
+    if extra:
+        raise ValueError(
+            f"{len(extra)} of {len(found)} keys are not those of a class-conditional DiT, first {', '.join(extra[:3])}"
+        )
+
+
+def detect_config(
+    state_dict: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None, num_heads: int | None = None
+) -> DiTConfig:
+    """Configuration of a state dict in our layout: every size from shapes, the rest from `metadata` (see METADATA).
+
+    Heads: `num_heads`, else metadata, else the table `HEADS`. Raises ValueError where a shape is not a DiT's.
+    """
+    metadata = metadata or {}
+    hidden, in_channels, _, patch = shape(state_dict, "x_embedder.proj.weight", 4)
+    rows, _ = shape(state_dict, "final_layer.linear.weight", 2)
+    if rows not in (patch**2 * in_channels, 2 * patch**2 * in_channels):
+        raise ValueError(
+            f"final_layer.linear.weight has {rows} rows, expected {patch**2 * in_channels} for patches of "
+            f"{patch}x{patch}x{in_channels}, or twice that with a learned variance"
+        )
+    return DiTConfig(
+        input_size=patch * grid_side(state_dict),
+        patch_size=patch,
+        in_channels=in_channels,
+        hidden_size=hidden,
+        depth=count_blocks(state_dict, "blocks"),
+        num_heads=detect_heads(hidden, metadata, num_heads),
+        mlp_ratio=shape(state_dict, "blocks.0.mlp.fc1.weight", 2)[0] / hidden,
+        num_classes=shape(state_dict, "y_embedder.embedding_table.weight", 2)[0] - 1,
+        learn_sigma=rows == 2 * patch**2 * in_channels,
+        norm2_eps=float(metadata.get("norm2_eps", 1e-6)),
+        frequency_shift=int(metadata.get("frequency_shift", 0)),
+    )
+
+
+def shape(state_dict: Mapping[str, Tensor], key: str, dimensions: int) -> tuple[int, ...]:
+    found = tuple(state_dict[key].shape)
+    if len(found) != dimensions or 0 in found:
+        raise ValueError(f"{key} has the shape {found}, expected {dimensions} dimensions")
+    return found
+
+
+def grid_side(state_dict: Mapping[str, Tensor]) -> int:
+    patches = shape(state_dict, "pos_embed", 3)[1]
+    side = math.isqrt(patches)
+    if side**2 != patches:
+        raise ValueError(f"pos_embed covers {patches} patches, expected a square grid")
+    return side
+
+
+def detect_heads(hidden: int, metadata: Mapping[str, Any], num_heads: int | None) -> int:
+    heads = int(num_heads or metadata.get("num_heads") or HEADS.get(hidden, 0))
+    if not heads:
+        raise ValueError(f"the number of attention heads is not known for width {hidden}; pass num_heads=")
+    if hidden % heads:
+        raise ValueError(f"width {hidden} is not divisible by {heads} attention heads; pass the right num_heads=")
+    return heads
+
+
+def check_shapes(state_dict: Mapping[str, Tensor], config: DiTConfig) -> None:
+    for key, expected in DiT(config, device="meta").state_dict().items():
+        tensor = state_dict[key]
+        if tensor.shape != expected.shape:
+            raise ValueError(f"{key} has the shape {tuple(tensor.shape)}, expected {tuple(expected.shape)}")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{key} has the type {tensor.dtype}, expected floating-point weights")

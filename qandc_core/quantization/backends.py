@@ -1,0 +1,101 @@
+"""Integer matrix products, fastest first, each tried on worst-case codes before it is trusted."""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+BACKENDS = ("auto", "simulated", "int_mm", "onednn", "kitchen")
+
+
+def simulated_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a (M, K) int8 times b (N, K) int8 transposed, in floating point wide enough to be exact."""
+    dtype = torch.float32 if a.shape[1] * 2**14 <= 2**24 else torch.float64
+    return F.linear(a.to(dtype), b.to(dtype))
+
+
+def int_mm(a: Tensor, b: Tensor) -> Tensor:
+    return torch._int_mm(a, b.t())
+
+
+def kitchen_mm(a: Tensor, b: Tensor) -> Tensor:
+    from comfy_kitchen.tensor.int8_utils import mm_int8
+
+    return mm_int8(a, b.t().contiguous())
+
+
+class PackedWeight:
+    """Weight codes (N, K) in oneDNN's blocked layout, which replaces the plain codes."""
+
+    def __init__(self, codes: Tensor):
+        self.columns, self.rows = codes.shape
+        # oneDNN lays the weight out for a given number of rows but accepts any.
+        self.packed = torch.ops.onednn.qlinear_prepack(codes, [256, self.rows])
+        self.ones = torch.ones(self.columns)
+        self.zeros = torch.zeros(self.columns, dtype=torch.int32)
+
+    def codes(self) -> Tensor:
+        return self.packed.to_dense().t().contiguous()
+
+    def matmul(self, a: Tensor) -> Tensor:
+        unsigned = (a.to(torch.int16) + 128).to(torch.uint8)
+        return torch.ops.onednn.qlinear_pointwise(
+            unsigned, 1.0, 128, self.packed, self.ones, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
+        )  # fmt: skip
+
+
+def worst_case_codes(weight_bits: int) -> tuple[Tensor, Tensor]:
+    """Codes at the ends of their ranges, where 16-bit intermediate sums would saturate."""
+    generator = torch.Generator().manual_seed(0)
+    a = torch.where(torch.rand(32, 64, generator=generator) < 0.2, -128, 127).to(torch.int8)
+    high = 2 ** (weight_bits - 1) - 1
+    b = torch.where(torch.rand(32, 64, generator=generator) < 0.2, -high, high).to(torch.int8)
+    return a, b
+
+
+@cache
+def int_mm_is_fast() -> bool:
+    """torch._int_mm is exact on every CPU, but fast only through oneDNN's VNNI kernels."""
+    supported = getattr(torch.cpu, "_is_vnni_supported", None)
+    if supported is None or not supported():
+        return False
+    a, b = worst_case_codes(8)
+    return bool((int_mm(a, b) == simulated_matmul(a, b)).all())
+
+
+@cache
+def onednn_is_exact(weight_bits: int) -> bool:
+    """Whether oneDNN's u8 x s8 product is exact: without VNNI its 16-bit sums saturate above 7-bit weights."""
+    a, b = worst_case_codes(weight_bits)
+    try:
+        product = PackedWeight(b).matmul(a)
+    except (AttributeError, RuntimeError, NotImplementedError) as error:
+        log.info("oneDNN int8 linear is not available: %s", error)
+        return False
+    return bool((product == simulated_matmul(a, b)).all())
+
+
+@cache
+def kitchen_is_available() -> bool:
+    try:
+        import comfy_kitchen  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def pick_backend(device: torch.device, weight_bits: int) -> str:
+    """The fastest exact integer product on this device: comfy-kitchen on CUDA, VNNI or oneDNN on CPU, else simulated."""
+    if device.type == "cuda":
+        return "kitchen" if kitchen_is_available() else "simulated"
+    if device.type == "cpu" and int_mm_is_fast():
+        return "int_mm"
+    if device.type == "cpu" and 4 < weight_bits < 8 and onednn_is_exact(weight_bits):
+        return "onednn"
+    return "simulated"

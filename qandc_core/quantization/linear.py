@@ -1,0 +1,156 @@
+"""A linear layer that multiplies integers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .backends import PackedWeight, int_mm, kitchen_mm, pick_backend, simulated_matmul
+from .quantizer import Grid, pack_int4, quantize, token_grid, unpack_int4
+
+
+@dataclass(frozen=True)
+class LinearFormat:
+    """Bits of weights and activations, and whether the activation grid is fixed (static) or taken per token."""
+
+    w_bits: int = 8
+    a_bits: int = 8
+    static: bool = False
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.w_bits <= 8 or not 2 <= self.a_bits <= 8:
+            raise ValueError(f"w_bits and a_bits must be between 2 and 8, got {self.w_bits} and {self.a_bits}.")
+
+    @property
+    def packed(self) -> bool:
+        return self.w_bits <= 4
+
+    @property
+    def label(self) -> str:
+        return f"W{self.w_bits}A{self.a_bits}"
+
+
+class QuantizedLinear(nn.Module):
+    """y = s_x s_w (q_x - z_x)(q_w - z_w)^T + bias with codes q in int8, weights of 4 bits and below packed in pairs.
+
+    Buffers: codes (N, K) int8 or (N, K / 2) uint8; weight_scale, weight_zero (N,) float32; input_scale, input_zero ()
+    and row_sums (N,), the sums of the codes, where static. x (..., K) -> (..., N) in x's dtype.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        format: LinearFormat,
+        backend: str = "auto",
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ):
+        super().__init__()
+        self.in_features, self.out_features, self.format, self.backend = in_features, out_features, format, backend
+        columns, storage = (in_features // 2, torch.uint8) if format.packed else (in_features, torch.int8)
+        self.codes: Tensor | None
+        self.register_buffer("codes", torch.empty(out_features, columns, dtype=storage, device=device))
+        self.register_buffer("weight_scale", torch.ones(out_features, device=device))
+        self.register_buffer("weight_zero", None if format.symmetric else torch.zeros(out_features, device=device))
+        self.register_buffer("input_scale", torch.ones((), device=device) if format.static else None)
+        self.register_buffer("input_zero", torch.zeros((), device=device) if format.static else None)
+        self.register_buffer("row_sums", torch.zeros(out_features, device=device) if format.static else None)
+        self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device), False) if bias else None
+        self._blocked: PackedWeight | None = None
+
+    @classmethod
+    def from_codes(
+        cls, linear: nn.Linear, codes: Tensor, weights: Grid, format: LinearFormat, inputs: Grid | None, backend: str
+    ) -> QuantizedLinear:
+        """Takes over linear's shape and bias; `inputs` is the static activation grid."""
+        bias, weight = linear.bias, linear.weight
+        layer = cls(
+            linear.in_features, linear.out_features, bias is not None, format, backend, weight.dtype, weight.device
+        )  # fmt: skip
+        layer.codes = pack_int4(codes) if format.packed else codes
+        layer.weight_scale = weights.scale.flatten()
+        if not format.symmetric:
+            layer.weight_zero = weights.zero.flatten()
+        if inputs is not None:
+            layer.input_scale, layer.input_zero = inputs.scale, inputs.zero
+            layer.row_sums = codes.sum(dim=1, dtype=torch.int32).float()
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach().clone(), False)
+        return layer
+
+    def weight_codes(self) -> Tensor:
+        """int8 (N, K)."""
+        if self.codes is None:
+            assert self._blocked is not None
+            return self._blocked.codes()
+        return unpack_int4(self.codes) if self.format.packed else self.codes
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight that the codes stand for, (N, K)."""
+        codes = self.weight_codes().float()
+        if self.weight_zero is not None:
+            codes = codes - self.weight_zero[:, None]
+        return (codes * self.weight_scale[:, None]).to(self.bias.dtype if self.bias is not None else torch.float32)
+
+    def input_grid(self, x: Tensor) -> Grid:
+        bits = self.format.a_bits
+        if not self.format.static:
+            return token_grid(x, bits)
+        return Grid(self.input_scale, self.input_zero, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, self.in_features)
+        backend = pick_backend(x.device, self.format.w_bits) if self.backend == "auto" else self.backend
+        if backend == "kitchen" and not self.format.static and self.format.symmetric and self.format.a_bits == 8:
+            return self.kitchen_linear(rows).view(*x.shape[:-1], self.out_features)
+        grid = self.input_grid(rows.float())
+        codes = quantize(rows.float(), grid)
+        y = self.rescale(self.matmul(codes, backend), codes, grid)
+        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+    def matmul(self, codes: Tensor, backend: str) -> Tensor:
+        """Integer product of input codes (M, K) and weight codes, exact on every backend."""
+        if backend == "onednn":
+            return self.blocked().matmul(codes)
+        function = {"int_mm": int_mm, "kitchen": kitchen_mm, "simulated": simulated_matmul}[backend]
+        return function(codes, self.weight_codes())
+
+    def blocked(self) -> PackedWeight:
+        if self._blocked is None:
+            self._blocked = PackedWeight(self.weight_codes())
+            self.codes = None
+        return self._blocked
+
+    def rescale(self, accumulated: Tensor, codes: Tensor, grid: Grid) -> Tensor:
+        y = accumulated.float()
+        if self.format.static:
+            y.sub_(grid.zero * self.row_sums)
+        if self.weight_zero is not None:
+            shifted = codes.float().sum(dim=1, keepdim=True) - self.in_features * grid.zero
+            y.sub_(shifted * self.weight_zero)
+        y.mul_(grid.scale)
+        if self.bias is None:
+            return y.mul_(self.weight_scale)
+        return torch.addcmul(self.bias.float(), y, self.weight_scale)
+
+    def kitchen_linear(self, x: Tensor) -> Tensor:
+        """comfy-kitchen's fused dynamic W8A8 kernel."""
+        import comfy_kitchen
+
+        return comfy_kitchen.int8_linear(x, self.weight_codes(), self.weight_scale, self.bias, out_dtype=x.dtype)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.codes is None:
+            destination[prefix + "codes"] = self.weight_codes()
+
+    def extra_repr(self) -> str:
+        kind = "static" if self.format.static else "per token"
+        return f"{self.in_features}, {self.out_features}, {self.format.label}, activations {kind}, {self.backend}"

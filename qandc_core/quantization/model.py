@@ -1,0 +1,135 @@
+"""Quantizes the linear layers of a model in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..models.diffusers_layout import diffusers_names
+from .backends import BACKENDS
+from .gptq import gptq_codes
+from .linear import LinearFormat, QuantizedLinear
+from .quantizer import Grid, affine_grid, quantize, symmetric_grid, weight_grid
+
+if TYPE_CHECKING:
+    from ..calibration.file import Calibration
+    from ..calibration.statistics import LayerStatistics
+
+DIT_SKIP = ("pos_embed", "norm")
+ROUNDINGS = ("nearest", "gptq")
+
+
+@dataclass(frozen=True)
+class QuantizationConfig:
+    """Choices beyond bits. `static` None means static per-tensor activations exactly where statistics are given.
+
+    `clipping` sets static bounds: minmax (the paper's), percentile or mse. `rounding` gptq needs Hessians.
+    """
+
+    static: bool | None = None
+    symmetric_weights: bool = True
+    symmetric_activations: bool = False
+    clipping: str = "minmax"
+    percentile: float = 99.99
+    rounding: str = "nearest"
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.rounding not in ROUNDINGS:
+            raise ValueError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {self.rounding!r}.")
+        if self.backend not in BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {self.backend!r}.")
+
+
+def named_linears(model: nn.Module, skip_patterns: Iterable[str] = ()) -> Iterator[tuple[str, nn.Linear]]:
+    """Linear layers whose name, in diffusers' terms, contains none of the patterns."""
+    patterns = tuple(skip_patterns)
+    for name, module in model.named_modules():
+        skipped = any(p in known for p in patterns for known in (name, *diffusers_names(name)))
+        if isinstance(module, nn.Linear) and not skipped:
+            yield name, module
+
+
+def quantize_model(
+    model: nn.Module,
+    w_bits: int = 8,
+    a_bits: int = 8,
+    skip_patterns: Sequence[str] = (),
+    calibration: Calibration | None = None,
+    config: QuantizationConfig | None = None,
+) -> nn.Module:
+    """Replaces linear layers by quantized ones (Q&C, Eq. 1-3), in place, and returns the model.
+
+    Weights per output channel. Activations dynamic per token, or static per tensor with a calibration, unless
+    `config.static` says otherwise. Layers with an odd number of inputs keep 8-bit codes. Raises ValueError on weights
+    that are not finite, a calibration of another model, or statistics that the config needs and the file lacks.
+    """
+    config = config or QuantizationConfig()
+    static = calibration is not None if config.static is None else config.static
+    if calibration is not None:
+        calibration.check_model(model)
+    elif static or config.rounding == "gptq":
+        raise ValueError("Static activations and gptq rounding need calibration=; run the calibration first.")
+    format = LinearFormat(w_bits, a_bits, static, config.symmetric_weights)
+    layers = list(named_linears(model, skip_patterns))
+    if not layers:
+        raise ValueError(f"No linear layer is left to quantize with skip_patterns {list(skip_patterns)}.")
+    for name, linear in layers:
+        statistics = calibration.layer(name) if calibration is not None else None
+        replacement = quantize_linear(name, linear, format, config, statistics)
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, replacement)
+    return model
+
+
+@torch.no_grad()
+def quantize_linear(
+    name: str, linear: nn.Linear, format: LinearFormat, config: QuantizationConfig, statistics: LayerStatistics | None
+) -> QuantizedLinear:
+    weight = linear.weight.detach().float()
+    if not torch.isfinite(weight).all():
+        raise ValueError(f"The weight of {name} holds values that are not finite; the checkpoint is damaged.")
+    if format.packed and linear.in_features % 2:
+        format = LinearFormat(8, format.a_bits, format.static, format.symmetric)
+    grid = weight_grid(weight, format.w_bits, format.symmetric)
+    if config.rounding == "gptq":
+        if statistics is None or statistics.hessian is None:
+            raise ValueError(f"gptq rounding needs the input Hessian of {name}; calibrate with hessians=True.")
+        codes = gptq_codes(weight, statistics.hessian.to(weight.device), grid)
+    else:
+        codes = quantize(weight, grid)
+    inputs = activation_grid(statistics, format.a_bits, config, weight.device) if format.static else None
+    return QuantizedLinear.from_codes(linear, codes, grid, format, inputs, config.backend)
+
+
+def activation_grid(
+    statistics: LayerStatistics | None, bits: int, config: QuantizationConfig, device: torch.device
+) -> Grid:
+    """The static per-tensor grid from the bounds seen on the calibration set."""
+    assert statistics is not None
+    low, high = statistics.bounds(config.clipping, bits, config.percentile, config.symmetric_activations)
+    if config.symmetric_activations:
+        return symmetric_grid(torch.tensor(max(-low, high), device=device), bits)
+    return affine_grid(torch.tensor(low, device=device), torch.tensor(high, device=device), bits)
+
+
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+
+
+def linear_weight_bytes(model: nn.Module) -> int:
+    """Bytes that the weights of all linear layers take, with scales, zero points and packing, without biases."""
+    total = 0
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            total += module.weight.nbytes
+        elif isinstance(module, QuantizedLinear):
+            tensors: list[Tensor | None] = [module.codes, module.weight_scale, module.weight_zero]
+            total += sum(t.nbytes for t in tensors if t is not None)
+            if module.codes is None:
+                total += module.in_features * module.out_features
+    return total

@@ -1,0 +1,62 @@
+"""What a run measured of itself."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass
+class RunReport:
+    """One sampling run: wall seconds and computed (else reused) for every step, cache and peak memory in bytes.
+
+    `peak_memory` is the device allocator's peak on a GPU and the process's peak on CPU; None where the system has none.
+    """
+
+    sampler: str
+    steps: int
+    images: int
+    cfg_scale: float
+    device: str
+    seconds: list[float] = field(default_factory=list)
+    computed: list[bool] = field(default_factory=list)
+    cache_bytes: int = 0
+    peak_memory: int | None = None
+
+    @property
+    def total_seconds(self) -> float:
+        return sum(self.seconds)
+
+    @property
+    def computed_steps(self) -> int:
+        return sum(self.computed)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"total_seconds": self.total_seconds, "computed_steps": self.computed_steps}
+
+    def summary(self) -> str:
+        memory = "" if self.peak_memory is None else f", peak memory {self.peak_memory / 2**20:.0f} MiB"
+        return (
+            f"{self.images} images, {self.sampler} {self.steps} steps on {self.device}: {self.total_seconds:.2f} s, "
+            f"{self.computed_steps} steps computed and {self.steps - self.computed_steps} reused, "
+            f"cache {self.cache_bytes / 2**20:.1f} MiB{memory}"
+        )
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
