@@ -91,8 +91,8 @@ def cache_bypassed(model: nn.Module) -> Iterator[None]:
     if cache is None:
         yield
         return
-    cache.enabled = False
+    enabled, cache.enabled = cache.enabled, False
     try:
         yield
     finally:
-        cache.enabled = True
+        cache.enabled = enabled

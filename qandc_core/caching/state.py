@@ -16,15 +16,19 @@ Key = tuple[int, str]  # call within the step (one for each condition evaluated 
 
 @dataclass
 class CacheRun:
-    """Features of one run and where it stands. A step begins when the timestep changes."""
+    """Features of one run and where it stands. A step begins when the timestep changes, or where the loop says so."""
 
     shape: tuple[int, ...] = ()
     timestep: float = float("-inf")
     step: int = -1
     call: int = 0
     reusing: bool = False
+    begins: bool = False
     computed: list[bool] = field(default_factory=list)
     features: dict[Key, list[tuple[int, Tensor]]] = field(default_factory=dict)
+
+    def __deepcopy__(self, memo: dict) -> CacheRun:
+        return CacheRun()  # a copied model starts its own run
 
     @property
     def num_bytes(self) -> int:
@@ -46,24 +50,29 @@ class FeatureCache:
         self.run = CacheRun()
 
     def computed(self, step: int) -> bool:
-        return self.run.computed[step]
+        return not self.enabled or self.run.computed[step]
 
     @property
     def num_bytes(self) -> int:
         return self.run.num_bytes
 
+    def begin_step(self) -> None:
+        """The next call begins a step even at the timestep of the last one; fine noise levels can share a timestep."""
+        self.run.begins = True
+
     def before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if self.enabled:
-            x = args[0] if args else kwargs.get("x", kwargs.get("hidden_states"))
-            self.locate(x, args[1] if len(args) > 1 else kwargs.get("timestep", kwargs.get("timesteps")))
+            x: Any = args[0] if args else kwargs.get("x", kwargs.get("hidden_states"))
+            timesteps: Any = args[1] if len(args) > 1 else kwargs.get("timestep", kwargs.get("timesteps"))
+            self.locate(x, timesteps)
 
     def locate(self, x: Tensor, timesteps: Tensor) -> None:
         """Begins a step, a further call of the same step, or, on a rising timestep or new shape, a new run."""
         run, timestep = self.run, float(timesteps.reshape(-1)[0])
         if run.step < 0 or timestep > run.timestep or tuple(x.shape) != run.shape:
             run = self.run = CacheRun(shape=tuple(x.shape))
-        if run.step < 0 or timestep != run.timestep:
-            run.step, run.call, run.timestep = run.step + 1, 0, timestep
+        if run.step < 0 or timestep != run.timestep or run.begins:
+            run.step, run.call, run.timestep, run.begins = run.step + 1, 0, timestep, False
             run.computed.append(True)
         else:
             run.call += 1

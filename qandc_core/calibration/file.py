@@ -42,7 +42,7 @@ def fingerprint(model: nn.Module) -> str:
 class Calibration:
     """What calibration found for one model: layer statistics, computed steps of the cache, variance compensation.
 
-    `sampling` and `notes` say how it was made. Immutable: later stages make a new one with `with_variance` and the like.
+    `sampling` and `notes` say how it was made. Immutable: `with_variance` and `with_schedule` make a new one.
     """
 
     model: str
@@ -93,9 +93,12 @@ class Calibration:
             "notes": self.notes,
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        save_file(tensors or {"empty": torch.zeros(1)}, temporary, {"qandc": json.dumps(header)})
-        os.replace(temporary, path)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        try:
+            save_file(tensors or {"empty": torch.zeros(1)}, temporary, {"qandc": json.dumps(header)})
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def load_calibration(path: str | Path) -> Calibration:
@@ -115,14 +118,17 @@ def load_calibration(path: str | Path) -> Calibration:
         raise ValueError(
             f"{path} has calibration format {header['version']}, this version reads {VERSION}; calibrate again."
         )
-    return Calibration(
-        model=header["model"],
-        statistics=read_statistics(tensors),
-        schedule=tuple(tensors["schedule/steps"].tolist()) if "schedule/steps" in tensors else None,
-        variance=read_variance(tensors, header["variance_method"]),
-        sampling=read_sampling(header["sampling"]),
-        notes=header["notes"],
-    )
+    try:
+        return Calibration(
+            model=header["model"],
+            statistics=read_statistics(tensors),
+            schedule=tuple(tensors["schedule/steps"].tolist()) if "schedule/steps" in tensors else None,
+            variance=read_variance(tensors, header["variance_method"]),
+            sampling=read_sampling(header["sampling"]),
+            notes=header["notes"],
+        )
+    except KeyError as error:
+        raise ValueError(f"{path} is damaged, it lacks {error}; calibrate again.") from error
 
 
 def read_statistics(tensors: dict[str, Tensor]) -> dict[str, LayerStatistics]:
@@ -130,8 +136,8 @@ def read_statistics(tensors: dict[str, Tensor]) -> dict[str, LayerStatistics]:
     statistics = {}
     for name in sorted(names):
         count, reach = tensors[f"statistics/{name}/count"].tolist()
-        low, high, mean, histogram, hessian = (tensors.get(f"statistics/{name}/{key}") for key in TENSORS)
-        assert low is not None and high is not None and mean is not None and histogram is not None
+        low, high, mean, histogram = (tensors[f"statistics/{name}/{key}"] for key in TENSORS[:4])
+        hessian = tensors.get(f"statistics/{name}/hessian")
         statistics[name] = LayerStatistics(int(count), low, high, mean, histogram, reach, hessian)
     return statistics
 
@@ -139,7 +145,8 @@ def read_statistics(tensors: dict[str, Tensor]) -> dict[str, LayerStatistics]:
 def read_variance(tensors: dict[str, Tensor], method: str | None) -> VarianceCompensation | None:
     if method is None:
         return None
-    return VarianceCompensation(*(tensors[f"variance/{key}"] for key in ("sigmas", "mean", "factor")), method)
+    sigmas, mean, factor = (tensors[f"variance/{key}"] for key in ("sigmas", "mean", "factor"))
+    return VarianceCompensation(sigmas, mean, factor, method)
 
 
 def read_sampling(values: dict[str, Any] | None) -> SamplingConfig | None:

@@ -1,4 +1,4 @@
-"""Candidates for calibration, from real trajectories sampled with the cache switched on, and the pass over the chosen."""
+"""Candidates for calibration, from trajectories sampled with the cache on, and the pass over the chosen."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from ..models.dit import DiT
 from ..quantization.model import named_linears
 from ..sampling.process import ReverseProcess, SamplingConfig
 from .statistics import LayerStatistics, merge_rows, observed
-
-CACHED_BRANCHES = (".attn.", ".mlp.")
 
 
 @dataclass(frozen=True)
@@ -59,30 +57,32 @@ def collect_pool(
     samples, steps, classes, computed = [], [], [], []
     chunks = labels.split(batch_size)
     timesteps = torch.tensor(config.schedule().timesteps)
-    for number, chunk in enumerate(chunks):
-        process = ReverseProcess(model, chunk, config)
-        at = first_index + number * batch_size
-        source = process.noise_source(seed, range(at, at + len(chunk)))
+    try:
+        for number, chunk in enumerate(chunks):
+            process = ReverseProcess(model, chunk, config)
+            at = first_index + number * batch_size
+            source = process.noise_source(seed, range(at, at + len(chunk)))
+            if cache is not None:
+                cache.reset()
+            x = source.draw().to(process.device)
+            for i in range(len(process)):
+                samples.append(x.cpu())
+                steps.append(torch.full((len(chunk),), i))
+                classes.append(chunk)
+                x, _ = process.step(i, x, source.draw().to(process.device) if process.needs_noise(i) else None)
+                computed.append(torch.full((len(chunk),), cache is None or cache.computed(i)))
+                if callback is not None:
+                    callback(number * len(process) + i, len(chunks) * len(process))
+    finally:
         if cache is not None:
             cache.reset()
-        x = source.draw().to(process.device)
-        for i in range(len(process)):
-            samples.append(x.cpu())
-            steps.append(torch.full((len(chunk),), i))
-            classes.append(chunk)
-            x, _ = process.step(i, x, source.draw().to(process.device) if process.needs_noise(i) else None)
-            computed.append(torch.full((len(chunk),), cache is None or cache.computed(i)))
-            if callback is not None:
-                callback(number * len(process) + i, len(chunks) * len(process))
-    if cache is not None:
-        cache.reset()
     index = torch.cat(steps)
     return CandidatePool(torch.cat(samples), index, timesteps[index], torch.cat(classes), torch.cat(computed))
 
 
-def is_cached_layer(name: str) -> bool:
-    """Whether the layer lies in a branch that a reused step skips."""
-    return any(branch in f".{name}" for branch in CACHED_BRANCHES)
+def is_cached_layer(name: str, mode: str = "branch") -> bool:
+    """Whether a reused step skips the layer: those of attention and MLP, in mode "block" all of a block."""
+    return name.startswith("blocks.") and (mode == "block" or ".attn." in name or ".mlp." in name)
 
 
 @torch.inference_mode()
@@ -101,6 +101,10 @@ def collect_statistics(
     on inputs that are not finite.
     """
     layers = list(named_linears(model, skip_patterns))
+    if not layers:
+        raise ValueError(f"No linear layer is left to observe with skip_patterns {list(skip_patterns)}.")
+    cache = feature_cache(model)
+    mode = "branch" if cache is None else cache.config.mode
     statistics = {name: LayerStatistics.empty(layer.in_features, hessians) for name, layer in layers}
     device, dtype = model.pos_embed.device, model.pos_embed.dtype
 
@@ -113,7 +117,7 @@ def collect_statistics(
 
     for computed in (True, False):
         chosen = selected.subset((selected.computed == computed).nonzero().flatten())
-        active = layers if computed else [(n, layer) for n, layer in layers if not is_cached_layer(n)]
+        active = layers if computed else [(n, layer) for n, layer in layers if not is_cached_layer(n, mode)]
         with cache_bypassed(model), observed(active, observe):
             for at in range(0, len(chosen), batch_size):
                 x = chosen.samples[at : at + batch_size].to(device, dtype)
@@ -124,6 +128,7 @@ def collect_statistics(
     unseen = [name for name, s in statistics.items() if s.count == 0]
     if unseen:
         raise ValueError(
-            f"No selected sample lies on a step that runs {unseen[0]} ({len(unseen)} layers in all); select more samples."
+            f"No selected sample lies on a step that runs {unseen[0]} ({len(unseen)} layers in all); "
+            "select more samples."
         )
     return statistics

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 BINS = 2048
@@ -31,7 +32,7 @@ class LayerStatistics:
     def empty(cls, width: int, hessian: bool = False) -> LayerStatistics:
         low, high = torch.full((width,), float("inf")), torch.full((width,), float("-inf"))
         second = torch.zeros(width, width) if hessian else None
-        return cls(0, low, high, torch.zeros(width), torch.zeros(BINS), 2.0**-20, second)
+        return cls(0, low, high, torch.zeros(width), torch.zeros(BINS, dtype=torch.float64), 2.0**-20, second)
 
     def update(self, x: Tensor) -> None:
         """Adds rows x (M, K)."""
@@ -40,7 +41,8 @@ class LayerStatistics:
         self.low, self.high = torch.minimum(self.low, x.amin(0).cpu()), torch.maximum(self.high, x.amax(0).cpu())
         self.mean += (x.mean(0).cpu() - self.mean) * (len(x) / self.count)
         self.widen(float(x.abs().max()))
-        self.histogram += torch.histc(x, BINS, -self.reach, self.reach).cpu()
+        for part in x.flatten().split(2**24):  # a float32 bin of histc counts no further
+            self.histogram += torch.histc(part, BINS, -self.reach, self.reach).cpu()
         if self.hessian is not None:
             self.hessian += (x.T @ x).cpu()
 
@@ -48,7 +50,7 @@ class LayerStatistics:
         """Doubles the reach until it covers absmax; pairs of bins merge exactly."""
         while self.reach < absmax:
             merged = self.histogram.view(-1, 2).sum(1)
-            self.histogram = torch.cat([torch.zeros(BINS // 4), merged, torch.zeros(BINS // 4)])
+            self.histogram = F.pad(merged, (BINS // 4, BINS // 4))
             self.reach *= 2
 
     @property
@@ -64,7 +66,7 @@ class LayerStatistics:
         if clipping == "minmax":
             return low, high
         if clipping == "percentile":
-            cumulative = self.histogram.double().cumsum(0) / self.histogram.double().sum()
+            cumulative = self.histogram.cumsum(0) / self.histogram.sum()
             tail = (1 - percentile / 100) / 2
             first, last = (int(torch.searchsorted(cumulative, q)) for q in (tail, 1 - tail))
             width = 2 * self.reach / BINS
@@ -86,7 +88,7 @@ class LayerStatistics:
         else:
             grid = affine_grid(torch.tensor(low), torch.tensor(high), bits)
         x = self.centers
-        return float((self.histogram.double() * (dequantize(quantize(x, grid), grid) - x).double().square()).sum())
+        return float((self.histogram * (dequantize(quantize(x, grid), grid) - x).double().square()).sum())
 
 
 def merge_rows(x: Tensor) -> Tensor:

@@ -195,8 +195,8 @@ def tap_select(
     k = min(num_clusters, distinct points). A = alpha * (1 + cosine) + (1 - alpha) * exp(-|t_k - t_h| / time_scale):
     the shift keeps every degree positive where clipping would erase the difference between orthogonal and opposed
     points, and adds a constant to Eq. 6, so that the balance of the two terms is the printed one. A zero vector has
-    cosine 0. A pool of N <= num_samples is returned whole. Runs on the device of features, in float32, in blocks;
-    bad input raises ValueError.
+    cosine 0. A pool of N <= num_samples is returned whole. Runs in blocks on the device of features; bad
+    input raises ValueError.
     """
     pool = checked_pool(features, timesteps, alpha, time_scale)
     for name, value in [

@@ -157,7 +157,7 @@ def gaussian_blur(images: Tensor, size: int = 11, sigma: float = 1.5) -> Tensor:
 
 
 def ssim(a: Tensor, b: Tensor, data_range: float = 2.0) -> Tensor:
-    """Mean structural similarity per image, Wang et al. 2004 (Eq. 13 and 17), (N, C, H, W) -> (N,); H and W at least 11."""
+    """Mean structural similarity per image, Wang et al. 2004 (Eq. 13 and 17), (N, C, H, W) -> (N,); sides >= 11."""
     a, b = a.double(), b.double()
     c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
     mean_a, mean_b = gaussian_blur(a), gaussian_blur(b)

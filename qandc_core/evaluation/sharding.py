@@ -36,7 +36,7 @@ def shard_range(total: int, rank: int, world: int, batch: int = 1) -> range:
 
 @contextmanager
 def distributed() -> Iterator[Distributed]:
-    """Joins the process group of torchrun (gloo, and NCCL for CUDA tensors); without torchrun, rank 0 of 1 and no group."""
+    """Joins the process group of torchrun (gloo, and NCCL for CUDA tensors); else rank 0 of 1 and no group."""
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")

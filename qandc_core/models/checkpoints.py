@@ -49,8 +49,13 @@ def load_dit(
     """Loads a DiT from "demo", a checkpoint file, or a diffusers transformer or pipeline folder.
 
     `dtype` None keeps the file's. `num_heads` is needed for a width not in `HEADS` whose file does not tell it.
-    Raises FileNotFoundError or ValueError with one sentence that says what is wrong.
+    A file that `save_quantized` wrote gives its quantized model. Raises FileNotFoundError or ValueError with one
+    sentence that says what is wrong.
     """
+    from ..quantization.files import is_quantized, load_quantized
+
+    if is_quantized(locate(source)):
+        return load_quantized(locate(source), dtype, device)
     state_dict, config = read_dit(source, num_heads)
     model = DiT(config, device="meta")
     tensors = {key: tensor.to(device=device, dtype=dtype) for key, tensor in state_dict.items()}

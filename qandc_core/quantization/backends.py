@@ -25,9 +25,9 @@ def int_mm(a: Tensor, b: Tensor) -> Tensor:
 
 
 def kitchen_mm(a: Tensor, b: Tensor) -> Tensor:
-    from comfy_kitchen.tensor.int8_utils import mm_int8
+    import comfy_kitchen
 
-    return mm_int8(a, b.t().contiguous())
+    return comfy_kitchen.mm_int8(a, b.t().contiguous())
 
 
 class PackedWeight:
@@ -61,7 +61,9 @@ def worst_case_codes(weight_bits: int) -> tuple[Tensor, Tensor]:
 
 @cache
 def int_mm_is_fast() -> bool:
-    """torch._int_mm is exact on every CPU, but fast only through oneDNN's VNNI kernels."""
+    """torch._int_mm is fast only through oneDNN's VNNI kernels; without them it is a plain loop, or saturates where
+    ONEDNN_MAX_CPU_ISA hides VNNI from oneDNN alone.
+    """
     supported = getattr(torch.cpu, "_is_vnni_supported", None)
     if supported is None or not supported():
         return False
@@ -91,7 +93,7 @@ def kitchen_is_available() -> bool:
 
 
 def pick_backend(device: torch.device, weight_bits: int) -> str:
-    """The fastest exact integer product on this device: comfy-kitchen on CUDA, VNNI or oneDNN on CPU, else simulated."""
+    """The fastest exact integer product here: comfy-kitchen on CUDA, VNNI or oneDNN on CPU, else simulated."""
     if device.type == "cuda":
         return "kitchen" if kitchen_is_available() else "simulated"
     if device.type == "cpu" and int_mm_is_fast():

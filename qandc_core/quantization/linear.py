@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +56,11 @@ class QuantizedLinear(nn.Module):
         self.in_features, self.out_features, self.format, self.backend = in_features, out_features, format, backend
         columns, storage = (in_features // 2, torch.uint8) if format.packed else (in_features, torch.int8)
         self.codes: Tensor | None
+        self.weight_scale: Tensor
+        self.weight_zero: Tensor | None
+        self.input_scale: Tensor
+        self.input_zero: Tensor
+        self.row_sums: Tensor
         self.register_buffer("codes", torch.empty(out_features, columns, dtype=storage, device=device))
         self.register_buffer("weight_scale", torch.ones(out_features, device=device))
         self.register_buffer("weight_zero", None if format.symmetric else torch.zeros(out_features, device=device))
@@ -128,6 +134,13 @@ class QuantizedLinear(nn.Module):
             self.codes = None
         return self._blocked
 
+    def unblock(self) -> None:
+        """Back to plain codes: oneDNN's layout can be neither copied, moved nor saved."""
+        if self._blocked is not None:
+            codes = self._blocked.codes()
+            self.codes = pack_int4(codes) if self.format.packed else codes
+            self._blocked = None
+
     def rescale(self, accumulated: Tensor, codes: Tensor, grid: Grid) -> Tensor:
         y = accumulated.float()
         if self.format.static:
@@ -146,10 +159,28 @@ class QuantizedLinear(nn.Module):
 
         return comfy_kitchen.int8_linear(x, self.weight_codes(), self.weight_scale, self.bias, out_dtype=x.dtype)
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.codes is None:
-            destination[prefix + "codes"] = self.weight_codes()
+    def _save_to_state_dict(self, *args: Any) -> None:
+        self.unblock()
+        super()._save_to_state_dict(*args)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.unblock()
+        super()._load_from_state_dict(*args)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
+        self.unblock()
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, value in self._buffers.items():
+            kept = before[name]
+            # Scales stay float32 in a model of half precision: row_sums would overflow float16.
+            if value is not None and kept is not None and value.dtype != kept.dtype:
+                self._buffers[name] = kept.to(value.device)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.unblock()
+        return self.__dict__
 
     def extra_repr(self) -> str:
         kind = "static" if self.format.static else "per token"

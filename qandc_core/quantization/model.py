@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ..calibration.file import FINGERPRINT, fingerprint
 from ..models.diffusers_layout import diffusers_names
 from .backends import BACKENDS
 from .gptq import gptq_codes
@@ -65,8 +66,9 @@ def quantize_model(
     """Replaces linear layers by quantized ones (Q&C, Eq. 1-3), in place, and returns the model.
 
     Weights per output channel. Activations dynamic per token, or static per tensor with a calibration, unless
-    `config.static` says otherwise. Layers with an odd number of inputs keep 8-bit codes. Raises ValueError on weights
-    that are not finite, a calibration of another model, or statistics that the config needs and the file lacks.
+    `config.static` says otherwise. Layers with an odd number of inputs keep 8-bit codes. Raises ValueError, before any
+    layer is replaced, on weights that are not finite, a calibration of another model, or statistics that the config
+    needs and the file lacks.
     """
     config = config or QuantizationConfig()
     static = calibration is not None if config.static is None else config.static
@@ -78,9 +80,12 @@ def quantize_model(
     layers = list(named_linears(model, skip_patterns))
     if not layers:
         raise ValueError(f"No linear layer is left to quantize with skip_patterns {list(skip_patterns)}.")
+    replacements = {}
     for name, linear in layers:
         statistics = calibration.layer(name) if calibration is not None else None
-        replacement = quantize_linear(name, linear, format, config, statistics)
+        replacements[name] = quantize_linear(name, linear, format, config, statistics)
+    setattr(model, FINGERPRINT, fingerprint(model))
+    for name, replacement in replacements.items():
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, replacement)
     return model

@@ -31,9 +31,17 @@ class ImageNoise:
 class GivenNoise:
     """Noise supplied by the caller: the start (N, C, H, W), or the start and each step's (1 + steps, N, C, H, W)."""
 
-    def __init__(self, noise: Tensor, seed: int):
+    def __init__(self, noise: Tensor, seed: int, indices: Sequence[int], channels: int):
+        if noise.ndim not in (4, 5) or tuple(noise.shape[-4:-2]) != (len(indices), channels):
+            raise ValueError(
+                f"noise must be (N, C, H, W) or (1 + steps, N, C, H, W) for {len(indices)} images of {channels} channels, "
+                f"got {tuple(noise.shape)}."
+            )
         self.queue = list(noise) if noise.ndim == 5 else [noise]
-        self.rest = ImageNoise(seed, range(len(self.queue[0])), self.queue[0].shape[1:])
+        self.own = ImageNoise(seed, indices, noise.shape[-3:])
 
     def draw(self) -> Tensor:
-        return self.queue.pop(0) if self.queue else self.rest.draw()
+        own = (
+            self.own.draw()
+        )  # drawn even where noise is given, so that the seed's start never returns as a step's noise
+        return self.queue.pop(0) if self.queue else own

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..caching.attach import feature_cache
 from ..models.dit import DiT
 from .guidance import guided_prediction
 from .noise import GivenNoise, ImageNoise
@@ -69,14 +70,18 @@ class ReverseProcess:
         return (config.in_channels, config.input_size, config.input_size)
 
     def noise_source(self, seed: int, indices: Sequence[int], noise: Tensor | None = None) -> NoiseSource:
-        return ImageNoise(seed, indices, self.shape) if noise is None else GivenNoise(noise, seed)
+        if noise is None:
+            return ImageNoise(seed, indices, self.shape)
+        return GivenNoise(noise, seed, indices, self.model.config.in_channels)
 
     def needs_noise(self, i: int) -> bool:
         return self.config.sampler == "ddpm" and self.schedule.alpha_bar[i + 1] < 1
 
     def step(self, i: int, x: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
         """x_i -> (x_{i+1}, predicted clean image), both (N, C, H, W) float32."""
-        config, alpha_bar = self.config, self.schedule.alpha_bar
+        config, alpha_bar, cache = self.config, self.schedule.alpha_bar, feature_cache(self.model)
+        if cache is not None:
+            cache.begin_step()
         t = torch.full((len(x),), self.schedule.timesteps[i], device=self.device)
         eps, v = guided_prediction(
             self.model, x.to(self.dtype), t, self.labels, self.model.null_class,

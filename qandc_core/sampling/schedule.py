@@ -38,7 +38,9 @@ def respaced(steps: int, spacing: str = "linspace") -> NoiseSchedule:
     if not 1 <= steps <= TRAINING_STEPS:
         raise ValueError(f"steps must be between 1 and {TRAINING_STEPS}, got {steps}.")
     if spacing == "linspace":
-        timesteps = torch.linspace(0, TRAINING_STEPS - 1, steps, dtype=torch.float64).round().long().flip(0)
+        # numpy's arithmetic: torch.linspace breaks the ties at 499.5 differently, so odd step counts would miss diffusers'
+        stride = (TRAINING_STEPS - 1) / max(steps - 1, 1)
+        timesteps = (torch.arange(steps, dtype=torch.float64) * stride).round().long().flip(0)
     elif spacing == "leading":
         timesteps = (torch.arange(steps) * (TRAINING_STEPS // steps)).flip(0)
     else:
@@ -49,7 +51,13 @@ def respaced(steps: int, spacing: str = "linspace") -> NoiseSchedule:
 def from_sigmas(sigmas: Sequence[float] | Tensor) -> NoiseSchedule:
     """Schedule of falling noise levels (T + 1,); the timestep is the training step nearest in log sigma."""
     values = torch.as_tensor(sigmas, dtype=torch.float64)
-    if values.ndim != 1 or len(values) < 2 or not (values[:-1] > values[1:]).all() or values[-1] < 0:
+    if (
+        values.ndim != 1
+        or len(values) < 2
+        or not (values[:-1] > values[1:]).all()
+        or values[-1] < 0
+        or values[0].isinf()
+    ):
         raise ValueError("sigmas must be a falling sequence of at least two noise levels that ends at 0 or above.")
     alpha_bar = linear_alpha_bar()
     table = ((1 - alpha_bar) / alpha_bar).log() / 2

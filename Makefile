@@ -1,0 +1,38 @@
+# make demo    the built-in model in full precision and with Q&C, side by side
+# make test    all tests
+# make lint    ruff and mypy
+# make bench   speed and memory, ratios in one run
+# make experiment   the ablation behind the README's table (about an hour on two cores)
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin/python
+
+.PHONY: demo test lint bench experiment clean
+
+demo: $(VENV)/.demo
+	$(RUN) -m qandc_core demo
+
+test: $(VENV)/.test
+	$(RUN) -m pytest -q
+
+lint: $(VENV)/.test
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+bench: $(VENV)/.demo
+	$(RUN) -m qandc_core bench --out benchmarks/results
+
+experiment: $(VENV)/.demo
+	$(RUN) -m qandc_core experiment --out benchmarks/results
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.%: pyproject.toml | $(VENV)/bin/python
+	$(RUN) -m pip install -q -e ".[$*]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) out build *.egg-info

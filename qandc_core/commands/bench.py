@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from .common import log
+
+PARTS = ("cache", "linear", "model", "import", "end-to-end", "tap")
+
+
+def run(args: argparse.Namespace) -> None:
+    import torch
+
+    try:
+        from ..evaluation import benchmark
+        from ..evaluation.benchmark_tap import benchmark_tap
+    except ImportError as error:
+        raise ValueError("The benchmarks are left out of the registry archive; run them in a clone.") from error
+    from ..evaluation.experiment import hardware
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parts: dict[str, Any] = {
+        "cache": lambda: benchmark.bench_cache(device),
+        "linear": lambda: benchmark.bench_linear(device),
+        "model": lambda: benchmark.bench_model(device),
+        "import": benchmark.bench_import,
+        "end-to-end": lambda: benchmark.bench_end_to_end(device),
+        "tap": benchmark_tap,
+    }
+    result: dict[str, Any] = {"command": "python -m qandc_core bench", "hardware": hardware()}
+    for name in args.parts:
+        log(f"bench: {name}")
+        result[name] = parts[name]()
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"bench-{device}.json"
+    path.write_text(json.dumps(result, indent=1))
+    print(json.dumps(result, indent=1))
+    print(path)

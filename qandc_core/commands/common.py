@@ -1,0 +1,30 @@
+"""What the commands share."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import torch
+
+from ..models.dit import DiT
+from ..sampling.process import SamplingConfig
+
+
+def log(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def device(args: argparse.Namespace) -> torch.device:
+    return torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def load(args: argparse.Namespace) -> DiT:
+    from ..models import load_dit
+
+    return load_dit(args.model, device=device(args), num_heads=args.num_heads)
+
+
+def sampling(args: argparse.Namespace) -> SamplingConfig:
+    scale = args.cfg if args.cfg is not None else (2.0 if args.model == "demo" else 4.0)
+    return SamplingConfig(args.steps, scale, args.sampler)

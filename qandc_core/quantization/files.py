@@ -1,0 +1,115 @@
+"""A quantized DiT as one safetensors file: codes, scales and all other weights, with JSON metadata."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..calibration.file import FINGERPRINT, fingerprint
+from ..models.checkpoints import SAFETENSORS, read_safetensors
+from ..models.dit import DiT, DiTConfig
+from .linear import LinearFormat, QuantizedLinear
+from .model import named_linears, quantized_layers
+
+FORMAT, VERSION = "qandc-quantized-dit", 1
+
+
+def save_quantized(model: DiT, path: str | os.PathLike[str]) -> None:
+    """Writes a file that `load_quantized` and `load_dit` read back exactly; a failed write leaves the old file alone.
+
+    Raises ValueError on a model that is not our DiT or has no quantized layer.
+    """
+    layers = quantized_layers(model)
+    if not isinstance(model, DiT) or not layers:
+        raise ValueError(f"save_quantized needs this package's DiT with quantized layers, got {type(model).__name__}.")
+    path = Path(path)
+    header = {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": fingerprint(model),
+        "config": asdict(model.config),
+        "layers": {name: asdict(layer.format) for name, layer in layers.items()},
+    }
+    tensors = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        save_file(tensors, temporary, metadata={"format": "pt", "qandc": json.dumps(header)})
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_quantized(
+    path: str | os.PathLike[str], dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> DiT:
+    """Reads a file of `save_quantized`; backends are chosen here, on the machine that runs the model.
+
+    `dtype` casts everything but codes and scales; None keeps the file's. Raises FileNotFoundError or ValueError with
+    one sentence that says what is wrong.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no quantized DiT {path}; make one with: python -m qandc_core quantize.")
+    tensors, metadata = read_safetensors(path)
+    header = quantized_header(metadata)
+    if header is None:
+        raise ValueError(f"{path} is not a quantized DiT; expected a file that save_quantized wrote.")
+    if header["version"] != VERSION:
+        raise ValueError(f"{path} has format {header['version']}, this version reads {VERSION}; quantize again.")
+    model = DiT(DiTConfig(**header["config"]), device="meta")
+    linears = dict(named_linears(model))
+    for name, format in header["layers"].items():
+        linear = linears[name]
+        layer = QuantizedLinear(
+            linear.in_features, linear.out_features, linear.bias is not None, LinearFormat(**format), device="meta"
+        )
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, layer)
+    check_tensors(path, tensors, model.state_dict())
+    model.load_state_dict(tensors, assign=True)
+    setattr(model, FINGERPRINT, header["model"])
+    return model.to(device=device, dtype=dtype).eval()
+
+
+def quantized_header(metadata: Mapping[str, str]) -> dict[str, Any] | None:
+    """What `save_quantized` wrote of the model, or None in any other file."""
+    try:
+        header = json.loads(metadata.get("qandc", "null"))
+    except ValueError:
+        return None
+    return header if isinstance(header, dict) and header.get("format") == FORMAT else None
+
+
+def is_quantized(path: Path) -> bool:
+    """Whether the file says that `save_quantized` wrote it; reads no tensor."""
+    if path.suffix not in SAFETENSORS:
+        return False
+    try:
+        with safe_open(path, framework="pt") as file:
+            return quantized_header(file.metadata() or {}) is not None
+    except (SafetensorError, OSError):
+        return False
+
+
+def check_tensors(path: Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    odd = sorted(found.keys() ^ expected.keys())
+    if odd:
+        state = "lacks" if odd[0] in expected else "should not hold"
+        raise ValueError(f"{path} {state} {odd[0]} ({len(odd)} such tensors); quantize the model again.")
+    for key, tensor in expected.items():
+        kinds = tuple("floats" if t.is_floating_point() else str(t.dtype) for t in (found[key], tensor))
+        if found[key].shape != tensor.shape or kinds[0] != kinds[1]:
+            raise ValueError(
+                f"{path}: {key} has the shape {tuple(found[key].shape)} of {kinds[0]}, "
+                f"expected {tuple(tensor.shape)} of {kinds[1]}; quantize the model again."
+            )
