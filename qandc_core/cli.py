@@ -21,6 +21,19 @@ def at_least(minimum: int):
     return parse
 
 
+def bits(text: str) -> int:
+    value = int(text)
+    if not 2 <= value <= 8:
+        raise argparse.ArgumentTypeError(f"must be between 2 and 8, got {value}")
+    return value
+
+
+def safetensors(text: str) -> Path:
+    if not text.endswith(".safetensors"):
+        raise argparse.ArgumentTypeError(f"must end in .safetensors, got {text}")
+    return Path(text)
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="python -m qandc_core",
@@ -58,8 +71,8 @@ def add_cache(command: argparse.ArgumentParser) -> None:
 
 
 def add_bits(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--w-bits", type=int, default=8, help="bits of the weights, 2 to 8 (default 8)")
-    command.add_argument("--a-bits", type=int, default=8, help="bits of the activations, 2 to 8 (default 8)")
+    command.add_argument("--w-bits", type=bits, default=8, help="bits of the weights, 2 to 8 (default 8)")
+    command.add_argument("--a-bits", type=bits, default=8, help="bits of the activations, 2 to 8 (default 8)")
 
 
 def add_demo(commands) -> None:
@@ -93,8 +106,10 @@ def add_calibrate(commands) -> None:
     command.add_argument("--samples", type=at_least(1), default=800, help="candidates that calibrate")
     command.add_argument("--selection", default=None, help="tap, stratified or random (default: the best measured)")
     command.add_argument("--pairs", type=at_least(0), default=64, help="pairs of runs for the compensation, 0 for none")
+    command.add_argument("--optimal-steps", action="store_true",
+                         help="compute the DP-optimal steps, as many as the interval would")  # fmt: skip
     command.add_argument("--hessians", action="store_true", help="keep X^T X of every layer, for gptq rounding")
-    command.add_argument("--out", type=Path, required=True, help="calibration file to write (.safetensors)")
+    command.add_argument("--out", type=safetensors, required=True, help="calibration file to write (.safetensors)")
     command.set_defaults(run=calibrate.run)
 
 
@@ -104,7 +119,7 @@ def add_quantize(commands) -> None:
     add_bits(command)
     command.add_argument("--calibration", type=Path, help="calibration file: static activations (default: dynamic)")
     command.add_argument("--rounding", choices=("nearest", "gptq"), default="nearest")
-    command.add_argument("--out", type=Path, required=True, help="checkpoint to write (.safetensors)")
+    command.add_argument("--out", type=safetensors, required=True, help="checkpoint to write (.safetensors)")
     command.set_defaults(run=quantize.run)
 
 
@@ -112,13 +127,13 @@ def add_experiment(commands) -> None:
     command = commands.add_parser("experiment", help="the ablation: every part of the method on and off")
     add_model(command)
     add_sampling(command)
-    command.add_argument("--num-images", type=at_least(2), default=1000, help="images for each main row and seed")
+    command.add_argument("--num-images", type=at_least(4), default=1000, help="images for each main row and seed")
     command.add_argument("--seeds", type=at_least(0), nargs="+", default=[1, 2, 3])
     command.add_argument("--batch", type=at_least(1), default=125)
     command.add_argument(
         "--parts", nargs="+", choices=("main", "factors", "choice"), default=["main", "factors", "choice"]
     )
-    command.add_argument("--factor-images", type=at_least(2), default=256)
+    command.add_argument("--factor-images", type=at_least(4), default=256, help="images for each row of the factors")
     command.add_argument(
         "--draws", type=at_least(2), default=8, help="draws for each way to choose calibration samples"
     )
@@ -141,9 +156,10 @@ def add_bench(commands) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
+    args.argv = sys.argv[1:] if argv is None else list(argv)
     try:
         args.run(args)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"qandc_core {args.command}: {error}", file=sys.stderr)
         return 2
     return 0

@@ -15,7 +15,7 @@ def run(args: argparse.Namespace) -> None:
     bench = Workbench(model, config, plan)
     variant = replace(
         RECOMMENDED, bits=(args.w_bits, args.a_bits), interval=args.cache_interval, sampler=args.sampler,
-        steps=args.steps, selection=args.selection or RECOMMENDED.selection, static=True,
+        steps=args.steps, selection=args.selection or RECOMMENDED.selection, static=True, optimal=args.optimal_steps,
         rounding="gptq" if args.hessians else "nearest",
     )  # fmt: skip
     log(f"Sampling {args.trajectories} trajectories with cache interval {args.cache_interval}")
@@ -25,6 +25,8 @@ def run(args: argparse.Namespace) -> None:
         variance = bench.compensate(variant, bench.quantize(variant, calibration))
         assert variance is not None
         calibration = calibration.with_variance(variance)
+    if args.optimal_steps:
+        calibration = calibration.with_schedule(bench.schedule(variant))
     notes = {"cache_interval": args.cache_interval, "bits": [args.w_bits, args.a_bits], "selection": variant.selection}
     replace(calibration, notes=notes).save(args.out)
     print(args.out)

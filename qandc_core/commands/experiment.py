@@ -3,7 +3,6 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import sys
 from typing import Any
 
 from .common import device, load, log, sampling
@@ -36,7 +35,7 @@ def evaluate(args: argparse.Namespace, process: Any, log: Any) -> dict[str, Any]
     bench = Workbench(model, config, plan)
     time_batch, repeats = min(64, args.num_images), 3
     result: dict[str, Any] = {
-        "command": shlex.join(["python", "-m", "qandc_core", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "qandc_core", *args.argv]),
         "setup": {
             "model": args.model, "hardware": hardware(), "sampler": config.sampler, "steps": config.steps,
             "cfg_scale": config.cfg_scale, "images": args.num_images, "seeds": args.seeds, "processes": process.world,

@@ -15,6 +15,8 @@ class VarianceMoments:
     """
 
     def __init__(self, channels: int, eps: float = 1e-2):
+        if not eps > 0:
+            raise ValueError(f"eps must be above 0, got {eps}.")
         self.eps = eps
         self.plain = torch.zeros(6, channels, dtype=torch.float64)  # 1, xh, x', xh^2, x'^2, xh x'
         self.weighted = torch.zeros(5, channels, dtype=torch.float64)  # w times 1, xh, x', xh^2, xh x'

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..caching.attach import feature_cache
+from ..caching.attach import cache_bypassed, feature_cache
 from ..caching.state import CacheRun
 from ..models.dit import DiT
 from ..sampling.process import ReverseProcess, SamplingConfig
@@ -36,7 +36,8 @@ class PairedBatch:
 
     def advance(self, i: int, mean: Tensor, factor: Tensor) -> None:
         noise = self.source.draw().to(self.reference.device) if self.reference.needs_noise(i) else None
-        self.x, _ = self.reference.step(i, self.x, noise)
+        with cache_bypassed(self.reference.model):
+            self.x, _ = self.reference.step(i, self.x, noise)
         if self.cache is not None:
             self.cache.run = self.run
         self.xh, _ = self.accelerated.step(i, compensate(self.xh, mean, factor), noise)
@@ -74,21 +75,23 @@ def fit_variance_compensation(
     ]
     schedule, channels = config.schedule(), reference.config.in_channels
     means, factors = [], []
-    for i in range(len(schedule)):
-        mean, factor = torch.zeros(channels), torch.ones(channels)
-        if 0 < i and start * len(schedule) <= i < end * len(schedule):
-            moments = VarianceMoments(channels, eps)
-            for batch in batches:
-                moments.update(batch.x, batch.xh)
-            mean, factor = (v.float() for v in moments.factors(method))
-        for batch in batches:
-            batch.advance(i, mean, factor)
-        means.append(mean)
-        factors.append(factor)
-        if callback is not None:
-            callback(i, len(schedule))
     cache = feature_cache(accelerated)
-    if cache is not None:
-        cache.reset()
+    try:
+        for i in range(len(schedule)):
+            mean, factor = torch.zeros(channels), torch.ones(channels)
+            if 0 < i and start * len(schedule) <= i < end * len(schedule):
+                moments = VarianceMoments(channels, eps)
+                for batch in batches:
+                    moments.update(batch.x, batch.xh)
+                mean, factor = (v.float() for v in moments.factors(method))
+            for batch in batches:
+                batch.advance(i, mean, factor)
+            means.append(mean)
+            factors.append(factor)
+            if callback is not None:
+                callback(i, len(schedule))
+    finally:
+        if cache is not None:
+            cache.reset()
     sigmas = torch.tensor(schedule.sigmas[:-1], dtype=torch.float64)
     return VarianceCompensation(sigmas, torch.stack(means), torch.stack(factors), method)

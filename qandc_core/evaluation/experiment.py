@@ -55,6 +55,7 @@ def factor_rows() -> list[tuple[str, Variant]]:
         ("activations", replace(base, name="W4A4 dynamic per token", bits=(4, 4), static=False)),
         ("interval", replace(base, name="N = 5", interval=5)),
         ("granularity", replace(base, name="reuse after the gate (blocks)", mode="block")),
+        ("schedule", replace(base, name="DP-optimal steps, as many", optimal=True)),
         ("forecast", replace(base, name="order-1 forecast", order=1)),
         ("forecast", replace(base, name="order-1 forecast, no VC", order=1, compensation=None)),
         ("VC method", replace(base, name="VC off", compensation=None)),

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from ..caching.attach import apply_cache_to_dit
+from ..caching.schedules import optimal_schedule
+from ..calibration.distances import feature_distances
 from ..calibration.file import Calibration, fingerprint
 from ..calibration.pool import CandidatePool, collect_pool, collect_statistics
 from ..calibration.selection import random_select, stratified_select
@@ -28,7 +30,8 @@ CALIBRATION_SEED, FIT_SEED = 501, 502
 @dataclass(frozen=True)
 class Variant:
     """`bits` (weights, activations) None leaves full precision; `interval` 1 caches nothing; `compensation` names the
-    VC method; `selection` says how calibration samples are drawn for static activations or GPTQ.
+    VC method; `selection` says how calibration samples are drawn for static activations or GPTQ; `optimal` computes
+    as many steps as the interval does, but those that the DP schedule picks.
     """
 
     name: str
@@ -41,8 +44,14 @@ class Variant:
     rounding: str = "nearest"
     mode: str = "branch"
     order: int = 0
+    optimal: bool = False
     sampler: str = "ddpm"
     steps: int = 50
+
+    @property
+    def cache(self) -> tuple[Any, ...]:
+        """What decides the trajectories that calibration sees."""
+        return (self.interval, self.optimal, self.mode, self.order, self.sampler, self.steps)
 
     @property
     def needs_calibration(self) -> bool:
@@ -125,11 +134,22 @@ class Workbench:
         """A full-precision copy with the variant's cache."""
         model = copy.deepcopy(self.model)
         if variant.interval > 1:
-            apply_cache_to_dit(model, variant.interval, mode=variant.mode, order=variant.order)
+            steps = self.schedule(variant) if variant.optimal else None
+            apply_cache_to_dit(model, variant.interval, steps=steps, mode=variant.mode, order=variant.order)
         return model
 
+    def schedule(self, variant: Variant) -> tuple[int, ...]:
+        """The DP-optimal steps, measured on full-precision trajectories."""
+        key = ("schedule", variant.interval, variant.sampler, variant.steps)
+        if key not in self.made:
+            config = self.config(variant)
+            labels = balanced_labels(min(16, self.plan.trajectories), self.model.config.num_classes)
+            distances = feature_distances(self.model, labels, config, seed=CALIBRATION_SEED)
+            self.made[key] = optimal_schedule(distances, len(range(0, variant.steps, variant.interval)))
+        return self.made[key]
+
     def pool(self, variant: Variant) -> CandidatePool:
-        key = ("pool", variant.interval, variant.mode, variant.order, variant.sampler, variant.steps)
+        key = ("pool", variant.cache)
         if key not in self.made:
             labels = balanced_labels(self.plan.trajectories, self.model.config.num_classes)
             self.made[key] = collect_pool(
@@ -150,8 +170,7 @@ class Workbench:
         return Calibration(fingerprint(self.model), statistics, sampling=config)
 
     def calibration(self, variant: Variant) -> Calibration:
-        key = ("calibration", variant.interval, variant.mode, variant.order, variant.sampler, variant.steps,
-               variant.selection, variant.rounding)  # fmt: skip
+        key = ("calibration", variant.cache, variant.selection, variant.rounding)
         if key not in self.made:
             pool = self.pool(variant)
             blocks = block_features(self.model, pool) if "blocks" in variant.selection else None

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from .backends import PackedWeight, int_mm, kitchen_mm, pick_backend, simulated_matmul
 from .quantizer import Grid, pack_int4, quantize, token_grid, unpack_int4
 
+# Temporaries of a thousand rows stay in the CPU's cache; those of a whole batch are paged in anew at every call.
+CPU_ROWS = 1024
+
 
 @dataclass(frozen=True)
 class LinearFormat:
@@ -116,17 +119,21 @@ class QuantizedLinear(nn.Module):
         backend = pick_backend(x.device, self.format.w_bits) if self.backend == "auto" else self.backend
         if backend == "kitchen" and not self.format.static and self.format.symmetric and self.format.a_bits == 8:
             return self.kitchen_linear(rows).view(*x.shape[:-1], self.out_features)
-        grid = self.input_grid(rows.float())
-        codes = quantize(rows.float(), grid)
-        y = self.rescale(self.matmul(codes, backend), codes, grid)
-        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+        y = torch.empty(len(rows), self.out_features, dtype=x.dtype, device=x.device)
+        block = CPU_ROWS if x.device.type == "cpu" else max(1, len(rows))
+        weights = None if backend == "onednn" else self.weight_codes()
+        for part, out in zip(rows.split(block), y.split(block)):
+            grid = self.input_grid(part.float())
+            codes = quantize(part.float(), grid)
+            out.copy_(self.rescale(self.matmul(codes, backend, weights), codes, grid))
+        return y.view(*x.shape[:-1], self.out_features)
 
-    def matmul(self, codes: Tensor, backend: str) -> Tensor:
+    def matmul(self, codes: Tensor, backend: str, weights: Tensor | None = None) -> Tensor:
         """Integer product of input codes (M, K) and weight codes, exact on every backend."""
         if backend == "onednn":
             return self.blocked().matmul(codes)
         function = {"int_mm": int_mm, "kitchen": kitchen_mm, "simulated": simulated_matmul}[backend]
-        return function(codes, self.weight_codes())
+        return function(codes, self.weight_codes() if weights is None else weights)
 
     def blocked(self) -> PackedWeight:
         if self._blocked is None:

@@ -34,8 +34,8 @@ class GivenNoise:
     def __init__(self, noise: Tensor, seed: int, indices: Sequence[int], channels: int):
         if noise.ndim not in (4, 5) or tuple(noise.shape[-4:-2]) != (len(indices), channels):
             raise ValueError(
-                f"noise must be (N, C, H, W) or (1 + steps, N, C, H, W) for {len(indices)} images of {channels} channels, "
-                f"got {tuple(noise.shape)}."
+                f"noise must be (N, C, H, W) or (1 + steps, N, C, H, W) for {len(indices)} images of {channels} "
+                f"channels, got {tuple(noise.shape)}."
             )
         self.queue = list(noise) if noise.ndim == 5 else [noise]
         self.own = ImageNoise(seed, indices, noise.shape[-3:])

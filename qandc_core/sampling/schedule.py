@@ -38,7 +38,7 @@ def respaced(steps: int, spacing: str = "linspace") -> NoiseSchedule:
     if not 1 <= steps <= TRAINING_STEPS:
         raise ValueError(f"steps must be between 1 and {TRAINING_STEPS}, got {steps}.")
     if spacing == "linspace":
-        # numpy's arithmetic: torch.linspace breaks the ties at 499.5 differently, so odd step counts would miss diffusers'
+        # numpy's arithmetic, as in diffusers: torch.linspace falls on the other side of 499.5 for some step counts
         stride = (TRAINING_STEPS - 1) / max(steps - 1, 1)
         timesteps = (torch.arange(steps, dtype=torch.float64) * stride).round().long().flip(0)
     elif spacing == "leading":

@@ -1,0 +1,50 @@
+"""How far each branch's output moves from step to step: what optimal_schedule minimises."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+
+from ..caching.attach import cache_bypassed
+from ..models.dit import DiT
+from ..sampling.process import ReverseProcess, SamplingConfig
+
+
+@torch.inference_mode()
+def feature_distances(
+    model: DiT, class_labels: Sequence[int] | Tensor, config: SamplingConfig, *, values: int = 4096, seed: int = 0
+) -> Tensor:
+    """distances (T, T), upper triangular: mean over the attention and MLP branches of |f_i - f_j| / |f_j|, i < j.
+
+    One full trajectory for each label; of every branch a fixed random `values` of its outputs are kept for each step.
+    """
+    process = ReverseProcess(model, class_labels, config)
+    source = process.noise_source(seed, range(len(process.labels)))
+    generator, picks = torch.Generator().manual_seed(seed), dict[str, Tensor]()
+    kept: dict[str, list[Tensor]] = {}
+
+    def keep(name: str, out: Tensor) -> None:
+        flat = out.flatten()
+        if name not in picks:
+            picks[name] = torch.randint(flat.numel(), (values,), generator=generator).to(out.device)
+        kept.setdefault(name, []).append(flat[picks[name]].float().cpu())
+
+    with ExitStack() as stack:
+        stack.enter_context(cache_bypassed(model))
+        for i, block in enumerate(model.blocks):
+            for part in ("attn", "mlp"):
+                module: nn.Module = block.get_submodule(part)
+                name = f"{i}.{part}"
+                stack.callback(module.register_forward_hook(lambda _, args, out, name=name: keep(name, out)).remove)
+        x = source.draw().to(process.device)
+        for i in range(len(process)):
+            x, _ = process.step(i, x, source.draw().to(process.device) if process.needs_noise(i) else None)
+    total = torch.zeros(len(process), len(process), dtype=torch.float64)
+    for outputs in kept.values():
+        # Split guidance runs a branch twice in a step; the conditions lie side by side.
+        features = torch.stack(outputs).view(len(process), -1).double()
+        total += torch.cdist(features, features) / features.norm(dim=1).clamp(min=1e-12)[None]
+    return torch.triu(total / len(kept), diagonal=1)
