@@ -49,6 +49,10 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def add_command(commands, name: str, text: str) -> argparse.ArgumentParser:
+    return commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+
+
 def add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--model", default="demo", help='"demo" (the built-in model), a DiT checkpoint file, or a diffusers folder'
@@ -59,7 +63,7 @@ def add_model(command: argparse.ArgumentParser) -> None:
 
 def add_sampling(command: argparse.ArgumentParser) -> None:
     command.add_argument("--steps", type=at_least(1), default=50, help="sampling steps (default 50)")
-    command.add_argument("--sampler", choices=("ddpm", "ddim"), default="ddpm")
+    command.add_argument("--sampler", choices=("ddpm", "ddim"), default="ddpm", help="sampler (default ddpm)")
     command.add_argument(
         "--cfg", type=float, default=None, help="guidance scale (default 2 for the demo model, else 4)"
     )
@@ -76,20 +80,20 @@ def add_bits(command: argparse.ArgumentParser) -> None:
 
 
 def add_demo(commands) -> None:
-    command = commands.add_parser("demo", help="the built-in model in full precision and with Q&C, side by side")
+    command = add_command(commands, "demo", "the built-in model in full precision and with Q&C, side by side")
     command.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for the picture and the report")
-    command.add_argument("--images", type=at_least(1), default=20)
-    command.add_argument("--seed", type=at_least(0), default=0)
+    command.add_argument("--images", type=at_least(1), default=20, help="images in every row (default 20)")
+    command.add_argument("--seed", type=at_least(0), default=0, help="seed of the noise (default 0)")
     command.set_defaults(run=demo.run)
 
 
 def add_generate(commands) -> None:
-    command = commands.add_parser("generate", help="sample images of given classes")
+    command = add_command(commands, "generate", "sample images of given classes")
     add_model(command)
     add_sampling(command)
     add_cache(command)
     command.add_argument("--classes", type=int, nargs="+", required=True, help="class ids, one for each image")
-    command.add_argument("--seed", type=at_least(0), default=0)
+    command.add_argument("--seed", type=at_least(0), default=0, help="seed of the noise (default 0)")
     command.add_argument("--calibration", type=Path, help="calibration file; brings its variance compensation")
     command.add_argument("--vae", help="folder of a diffusers VAE, for models that sample latents")
     command.add_argument("--out", type=Path, default=Path("out/images.png"), help="picture to write")
@@ -97,14 +101,16 @@ def add_generate(commands) -> None:
 
 
 def add_calibrate(commands) -> None:
-    command = commands.add_parser("calibrate", help="gather statistics with the cache on, and fit the compensation")
+    command = add_command(commands, "calibrate", "gather statistics with the cache on, and fit the compensation")
     add_model(command)
     add_sampling(command)
     add_cache(command)
     add_bits(command)
     command.add_argument("--trajectories", type=at_least(1), default=64, help="runs the candidates come from")
     command.add_argument("--samples", type=at_least(1), default=800, help="candidates that calibrate")
-    command.add_argument("--selection", default=None, help="tap, stratified or random (default: the best measured)")
+    command.add_argument("--selection", default=None,
+                         help="random, stratified, tap or tap-blocks; tap@5 sets a time scale of 5 steps, -computed "
+                              "keeps to computed steps (default: the best measured)")  # fmt: skip
     command.add_argument("--pairs", type=at_least(0), default=64, help="pairs of runs for the compensation, 0 for none")
     command.add_argument("--optimal-steps", action="store_true",
                          help="compute the DP-optimal steps, as many as the interval would")  # fmt: skip
@@ -114,32 +120,32 @@ def add_calibrate(commands) -> None:
 
 
 def add_quantize(commands) -> None:
-    command = commands.add_parser("quantize", help="write a quantized checkpoint")
+    command = add_command(commands, "quantize", "write a quantized checkpoint")
     add_model(command)
     add_bits(command)
     command.add_argument("--calibration", type=Path, help="calibration file: static activations (default: dynamic)")
-    command.add_argument("--rounding", choices=("nearest", "gptq"), default="nearest")
+    command.add_argument("--rounding", choices=("nearest", "gptq"), default="nearest",
+                         help="how weights are rounded; gptq needs a calibration with --hessians")  # fmt: skip
     command.add_argument("--out", type=safetensors, required=True, help="checkpoint to write (.safetensors)")
     command.set_defaults(run=quantize.run)
 
 
 def add_experiment(commands) -> None:
-    command = commands.add_parser("experiment", help="the ablation: every part of the method on and off")
+    command = add_command(commands, "experiment", "the ablation: every part of the method on and off")
     add_model(command)
     add_sampling(command)
     command.add_argument("--num-images", type=at_least(4), default=1000, help="images for each main row and seed")
-    command.add_argument("--seeds", type=at_least(0), nargs="+", default=[1, 2, 3])
-    command.add_argument("--batch", type=at_least(1), default=125)
-    command.add_argument(
-        "--parts", nargs="+", choices=("main", "factors", "choice"), default=["main", "factors", "choice"]
-    )
+    command.add_argument("--seeds", type=at_least(0), nargs="+", default=[1, 2, 3], help="seeds of the main rows")
+    command.add_argument("--batch", type=at_least(1), default=125, help="images sampled at once")
+    command.add_argument("--parts", nargs="+", choices=("main", "factors", "choice"),
+                         default=["main", "factors", "choice"], help="tables to make (default all)")  # fmt: skip
     command.add_argument("--factor-images", type=at_least(4), default=256, help="images for each row of the factors")
     command.add_argument(
         "--draws", type=at_least(2), default=8, help="draws for each way to choose calibration samples"
     )
-    command.add_argument("--trajectories", type=at_least(1), default=64)
-    command.add_argument("--samples", type=at_least(1), default=800)
-    command.add_argument("--pairs", type=at_least(1), default=256)
+    command.add_argument("--trajectories", type=at_least(1), default=64, help="runs the candidates come from")
+    command.add_argument("--samples", type=at_least(1), default=800, help="candidates that calibrate")
+    command.add_argument("--pairs", type=at_least(1), default=256, help="pairs of runs for the compensation")
     command.add_argument("--vae", help="folder of a diffusers VAE (ImageNet models)")
     command.add_argument("--inception", help="FID Inception weights (ImageNet models)")
     command.add_argument("--reference", help="ADM reference batch .npz (ImageNet models)")
@@ -148,8 +154,9 @@ def add_experiment(commands) -> None:
 
 
 def add_bench(commands) -> None:
-    command = commands.add_parser("bench", help="speed and memory of every part, as ratios within one run")
-    command.add_argument("--parts", nargs="+", choices=bench.PARTS, default=list(bench.PARTS))
+    command = add_command(commands, "bench", "speed and memory of every part, as ratios within one run")
+    command.add_argument("--parts", nargs="+", choices=bench.PARTS, default=list(bench.PARTS),
+                         help="what to measure (default all)")  # fmt: skip
     command.add_argument("--out", type=Path, default=Path("out/bench"), help="folder for JSON and table")
     command.set_defaults(run=bench.run)
 

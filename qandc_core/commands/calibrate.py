@@ -8,8 +8,9 @@ from .common import load, log, sampling
 
 def run(args: argparse.Namespace) -> None:
     from ..evaluation.demo import RECOMMENDED
-    from ..evaluation.variants import CalibrationPlan, Workbench
+    from ..evaluation.variants import CalibrationPlan, Workbench, split_selection
 
+    split_selection(args.selection or RECOMMENDED.selection)  # before minutes of sampling
     model, config = load(args), sampling(args)
     plan = CalibrationPlan(args.trajectories, args.samples, min(100, args.samples), args.pairs)
     bench = Workbench(model, config, plan)

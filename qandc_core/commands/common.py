@@ -16,13 +16,11 @@ def log(text: str) -> None:
 
 
 def device(args: argparse.Namespace) -> torch.device:
+    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        found = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise ValueError(f"--device must name a device that torch knows, such as cpu or cuda, got {args.device}.") from error
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("torch finds no CUDA device here; leave --device out, or give --device cpu.")
-    return found
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"torch has no device {name} here; leave --device out, or give --device cpu.") from error
 
 
 def load(args: argparse.Namespace) -> DiT:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+from collections.abc import Iterator
 from typing import Any
 
 from .common import device, load, log, sampling
@@ -12,12 +13,15 @@ def run(args: argparse.Namespace) -> None:
     from ..evaluation.sharding import distributed
 
     with distributed() as process:
-        result = evaluate(args, process, log if process.rank == 0 else lambda _: None)
+        for result in evaluate(args, process, log if process.rank == 0 else lambda _: None):
+            if process.rank == 0:
+                write(args, result)
         if process.rank == 0:
-            write(args, result)
+            print((args.out / "ablation.md").read_text())
 
 
-def evaluate(args: argparse.Namespace, process: Any, log: Any) -> dict[str, Any]:
+def evaluate(args: argparse.Namespace, process: Any, log: Any) -> Iterator[dict[str, Any]]:
+    """The result, again after each part, so that hours of work are not lost to a later one."""
     from ..evaluation.calibration_choice import ChoiceSizes, calibration_choice
     from ..evaluation.experiment import Evaluation, Experiment, hardware, real_floor, run_factors, run_main
     from ..evaluation.judges import DigitsJudge, InceptionJudge, Judge
@@ -46,12 +50,14 @@ def evaluate(args: argparse.Namespace, process: Any, log: Any) -> dict[str, Any]
     main = Evaluation(args.num_images, tuple(args.seeds), args.batch)
     if "main" in args.parts:
         result["main"] = run_main(Experiment(bench, judge, main, process, log), time_batch, repeats)
+        yield result
     if "factors" in args.parts:
         few = Evaluation(args.factor_images, tuple(args.seeds[:1]), args.batch)
         result["factors"] = run_factors(Experiment(bench, judge, few, process, log))
+        yield result
     if "choice" in args.parts:
         result["choice"] = calibration_choice(bench, ChoiceSizes(args.draws), log)
-    return result
+        yield result
 
 
 def write(args: argparse.Namespace, result: dict[str, Any]) -> None:
@@ -62,4 +68,3 @@ def write(args: argparse.Namespace, result: dict[str, Any]) -> None:
     (args.out / "ablation.md").write_text(markdown(result))
     if "main" in result:
         plot_main(result, args.out / "ablation.png")
-    print(markdown(result))

@@ -1,43 +1,57 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
-from torch import Tensor
-
+from ..calibration.file import Calibration, load_calibration
+from ..sampling.process import SamplingConfig
 from .common import load, log, sampling
 
 
 def run(args: argparse.Namespace) -> None:
     from ..caching.attach import apply_cache_to_dit
-    from ..calibration.file import load_calibration
     from ..evaluation.figure import to_pil
+    from ..evaluation.judges import decode, load_vae
     from ..sampling.generate import generate
 
+    check_picture(args.out)
     model, config = load(args), sampling(args)
+    channels = model.config.in_channels
+    if channels != 3 and args.vae is None:
+        raise ValueError(f"This model samples latents with {channels} channels; give the VAE that decodes them: --vae.")
+    vae = load_vae(args.vae, model.pos_embed.device) if channels != 3 else None
     calibration = load_calibration(args.calibration) if args.calibration else None
     if calibration is not None:
         calibration.check_model(model)
+        check_run(calibration, config, args.cache_interval)
     apply_cache_to_dit(model, args.cache_interval, steps=calibration.schedule if calibration else None)
     compensation = calibration.variance if calibration else None
     x, report = generate(
         model, args.classes, config.steps, config.cfg_scale, config.sampler, args.seed,
         compensation=compensation, progress=True,
     )  # fmt: skip
-    images = decode(x, args.vae)
+    images = x if vae is None else decode(vae, x)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     to_pil(images.cpu(), max(128, images.shape[-1])).save(args.out)
     log(report.summary())
     print(args.out)
 
 
-def decode(x: Tensor, vae: str | None) -> Tensor:
-    if x.shape[1] == 3:
-        return x
-    if vae is None:
-        raise ValueError(
-            f"This model samples latents with {x.shape[1]} channels; give the VAE that decodes them: --vae."
-        )
-    from diffusers import AutoencoderKL
+def check_picture(path: Path) -> None:
+    from PIL import Image
 
-    decoder = AutoencoderKL.from_pretrained(vae).to(x.device).eval()
-    return decoder.decode(x / decoder.config.scaling_factor).sample
+    if path.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"--out must name a picture, such as {path.with_suffix('.png')}, got {path}.")
+
+
+def check_run(calibration: Calibration, config: SamplingConfig, interval: int) -> None:
+    """A variance compensation fits the sampler and cache that it was measured with, no other."""
+    if calibration.variance is None:
+        return
+    made, noted = calibration.sampling, calibration.notes.get("cache_interval", interval)
+    if noted != interval or made not in (None, config):
+        fitted = "" if made is None else f"--sampler {made.sampler} --steps {made.steps} --cfg {made.cfg_scale:g} "
+        raise ValueError(
+            f"The variance compensation of this calibration was fitted for {fitted}--cache-interval {noted}; "
+            "sample with these, or calibrate again."
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,8 +24,8 @@ class VarianceCompensation:
     factor: Tensor
     method: str = "variance_match"
 
-    def correct(self, x: Tensor, sigma: float) -> Tensor:
-        """Corrects x before the step that starts at sigma. Raises ValueError where none was fitted for it."""
+    def find(self, sigma: float) -> int:
+        """Index of the fitted noise level sigma. Raises ValueError where there is none."""
         gap = (self.sigmas - sigma).abs() / max(sigma, 1e-6)
         nearest = int(gap.argmin())
         if gap[nearest] > 1e-3:
@@ -32,6 +33,20 @@ class VarianceCompensation:
                 f"The variance compensation was fitted on {len(self.sigmas)} other noise levels and has none for "
                 f"sigma {sigma:.4g}; fit it again with the sampler, steps and spacing that are used now."
             )
+        return nearest
+
+    def check(self, sigmas: Sequence[float]) -> None:
+        """Raises ValueError unless a run's noise levels are consecutive fitted ones: K depends on the step before."""
+        found = [self.find(sigma) for sigma in sigmas]
+        if found != list(range(found[0], found[0] + len(found))):
+            raise ValueError(
+                f"The variance compensation was fitted on {len(self.sigmas)} noise levels and this run skips some of "
+                "them; fit it again with the sampler, steps and spacing that are used now."
+            )
+
+    def correct(self, x: Tensor, sigma: float) -> Tensor:
+        """Corrects x before the step that starts at sigma. Raises ValueError where none was fitted for it."""
+        nearest = self.find(sigma)
         if torch.equal(self.factor[nearest], torch.ones_like(self.factor[nearest])):
             return x
         return compensate(x, self.mean[nearest], self.factor[nearest])

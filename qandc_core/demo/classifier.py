@@ -44,7 +44,7 @@ def classify(model: DigitsClassifier, images: Tensor, batch: int = 250) -> tuple
 
 
 def load_classifier() -> tuple[DigitsClassifier, dict[str, Tensor]]:
-    """The shipped classifier, and the features of real digits: held_out (2000, 64) and training (2000, 64)."""
+    """The shipped classifier, and the features of real digits: held_out (2004, 64) and training (2004, 64)."""
     tensors = load_file(WEIGHTS)
     real = {key.removeprefix("real."): tensors.pop(key).float() for key in list(tensors) if key.startswith("real.")}
     model = DigitsClassifier()

@@ -39,7 +39,7 @@ class ChoiceSizes:
 
 
 def biased(pool: CandidatePool, share: float = 0.95, seed: int = 0) -> CandidatePool:
-    """A pool of half the size in which `share` of the samples lie in the last third of the steps."""
+    """A pool of at most half the size in which `share` of the samples lie in the last third of the steps."""
     generator = torch.Generator().manual_seed(seed)
     late = pool.steps >= 2 * int(pool.steps.max() + 1) / 3
     count = min(len(pool) // 2, int(late.sum() / share))

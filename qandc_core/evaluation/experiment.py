@@ -211,7 +211,7 @@ def measure_time(
 
 
 def real_floor(judge: Judge, count: int, draws: int = 3) -> dict[str, float] | None:
-    """Frechet distance of `count` other real images from the reference, over random draws."""
+    """Frechet distance of `count` other real images, or as many as there are, from the reference, over random draws."""
     features = judge.reference.floor_features
     if features is None:
         return None
@@ -222,7 +222,9 @@ def real_floor(judge: Judge, count: int, draws: int = 3) -> dict[str, float] | N
         )
         for _ in range(draws)
     ])  # fmt: skip
-    return {"mean": float(values.mean()), "standard_error": standard_error(values)}
+    return {
+        "images": min(count, len(features)), "mean": float(values.mean()), "standard_error": standard_error(values),
+    }  # fmt: skip
 
 
 def hardware() -> dict[str, Any]:
@@ -246,7 +248,8 @@ def run_main(experiment: Experiment, time_batch: int, time_repeats: int) -> dict
                           time_batch, time_repeats)  # fmt: skip
     for name, values in timing.items():
         log(f"{name:32} {values['seconds']:.2f} s  {values['speedup']:.2f}x")
-    fewer = max(1, round(steps / timing["+ TAP + VC"]["speedup"]))
+    # Clocks differ between processes, but all must sample the same number of steps: that of rank 0.
+    fewer = int(all_gather_tensors(torch.tensor([max(1, round(steps / timing["+ TAP + VC"]["speedup"]))]))[0])
     rows = [replace(v, steps=steps, sampler=bench.sampling.sampler) for v in MAIN_ROWS]
     rows.append(replace(rows[0], name=f"full precision, {fewer} steps", steps=fewer))
     timing[rows[-1].name] = measure_time(bench, [rows[0], rows[-1]], time_batch, time_repeats)[rows[-1].name]

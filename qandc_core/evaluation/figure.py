@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-MARGIN, LABEL_WIDTH, CAPTION = 12, 230, 22
+MARGIN, LABEL_WIDTH, CAPTION = 12, 260, 22
 INK, MUTED, PAPER = (32, 36, 44), (110, 116, 128), (250, 250, 252)
 COMPUTED, REUSED = (38, 110, 190), (205, 216, 230)
 
@@ -54,10 +54,11 @@ def difference(images: Tensor, reference: Tensor, gain: float) -> Tensor:
 def comparison_figure(rows: Sequence[FigureRow], title: str, size: int = 72, gain: float = 4.0) -> Image.Image:
     """Each row's images; for every row after the first, its difference from the first, enlarged `gain` times."""
     strip_width = len(rows[0].images) * (size + 4) - 4
-    width = MARGIN * 3 + LABEL_WIDTH + strip_width
+    big, small = ImageFont.load_default(17), ImageFont.load_default(13)
+    width = max(MARGIN * 3 + LABEL_WIDTH + strip_width, MARGIN * 2 + round(big.getlength(title)))
     row_heights = [size + 16 + MARGIN + (size if i else 0) + (4 if i else 0) for i in range(len(rows))]
     figure = Image.new("RGB", (width, MARGIN * 2 + CAPTION + sum(row_heights) + MARGIN), PAPER)
-    draw, big, small = ImageDraw.Draw(figure), ImageFont.load_default(17), ImageFont.load_default(13)
+    draw = ImageDraw.Draw(figure)
     draw.text((MARGIN, MARGIN), title, INK, big)
     top, left = MARGIN * 2 + CAPTION, MARGIN * 2 + LABEL_WIDTH
     for i, (row, height) in enumerate(zip(rows, row_heights)):

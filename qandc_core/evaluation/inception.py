@@ -220,11 +220,12 @@ class Inception(nn.Module):
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
-    if Path(path).suffix == ".safetensors":
-        from safetensors.torch import load_file
+    from ..models.checkpoints import read_pickle, read_safetensors
 
-        return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There are no Inception weights at {path}.")
+    return read_safetensors(path)[0] if path.suffix == ".safetensors" else read_pickle(path)
 
 
 def check_state(state: dict[str, Tensor], model: Inception, path: str | Path) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -58,23 +59,37 @@ class DigitsJudge:
         return Judgement(*classify(self.model, images))
 
 
+def load_vae(folder: str | Path, device: torch.device) -> Any:
+    # diffusers would take a folder that is not there for the name of a model to download.
+    if not (Path(folder) / "config.json").is_file():
+        raise ValueError(f"There is no diffusers VAE in {folder}; expected a folder with config.json and weights.")
+    from diffusers import AutoencoderKL
+
+    # low_cpu_mem_usage would need accelerate, and diffusers warns where it is missing.
+    vae = AutoencoderKL.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False)
+    return vae.to(device).eval()
+
+
+@torch.inference_mode()
+def decode(vae: Any, samples: Tensor) -> Tensor:
+    """Latents (N, C, H, W) to images in [-1, 1], on the CPU."""
+    scaled = samples / vae.config.scaling_factor
+    return torch.cat([vae.decode(part.to(vae.device)).sample.cpu() for part in scaled.split(8)])
+
+
 class InceptionJudge:
     """FID, sFID, inception score and precision as the ADM suite defines them, on images decoded by a diffusers VAE."""
 
     def __init__(self, inception: str | Path, vae: str | Path, reference: str | Path, device: torch.device):
-        from diffusers import AutoencoderKL
-
         from .inception import load_inception, preprocess_adm
 
         self.device = device
         self.model = load_inception(inception, preprocess=preprocess_adm).to(device).eval()
-        self.vae = AutoencoderKL.from_pretrained(vae).to(device).eval()
+        self.vae = load_vae(vae, device)
         self.reference = self.read_reference(reference)
 
-    @torch.inference_mode()
     def decode(self, samples: Tensor) -> Tensor:
-        scale = self.vae.config.scaling_factor
-        return torch.cat([self.vae.decode(part.to(self.device) / scale).sample.cpu() for part in samples.split(8)])
+        return decode(self.vae, samples)
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Judgement:
@@ -94,10 +109,15 @@ class InceptionJudge:
         """An ADM reference batch: .npz with mu, sigma, mu_s, sigma_s and, for precision and recall, images arr_0."""
         import numpy as np
 
+        if not zipfile.is_zipfile(path):
+            raise ValueError(f"There is no complete .npz file {path}; expected an ADM reference batch.")
         data = np.load(path, allow_pickle=False)
         missing = [key for key in ("mu", "sigma", "mu_s", "sigma_s") if key not in data]
         if missing:
             raise ValueError(f"{path} lacks {', '.join(missing)}; expected an ADM reference batch (.npz).")
+        width = self.model.fc.in_features
+        if data["mu"].shape != (width,):
+            raise ValueError(f"{path} has {data['mu'].size} features, the Inception network {width}; they must match.")
         pooled, spatial = (
             FeatureStatistics(2, torch.from_numpy(data[mean]).double(), torch.from_numpy(data[cov]).double())
             for mean, cov in (("mu", "sigma"), ("mu_s", "sigma_s"))

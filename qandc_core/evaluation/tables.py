@@ -61,23 +61,25 @@ def choice_table(results: list[dict[str, Any]]) -> str:
 def markdown(result: dict[str, Any]) -> str:
     """The whole report."""
     setup = result["setup"]
+    errors = "over the seeds" if len(setup["seeds"]) > 1 else "over the images, where one seed has them"
     parts = [
         "# Ablation",
         f"`{result['command']}`",
         f"{setup['hardware']['device']}, {setup['hardware']['threads']} threads, torch {setup['hardware']['torch']}. "
         f"Model {setup['model']}, {setup['sampler']} {setup['steps']} steps, guidance {setup['cfg_scale']}, "
-        f"{setup['images']} images x {len(setup['seeds'])} seeds; errors are standard errors over the seeds. "
+        f"{setup['images']} images, seeds {', '.join(map(str, setup['seeds']))}; errors are standard errors {errors}. "
         f"Time: batch of {setup['time_batch']}, median of {setup['time_repeats']} interleaved runs.",
     ]
     if result.get("floor"):
         parts.append(
-            f"FD of {setup['images']} real images from the reference: {result['floor']['mean']:.2f} "
+            f"FD of {result['floor']['images']} real images from the reference: {result['floor']['mean']:.2f} "
             f"+- {result['floor']['standard_error']:.2f}."
         )
     if result.get("main"):
         parts.append(metrics_table(result["main"]["rows"], result["main"]["timing"]))
     if result.get("factors"):
-        parts += ["## Other factors, one at a time", f"{setup['factor_images']} images, one seed; errors over the images.",
+        parts += ["## Other factors, one at a time",
+                  f"{setup['factor_images']} images, one seed; errors over the images.",
                   factor_table(result["factors"])]  # fmt: skip
     if result.get("choice"):
         draws = result["choice"][0]["draws"]

@@ -25,6 +25,7 @@ from ..sampling.process import SamplingConfig
 
 # Seeds of calibration and fitting lie apart from those of the images that are judged.
 CALIBRATION_SEED, FIT_SEED = 501, 502
+SELECTIONS = ("random", "stratified", "tap", "tap-blocks")
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,21 @@ def block_features(model: DiT, pool: CandidatePool, batch: int = 128) -> Tensor:
     return (features - features.mean(0)) / features.std(0).clamp(min=1e-6)
 
 
+def split_selection(method: str) -> tuple[str, float]:
+    """Kind and TAP time scale of a method that select() takes; ValueError for any other."""
+    kind, at, scale = method.removesuffix("-computed").partition("@")
+    try:
+        number = float(scale) if at else 1.0
+    except ValueError:
+        number = 0.0
+    if kind not in SELECTIONS or not 0 < number < float("inf") or (at and not kind.startswith("tap")):
+        raise ValueError(
+            f"selection must be one of {', '.join(SELECTIONS)}, for tap with @ and a time scale in steps, with "
+            f"-computed at the end for computed steps only (tap@5-computed, say); got {method!r}."
+        )
+    return kind, number
+
+
 def select(
     method: str, pool: CandidatePool, plan: CalibrationPlan, seed: int = 0, blocks: Tensor | None = None
 ) -> Tensor:
@@ -105,16 +121,14 @@ def select(
         kept = pool.computed.nonzero().flatten()
         part = None if blocks is None else blocks[kept]
         return kept[select(method.removesuffix("-computed"), pool.subset(kept), plan, seed, part)]
-    kind, _, scale = method.partition("@")
+    kind, scale = split_selection(method)
     if kind == "random":
         return random_select(len(pool), plan.samples, seed)
     if kind == "stratified":
         return stratified_select(pool.steps, plan.samples, seed)
     features = {"tap": pool.features, "tap-blocks": blocks}[kind]
     assert features is not None
-    return tap_select(
-        features, pool.steps, plan.samples, plan.clusters, time_scale=float(scale or 1.0), seed=seed
-    ).indices
+    return tap_select(features, pool.steps, plan.samples, plan.clusters, time_scale=scale, seed=seed).indices
 
 
 @dataclass

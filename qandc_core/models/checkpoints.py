@@ -37,7 +37,8 @@ FOLDER_WEIGHTS = tuple(
     f"diffusion_pytorch_model.{ending}" for ending in ("safetensors", "safetensors.index.json", "bin", "bin.index.json")
 )
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")
-METADATA = ("num_heads", "norm2_eps", "frequency_shift")  # what a DiTConfig holds and tensor shapes do not tell
+# What a DiTConfig holds and tensor shapes do not tell.
+METADATA = ("num_heads", "norm2_eps", "frequency_shift", "prediction")
 
 
 def load_dit(
@@ -67,7 +68,7 @@ def save_dit(model: DiT, path: str | os.PathLike[str]) -> None:
     """Writes a safetensors file that `load_dit` reads back exactly; an interrupted write leaves no file behind."""
     path = Path(path)
     tensors = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
-    metadata = {name: repr(getattr(model.config, name)) for name in METADATA}
+    metadata = {name: str(getattr(model.config, name)) for name in METADATA}
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -251,6 +252,7 @@ def detect_config(
         learn_sigma=rows == 2 * patch**2 * in_channels,
         norm2_eps=float(metadata.get("norm2_eps", 1e-6)),
         frequency_shift=int(metadata.get("frequency_shift", 0)),
+        prediction=str(metadata.get("prediction", "epsilon")),
     )
 
 

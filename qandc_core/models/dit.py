@@ -29,6 +29,7 @@ class DiTConfig:
     norm2_eps: float = 1e-6
     # diffusers spaces the 128 frequencies over 127 intervals, the original code over 128.
     frequency_shift: int = 0
+    prediction: str = "epsilon"  # or "sample": the clean image; diffusers' names
 
     @property
     def out_channels(self) -> int:
@@ -192,7 +193,7 @@ class DiT(nn.Module):
         return sincos_positions(self.config.hidden_size, rows, cols, side).to(self.pos_embed)
 
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor) -> Tensor:
-        """Predicts the noise, and with `learn_sigma` the variance channels after it.
+        """Predicts the noise (or the clean image), and with `learn_sigma` the variance channels after it.
 
         x (N, C, H, W); timesteps (N,) in training steps 0..999; y (N,) int64 class ids -> (N, out_channels, H, W).
         """

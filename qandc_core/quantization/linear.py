@@ -114,6 +114,7 @@ class QuantizedLinear(nn.Module):
             return token_grid(x, bits)
         return Grid(self.input_scale, self.input_zero, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
+    @torch.no_grad()  # rounding has no gradient
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)
         backend = pick_backend(x.device, self.format.w_bits) if self.backend == "auto" else self.backend

@@ -58,6 +58,8 @@ def generate(
         steps, cfg_scale, sampler, spacing, variance, guidance_channels, batched_guidance, chosen
     )  # fmt: skip
     process = ReverseProcess(model, class_labels, config)
+    if compensation is not None:
+        compensation.check(process.schedule.sigmas[:-1])
     count, device = len(process.labels), process.device
     source = process.noise_source(seed, range(first_index, first_index + count), noise)
     cache = feature_cache(model)

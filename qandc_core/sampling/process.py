@@ -13,7 +13,7 @@ from ..caching.attach import feature_cache
 from ..models.dit import DiT
 from .guidance import guided_prediction
 from .noise import GivenNoise, ImageNoise
-from .samplers import SAMPLERS, ddim_step, ddpm_step, denoised_image
+from .samplers import SAMPLERS, ddim_step, ddpm_step, denoised_image, implied_noise
 from .schedule import NoiseSchedule, from_sigmas, respaced
 
 VARIANCES = ("fixed_small", "learned_range")
@@ -87,6 +87,9 @@ class ReverseProcess:
             self.model, x.to(self.dtype), t, self.labels, self.model.null_class,
             config.cfg_scale, config.guidance_channels, config.batched_guidance,
         )  # fmt: skip
+        # Guidance is linear, so guiding the predicted image guides the noise.
+        if self.model.config.prediction == "sample":
+            eps = implied_noise(x, eps.float(), alpha_bar[i])
         eps = eps.float()
         x0 = denoised_image(x, eps, alpha_bar[i])
         if config.sampler == "ddim":

@@ -14,6 +14,11 @@ def denoised_image(x: Tensor, eps: Tensor, alpha_bar: float) -> Tensor:
     return (x - math.sqrt(1 - alpha_bar) * eps) / math.sqrt(alpha_bar)
 
 
+def implied_noise(x: Tensor, x0: Tensor, alpha_bar: float) -> Tensor:
+    """The noise that a predicted clean image stands for."""
+    return (x - math.sqrt(alpha_bar) * x0) / math.sqrt(1 - alpha_bar)
+
+
 def ddim_step(x: Tensor, eps: Tensor, alpha_bar: float, next_alpha_bar: float) -> Tensor:
     """Deterministic DDIM step (arXiv 2010.02502, Eq. 12 with sigma = 0)."""
     x0 = denoised_image(x, eps, alpha_bar)

@@ -204,6 +204,25 @@ def test_worst_case_inputs(backend, symmetric):
     assert torch.equal(worst(x)[2], worst.bias)
 
 
+@pytest.mark.parametrize("backend", ["simulated", *EXACT])
+@pytest.mark.parametrize("static", [True, False])
+def test_rows_are_worked_off_in_blocks(monkeypatch, backend, static):
+    whole, x = layer(8, 8, static, symmetric=False, backend=backend), sample(3, 7, 48)
+    expected = whole(x)
+    for rows in (1, 4, 21, 22):
+        monkeypatch.setattr("qandc_core.quantization.linear.CPU_ROWS", rows)
+        assert torch.equal(whole(x), expected)
+
+
+@pytest.mark.parametrize("backend", ["simulated", *EXACT])
+def test_gradients_may_be_enabled_as_in_a_plain_call_of_the_model(backend):
+    quantized, x = layer(8, 8, False, symmetric=False, backend=backend), sample(5, 48)
+    expected = quantized(x)
+    with torch.enable_grad():
+        y = quantized(x.clone().requires_grad_())
+    assert torch.equal(y, expected) and not y.requires_grad
+
+
 # Picking.
 
 

@@ -680,6 +680,12 @@ def test_interval_steps_are_the_multiples(interval, steps):
     assert interval_steps(steps, interval) == tuple(i for i in range(steps) if i % interval == 0)
 
 
+@given(st.sets(st.integers(1, 20)))
+def test_step_zero_computes_whether_listed_or_not(steps):
+    config = CacheConfig(steps=frozenset(steps))
+    assert {i for i in range(25) if config.computes(i)} == steps | {0}
+
+
 def reuse_cost(distances, chosen):
     return sum(float(distances[max(s for s in chosen if s <= j), j]) for j in range(len(distances)) if j not in chosen)
 

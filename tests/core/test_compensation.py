@@ -1,5 +1,6 @@
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 from torch import nn
 
-from qandc_core.caching.attach import apply_cache_to_dit, feature_cache
+from qandc_core.caching.attach import apply_cache_to_dit, feature_cache, remove_cache
 from qandc_core.compensation.apply import VarianceCompensation, compensate
 from qandc_core.compensation.factors import METHODS, VarianceMoments, variance_factors
 from qandc_core.compensation.fit import fit_variance_compensation
@@ -80,7 +81,7 @@ def test_factor_minimises_its_objective(method, pair, eps):
 
         bounds = (0, 200) if method == "variance_match" else (-200, 200)  # a standard deviation has no sign
         best = minimize_scalar(objective, bounds=bounds, method="bounded", options={"xatol": 1e-10})
-        assert float(factor[c]) == pytest.approx(best.x, rel=1e-4, abs=1e-5)
+        assert float(factor[c]) == pytest.approx(best.x, rel=1e-4, abs=1e-4)
         assert objective(float(factor[c])) <= best.fun * (1 + 1e-9) + 1e-12
 
 
@@ -422,14 +423,37 @@ def test_unknown_method_is_refused_before_sampling():
         fit_variance_compensation(reference, accelerated, LABELS, SAMPLERS["ddim"], method="mean")
 
 
-@pytest.mark.parametrize("change", [{"steps": 7}, {"spacing": "leading"}, {"sigmas": [8.0, 4.0, 1.0, 0.0]}])
+@pytest.mark.parametrize("change", [{"steps": 7}, {"spacing": "linspace"}, {"steps": 4}, {"sigmas": [8.0, 4.0, 0.0]}])
 def test_generate_refuses_a_fit_of_another_schedule(change):
     reference, accelerated = paired_models()
-    config = SAMPLERS["ddim"]
+    config = replace(SAMPLERS["ddim"], spacing="leading")  # the 4 timesteps of 4 steps are among the 8 of 8
     fitted = fit_variance_compensation(reference, accelerated, LABELS[:2], config)
-    with pytest.raises(ValueError, match="fitted on 8 other noise levels.*fit it again"):
-        generate(accelerated, LABELS, compensation=fitted, **{**arguments(config), **change})
-    assert feature_cache(accelerated).num_bytes == 0
+    run = {**arguments(config), "spacing": "leading", **change}
+    started = []
+    with pytest.raises(ValueError, match="fitted on 8 .*noise levels.*fit it again") as caught:
+        generate(accelerated, LABELS, compensation=fitted, callback=started.append, **run)
+    assert str(caught.value).endswith(".") and not started
+
+
+def test_a_run_may_begin_at_a_later_fitted_level():
+    reference, accelerated = paired_models()
+    config = SAMPLERS["ddim"]
+    fitted = fit_variance_compensation(reference, accelerated, LABELS, config)
+    remove_cache(accelerated)  # a shortened run would compute other steps
+    _, images = samples_before_each_step(accelerated, config, fitted)
+    raw = []
+    generate(accelerated, LABELS, compensation=fitted, callback=lambda i: raw.append(i.x), **arguments(config))
+    sigmas = config.schedule().sigmas[3:]
+    tail, _ = generate(
+        accelerated,
+        LABELS,
+        cfg_scale=config.cfg_scale,
+        sampler="ddim",
+        sigmas=sigmas,
+        noise=raw[2],
+        compensation=fitted,
+    )
+    torch.testing.assert_close(tail, images, rtol=1e-4, atol=1e-4)
 
 
 def test_sigmas_are_those_of_the_run():

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from qandc_core import DiT, DiTConfig, SamplingConfig, apply_cache_to_dit, generate, optimal_schedule
-from qandc_core.calibration.distances import feature_distances
 from qandc_core.caching.attach import feature_cache
+from qandc_core.calibration.distances import feature_distances
 
 STEPS = 6
 

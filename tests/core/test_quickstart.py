@@ -33,7 +33,7 @@ def pipe():
     return pipe
 
 
-def images(pipe, seed=0, steps=50):
+def images(pipe, seed=0, steps=4):
     generator = torch.Generator().manual_seed(seed)
     return pipe([207], num_inference_steps=steps, guidance_scale=4.0, generator=generator, output_type="np").images
 
@@ -56,26 +56,29 @@ def test_quick_start(pipe):
 
 def test_reset_and_remove_restore(pipe):
     model = quantize_model(pipe.transformer, w_bits=8, a_bits=8, skip_patterns=["pos_embed", "norm"])
-    uncached = images(pipe, steps=10)
+    uncached = images(pipe, steps=7)
     apply_cache_to_dit(model, cache_interval=5)
-    cached = images(pipe, steps=10)
+    cached = images(pipe, steps=7)
     assert not np.array_equal(cached, uncached)
-    assert np.array_equal(images(pipe, steps=10), cached)  # a new run starts by itself
+    assert np.array_equal(images(pipe, steps=7), cached)  # a new run starts by itself
     assert feature_cache(model).num_bytes > 0
     reset_all_caches(model)
     assert feature_cache(model).num_bytes == 0 and feature_cache(model).run.computed == []
-    assert np.array_equal(images(pipe, steps=10), cached)
+    assert np.array_equal(images(pipe, steps=7), cached)
     remove_cache(model)
     assert feature_cache(model) is None
-    assert np.array_equal(images(pipe, steps=10), uncached)
+    assert np.array_equal(images(pipe, steps=7), uncached)
 
 
 def test_int8_is_close_to_full_precision(pipe):
-    exact = images(pipe, steps=10)
-    plain = copy.deepcopy(pipe.transformer)
+    plain, exact, other = copy.deepcopy(pipe.transformer), images(pipe), images(pipe, seed=1)
     quantize_model(pipe.transformer, w_bits=8, a_bits=8, skip_patterns=["pos_embed", "norm"])
-    rounded = images(pipe, steps=10)
-    spread = np.abs(images(pipe, seed=1, steps=10) - rounded).mean()
-    assert 0 < np.abs(rounded - exact).mean() < 0.05 * spread
+    rounded = images(pipe)
+    assert 0 < np.abs(rounded - exact).mean() < 0.25 * np.abs(other - exact).mean()
+    assert np.corrcoef(rounded.ravel(), exact.ravel())[0, 1] > 0.95
+    x, t, y = torch.randn(4, 4, 8, 8), torch.tensor([999, 600, 300, 0]), torch.tensor([0, 207, 999, 1000])
+    with torch.no_grad():
+        error = pipe.transformer(x, t, y).sample - plain(x, t, y).sample
+        assert float(error.norm()) < 0.05 * float(plain(x, t, y).sample.norm())
     pipe.transformer = plain
-    assert np.array_equal(images(pipe, steps=10), exact)
+    assert np.array_equal(images(pipe), exact)

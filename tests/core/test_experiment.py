@@ -1,0 +1,661 @@
+import copy
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import save_file
+
+import qandc_core
+from qandc_core import DiT, DiTConfig, RunReport, SamplingConfig, generate, quantize_model, save_dit
+from qandc_core.calibration.pool import CandidatePool
+from qandc_core.cli import main
+from qandc_core.evaluation import calibration_choice as choice
+from qandc_core.evaluation import experiment as module
+from qandc_core.evaluation import inception
+from qandc_core.evaluation.experiment import (
+    MAIN_ROWS,
+    Evaluation,
+    Experiment,
+    factor_rows,
+    judge,
+    measure_time,
+    real_floor,
+    run_factors,
+    run_main,
+    sample,
+    summarize,
+)
+from qandc_core.evaluation.judges import DigitsJudge, InceptionJudge, Judgement, Reference
+from qandc_core.evaluation.metrics import FeatureStatistics
+from qandc_core.evaluation.sharding import Distributed
+from qandc_core.evaluation.tables import choice_table, factor_table, markdown, plot_main
+from qandc_core.evaluation.variants import CalibrationPlan, Variant, Workbench, balanced_labels
+from qandc_core.models.dit import modulate
+
+STEPS = 4
+SAMPLING = SamplingConfig(steps=STEPS, cfg_scale=2.0)
+PLAN = CalibrationPlan(trajectories=4, samples=10, clusters=3, pairs=4, batch=4)
+SIZES = Evaluation(images=8, seeds=(1, 2), batch=3)
+ALONE = Distributed(0, 1, torch.device("cpu"))
+FULL = Variant("full precision", steps=STEPS)
+FORA = Variant("cache", interval=3, steps=STEPS)
+
+
+def silent(_):
+    pass
+
+
+@pytest.fixture(autouse=True, scope="module")
+def single_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = DiTConfig(
+        patch_size=8, in_channels=3, hidden_size=32, depth=2, num_heads=2, num_classes=10, learn_sigma=False
+    )
+    return DiT(config).eval()
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return DigitsJudge()
+
+
+def experiment(model, digits, sizes=SIZES, log=silent):
+    return Experiment(Workbench(model, SAMPLING, PLAN), digits, sizes, ALONE, log)
+
+
+@pytest.fixture(scope="module")
+def shared(model, digits):
+    return experiment(model, digits)
+
+
+# --- sampling and rows ------------------------------------------------------------------------------------------------
+
+
+def test_sample_gives_balanced_classes_whatever_the_batch(model):
+    whole, _ = generate(model, balanced_labels(7, 10), STEPS, 2.0, seed=5)
+    for batch in (7, 3):
+        torch.testing.assert_close(sample(model, None, SAMPLING, 7, batch, 5, ALONE), whole, rtol=1e-4, atol=1e-4)
+
+
+def test_the_shards_of_two_processes_are_the_images_of_one(model):
+    parts = [sample(model, None, SAMPLING, 8, 3, 5, Distributed(r, 2, torch.device("cpu"))) for r in range(2)]
+    assert [len(p) for p in parts] == [3, 5]
+    assert torch.equal(torch.cat(parts), sample(model, None, SAMPLING, 8, 3, 5, ALONE))
+    assert sample(model, None, SAMPLING, 2, 3, 5, Distributed(0, 2, torch.device("cpu"))).shape == (0, 3, 32, 32)
+
+
+def test_the_full_precision_row_differs_from_nothing(shared):
+    row = shared.row(FULL)
+    assert [scores["relative_l2"] for scores in row["per_seed"]] == [(0.0, 0.0)] * 2
+    assert row["metrics"]["relative_l2"] == {"mean": 0.0, "standard_error": 0.0}
+    assert row["metrics"]["psnr"]["mean"] == 100 and row["factors"] is None
+    assert row["variant"] == asdict(FULL) and row["name"] == FULL.name
+
+
+def test_the_plain_variant_sampled_again_is_full_precision_bit_for_bit(shared):
+    built, compensation = shared.bench.build(FULL)
+    again = sample(built, compensation, shared.bench.config(FULL), SIZES.images, SIZES.batch, 1, ALONE)
+    assert torch.equal(again, shared.full_samples(FULL, 1))
+
+
+def test_rows_are_deterministic(model, digits):
+    variant = replace(MAIN_ROWS[-1], steps=STEPS)
+    first, second = (experiment(model, digits).row(variant) for _ in range(2))
+    assert first == second
+    assert 0 < first["metrics"]["relative_l2"]["mean"] < 1
+    assert len(first["factors"]) == STEPS and len(first["factors"][0]) == 3
+
+
+def test_fewer_steps_are_compared_with_all_steps(shared):
+    short = shared.row(replace(FULL, name="2 steps", steps=2))
+    few = sample(shared.bench.model, None, replace(SAMPLING, steps=2), SIZES.images, SIZES.batch, 1, ALONE)
+    full = shared.full_samples(FULL, 1)
+    error = ((few - full).flatten(1).norm(dim=1) / full.flatten(1).norm(dim=1)).mean()
+    assert short["per_seed"][0]["relative_l2"][0] == pytest.approx(float(error), rel=1e-5)
+    assert error > 0
+
+
+def test_full_precision_is_sampled_once_for_each_sampler_and_seed(model, digits, monkeypatch):
+    calls = []
+    original = module.sample
+    monkeypatch.setattr(module, "sample", lambda *args: calls.append(args[1:]) or original(*args))
+    run = experiment(model, digits)
+    for variant in (FULL, FORA, replace(FULL, sampler="ddim"), replace(FORA, sampler="ddim")):
+        run.row(variant)
+    # Two seeds times two samplers, in full precision and with the cache.
+    assert len(calls) == 8 and len(run.full) == 4
+
+
+def test_every_row_is_logged_with_its_numbers(model, digits):
+    lines = []
+    run = experiment(model, digits, replace(SIZES, seeds=(1,)), lines.append)
+    row = run.row(FORA)
+    assert len(lines) == 1 and lines[0].startswith("cache ")
+    assert f"{row['metrics']['relative_l2']['mean']:.4f}" in lines[0]
+
+
+# --- metrics of a row, against numpy and scipy ------------------------------------------------------------------------
+
+
+def numpy_frechet(a, b):
+    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    cross = np.sqrt(np.linalg.eigvals(cov_a @ cov_b).real.clip(min=0)).sum()
+    return ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov_a + cov_b) - 2 * cross
+
+
+def brute_precision(real, fake, k=3):
+    gaps = np.linalg.norm(real[:, None] - real[None], axis=2)
+    radii = np.sort(gaps, axis=1)[:, k]
+    return (np.linalg.norm(fake[:, None] - real[None], axis=2) <= radii[None]).any(1).mean()
+
+
+class FewDigits(DigitsJudge):
+    """200 of the real digits, so that brute force stays small."""
+
+    def __init__(self):
+        super().__init__()
+        features = self.reference.features[:200]
+        self.reference = Reference(FeatureStatistics.of(features), features)
+
+
+def test_judge_against_numpy():
+    few = FewDigits()
+    generator = torch.Generator().manual_seed(0)
+    full = torch.rand(60, 3, 32, 32, generator=generator) * 3 - 1.5
+    samples, labels = full + 0.3 * torch.randn(full.shape, generator=generator), balanced_labels(60, 10)
+    scores = judge(few, samples, labels, full)
+    seen = few(samples)
+    features, real = seen.features.double().numpy(), few.reference.features.double().numpy()
+    assert scores["frechet_distance"][0] == pytest.approx(numpy_frechet(features, real), rel=1e-3)
+    assert scores["frechet_distance"][1] > 0
+    p = seen.probabilities.double().numpy()
+    divergence = (p * (np.log(p + 1e-300) - np.log(p.mean(0)))).sum(1).mean()
+    assert scores["inception_score"] == (pytest.approx(np.exp(divergence), rel=1e-6), None)
+    accuracy = 100 * (p.argmax(1) == labels.numpy())
+    assert scores["class_accuracy"] == pytest.approx((accuracy.mean(), accuracy.std(ddof=1) / 60**0.5))
+    a, b = samples.double().flatten(1).numpy(), full.double().flatten(1).numpy()
+    relative = np.linalg.norm(a - b, axis=1) / np.linalg.norm(b, axis=1)
+    assert scores["relative_l2"] == pytest.approx((relative.mean(), relative.std(ddof=1) / 60**0.5))
+    a, b = a.clip(-1, 1), b.clip(-1, 1)
+    assert scores["psnr"][0] == pytest.approx((10 * np.log10(4 / ((a - b) ** 2).mean(1))).mean())
+    assert scores["precision"][0] == pytest.approx(brute_precision(real, features))
+    assert scores["recall"][0] == pytest.approx(brute_precision(features, real))
+
+
+def test_the_digits_judge_knows_its_own_reference(digits):
+    real = digits.reference
+    assert real.features.shape == real.floor_features.shape == (2004, 64)
+    assert real.statistics.frechet(FeatureStatistics.of(real.features)) == pytest.approx(0, abs=1e-6)
+    noise = digits(torch.rand(200, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1)
+    assert torch.allclose(noise.probabilities.sum(1), torch.ones(200))
+    distance = FeatureStatistics.of(noise.features).frechet(real.statistics)
+    assert distance > 20 * real_floor(digits, 2004)["mean"]
+
+
+def test_the_floor_is_a_distance_of_real_from_real(digits):
+    few, many, all_of_them = (real_floor(digits, count) for count in (100, 1000, 10**6))
+    assert few["mean"] > many["mean"] > all_of_them["mean"] > 0  # FD is biased upwards where images are few
+    assert few["standard_error"] > 0 and few["images"] == 100 and all_of_them["images"] == 2004
+    exact = FeatureStatistics.of(digits.reference.floor_features).frechet(digits.reference.statistics)
+    assert all_of_them["mean"] == pytest.approx(exact, rel=1e-4)
+
+
+def test_no_floor_without_other_real_images():
+    class Other:
+        reference = Reference(FeatureStatistics.empty(2))
+
+    assert real_floor(Other(), 10) is None
+
+
+@given(st.lists(st.tuples(st.floats(-1e3, 1e3), st.floats(0, 10)), min_size=1, max_size=6))
+@settings(deadline=None, max_examples=50)
+def test_summary_is_mean_and_error_over_the_seeds(values):
+    summary = summarize([{"metric": pair} for pair in values])["metric"]
+    means = [mean for mean, _ in values]
+    assert summary["mean"] == pytest.approx(np.mean(means), abs=1e-9)
+    within = values[0][1] if len(values) == 1 else np.std(means, ddof=1) / len(means) ** 0.5
+    assert summary["standard_error"] == pytest.approx(within, abs=1e-9)
+
+
+# --- time -------------------------------------------------------------------------------------------------------------
+
+
+def test_time_is_positive(shared):
+    rows = [FULL, FORA, replace(FULL, name="1 step", steps=1)]
+    timing = measure_time(shared.bench, rows, batch=4, repeats=3)
+    assert list(timing) == [v.name for v in rows]
+    for values in timing.values():
+        assert values["seconds"] > 0 and 0 < values["speedup_low"] <= values["speedup"] <= values["speedup_high"]
+    assert set(timing[FULL.name].values()) - {timing[FULL.name]["seconds"]} == {1.0}
+    assert timing["1 step"]["speedup"] > 1
+
+
+def test_time_is_measured_in_turns_and_paired(shared, monkeypatch):
+    clock, calls = iter([1.0, 0.5, 2.0, 0.5, 4.0, 4.0]), []
+
+    def fake(model, labels, steps, *args, **kwargs):
+        calls.append((steps, len(labels)))
+        return None, RunReport("ddpm", steps, len(labels), 2.0, "cpu", seconds=[next(clock)])
+
+    monkeypatch.setattr(module, "generate", fake)
+    timing = measure_time(shared.bench, [FULL, replace(FULL, name="b", steps=2)], batch=5, repeats=3)
+    assert calls == [(STEPS, 5), (2, 5)] * 3
+    expected = {"seconds": 0.5, "speedup": 2.0, "speedup_low": 1.0, "speedup_high": 4.0}
+    assert timing == {FULL.name: {**dict.fromkeys(expected, 1.0), "seconds": 2.0}, "b": expected}
+
+
+# --- the tables -------------------------------------------------------------------------------------------------------
+
+
+def fixed_time(speedup=2.0):
+    values = {"seconds": 1.0, "speedup": speedup, "speedup_low": 0.9 * speedup, "speedup_high": 1.1 * speedup}
+    return lambda bench, variants, batch, repeats: {v.name: values for v in variants}
+
+
+SETUP = {
+    "model": "tiny", "hardware": {"device": "none", "threads": 1, "torch": "2"}, "sampler": "ddpm", "steps": STEPS,
+    "cfg_scale": 2.0, "images": 8, "seeds": [1, 2], "factor_images": 4, "time_batch": 4, "time_repeats": 3,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def main_result(model, digits):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "measure_time", fixed_time())
+        return run_main(experiment(model, digits), 4, 3)
+
+
+def test_the_main_table_has_eight_rows_the_last_in_the_measured_time(main_result):
+    names = [row["name"] for row in main_result["rows"]]
+    assert names == [v.name for v in MAIN_ROWS] + ["full precision, 2 steps"]
+    assert main_result["rows"][-1]["variant"]["steps"] == 2
+    assert set(main_result["timing"]) == set(names)
+    for row in main_result["rows"]:
+        scores = row["metrics"].values()
+        assert np.isfinite([[s["mean"], s["standard_error"] or 0] for s in scores]).all()
+        assert row["variant"]["sampler"] == SAMPLING.sampler
+    assert [row["factors"] is not None for row in main_result["rows"]] == ["VC" in name for name in names]
+
+
+def test_the_main_rows_switch_on_one_part_at_a_time():
+    rows = {v.name: v for v in MAIN_ROWS}
+    naive = rows["naive both"]
+    assert (naive.bits, naive.interval) == (rows["quantization only"].bits, rows["cache only"].interval)
+    assert rows["+ VC"] == replace(naive, name="+ VC", compensation="variance_match")
+    assert rows["+ TAP"] == replace(naive, name="+ TAP", selection="tap")
+    assert rows["+ TAP + VC"] == replace(rows["+ TAP"], name="+ TAP + VC", compensation="variance_match")
+
+
+def test_markdown_and_plot_show_every_row(main_result, tmp_path):
+    floor = {"images": 8, "mean": 1.5, "standard_error": 0.25}
+    result = {"command": "python -m qandc_core x", "setup": SETUP, "floor": floor, "main": main_result}
+    text = markdown(result)
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    assert len(lines) == 1 + len(main_result["rows"])
+    for line, row in zip(lines[1:], main_result["rows"]):
+        cells = [c.strip() for c in line.strip("|").split("|")]
+        assert cells[0] == row["name"] and len(cells) == len(lines[0].strip("|").split("|"))
+        assert f"{row['metrics']['frechet_distance']['mean']:.2f} +- " in cells[1]
+        assert cells[-1] == "2.00x (1.80-2.20)"
+    assert lines[1].count(" - ") == 2  # the reference has no distance from itself
+    assert "1.50 +- 0.25" in text and "python -m qandc_core x" in text
+    plot_main(result, tmp_path / "plot.png")
+    assert len(Image.open(tmp_path / "plot.png").convert("L").getcolors()) > 10
+
+
+def test_the_report_says_where_its_errors_come_from():
+    text = markdown({"command": "x", "setup": SETUP})
+    assert "seeds 1, 2; errors are standard errors over the seeds" in text
+    alone = markdown({"command": "x", "setup": SETUP | {"seeds": [7]}})
+    assert "seeds 7; errors are standard errors over the images" in alone
+
+
+def test_every_factor_row_differs_from_the_base_in_its_factor():
+    rows = factor_rows()
+    base = next(v for group, v in rows if group == "base")
+    names = [v.name for _, v in rows]
+    assert len(set(names)) == len(names)
+    fields = {
+        "bits": {"bits", "rounding"}, "activations": {"static", "bits"}, "interval": {"interval"},
+        "schedule": {"optimal"}, "granularity": {"mode"}, "forecast": {"order", "compensation"},
+        "VC method": {"compensation", "compensation_start"}, "sampler": {"sampler", "compensation", "order"},
+    }  # fmt: skip
+    for group, variant in rows:
+        if group in ("reference", "base") or variant.bits is None:
+            continue
+        changed = {key for key, value in asdict(variant).items() if value != getattr(base, key)} - {"name"}
+        assert changed and changed <= fields[group], variant.name
+
+
+def test_the_factors_run_and_fill_their_table(model, digits):
+    rows = run_factors(experiment(model, digits, Evaluation(images=4, seeds=(1,), batch=4)))
+    assert [(row["group"], row["name"]) for row in rows] == [(group, v.name) for group, v in factor_rows()]
+    error = {row["name"]: row["metrics"]["relative_l2"]["mean"] for row in rows}
+    assert error["full precision"] == error["full precision, DDIM"] == 0
+    assert all(np.isfinite(e) and (e > 0) == (not n.startswith("full precision")) for n, e in error.items())
+    assert error["W4A4"] > error["W8A8, N = 3, DDPM"]
+    # A reused step is the same before and after the gate only where the gate stands still.
+    assert error["reuse after the gate (blocks)"] != error["W8A8, N = 3, DDPM"]
+    table = factor_table(rows)
+    assert all(f"| {row['group']}: {row['name']} |" in table for row in rows)
+
+
+# --- which samples calibrate ------------------------------------------------------------------------------------------
+
+
+def make_pool(steps, each, seed=0):
+    index = torch.arange(steps).repeat_interleave(each)
+    generator = torch.Generator().manual_seed(seed)
+    samples = torch.randn(len(index), 3, 32, 32, generator=generator)
+    return CandidatePool(samples, index, 999 - index * 10, index % 10, index % 3 == 0)
+
+
+@pytest.mark.parametrize(("steps", "each"), [(50, 8), (10, 30), (6, 40)])
+@pytest.mark.parametrize("share", [0.95, 0.5])
+def test_the_biased_pool_is_late_by_its_share(steps, each, share):
+    pool = make_pool(steps, each)
+    part = choice.biased(pool, share)
+    late = (part.steps >= 2 * steps / 3).double().mean()
+    assert len(part) <= len(pool) // 2 and abs(float(late) - share) <= 1 / len(part)
+    assert len({x.sum().item() for x in part.samples}) == len(part), "a sample was drawn twice"
+    assert part.computed.any() and (part.computed == (part.steps % 3 == 0)).all()
+    assert torch.equal(part.samples, choice.biased(pool, share).samples)
+    assert not torch.equal(part.samples, choice.biased(pool, share, seed=1).samples)
+
+
+ALL_BUT_ONE = ("attn", "fc1", "norm", "pos_embed", "proj_out", "t_embedder", "transformer_blocks.0.")
+
+
+def test_layer_error_against_brute_force(model):
+    test = make_pool(6, 3)
+    quantized = quantize_model(copy.deepcopy(model), 4, 8, ALL_BUT_ONE)
+    with torch.inference_mode():
+        kept = test.subset(test.computed.nonzero().flatten())
+        x = model.x_embedder(kept.samples) + model.pos_embed
+        c = model.t_embedder(kept.timesteps, x.dtype) + model.y_embedder(kept.labels)
+        x = model.blocks[0](x, c)
+        block = model.blocks[1]
+        shift_a, scale_a, gate_a, shift, scale, _ = block.adaLN_modulation(c).chunk(6, dim=1)
+        x = x + gate_a[:, None] * block.attention_branch(x, shift_a, scale_a)
+        mlp = block.mlp
+        inputs = torch.nn.functional.gelu(mlp.fc1(modulate(block.norm2(x), shift, scale)), approximate="tanh").double()
+        weight, bias = mlp.fc2.weight.double(), mlp.fc2.bias.double()
+        step_w = weight.abs().amax(1, keepdim=True) / 7
+        step_x = inputs.abs().amax(-1, keepdim=True) / 127
+        rounded = (inputs / step_x).round() * step_x @ ((weight / step_w).round() * step_w).T + bias
+        exact = inputs @ weight.T + bias
+        expected = float((rounded - exact).norm() / exact.norm())
+    assert choice.layer_error(model, quantized, test, ALL_BUT_ONE) == pytest.approx(expected, rel=0.01)
+    assert expected > 0.02
+
+
+def test_layer_error_falls_with_the_bits_and_is_0_for_the_layers_themselves(model, monkeypatch):
+    test, skip = make_pool(6, 2), ("pos_embed", "norm")
+    models = [quantize_model(copy.deepcopy(model), bits, 8, skip) for bits in (8, 6, 4, 2)]
+    errors = [choice.layer_error(model, quantized, test, skip) for quantized in models]
+    assert 0 < errors[0] < 0.02 and errors == sorted(errors)
+    assert not any(m._forward_hooks for m in model.modules())
+    monkeypatch.setattr(choice, "quantized_layers", lambda net: dict(choice.named_linears(net, skip)))
+    assert choice.layer_error(model, copy.deepcopy(model), test, skip) == 0
+
+
+def test_layer_error_reads_computed_steps_only(model):
+    test, skip = make_pool(6, 2), ("pos_embed", "norm")
+    quantized = quantize_model(copy.deepcopy(model), 4, 8, skip)
+    kept = test.subset(test.computed.nonzero().flatten())
+    damaged = replace(test, samples=torch.where(test.computed[:, None, None, None], test.samples, torch.nan))
+    expected = choice.layer_error(model, quantized, kept, skip)
+    assert choice.layer_error(model, quantized, damaged, skip) == pytest.approx(expected, rel=1e-6)
+
+
+def test_calibration_choice_reports_every_pool_method_and_format(model, monkeypatch):
+    monkeypatch.setattr(choice, "METHODS", ("random", "tap@5-computed"))
+    monkeypatch.setattr(choice, "BIASED_METHODS", ("stratified",))
+    bench = Workbench(model, replace(SAMPLING, steps=6), replace(PLAN, trajectories=8))
+    # An interval of 2, so that the last third of six steps holds a computed one.
+    monkeypatch.setattr(choice, "FORMATS", tuple(replace(v, steps=6, interval=2) for v in choice.FORMATS))
+    sizes, lines = choice.ChoiceSizes(draws=2, samples=12, clusters=3, test_trajectories=2, images=4), []
+    results = choice.calibration_choice(bench, sizes, lines.append)
+    expected = [("balanced", "random"), ("balanced", "tap@5-computed"), ("95 % late steps", "stratified")]
+    assert [(r["pool"], r["method"], r["format"]) for r in results] == [
+        (pool, method, v.name) for pool, method in expected for v in choice.FORMATS
+    ]
+    assert len(lines) == len(results)
+    for r in results:
+        assert r["draws"] == 2 and 0 < r["layer_error"] < 1 and 0 < r["relative_l2"] and r["layer_error_se"] >= 0
+    eight, four = ([r["layer_error"] for r in results if r["format"] == v.name] for v in choice.FORMATS)
+    assert max(eight) < min(four)
+    table = choice_table(results)
+    assert all(f"| {r['pool']} | {r['method']} | {r['format']} |" in table for r in results)
+
+
+# --- ImageNet: the real formats, tiny ---------------------------------------------------------------------------------
+
+SIDE = 75  # the smallest input that InceptionV3 takes
+IMAGENET_STEPS, IMAGENET_IMAGES = 3, 6
+
+
+def tiny_inception():
+    torch.manual_seed(0)
+    net = inception.Inception(divisor=16)
+    for name, value in net.state_dict().items():
+        if name.endswith("conv.weight"):
+            torch.nn.init.kaiming_normal_(value)
+        elif name.endswith(("bn.weight", "bn.running_var")):
+            value.uniform_(0.5, 1.5)
+        elif name.endswith(("bn.bias", "bn.running_mean")):
+            value.normal_(0, 0.1)
+    return net
+
+
+@pytest.fixture(scope="module")
+def small_input():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inception, "SIZE", SIDE)
+        yield
+
+
+@pytest.fixture(scope="module")
+def imagenet(tmp_path_factory, small_input):
+    """Folder with dit.safetensors, vae/, inception.pth and reference.npz."""
+    from diffusers import AutoencoderKL
+
+    folder = tmp_path_factory.mktemp("imagenet")
+    torch.manual_seed(0)
+    save_dit(DiT(DiTConfig(input_size=8, hidden_size=32, depth=2, num_heads=2)), folder / "dit.safetensors")
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, latent_channels=4, norm_num_groups=4,
+        up_block_types=("UpDecoderBlock2D",) * 2, layers_per_block=1, scaling_factor=0.18215,
+    )  # fmt: skip
+    vae.save_pretrained(folder / "vae")
+    net = tiny_inception()
+    torch.save(net.state_dict(), folder / "inception.pth")
+    net.preprocess = inception.preprocess_adm
+    real = np.random.default_rng(0).integers(0, 256, (10, 16, 16, 3), dtype=np.uint8)
+    seen = net(torch.from_numpy(real).permute(0, 3, 1, 2))
+    pool, spatial = seen.pool.double().numpy(), seen.spatial.double().numpy()
+    np.savez(
+        folder / "reference.npz", arr_0=real, mu=pool.mean(0), sigma=np.cov(pool, rowvar=False),
+        mu_s=spatial.mean(0), sigma_s=np.cov(spatial, rowvar=False),
+    )  # fmt: skip
+    return folder
+
+
+def command(folder, out):
+    return [
+        "experiment", "--model", str(folder / "dit.safetensors"), "--vae", str(folder / "vae"),
+        "--inception", str(folder / "inception.pth"), "--reference", str(folder / "reference.npz"),
+        "--steps", str(IMAGENET_STEPS), "--num-images", str(IMAGENET_IMAGES), "--seeds", "1", "--batch", "2",
+        "--parts", "main", "--trajectories", "4", "--samples", "8", "--pairs", "2",
+        "--device", "cpu", "--out", str(out),
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def report(imagenet):
+    out = imagenet / "single"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "measure_time", fixed_time(1.5))
+        assert main(command(imagenet, out)) == 0
+    return json.loads((out / "ablation.json").read_text())
+
+
+def test_imagenet_experiment_writes_json_table_and_plot(imagenet, report):
+    names = [v.name for v in MAIN_ROWS] + ["full precision, 2 steps"]
+    assert [row["name"] for row in report["main"]["rows"]] == names
+    for row in report["main"]["rows"]:
+        wanted = {"frechet_distance", "spatial_frechet_distance", "inception_score", "precision", "recall"}
+        assert wanted <= set(row["metrics"]) and "class_accuracy" not in row["metrics"]
+        assert all(np.isfinite(score["mean"]) for score in row["metrics"].values())
+        assert row["metrics"]["frechet_distance"]["mean"] > 0 and row["metrics"]["spatial_frechet_distance"]["mean"] > 0
+        assert row["metrics"]["inception_score"]["mean"] >= 1 and 0 <= row["metrics"]["precision"]["mean"] <= 1
+    assert report["main"]["rows"][0]["metrics"]["relative_l2"]["mean"] == 0
+    assert report["floor"] is None and "factors" not in report
+    table = (imagenet / "single" / "ablation.md").read_text()
+    assert all(f"| {name} |" in table for name in names)
+    assert all(head in table for head in (" FD ", " sFD ", " IS ", " precision ", " recall "))
+    assert Image.open(imagenet / "single" / "ablation.png").width > 500
+    assert sorted(p.name for p in (imagenet / "single").iterdir()) == ["ablation.json", "ablation.md", "ablation.png"]
+
+
+def test_the_report_names_the_command_that_made_it(imagenet, report):
+    assert report["command"].split()[:4] == ["python", "-m", "qandc_core", "experiment"]
+    assert "--num-images 6" in report["command"] and report["setup"]["processes"] == 1
+
+
+def test_a_part_that_fails_costs_no_finished_part(imagenet, tmp_path, monkeypatch, capsys):
+    def failing(experiment):
+        raise ValueError("out of luck")
+
+    timing = fixed_time()(None, [FULL], 1, 1)
+    monkeypatch.setattr(module, "run_main", lambda run, *_: {"rows": [run.row(FULL)], "timing": timing})
+    monkeypatch.setattr(module, "run_factors", failing)
+    assert main([*command(imagenet, tmp_path), "--parts", "main", "factors"]) == 2
+    assert capsys.readouterr().err.endswith("qandc_core experiment: out of luck\n")
+    assert json.loads((tmp_path / "ablation.json").read_text())["main"]["rows"][0]["name"] == FULL.name
+
+
+def test_imagenet_metrics_are_those_of_the_decoded_images(imagenet, report):
+    from diffusers import AutoencoderKL
+
+    net = qandc_core.load_dit(imagenet / "dit.safetensors")
+    x, _ = generate(net, list(range(IMAGENET_IMAGES)), IMAGENET_STEPS, 4.0, seed=1)
+    vae = AutoencoderKL.from_pretrained(imagenet / "vae").eval()
+    with torch.inference_mode():
+        images = vae.decode(x / 0.18215).sample
+    assert images.shape == (IMAGENET_IMAGES, 3, 16, 16)
+    loaded = inception.load_inception(imagenet / "inception.pth", inception.preprocess_adm)
+    seen = loaded(inception.to_uint8(images))
+    metrics = report["main"]["rows"][0]["metrics"]
+    data = np.load(imagenet / "reference.npz")
+    real = loaded(torch.from_numpy(data["arr_0"]).permute(0, 3, 1, 2))
+    for name, a, b in (
+        ("frechet_distance", seen.pool, real.pool),
+        ("spatial_frechet_distance", seen.spatial, real.spatial),
+    ):
+        expected = numpy_frechet(a.double().numpy(), b.double().numpy())
+        # Batches of another size move pixels by a rounding error, which to_uint8 may turn into a whole level.
+        assert metrics[name]["mean"] == pytest.approx(expected, rel=0.02), name
+    p = seen.probabilities.double()
+    score = (p * (p.log() - p.mean(0).log())).sum(1).mean().exp()
+    assert metrics["inception_score"]["mean"] == pytest.approx(float(score), rel=1e-3)
+
+
+@pytest.fixture(scope="module")
+def inception_judge(imagenet):
+    device = torch.device("cpu")
+    return InceptionJudge(imagenet / "inception.pth", imagenet / "vae", imagenet / "reference.npz", device)
+
+
+def test_the_reference_statistics_are_those_of_the_file(imagenet, inception_judge):
+    data, real = np.load(imagenet / "reference.npz"), inception_judge.reference
+    for statistics, mean, covariance in ((real.statistics, "mu", "sigma"), (real.spatial, "mu_s", "sigma_s")):
+        assert np.array_equal(statistics.mean.numpy(), data[mean])
+        assert np.array_equal(statistics.covariance.numpy(), data[covariance])
+    seen = inception_judge.judge_uint8(torch.from_numpy(data["arr_0"]).permute(0, 3, 1, 2))
+    assert isinstance(seen, Judgement) and torch.equal(real.features, seen.features)
+    # The file's own images lie at distance 0 from its statistics.
+    assert FeatureStatistics.of(seen.features).frechet(real.statistics) == pytest.approx(0, abs=1e-6)
+    assert FeatureStatistics.of(seen.spatial).frechet(real.spatial) == pytest.approx(0, abs=1e-3)
+
+
+def test_a_reference_without_images_gives_no_precision(imagenet, inception_judge, tmp_path):
+    data = dict(np.load(imagenet / "reference.npz"))
+    del data["arr_0"]
+    np.savez(tmp_path / "statistics.npz", **data)
+    reference = inception_judge.read_reference(tmp_path / "statistics.npz")
+    assert reference.features is None and reference.statistics.count == 2
+
+
+def test_faulty_files_stop_the_experiment_with_one_sentence(imagenet, tmp_path, capsys):
+    whole = (imagenet / "reference.npz").read_bytes()
+    (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
+    data = dict(np.load(imagenet / "reference.npz"))
+    np.savez(tmp_path / "lacking.npz", **{k: v for k, v in data.items() if k != "sigma_s"})
+    np.savez(tmp_path / "wide.npz", **(data | {"mu": np.zeros(2048), "sigma": np.eye(2048)}))
+    (tmp_path / "garbage.pth").write_bytes(b"not a state dict" * 100)
+    save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
+    faults = [
+        ("--reference", "missing.npz", "no complete .npz file"), ("--reference", "cut.npz", "no complete .npz file"),
+        ("--reference", "lacking.npz", "lacks sigma_s"), ("--reference", "wide.npz", "has 2048 features"),
+        ("--inception", "missing.pth", "no Inception weights"), ("--inception", "garbage.pth", "garbage.pth"),
+        ("--inception", "other.safetensors", "not an InceptionV3 state dict"), ("--vae", "missing", "no diffusers VAE"),
+    ]  # fmt: skip
+    for option, name, reason in faults:
+        assert main([*command(imagenet, tmp_path / "out"), option, str(tmp_path / name)]) == 2, name
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1 and lines[0].startswith("qandc_core experiment: ") and reason in lines[0], lines
+    assert not (tmp_path / "out").exists()
+
+
+# Clocks of two processes never agree: rank 1 measures another speedup than rank 0.
+WORKER = """
+import os, sys
+import torch
+from qandc_core.cli import main
+from qandc_core.evaluation import experiment, inception
+
+def measure_time(bench, variants, batch, repeats):
+    speedup = 1.5 if os.environ["RANK"] == "0" else 3.0
+    return {v.name: dict(seconds=1.0, speedup=speedup, speedup_low=speedup, speedup_high=speedup) for v in variants}
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    experiment.measure_time, inception.SIZE = measure_time, int(sys.argv[1])
+    sys.exit(main(sys.argv[2:]))
+"""
+
+
+def test_two_gloo_processes_give_the_metrics_of_one(imagenet, report, tmp_path):
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    root = str(Path(qandc_core.__file__).parents[1])
+    env = clean | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run(
+        [*launch, str(script), str(SIDE), *command(imagenet, tmp_path / "two")], env=env, check=True, timeout=600
+    )
+    together = json.loads((tmp_path / "two" / "ablation.json").read_text())
+    assert together["setup"]["processes"] == 2
+    pairs = list(zip(together["main"]["rows"], report["main"]["rows"], strict=True))
+    for two, one in pairs:
+        assert two["name"] == one["name"] and two["metrics"] == one["metrics"] and two["factors"] == one["factors"]
+    assert len(pairs) == len(MAIN_ROWS) + 1
