@@ -65,7 +65,7 @@ def add_sampling(command: argparse.ArgumentParser) -> None:
     command.add_argument("--steps", type=at_least(1), default=50, help="sampling steps (default 50)")
     command.add_argument("--sampler", choices=("ddpm", "ddim"), default="ddpm", help="sampler (default ddpm)")
     command.add_argument(
-        "--cfg", type=float, default=None, help="guidance scale (default 2 for the demo model, else 4)"
+        "--cfg", type=float, default=None, help="guidance scale (default 1.5 for the demo model, else 4)"
     )
 
 
@@ -136,7 +136,7 @@ def add_experiment(commands) -> None:
     add_sampling(command)
     command.add_argument("--num-images", type=at_least(4), default=1000, help="images for each main row and seed")
     command.add_argument("--seeds", type=at_least(0), nargs="+", default=[1, 2, 3], help="seeds of the main rows")
-    command.add_argument("--batch", type=at_least(1), default=125, help="images sampled at once")
+    command.add_argument("--batch", type=at_least(1), default=50, help="images sampled at once")
     command.add_argument("--parts", nargs="+", choices=("main", "factors", "choice"),
                          default=["main", "factors", "choice"], help="tables to make (default all)")  # fmt: skip
     command.add_argument("--factor-images", type=at_least(4), default=256, help="images for each row of the factors")
@@ -145,7 +145,7 @@ def add_experiment(commands) -> None:
     )
     command.add_argument("--trajectories", type=at_least(1), default=64, help="runs the candidates come from")
     command.add_argument("--samples", type=at_least(1), default=800, help="candidates that calibrate")
-    command.add_argument("--pairs", type=at_least(1), default=256, help="pairs of runs for the compensation")
+    command.add_argument("--pairs", type=at_least(1), default=128, help="pairs of runs for the compensation")
     command.add_argument("--vae", help="folder of a diffusers VAE (ImageNet models)")
     command.add_argument("--inception", help="FID Inception weights (ImageNet models)")
     command.add_argument("--reference", help="ADM reference batch .npz (ImageNet models)")

@@ -30,5 +30,5 @@ def load(args: argparse.Namespace) -> DiT:
 
 
 def sampling(args: argparse.Namespace) -> SamplingConfig:
-    scale = args.cfg if args.cfg is not None else (2.0 if args.model == "demo" else 4.0)
+    scale = args.cfg if args.cfg is not None else (1.5 if args.model == "demo" else 4.0)
     return SamplingConfig(args.steps, scale, args.sampler)

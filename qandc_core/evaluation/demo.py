@@ -21,7 +21,7 @@ from .judges import DigitsJudge
 from .metrics import psnr, relative_l2, ssim
 from .variants import CalibrationPlan, Variant, Workbench, balanced_labels
 
-DEMO_SAMPLING = SamplingConfig(steps=50, cfg_scale=2.0)
+DEMO_SAMPLING = SamplingConfig(steps=50, cfg_scale=1.5)
 DEMO_PLAN = CalibrationPlan(trajectories=32, samples=400, clusters=50, pairs=64, batch=64)
 RECOMMENDED = Variant("Q&C: W8A8 + cache + TAP + VC", bits=(8, 8), interval=3, selection="tap@5-computed",
                       compensation="variance_match")  # fmt: skip
