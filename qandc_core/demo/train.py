@@ -35,7 +35,7 @@ DEMO_CONFIG = DiTConfig(
 
 @dataclass(frozen=True)
 class TrainConfig:
-    images: int = 600_000
+    images: int = 550_000
     batch: int = 128
     lr: float = 1e-3
     warmup: int = 200

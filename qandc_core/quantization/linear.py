@@ -18,12 +18,16 @@ CPU_ROWS = 1024
 
 @dataclass(frozen=True)
 class LinearFormat:
-    """Bits of weights and activations, and whether the activation grid is fixed (static) or taken per token."""
+    """Bits of weights and activations, and whether the activation grid is fixed (static) or taken per token.
+
+    `symmetric` is of the weights, `symmetric_inputs` of a static activation grid; grids per token are symmetric.
+    """
 
     w_bits: int = 8
     a_bits: int = 8
     static: bool = False
     symmetric: bool = True
+    symmetric_inputs: bool = False
 
     def __post_init__(self) -> None:
         if not 2 <= self.w_bits <= 8 or not 2 <= self.a_bits <= 8:
@@ -109,10 +113,10 @@ class QuantizedLinear(nn.Module):
         return (codes * self.weight_scale[:, None]).to(self.bias.dtype if self.bias is not None else torch.float32)
 
     def input_grid(self, x: Tensor) -> Grid:
-        bits = self.format.a_bits
+        high = 2 ** (self.format.a_bits - 1) - 1
         if not self.format.static:
-            return token_grid(x, bits)
-        return Grid(self.input_scale, self.input_zero, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+            return token_grid(x, self.format.a_bits)
+        return Grid(self.input_scale, self.input_zero, -high if self.format.symmetric_inputs else -high - 1, high)
 
     @torch.no_grad()  # rounding has no gradient
     def forward(self, x: Tensor) -> Tensor:

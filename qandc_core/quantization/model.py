@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -76,7 +76,7 @@ def quantize_model(
         calibration.check_model(model)
     elif static or config.rounding == "gptq":
         raise ValueError("Static activations and gptq rounding need calibration=; run the calibration first.")
-    format = LinearFormat(w_bits, a_bits, static, config.symmetric_weights)
+    format = LinearFormat(w_bits, a_bits, static, config.symmetric_weights, config.symmetric_activations)
     layers = list(named_linears(model, skip_patterns))
     if not layers:
         raise ValueError(f"No linear layer is left to quantize with skip_patterns {list(skip_patterns)}.")
@@ -99,7 +99,7 @@ def quantize_linear(
     if not torch.isfinite(weight).all():
         raise ValueError(f"The weight of {name} holds values that are not finite; the checkpoint is damaged.")
     if format.packed and linear.in_features % 2:
-        format = LinearFormat(8, format.a_bits, format.static, format.symmetric)
+        format = replace(format, w_bits=8)
     grid = weight_grid(weight, format.w_bits, format.symmetric)
     if config.rounding == "gptq":
         if statistics is None or statistics.hessian is None:

@@ -400,6 +400,8 @@ def test_later_stages_never_change_the_earlier_calibration(tmp_path):
     content = (tmp_path / "a").read_bytes()
     second.save(tmp_path / "b")
     assert (tmp_path / "a").read_bytes() == content
+    third.save(tmp_path / "a")
+    assert load_calibration(tmp_path / "a").schedule == (0, 4)
 
 
 def test_failed_save_keeps_the_old_file_and_leaves_nothing_behind(tmp_path, monkeypatch):

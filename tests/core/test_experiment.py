@@ -596,6 +596,17 @@ def test_the_reference_statistics_are_those_of_the_file(imagenet, inception_judg
     assert FeatureStatistics.of(seen.spatial).frechet(real.spatial) == pytest.approx(0, abs=1e-3)
 
 
+def test_latents_are_decoded_in_the_units_of_the_vae(imagenet, inception_judge):
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_pretrained(imagenet / "vae").eval()
+    latents = torch.randn(9, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected, unscaled = vae.decode(latents / 0.18215).sample, vae.decode(latents).sample
+    torch.testing.assert_close(inception_judge.decode(latents), expected, rtol=1e-4, atol=1e-5)
+    assert (expected - unscaled).abs().max() > 0.01
+
+
 def test_a_reference_without_images_gives_no_precision(imagenet, inception_judge, tmp_path):
     data = dict(np.load(imagenet / "reference.npz"))
     del data["arr_0"]

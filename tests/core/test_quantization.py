@@ -128,6 +128,7 @@ def test_symmetric_quantizer_against_numpy(values, bits):
     ours = quantize(torch.from_numpy(x), grid)
     assert np.array_equal(ours.numpy(), codes)
     assert np.array_equal(dequantize(ours, grid).numpy(), scale * codes)
+    assert quantize(3 * grid.high * grid.scale * torch.tensor([-1, 1]), grid).tolist() == [-grid.high, grid.high]
 
 
 @given(st.floats(-1e4, 1e4, width=32), st.floats(-1e4, 1e4, width=32), BITS)
@@ -185,8 +186,9 @@ def linear(width=24, out=10, bias=True, seed=0):
 @pytest.mark.parametrize("clipping", CLIPPINGS)
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("symmetric_weights", [True, False])
-def test_static_layer_against_numpy(clipping, symmetric, symmetric_weights):
-    model, x = nn.Sequential(linear()), torch.randn(200, 24) * 2 + 1
+@pytest.mark.parametrize("lean", [1, -1])
+def test_static_layer_against_numpy(clipping, symmetric, symmetric_weights, lean):
+    model, x = nn.Sequential(linear()), torch.randn(200, 24) * 2 + lean
     statistics = LayerStatistics.empty(24)
     statistics.update(x)
     config = QuantizationConfig(

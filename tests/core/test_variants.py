@@ -319,4 +319,5 @@ def test_block_features_are_token_means_of_the_attention_inputs(bench):
 def test_block_features_ignore_an_attached_cache(bench):
     pool = bench.pool(FORA)
     cached = apply_cache_to_dit(copy.deepcopy(bench.model), 3)
-    assert torch.equal(block_features(cached, pool), block_features(bench.model, pool))
+    # Batches of three hold one step each, so that the cache would skip the attention of most.
+    assert torch.equal(block_features(cached, pool, batch=3), block_features(bench.model, pool, batch=3))
