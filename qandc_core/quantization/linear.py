@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from .backends import PackedWeight, int_mm, kitchen_mm, pick_backend, simulated_matmul
 from .quantizer import Grid, pack_int4, quantize, token_grid, unpack_int4
 
-# Temporaries of a thousand rows stay in the CPU's cache; those of a whole batch are paged in anew at every call.
-CPU_ROWS = 1024
+# Temporaries of this many values stay in the CPU's cache; those of a whole batch are paged in anew at every call.
+CPU_BLOCK = 2**19
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,10 @@ class QuantizedLinear(nn.Module):
             return token_grid(x, self.format.a_bits)
         return Grid(self.input_scale, self.input_zero, -high if self.format.symmetric_inputs else -high - 1, high)
 
+    @property
+    def rows_at_once(self) -> int:
+        return max(64, CPU_BLOCK // max(self.in_features, self.out_features))
+
     @torch.no_grad()  # rounding has no gradient
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)
@@ -125,7 +129,7 @@ class QuantizedLinear(nn.Module):
         if backend == "kitchen" and not self.format.static and self.format.symmetric and self.format.a_bits == 8:
             return self.kitchen_linear(rows).view(*x.shape[:-1], self.out_features)
         y = torch.empty(len(rows), self.out_features, dtype=x.dtype, device=x.device)
-        block = CPU_ROWS if x.device.type == "cpu" else max(1, len(rows))
+        block = self.rows_at_once if x.device.type == "cpu" else max(1, len(rows))
         weights = None if backend == "onednn" else self.weight_codes()
         for part, out in zip(rows.split(block), y.split(block)):
             grid = self.input_grid(part.float())

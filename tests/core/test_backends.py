@@ -212,7 +212,7 @@ def test_rows_are_worked_off_in_blocks(monkeypatch, backend, static):
     whole, x = layer(8, 8, static, symmetric=False, backend=backend), sample(3, 7, 48)
     expected = whole(x)
     for rows in (1, 4, 21, 22):
-        monkeypatch.setattr("qandc_core.quantization.linear.CPU_ROWS", rows)
+        monkeypatch.setattr(QuantizedLinear, "rows_at_once", rows)
         assert torch.equal(whole(x), expected)
 
 
