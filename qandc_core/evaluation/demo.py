@@ -59,7 +59,7 @@ def run_demo(folder: Path, images: int, seed: int, log: Callable[[str], None]) -
     shown = min(10, images)
     figure = comparison_figure(
         [FigureRow(r["name"], r["numbers"], x[:shown], report.computed) for r, (_, x, report) in zip(rows, runs)],
-        f"Built-in DiT, {DEMO_SAMPLING.sampler} {DEMO_SAMPLING.steps} steps, same noise in every row",
+        f"Built-in DiT, {DEMO_SAMPLING.sampler} {DEMO_SAMPLING.steps} steps, same starting noise in every row",
     )
     figure.save(folder / "comparison.png")
     result = {"hardware": hardware(), "images": images, "seed": seed, "rows": rows}
