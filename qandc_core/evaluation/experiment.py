@@ -1,4 +1,4 @@
-"""The ablation of Q&C: every row starts from the same noise and is judged against real images and the full-precision run."""
+"""The ablation of Q&C: every row starts from the same noise and is judged against real images and full precision."""
 
 from __future__ import annotations
 
