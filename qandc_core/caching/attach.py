@@ -50,13 +50,36 @@ def apply_cache_to_dit(
     config = CacheConfig(cache_interval, step_set(steps), mode, order)
     remove_cache(model)
     cache = FeatureCache(config)
+    wrap_branches(model, cache)
+    cache.hook = model.register_forward_pre_hook(cache.before_forward, with_kwargs=True)
+    setattr(model, ATTRIBUTE, cache)
+    return model
+
+
+def wrap_branches(model: nn.Module, cache: FeatureCache) -> None:
+    mode = cache.config.mode
     for owner, attribute, name in branches(model, mode):
         cache.attached.append((owner, attribute, vars(owner).get(attribute)))
         branch = CachedBranch(getattr(owner, attribute), name, cache, residual=mode == "block")
         setattr(owner, attribute, branch)
-    cache.hook = model.register_forward_pre_hook(cache.before_forward, with_kwargs=True)
-    setattr(model, ATTRIBUTE, cache)
-    return model
+
+
+def unwrap_branches(cache: FeatureCache) -> None:
+    for owner, attribute, own in cache.attached:
+        delattr(owner, attribute)
+        if own is not None:
+            setattr(owner, attribute, own)
+    cache.attached.clear()
+
+
+@contextmanager
+def cached_call(model: nn.Module, cache: FeatureCache) -> Iterator[None]:
+    """Caches for as long as the context lasts, for a host that shares the model: it calls cache.place() itself."""
+    wrap_branches(model, cache)
+    try:
+        yield
+    finally:
+        unwrap_branches(cache)
 
 
 def feature_cache(model: nn.Module) -> FeatureCache | None:
@@ -75,10 +98,7 @@ def remove_cache(model: nn.Module) -> nn.Module:
     """Takes the cache off; the model computes exactly what it did before."""
     cache = feature_cache(model)
     if cache is not None:
-        for owner, attribute, own in cache.attached:
-            delattr(owner, attribute)
-            if own is not None:
-                setattr(owner, attribute, own)
+        unwrap_branches(cache)
         cache.hook.remove()
         delattr(model, ATTRIBUTE)
     return model

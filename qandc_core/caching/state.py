@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,17 +11,18 @@ from torch import Tensor, nn
 
 from .schedules import CacheConfig
 
-Key = tuple[int, str]  # call within the step (one for each condition evaluated on its own), branch name
+Key = tuple[Hashable, str]  # condition, branch name
 
 
 @dataclass
 class CacheRun:
-    """Features of one run and where it stands. A step begins when the timestep changes, or where the loop says so."""
+    """Features of one run and where it stands; `conditions` are those of the present call, in their batch order."""
 
     shape: tuple[int, ...] = ()
     timestep: float = float("-inf")
     step: int = -1
     call: int = 0
+    conditions: tuple[Hashable, ...] = ()
     reusing: bool = False
     begins: bool = False
     computed: list[bool] = field(default_factory=list)
@@ -76,9 +77,15 @@ class FeatureCache:
             run.computed.append(True)
         else:
             run.call += 1
-        stored = any(call == run.call for call, _ in run.features)
-        run.reusing = stored and not self.config.computes(run.step)
-        run.computed[-1] = not run.reusing
+        run.computed[-1] = not self.place(run.step, (run.call,))
+
+    def place(self, step: int, conditions: Sequence[Hashable]) -> bool:
+        """Begins a call at `step` whose batch holds equal parts for the `conditions`; returns whether it reuses."""
+        run = self.run
+        run.step, run.conditions = step, tuple(conditions)
+        stored = {condition for condition, _ in run.features}
+        run.reusing = stored.issuperset(run.conditions) and not self.config.computes(step)
+        return run.reusing
 
     def needs(self, step: int) -> bool:
         """Whether features computed at `step` will be read: never where the next step computes too."""
@@ -86,13 +93,18 @@ class FeatureCache:
 
     def store(self, branch: str, value: Tensor) -> None:
         run = self.run
-        history = run.features.setdefault((run.call, branch), [])
-        history.append((run.step, value))
-        del history[: -1 - self.config.order]
+        for condition, part in zip(run.conditions, value.chunk(len(run.conditions))):
+            history = run.features.setdefault((condition, branch), [])
+            history.append((run.step, part))
+            del history[: -1 - self.config.order]
 
     def recall(self, branch: str) -> Tensor:
+        parts = [self.forecast(condition, branch) for condition in self.run.conditions]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def forecast(self, condition: Hashable, branch: str) -> Tensor:
         """The stored feature, or at order 1 its linear extrapolation (TaylorSeer, arXiv 2503.06923, Eq. 2)."""
-        history = self.run.features[self.run.call, branch]
+        history = self.run.features[condition, branch]
         step, value = history[-1]
         if len(history) == 1:
             return value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,12 @@ TENSORS = ("low", "high", "mean", "histogram", "hessian")
 def fingerprint(model: nn.Module) -> str:
     """Hash of the full-precision weights; a quantized model answers with that of its source."""
     remembered = getattr(model, FINGERPRINT, None)
-    if remembered is not None:
-        return remembered
+    return fingerprint_tensors(model.state_dict()) if remembered is None else remembered
+
+
+def fingerprint_tensors(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
+    for name, value in sorted(tensors.items()):
         flat = value.detach().flatten()
         # A few thousand values of each tensor tell models apart; hashing gigabytes would not tell more.
         sample = flat[:: max(1, flat.numel() // 2048)].float().cpu()

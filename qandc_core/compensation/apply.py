@@ -11,7 +11,7 @@ from torch import Tensor
 
 def compensate(x: Tensor, mean: Tensor, factor: Tensor) -> Tensor:
     """mean + K (x - mean) per channel (Q&C, Eq. 10), written so that K = 1 returns x bit for bit."""
-    mean, factor = (v.to(x)[None, :, None, None] for v in (mean, factor))
+    mean, factor = (v.to(x).view(1, -1, *[1] * (x.ndim - 2)) for v in (mean, factor))
     return x + (factor - 1) * (x - mean)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import pickle
 import zipfile
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .detection import METADATA, check_shapes, detect_config
 from .diffusers_layout import (
     BLOCKS,
     POSITIONS,
@@ -28,7 +28,7 @@ from .diffusers_layout import (
     repeated_keys,
 )
 from .dit import DiT, DiTConfig, sincos_positions
-from .presets import HEADS
+from .metadata import pop_metadata
 
 DEMO = Path(__file__).parents[1] / "demo" / "digits_dit.safetensors"
 SAFETENSORS = (".safetensors", ".sft")
@@ -37,8 +37,6 @@ FOLDER_WEIGHTS = tuple(
     f"diffusion_pytorch_model.{ending}" for ending in ("safetensors", "safetensors.index.json", "bin", "bin.index.json")
 )
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")
-# What a DiTConfig holds and tensor shapes do not tell.
-METADATA = ("num_heads", "norm2_eps", "frequency_shift", "prediction")
 
 
 def load_dit(
@@ -68,22 +66,34 @@ def save_dit(model: DiT, path: str | os.PathLike[str]) -> None:
     """Writes a safetensors file that `load_dit` reads back exactly; an interrupted write leaves no file behind."""
     path = Path(path)
     tensors = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
-    metadata = {name: str(getattr(model.config, name)) for name in METADATA}
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        save_file(tensors, temporary, metadata={"format": "pt", **metadata})
+        save_file(tensors, temporary, metadata={"format": "pt", **dit_metadata(model.config)})
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def read_dit(source: str | os.PathLike[str], num_heads: int | None = None) -> tuple[dict[str, Tensor], DiTConfig]:
-    """Tensors in our layout and configuration of any source `load_dit` accepts, checked against each other."""
+def dit_metadata(config: DiTConfig) -> dict[str, str]:
+    return {name: str(getattr(config, name)) for name in METADATA}
+
+
+def read_dit(
+    source: str | os.PathLike[str], num_heads: int | None = None, input_size: int | None = None
+) -> tuple[dict[str, Tensor], DiTConfig]:
+    """Tensors in our layout and configuration of any source `load_dit` accepts, checked against each other.
+
+    `input_size` is needed for a diffusers file without the config.json of its folder.
+    """
     path = locate(source)
     tensors, metadata = read_tensors(path)
     try:
-        state_dict, metadata = to_published_layout(strip_prefix(tensors), metadata, path.parent / "config.json")
+        metadata = {**metadata, **pop_metadata(tensors)}
+        known = read_json(path.parent / "config.json") if (path.parent / "config.json").is_file() else {}
+        if input_size is not None:
+            known = {**known, "sample_size": input_size}
+        state_dict, metadata = to_published_layout(strip_prefix(tensors), metadata, known)
         config = detect_config(state_dict, metadata, num_heads)
         check_shapes(state_dict, config)
     except ValueError as error:
@@ -181,7 +191,7 @@ def strip_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_published_layout(
-    tensors: dict[str, Tensor], metadata: Mapping[str, Any], config_file: Path
+    tensors: dict[str, Tensor], metadata: Mapping[str, Any], config: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors under our names, and the metadata completed by what diffusers keeps in its config.json."""
     if not is_diffusers(tensors):
@@ -191,7 +201,6 @@ def to_published_layout(
     depth = count_blocks(tensors, BLOCKS)
     keys = [source for key in parameter_names(depth) for source in diffusers_keys(key)]
     check_keys(tensors, keys, optional=[POSITIONS, *repeated_keys(depth)])
-    config = read_json(config_file) if config_file.is_file() else {}
     state_dict = from_diffusers(tensors)
     if "pos_embed" not in state_dict:
         state_dict["pos_embed"] = diffusers_positions(state_dict["x_embedder.proj.weight"], config)
@@ -206,7 +215,7 @@ def diffusers_positions(projection: Tensor, config: Mapping[str, Any]) -> Tensor
     if "sample_size" not in config:
         raise ValueError(
             "the input size is neither in the tensors nor in a config.json beside the file; "
-            "load the diffusers folder that holds both"
+            "load the diffusers folder that holds both, or give the input size"
         )
     side = config["sample_size"] // projection.shape[-1]
     return sincos_positions(projection.shape[0], side, side, side).to(projection.dtype)
@@ -223,67 +232,3 @@ def check_keys(found: Collection[str], expected: Collection[str], optional: Coll
         raise ValueError(
             f"{len(extra)} of {len(found)} keys are not those of a class-conditional DiT, first {', '.join(extra[:3])}"
         )
-
-
-def detect_config(
-    state_dict: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None, num_heads: int | None = None
-) -> DiTConfig:
-    """Configuration of a state dict in our layout: every size from shapes, the rest from `metadata` (see METADATA).
-
-    Heads: `num_heads`, else metadata, else the table `HEADS`. Raises ValueError where a shape is not a DiT's.
-    """
-    metadata = metadata or {}
-    hidden, in_channels, _, patch = shape(state_dict, "x_embedder.proj.weight", 4)
-    rows, _ = shape(state_dict, "final_layer.linear.weight", 2)
-    if rows not in (patch**2 * in_channels, 2 * patch**2 * in_channels):
-        raise ValueError(
-            f"final_layer.linear.weight has {rows} rows, expected {patch**2 * in_channels} for patches of "
-            f"{patch}x{patch}x{in_channels}, or twice that with a learned variance"
-        )
-    return DiTConfig(
-        input_size=patch * grid_side(state_dict),
-        patch_size=patch,
-        in_channels=in_channels,
-        hidden_size=hidden,
-        depth=count_blocks(state_dict, "blocks"),
-        num_heads=detect_heads(hidden, metadata, num_heads),
-        mlp_ratio=shape(state_dict, "blocks.0.mlp.fc1.weight", 2)[0] / hidden,
-        num_classes=shape(state_dict, "y_embedder.embedding_table.weight", 2)[0] - 1,
-        learn_sigma=rows == 2 * patch**2 * in_channels,
-        norm2_eps=float(metadata.get("norm2_eps", 1e-6)),
-        frequency_shift=int(metadata.get("frequency_shift", 0)),
-        prediction=str(metadata.get("prediction", "epsilon")),
-    )
-
-
-def shape(state_dict: Mapping[str, Tensor], key: str, dimensions: int) -> tuple[int, ...]:
-    found = tuple(state_dict[key].shape)
-    if len(found) != dimensions or 0 in found:
-        raise ValueError(f"{key} has the shape {found}, expected {dimensions} dimensions")
-    return found
-
-
-def grid_side(state_dict: Mapping[str, Tensor]) -> int:
-    patches = shape(state_dict, "pos_embed", 3)[1]
-    side = math.isqrt(patches)
-    if side**2 != patches:
-        raise ValueError(f"pos_embed covers {patches} patches, expected a square grid")
-    return side
-
-
-def detect_heads(hidden: int, metadata: Mapping[str, Any], num_heads: int | None) -> int:
-    heads = int(num_heads or metadata.get("num_heads") or HEADS.get(hidden, 0))
-    if not heads:
-        raise ValueError(f"the number of attention heads is not known for width {hidden}; pass num_heads=")
-    if hidden % heads:
-        raise ValueError(f"width {hidden} is not divisible by {heads} attention heads; pass the right num_heads=")
-    return heads
-
-
-def check_shapes(state_dict: Mapping[str, Tensor], config: DiTConfig) -> None:
-    for key, expected in DiT(config, device="meta").state_dict().items():
-        tensor = state_dict[key]
-        if tensor.shape != expected.shape:
-            raise ValueError(f"{key} has the shape {tuple(tensor.shape)}, expected {tuple(expected.shape)}")
-        if not tensor.is_floating_point():
-            raise ValueError(f"{key} has the type {tensor.dtype}, expected floating-point weights")

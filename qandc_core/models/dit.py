@@ -199,7 +199,7 @@ class DiT(nn.Module):
         """
         p = self.config.patch_size
         rows, cols = x.shape[-2] // p, x.shape[-1] // p
-        x = self.x_embedder(x) + self.positions(rows, cols).to(x.dtype)
+        x = self.x_embedder(x) + self.positions(rows, cols).to(x)
         c = self.t_embedder(timesteps, x.dtype) + self.y_embedder(y).to(x.dtype)
         for block in self.blocks:
             x = block(x, c)

@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..calibration.file import FINGERPRINT, fingerprint
-from ..models.checkpoints import SAFETENSORS, read_safetensors
+from ..models.checkpoints import SAFETENSORS, read_safetensors, strip_prefix
 from ..models.dit import DiT, DiTConfig
+from ..models.metadata import KEY, pop_metadata, read_metadata_tensor
 from .linear import LinearFormat, QuantizedLinear
 from .model import named_linears, quantized_layers
 
@@ -28,10 +29,23 @@ def save_quantized(model: DiT, path: str | os.PathLike[str]) -> None:
 
     Raises ValueError on a model that is not our DiT or has no quantized layer.
     """
+    metadata = quantized_metadata(model)
+    path = Path(path)
+    tensors = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        save_file(tensors, temporary, metadata={"format": "pt", **metadata})
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def quantized_metadata(model: DiT) -> dict[str, str]:
+    """What the tensors alone do not tell: configuration, format of every quantized layer, fingerprint."""
     layers = quantized_layers(model)
     if not isinstance(model, DiT) or not layers:
         raise ValueError(f"save_quantized needs this package's DiT with quantized layers, got {type(model).__name__}.")
-    path = Path(path)
     header = {
         "format": FORMAT,
         "version": VERSION,
@@ -39,14 +53,7 @@ def save_quantized(model: DiT, path: str | os.PathLike[str]) -> None:
         "config": asdict(model.config),
         "layers": {name: asdict(layer.format) for name, layer in layers.items()},
     }
-    tensors = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        save_file(tensors, temporary, metadata={"format": "pt", "qandc": json.dumps(header)})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    return {"qandc": json.dumps(header)}
 
 
 def load_quantized(
@@ -57,16 +64,28 @@ def load_quantized(
     `dtype` casts everything but codes and scales; None keeps the file's. Raises FileNotFoundError or ValueError with
     one sentence that says what is wrong.
     """
+    tensors, header = read_quantized(path)
+    model = DiT(DiTConfig(**header["config"]), device="meta")
+    load_codes(model, tensors, header, Path(path))
+    return model.to(device=device, dtype=dtype).eval()
+
+
+def read_quantized(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and header of a quantized file, also where ModelSave put the header among the tensors."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no quantized DiT {path}; make one with: python -m qandc_core quantize.")
     tensors, metadata = read_safetensors(path)
-    header = quantized_header(metadata)
+    header = quantized_header({**metadata, **pop_metadata(tensors)})
     if header is None:
         raise ValueError(f"{path} is not a quantized DiT; expected a file that save_quantized wrote.")
     if header["version"] != VERSION:
         raise ValueError(f"{path} has format {header['version']}, this version reads {VERSION}; quantize again.")
-    model = DiT(DiTConfig(**header["config"]), device="meta")
+    return strip_prefix(tensors), header
+
+
+def load_codes(model: DiT, tensors: dict[str, Tensor], header: Mapping[str, Any], path: Path) -> None:
+    """Gives the model the quantized layers that the header lists, and all tensors, in place."""
     linears = dict(named_linears(model))
     for name, format in header["layers"].items():
         linear = linears[name]
@@ -78,10 +97,9 @@ def load_quantized(
     check_tensors(path, tensors, model.state_dict())
     model.load_state_dict(tensors, assign=True)
     setattr(model, FINGERPRINT, header["model"])
-    return model.to(device=device, dtype=dtype).eval()
 
 
-def quantized_header(metadata: Mapping[str, str]) -> dict[str, Any] | None:
+def quantized_header(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
     """What `save_quantized` wrote of the model, or None in any other file."""
     try:
         header = json.loads(metadata.get("qandc", "null"))
@@ -96,8 +114,12 @@ def is_quantized(path: Path) -> bool:
         return False
     try:
         with safe_open(path, framework="pt") as file:
-            return quantized_header(file.metadata() or {}) is not None
-    except (SafetensorError, OSError):
+            metadata: dict[str, Any] = file.metadata() or {}
+            for key in file.keys():
+                if key.endswith(KEY):
+                    metadata = {**metadata, **read_metadata_tensor(file.get_tensor(key))}
+            return quantized_header(metadata) is not None
+    except (SafetensorError, OSError, ValueError):
         return False
 
 

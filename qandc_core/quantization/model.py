@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -62,13 +62,14 @@ def quantize_model(
     skip_patterns: Sequence[str] = (),
     calibration: Calibration | None = None,
     config: QuantizationConfig | None = None,
+    callback: Callable[[str, int, int], None] | None = None,
 ) -> nn.Module:
     """Replaces linear layers by quantized ones (Q&C, Eq. 1-3), in place, and returns the model.
 
     Weights per output channel. Activations dynamic per token, or static per tensor with a calibration, unless
     `config.static` says otherwise. Layers with an odd number of inputs keep 8-bit codes. Raises ValueError, before any
     layer is replaced, on weights that are not finite, a calibration of another model, or statistics that the config
-    needs and the file lacks.
+    needs and the file lacks. callback(layer, index, layers) before each layer.
     """
     config = config or QuantizationConfig()
     static = calibration is not None if config.static is None else config.static
@@ -81,7 +82,9 @@ def quantize_model(
     if not layers:
         raise ValueError(f"No linear layer is left to quantize with skip_patterns {list(skip_patterns)}.")
     replacements = {}
-    for name, linear in layers:
+    for index, (name, linear) in enumerate(layers):
+        if callback is not None:
+            callback(name, index, len(layers))
         statistics = calibration.layer(name) if calibration is not None else None
         replacements[name] = quantize_linear(name, linear, format, config, statistics)
     setattr(model, FINGERPRINT, fingerprint(model))

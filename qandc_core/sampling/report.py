@@ -14,6 +14,7 @@ class RunReport:
     """One sampling run: wall seconds and computed (else reused) for every step, cache and peak memory in bytes.
 
     `peak_memory` is the device allocator's peak on a GPU and the process's peak on CPU; None where the system has none.
+    `factors` are K_t of each step's channels where variance compensation was on.
     """
 
     sampler: str
@@ -25,6 +26,8 @@ class RunReport:
     computed: list[bool] = field(default_factory=list)
     cache_bytes: int = 0
     peak_memory: int | None = None
+    label: str = ""
+    factors: list[list[float]] = field(default_factory=list)
 
     @property
     def total_seconds(self) -> float:

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+from comfy_api.v0_0_2 import io
+
+from .comfyui.types import CATEGORY, parse_numbers
+
+NONE = "none"
+
+
+class ClassLabel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="QandC_ClassLabel",
+            display_name="Class Label",
+            category=CATEGORY,
+            description="Says what a class-conditional DiT draws: one class, or several that the images of a batch "
+            "take in turn.",
+            search_aliases=["imagenet", "class id", "conditioning", "label"],
+            inputs=[
+                io.String.Input(
+                    "classes", default="0-9",
+                    tooltip="Class ids, ranges or ImageNet names, with commas: 207, 360-365, golden retriever. "
+                    "Image 1 takes the first, image 2 the second, and so on, from the start again.",
+                ),
+                io.Combo.Input(
+                    "imagenet_class", options=[NONE, *choices()], default=NONE,
+                    tooltip="Pick one ImageNet class by name (type to search); it replaces the list above.",
+                ),
+            ],
+            outputs=[
+                io.Conditioning.Output("positive", display_name="positive", tooltip="The classes."),
+                io.Conditioning.Output("negative", display_name="negative", tooltip="No class, for guidance."),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, classes: str, imagenet_class: str) -> io.NodeOutput:
+        picked = choices().get(imagenet_class)
+        labels = parse_classes(classes) if picked is None else (picked,)
+        return io.NodeOutput([[None, {"class_label": labels}]], [[None, {}]])
+
+
+@cache
+def imagenet_names() -> tuple[str, ...]:
+    return tuple(Path(__file__).with_name("imagenet_classes.txt").read_text(encoding="utf-8").splitlines())
+
+
+@cache
+def choices() -> dict[str, int]:
+    """Combo entries; the id tells the two cranes and the two maillots apart."""
+    return {f"{name} ({index})": index for index, name in enumerate(imagenet_names())}
+
+
+def parse_classes(text: str) -> tuple[int, ...]:
+    names = {name.lower(): index for index, name in reversed(list(enumerate(imagenet_names())))}
+    return parse_numbers(text, names, "207, 360-365, golden retriever")

@@ -1,0 +1,187 @@
+"""Variance compensation under any stock sampler: the model sees the corrected sample, the sampler a shifted "
+"prediction."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import comfy.model_sampling
+import torch
+from torch import Tensor
+
+from ...qandc_core.compensation.apply import VarianceCompensation, compensate
+from ...qandc_core.compensation.factors import VarianceMoments
+from .runs import WRAPPERS, note, options_of_run, replace_wrapper, scalar, step_at
+from .sampling import Progress, Settings, sample_new
+
+KEY = "qandc_compensation"
+log = logging.getLogger(__name__)
+
+
+def is_flow(model) -> bool:
+    return isinstance(model.model_sampling, comfy.model_sampling.CONST)
+
+
+def preserved_scale(sigma: float, flow: bool) -> float:
+    """What turns a sample at sigma into variance-preserving units, in which mean and K are kept."""
+    return 1.0 if flow else (1 + sigma**2) ** -0.5
+
+
+def shift(sampler_name: str, sigma: float, following: float) -> float:
+    """c1 / c2 of the step x' = c1 x + c2 D from sigma to the following one: DDPM's posterior, Euler for all others."""
+    ratio = following / sigma
+    kept = ratio**2 if sampler_name == "sample_ddpm" else ratio
+    return kept / (1 - kept)
+
+
+def shifted(
+    denoised: Tensor, x: Tensor, corrected: Tensor, sampler_name: str, sigma: float, following: float
+) -> Tensor:
+    """D' = D + (x~ - x) c1 / c2: a step from x with D' ends where a step from x~ with D does."""
+    return denoised + (corrected - x) * shift(sampler_name, sigma, following)
+
+
+def sampler_function_name(sampler: Any) -> str:
+    return getattr(getattr(sampler, "sampler_function", None), "__name__", type(sampler).__name__)
+
+
+FIRST_ORDER = ("sample_euler", "sample_ddpm")
+
+
+class CompensatedRun:
+    """Wrappers of a model whose samples are corrected before every step (Q&C, Eq. 10)."""
+
+    def __init__(self, variance: VarianceCompensation, fitted_sampler: str):
+        self.variance, self.fitted_sampler = variance, fitted_sampler
+
+    def outer_sample(self, executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
+        guider = executor.class_obj
+        schedule = sigmas.tolist()
+        self.variance.check(schedule[:-1])
+        if sampler_function_name(sampler) != self.fitted_sampler:
+            raise ValueError(
+                f"The variance compensation was fitted with {self.fitted_sampler} and this run samples with "
+                f"{sampler_function_name(sampler)}; choose the same sampler in both nodes."
+            )
+        saved, options = guider.model_options, options_of_run(guider)
+        options[KEY] = (schedule, sampler_function_name(sampler))
+        if sampler_function_name(sampler) not in FIRST_ORDER:
+            log.info("Q&C variance compensation: exact for euler, ddim and ddpm, approximate for this sampler.")
+        report = options.get("qandc_report")
+        if report is not None:
+            rows = [self.variance.factor[self.variance.find(s)].tolist() for s in schedule[:-1]]
+            report.factors = rows
+        try:
+            return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+        finally:
+            guider.model_options = saved
+
+    def predict_noise(self, executor, x, timestep, model_options, seed):
+        schedule, name = model_options["transformer_options"][KEY]
+        sigma, scale = scalar(timestep), preserved_scale(scalar(timestep), is_flow(executor.class_obj.inner_model))
+        step = step_at(schedule, sigma)
+        if abs(schedule[step] - sigma) > 1e-4 * sigma:  # between two steps of a multi-stage sampler
+            return executor(x, timestep, model_options, seed)
+        corrected = self.variance.correct(x * scale, sigma)
+        if corrected is x:
+            return executor(x, timestep, model_options, seed)
+        corrected = corrected / scale
+        denoised = executor(corrected, timestep, model_options, seed)
+        return shifted(denoised, x, corrected, name, sigma, schedule[step + 1])
+
+
+def attach_compensation(patcher, variance: VarianceCompensation, fitted_sampler: str):
+    clone = patcher.clone()
+    run = CompensatedRun(variance, fitted_sampler)
+    replace_wrapper(clone, WRAPPERS.OUTER_SAMPLE, KEY, run.outer_sample)
+    replace_wrapper(clone, WRAPPERS.PREDICT_NOISE, KEY, run.predict_noise)
+    note(clone, "compensation", "variance compensation")
+    return clone
+
+
+def detach_compensation(patcher):
+    clone = patcher.clone()
+    for kind in (WRAPPERS.OUTER_SAMPLE, WRAPPERS.PREDICT_NOISE):
+        clone.remove_wrappers_with_key(kind, KEY)
+    note(clone, "compensation", "")
+    return clone
+
+
+class Recording:
+    """PREDICT_NOISE of the reference run: keeps its samples (in variance-preserving units, on CPU) by noise level."""
+
+    def __init__(self) -> None:
+        self.samples: dict[float, Tensor] = {}
+
+    def __call__(self, executor, x, timestep, model_options, seed):
+        sigma = scalar(timestep)
+        scale = preserved_scale(sigma, is_flow(executor.class_obj.inner_model))
+        self.samples.setdefault(sigma, (x * scale).cpu())
+        return executor(x, timestep, model_options, seed)
+
+
+class Fitting:
+    """The accelerated run: fits K_t at each step on samples that all earlier corrections already went into."""
+
+    def __init__(self, reference: dict[float, Tensor], method: str, eps: float, start: float, end: float):
+        self.reference, self.method, self.eps, self.start, self.end = reference, method, eps, start, end
+        self.sigmas: list[float] = []
+        self.means: list[Tensor] = []
+        self.factors: list[Tensor] = []
+
+    def outer_sample(self, executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
+        guider = executor.class_obj
+        saved, options = guider.model_options, options_of_run(guider)
+        options[KEY] = (sigmas.tolist(), sampler_function_name(sampler))
+        try:
+            return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+        finally:
+            guider.model_options = saved
+
+    def predict_noise(self, executor, x, timestep, model_options, seed):
+        schedule, name = model_options["transformer_options"][KEY]
+        sigma = scalar(timestep)
+        step, last = step_at(schedule, sigma), self.sigmas[-1] if self.sigmas else float("inf")
+        if abs(schedule[step] - sigma) > 1e-4 * sigma or sigma >= last:
+            return executor(x, timestep, model_options, seed)
+        scale = preserved_scale(sigma, is_flow(executor.class_obj.inner_model))
+        mean, factor = self.fit(step, len(schedule) - 1, sigma, x * scale)
+        if torch.equal(factor, torch.ones_like(factor)):
+            return executor(x, timestep, model_options, seed)
+        corrected = compensate(x * scale, mean, factor) / scale
+        denoised = executor(corrected, timestep, model_options, seed)
+        return shifted(denoised, x, corrected, name, sigma, schedule[step + 1])
+
+    def fit(self, step: int, steps: int, sigma: float, accelerated: Tensor) -> tuple[Tensor, Tensor]:
+        channels = accelerated.shape[1]
+        mean, factor = torch.zeros(channels), torch.ones(channels)
+        if step > 0 and self.start * steps <= step < self.end * steps:
+            moments = VarianceMoments(channels, self.eps)
+            moments.update(self.reference[sigma], accelerated)
+            mean, factor = (v.float() for v in moments.factors(self.method))
+        self.sigmas.append(sigma)
+        self.means.append(mean)
+        self.factors.append(factor)
+        return mean, factor
+
+    def result(self) -> VarianceCompensation:
+        sigmas = torch.tensor(self.sigmas, dtype=torch.float64)
+        return VarianceCompensation(sigmas, torch.stack(self.means), torch.stack(self.factors), self.method)
+
+
+def fit_compensation(
+    reference, accelerated, settings: Settings, latent: Tensor, seed: int, progress: Progress, *,
+    method: str, start: float, end: float, eps: float = 1e-2,
+) -> VarianceCompensation:  # fmt: skip
+    """Samples the empty latents (N, ...) with both models from one noise and fits K_t step by step (Q&C, Eq. 9-12)."""
+    recording = Recording()
+    recorded = detach_compensation(reference)
+    replace_wrapper(recorded, WRAPPERS.PREDICT_NOISE, KEY, recording)
+    sample_new(recorded, settings, latent, seed, progress.step)
+    fitting = Fitting(recording.samples, method, eps, start, end)
+    fitted = accelerated.clone()
+    replace_wrapper(fitted, WRAPPERS.OUTER_SAMPLE, KEY, fitting.outer_sample)
+    replace_wrapper(fitted, WRAPPERS.PREDICT_NOISE, KEY, fitting.predict_noise)
+    sample_new(fitted, settings, latent, seed, progress.step)
+    return fitting.result()

@@ -1,0 +1,44 @@
+"""What our wrappers share: one key, the state of one sampling run, and where a run stands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import comfy.model_patcher
+import comfy.patcher_extension
+import torch
+
+KEY = "qandc"
+WRAPPERS = comfy.patcher_extension.WrappersMP
+
+
+def step_at(sigmas: Sequence[float], sigma: float) -> int:
+    """The step of a falling schedule that a model call at `sigma` belongs to: the last that begins at or above it."""
+    begun = [i for i, start in enumerate(sigmas[:-1]) if start >= sigma * (1 - 1e-4)]
+    return begun[-1] if begun else 0
+
+
+def scalar(sigma: torch.Tensor) -> float:
+    return float(sigma.reshape(-1)[0])
+
+
+def options_of_run(guider) -> dict[str, Any]:
+    """transformer_options that this run alone sees; wrappers put its state there, never into the model."""
+    guider.model_options = comfy.model_patcher.create_model_options_clone(guider.model_options)
+    return guider.model_options["transformer_options"]
+
+
+def replace_wrapper(patcher, kind: str, key: str, wrapper) -> None:
+    patcher.remove_wrappers_with_key(kind, key)
+    patcher.add_wrapper_with_key(kind, key, wrapper)
+
+
+def notes(patcher) -> dict[str, str]:
+    """What our nodes attached to this model, in words for reports."""
+    return patcher.model_options["transformer_options"].get(KEY, {})
+
+
+def note(patcher, topic: str, text: str) -> None:
+    options = patcher.model_options["transformer_options"]
+    options[KEY] = {**options.get(KEY, {}), topic: text}

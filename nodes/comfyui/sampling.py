@@ -1,0 +1,140 @@
+"""Stock sampling with progress, preview and interruption, as KSampler does it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.model_management
+import comfy.sample
+import comfy.utils
+import latent_preview
+import torch
+from torch import Tensor
+
+from ...qandc_core.sampling.generate import synchronize
+from ...qandc_core.sampling.report import RunReport, peak_memory, reset_peak_memory
+from .runs import WRAPPERS, notes, replace_wrapper
+
+REPORT = "qandc_report"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a stock sampling node takes beside model, latent and seed."""
+
+    positive: Any
+    negative: Any
+    steps: int
+    cfg: float
+    sampler_name: str
+    scheduler: str
+    denoise: float = 1.0
+
+    def describe(self) -> dict[str, Any]:
+        return {"sampler": self.sampler_name, "scheduler": self.scheduler, "steps": self.steps, "cfg": self.cfg}
+
+
+class Progress:
+    """One bar over several sampling runs, with the preview of the newest image; ends within a step when cancelled."""
+
+    def __init__(self, patcher, total: int):
+        self.bar = comfy.utils.ProgressBar(total)
+        self.total, self.done = total, 0
+        self.previewer = latent_preview.get_previewer(patcher.load_device, patcher.model.latent_format)
+
+    def step(self, index: int, denoised: Tensor, x: Tensor, steps: int) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        preview = None
+        if self.previewer and not denoised.is_nested:
+            preview = self.previewer.decode_latent_to_preview_image("JPEG", denoised)
+        self.bar.update_absolute(self.done + index + 1, self.total, preview)
+        if index + 1 == steps:
+            self.done += steps
+
+    def advance(self, picture=None) -> None:
+        """One unit of work that is no sampling step."""
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        self.done += 1
+        self.bar.update_absolute(self.done, self.total, None if picture is None else ("JPEG", picture, 512))
+
+
+def fitted_latent(patcher, latent: dict[str, Any]) -> Tensor:
+    """The samples of a LATENT, an empty one given this model's channels and resolution."""
+    ratio = latent.get("downscale_ratio_spacial")
+    return comfy.sample.fix_empty_latent_channels(patcher, latent["samples"], ratio)
+
+
+def empty_latents(patcher, latent: dict[str, Any], count: int) -> Tensor:
+    """`count` empty latents of the LATENT's shape."""
+    return torch.zeros(count, *fitted_latent(patcher, {**latent, "samples": latent["samples"] * 0}).shape[1:])
+
+
+def sample(
+    patcher,
+    settings: Settings,
+    latent: Tensor,
+    noise: Tensor,
+    seed: int,
+    callback: Callable,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """What KSampler does."""
+    return comfy.sample.sample(
+        patcher, noise, settings.steps, settings.cfg, settings.sampler_name, settings.scheduler, settings.positive,
+        settings.negative, latent, denoise=settings.denoise, noise_mask=mask, callback=callback,
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=seed,
+    )  # fmt: skip
+
+
+def sample_new(patcher, settings: Settings, latent: Tensor, seed: int, callback: Callable) -> Tensor:
+    """Images from pure noise of the seed."""
+    return sample(patcher, settings, latent, comfy.sample.prepare_noise(latent, seed), seed, callback)
+
+
+class Stopwatch:
+    """Seconds of every step, from the first model call on: loading the model is not sampling."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.started: float | None = None
+        self.seconds: list[float] = []
+
+    def predict_noise(self, executor, *args, **kwargs):
+        if self.started is None:
+            synchronize(self.device)
+            self.started = time.perf_counter()
+        return executor(*args, **kwargs)
+
+    def step(self) -> None:
+        synchronize(self.device)
+        now = time.perf_counter()
+        if self.started is not None:
+            self.seconds.append(now - self.started)
+        self.started = now
+
+
+def measured_sample(
+    patcher, settings: Settings, latent: Tensor, noise: Tensor, seed: int, label: str, mask: Tensor | None = None
+) -> tuple[Tensor, RunReport]:
+    """Samples, and the report of the run: time of every step, what was computed, what it kept."""
+    device = patcher.load_device
+    report = RunReport(f"{settings.sampler_name}, {settings.scheduler}", 0, len(latent), settings.cfg, str(device))
+    report.label = label or ", ".join(filter(None, notes(patcher).values())) or "full precision, no cache"
+    watch, progress = Stopwatch(device), Progress(patcher, settings.steps)
+    run = patcher.clone()
+    run.model_options["transformer_options"][REPORT] = report
+    replace_wrapper(run, WRAPPERS.PREDICT_NOISE, REPORT, watch.predict_noise)
+
+    def callback(step: int, denoised: Tensor, x: Tensor, steps: int) -> None:
+        watch.step()
+        report.steps = steps
+        progress.step(step, denoised, x, steps)
+
+    reset_peak_memory(device)
+    samples = sample(run, settings, latent, noise, seed, callback, mask)
+    report.seconds, report.peak_memory = watch.seconds, peak_memory(device)
+    report.computed = report.computed or [True] * report.steps
+    return samples, report

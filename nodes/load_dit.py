@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import os
+
+import folder_paths
+import torch
+from comfy_api.v0_0_2 import io
+
+from .comfyui.dit_model import load_dit_patcher
+from .comfyui.types import CATEGORY
+
+DEMO = "built-in demo"
+FOLDERS = ("diffusion_models", "checkpoints")
+DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SIZES = {"auto": None, "256": 32, "512": 64}
+
+
+class LoadDiT(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        files = dict.fromkeys(name for folder in FOLDERS for name in folder_paths.get_filename_list(folder))
+        return io.Schema(
+            node_id="QandC_LoadDiT",
+            display_name="Load DiT",
+            category=CATEGORY,
+            description="Loads a class-conditional diffusion transformer (DiT) as a MODEL that every stock node takes: "
+            "the built-in demo, a published checkpoint, a diffusers file, or one that Quantize made.",
+            search_aliases=["dit", "imagenet", "class conditional", "load diffusion model", "q&c"],
+            inputs=[
+                io.Combo.Input(
+                    "model_name", options=[DEMO, *files], default=DEMO,
+                    tooltip="The built-in demo, or a file of models/diffusion_models or models/checkpoints.",
+                ),
+                io.Combo.Input(
+                    "weight_dtype", options=list(DTYPES), default="auto", advanced=True,
+                    tooltip="Precision of the weights; auto lets ComfyUI choose what suits the device.",
+                ),
+                io.Combo.Input(
+                    "image_size", options=list(SIZES), default="auto", advanced=True,
+                    tooltip="Image size the model was trained for. Only diffusers files without a config.json need it.",
+                ),
+            ],
+            outputs=[io.Model.Output(tooltip="The model in full precision, or quantized if the file is.")],
+        )  # fmt: skip
+
+    @classmethod
+    def validate_inputs(cls, model_name) -> bool:
+        return True  # a file that is absent here is named when the node runs, with what to do
+
+    @classmethod
+    def fingerprint_inputs(cls, model_name, weight_dtype, image_size):
+        if model_name == DEMO:
+            return DEMO
+        path = find(model_name)
+        return None if path is None else (path, os.path.getmtime(path), os.path.getsize(path))
+
+    @classmethod
+    def execute(cls, model_name: str, weight_dtype: str, image_size: str) -> io.NodeOutput:
+        path = "demo" if model_name == DEMO else find(model_name)
+        if path is None:
+            raise FileNotFoundError(
+                f"There is no model file {model_name} here; put it into models/{FOLDERS[0]} and press R to refresh, "
+                "or choose another."
+            )
+        return io.NodeOutput(load_dit_patcher(path, DTYPES[weight_dtype], SIZES[image_size]))
+
+
+def find(name: str) -> str | None:
+    return next(filter(None, (folder_paths.get_full_path(folder, name) for folder in FOLDERS)), None)

@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import comfy.sample
+from comfy_api.v0_0_2 import io
+
+from .comfyui import types
+from .comfyui.sampling import Settings, fitted_latent, measured_sample
+
+
+class Sample(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="QandC_Sample",
+            display_name="Sample",
+            category=types.CATEGORY,
+            description="KSampler with a report of the run: the time of every step, which steps were computed or "
+            "reused, "
+            "memory. Gives the same images as KSampler.",
+            search_aliases=["ksampler", "report", "benchmark", "timing"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model that denoises."),
+                *types.conditioning(),
+                types.latent("The latent to denoise: empty, or an encoded image."),
+                io.Int.Input(
+                    "seed", default=0, min=0, max=types.MAX_SEED, control_after_generate=True,
+                    tooltip="The noise. Equal seeds give comparable images.",
+                ),
+                *types.sampler_settings("of the run"),
+                io.Float.Input(
+                    "denoise", default=1.0, min=0.0, max=1.0, step=0.01,
+                    tooltip="Below 1 the latent keeps part of its image.",
+                ),
+                io.String.Input("label", default="", tooltip="Name of the run in Compare; empty: what is attached."),
+            ],
+            outputs=[
+                io.Latent.Output(display_name="latent", tooltip="The denoised latent."),
+                types.Report.Output("report", display_name="report", tooltip="What the run measured, for Compare."),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(
+        cls, model: io.Model.Type, positive, negative, latent_image, seed: int, steps: int, cfg: float,
+        sampler_name: str, scheduler: str, denoise: float, label: str,
+    ) -> io.NodeOutput:  # fmt: skip
+        settings = Settings(positive, negative, steps, cfg, sampler_name, scheduler, denoise)
+        latent = fitted_latent(model, latent_image)
+        noise = comfy.sample.prepare_noise(latent, seed, latent_image.get("batch_index"))
+        samples, report = measured_sample(model, settings, latent, noise, seed, label, latent_image.get("noise_mask"))
+        kept = {key: value for key, value in latent_image.items() if not key.startswith("downscale_ratio")}
+        return io.NodeOutput({**kept, "samples": samples}, report)

@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from comfy_api.v0_0_2 import io
+
+from ..qandc_core.calibration.file import Calibration, fingerprint, load_calibration
+from .comfyui import types
+from .comfyui.caching import cache_config
+from .comfyui.calibration import SELECTIONS, Plan, calibrate, calibration_steps
+from .comfyui.files import NEW, calibration_files, calibration_path, file_state, next_path
+from .comfyui.sampling import Progress, Settings, empty_latents
+
+log = logging.getLogger(__name__)
+
+
+class TAPCalibrate(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="QandC_TAPCalibrate",
+            display_name="TAP Calibrate",
+            category=types.CATEGORY,
+            description="Samples with the model as it is wired, cache included, chooses varied samples by "
+            "temporal-aware "
+            "parallel clustering (TAP), and notes what every layer sees. Quantize needs it. Saved in output/qandc.",
+            search_aliases=["calibration", "ptq", "gptq", "statistics", "tap"],
+            inputs=[
+                io.Model.Input("model", tooltip="The full-precision model, with the cache that will be used."),
+                *types.conditioning(optional=True),
+                types.latent("An empty latent of the size to calibrate for; its batch size does not matter.", True),
+                io.Combo.Input(
+                    "file", options=calibration_files(), default=NEW,
+                    tooltip="new calibrates; or take a calibration made before, from output/qandc.",
+                ),
+                io.Int.Input("trajectories", default=32, min=1, max=4096, tooltip="Images to sample for calibration."),
+                io.Int.Input("samples", default=400, min=1, max=100000, tooltip="Samples that TAP keeps of all steps."),
+                *types.sampler_settings("of the calibration; take those of the Sample node"),
+                io.Int.Input("seed", default=501, min=0, max=types.MAX_SEED - 4096, tooltip="Noise of the first "
+                "batch."),
+                io.Int.Input("batch_size", default=16, min=1, max=1024, advanced=True, tooltip="Images sampled at "
+                "once."),
+                io.Combo.Input(
+                    "selection", options=list(SELECTIONS), default=SELECTIONS[0], advanced=True,
+                    tooltip="How samples are chosen: TAP, evenly over the steps, or at random.",
+                ),
+                io.Int.Input("clusters", default=50, min=1, max=1000, advanced=True, tooltip="TAP: number of "
+                "clusters."),
+                io.Float.Input(
+                    "time_scale", default=5.0, min=0.1, max=1000.0, step=0.1, advanced=True,
+                    tooltip="TAP: samples this many steps apart count as far apart in time.",
+                ),
+                io.Boolean.Input(
+                    "computed_steps_only", default=True, advanced=True,
+                    tooltip="Choose only from steps that the cache computes: cached layers see no others.",
+                ),
+                io.Boolean.Input(
+                    "hessians", default=False, advanced=True,
+                    tooltip="Also gather what GPTQ rounding in Quantize needs (memory: width squared for each layer).",
+                ),
+                io.String.Input(
+                    "filename_prefix", default="calibration", advanced=True,
+                    tooltip="New files are named with this and a number.",
+                ),
+            ],
+            outputs=[types.Calibration.Output("calibration", display_name="calibration", tooltip="Statistics of "
+            "every layer.")],
+        )  # fmt: skip
+
+    @classmethod
+    def validate_inputs(cls, file) -> bool:
+        return True  # a shared workflow may name a file of another machine: execute says what to do
+
+    @classmethod
+    def fingerprint_inputs(cls, file, **kwargs):
+        return file_state(file)
+
+    @classmethod
+    def execute(
+        cls, model: io.Model.Type, file: str, trajectories: int, samples: int, steps: int, cfg: float,
+        sampler_name: str, scheduler: str, seed: int, batch_size: int, selection: str, clusters: int,
+        time_scale: float, computed_steps_only: bool, hessians: bool, filename_prefix: str, positive=None,
+        negative=None, latent_image=None,
+    ) -> io.NodeOutput:  # fmt: skip
+        path = next_path(filename_prefix) if file == NEW else calibration_path(file)
+        if path.is_file():
+            calibration = load_calibration(path)
+            calibration.check_model(model.model.diffusion_model)
+            return io.NodeOutput(calibration)
+        require_wires(file, positive=positive, negative=negative, latent_image=latent_image)
+        settings = Settings(positive, negative, steps, cfg, sampler_name, scheduler)
+        plan = Plan(
+            trajectories, min(batch_size, trajectories), samples, selection, clusters, time_scale,
+            computed_steps_only, hessians, seed,
+        )  # fmt: skip
+        progress = Progress(model, calibration_steps(plan, steps))
+        statistics = calibrate(model, settings, empty_latents(model, latent_image, 1), plan, progress)
+        calibration = Calibration(
+            fingerprint(model.model.diffusion_model), statistics, notes=describe(model, settings, plan)
+        )
+        calibration.save(path)
+        log.info("Calibration saved: %s", path)
+        return io.NodeOutput(calibration)
+
+
+def describe(model, settings: Settings, plan: Plan) -> dict:
+    cache = cache_config(model)
+    return {
+        **settings.describe(),
+        "cache_interval": 1 if cache is None else cache.interval,
+        "selection": plan.selection,
+        "trajectories": plan.trajectories,
+        "samples": plan.samples,
+    }
+
+
+def require_wires(file: str, **inputs) -> None:
+    """Raises ValueError naming the inputs that making a new file needs."""
+    absent = [name for name, value in inputs.items() if value is None]
+    if not absent:
+        return
+    reason = (
+        "To calibrate anew" if file == NEW else f"The file {Path(file).name} is not in output/qandc here; to make it"
+    )
+    raise ValueError(f"{reason}, connect {', '.join(absent)}, or pick another file.")

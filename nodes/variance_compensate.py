@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import logging
+
+import comfy.samplers
+from comfy_api.v0_0_2 import io
+
+from ..qandc_core.calibration.file import Calibration, fingerprint, load_calibration
+from ..qandc_core.compensation.factors import METHODS
+from .comfyui import types
+from .comfyui.compensation import attach_compensation, fit_compensation, sampler_function_name
+from .comfyui.files import NEW, calibration_files, calibration_path, file_state, next_path
+from .comfyui.runs import notes
+from .comfyui.sampling import Progress, Settings, empty_latents
+from .tap_calibrate import require_wires
+
+log = logging.getLogger(__name__)
+
+
+class VarianceCompensate(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="QandC_VarianceCompensate",
+            display_name="Variance Compensate",
+            category=types.CATEGORY,
+            description="Corrects the drift in variance that quantization and caching cause together: samples the "
+            "same noise "
+            "with both models and fits one factor for each step and channel (Q&C, Eq. 9-12). Saved in output/qandc.",
+            search_aliases=["variance", "vc", "drift", "correction"],
+            inputs=[
+                io.Model.Input("model", tooltip="The accelerated model: quantized, cached, or both."),
+                io.Model.Input("reference", tooltip="The untouched full-precision model."),
+                *types.conditioning(optional=True),
+                types.latent("An empty latent of the size to fit for; its batch size does not matter.", True),
+                io.Combo.Input(
+                    "file", options=calibration_files(), default=NEW,
+                    tooltip="new fits; or take a compensation fitted before, from output/qandc.",
+                ),
+                io.Int.Input(
+                    "pairs", default=64, min=2, max=4096,
+                    tooltip="Images sampled by both models, all at once. More are steadier and take more memory.",
+                ),
+                *types.sampler_settings("of the fit; it holds for sampling with these alone"),
+                io.Int.Input("seed", default=502, min=0, max=types.MAX_SEED, tooltip="Noise of the pairs."),
+                io.Combo.Input(
+                    "method", options=list(METHODS), default=METHODS[0], advanced=True,
+                    tooltip="variance_match: match the standard deviation. paper: the paper's objective. "
+                    "least_squares: least error.",
+                ),
+                io.Float.Input(
+                    "start_percent", default=0.0, min=0.0, max=1.0, step=0.01, advanced=True,
+                    tooltip="Correct from this part of the run on.",
+                ),
+                io.Float.Input(
+                    "end_percent", default=1.0, min=0.0, max=1.0, step=0.01, advanced=True,
+                    tooltip="Correct up to this part of the run.",
+                ),
+                io.String.Input(
+                    "filename_prefix", default="compensation", advanced=True,
+                    tooltip="New files are named with this and a number.",
+                ),
+            ],
+            outputs=[io.Model.Output(tooltip="The accelerated model, corrected at every step.")],
+        )  # fmt: skip
+
+    @classmethod
+    def validate_inputs(cls, file) -> bool:
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, file, **kwargs):
+        return file_state(file)
+
+    @classmethod
+    def execute(
+        cls, model: io.Model.Type, reference: io.Model.Type, file: str, pairs: int, steps: int, cfg: float,
+        sampler_name: str, scheduler: str, seed: int, method: str, start_percent: float, end_percent: float,
+        filename_prefix: str, positive=None, negative=None, latent_image=None,
+    ) -> io.NodeOutput:  # fmt: skip
+        path = next_path(filename_prefix) if file == NEW else calibration_path(file)
+        if path.is_file():
+            calibration = load_calibration(path)
+            calibration.check_model(reference.model.diffusion_model)
+            if calibration.variance is None:
+                raise ValueError(
+                    f"{path.name} holds no variance compensation; pick one that this node made, or {NEW!r}."
+                )
+            return io.NodeOutput(attach_compensation(model, calibration.variance))
+        require_wires(file, positive=positive, negative=negative, latent_image=latent_image)
+        settings = Settings(positive, negative, steps, cfg, sampler_name, scheduler)
+        variance = fit_compensation(
+            reference, model, settings, empty_latents(model, latent_image, pairs), seed, Progress(model, 2 * steps),
+            method=method, start=start_percent, end=end_percent,
+        )  # fmt: skip
+        function = sampler_function_name(comfy.samplers.sampler_object(settings.sampler_name))
+        made = {**settings.describe(), "pairs": pairs, "sampler_function": function, "attached": attached(model)}
+        Calibration(fingerprint(reference.model.diffusion_model), variance=variance, notes=made).save(path)
+        log.info("Variance compensation saved: %s", path)
+        return io.NodeOutput(attach_compensation(model, variance, function))
+
+
+def attached(model) -> str:
+    return ", ".join(filter(None, notes(model).values())) or "nothing"
+
+
+def attach_saved(model, calibration: Calibration, name: str):
+    """The model with the compensation of a file that was fitted for what is attached to it."""
+    if calibration.variance is None:
+        raise ValueError(f"{name} holds no variance compensation; pick one that this node made, or {NEW!r}.")
+    fitted = calibration.notes.get("attached")
+    if fitted != attached(model):
+        raise ValueError(
+            f"{name} was fitted for a model with {fitted or 'something else'} attached and this one has "
+            f"{attached(model)}; pick {NEW!r} to fit again."
+        )
+    return attach_compensation(model, calibration.variance, calibration.notes["sampler_function"])
