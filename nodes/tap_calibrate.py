@@ -37,7 +37,7 @@ class TAPCalibrate(io.ComfyNode):
                 io.Int.Input("trajectories", default=32, min=1, max=4096, tooltip="Images to sample for calibration."),
                 io.Int.Input("samples", default=400, min=1, max=100000, tooltip="Samples that TAP keeps of all steps."),
                 *types.sampler_settings("of the calibration; take those of the Sample node"),
-                io.Int.Input("seed", default=501, min=0, max=types.MAX_SEED - 4096, tooltip="Noise of the first "
+                io.Int.Input("calibration_seed", default=501, min=0, max=types.MAX_SEED - 4096, tooltip="Noise of the first "
                 "batch."),
                 io.Int.Input("batch_size", default=16, min=1, max=1024, advanced=True, tooltip="Images sampled at "
                 "once."),
@@ -79,7 +79,7 @@ class TAPCalibrate(io.ComfyNode):
     @classmethod
     def execute(
         cls, model: io.Model.Type, file: str, trajectories: int, samples: int, steps: int, cfg: float,
-        sampler_name: str, scheduler: str, seed: int, batch_size: int, selection: str, clusters: int,
+        sampler_name: str, scheduler: str, calibration_seed: int, batch_size: int, selection: str, clusters: int,
         time_scale: float, computed_steps_only: bool, hessians: bool, filename_prefix: str, positive=None,
         negative=None, latent_image=None,
     ) -> io.NodeOutput:  # fmt: skip
@@ -92,7 +92,7 @@ class TAPCalibrate(io.ComfyNode):
         settings = Settings(positive, negative, steps, cfg, sampler_name, scheduler)
         plan = Plan(
             trajectories, min(batch_size, trajectories), samples, selection, clusters, time_scale,
-            computed_steps_only, hessians, seed,
+            computed_steps_only, hessians, calibration_seed,
         )  # fmt: skip
         progress = Progress(model, calibration_steps(plan, steps))
         statistics = calibrate(model, settings, empty_latents(model, latent_image, 1), plan, progress)

@@ -42,7 +42,7 @@ class VarianceCompensate(io.ComfyNode):
                     tooltip="Images sampled by both models, all at once. More are steadier and take more memory.",
                 ),
                 *types.sampler_settings("of the fit; it holds for sampling with these alone"),
-                io.Int.Input("seed", default=502, min=0, max=types.MAX_SEED, tooltip="Noise of the pairs."),
+                io.Int.Input("calibration_seed", default=502, min=0, max=types.MAX_SEED, tooltip="Noise of the pairs."),
                 io.Combo.Input(
                     "method", options=list(METHODS), default=METHODS[0], advanced=True,
                     tooltip="variance_match: match the standard deviation. paper: the paper's objective. "
@@ -75,7 +75,7 @@ class VarianceCompensate(io.ComfyNode):
     @classmethod
     def execute(
         cls, model: io.Model.Type, reference: io.Model.Type, file: str, pairs: int, steps: int, cfg: float,
-        sampler_name: str, scheduler: str, seed: int, method: str, start_percent: float, end_percent: float,
+        sampler_name: str, scheduler: str, calibration_seed: int, method: str, start_percent: float, end_percent: float,
         filename_prefix: str, positive=None, negative=None, latent_image=None,
     ) -> io.NodeOutput:  # fmt: skip
         path = next_path(filename_prefix) if file == NEW else calibration_path(file)
@@ -90,7 +90,7 @@ class VarianceCompensate(io.ComfyNode):
         require_wires(file, positive=positive, negative=negative, latent_image=latent_image)
         settings = Settings(positive, negative, steps, cfg, sampler_name, scheduler)
         variance = fit_compensation(
-            reference, model, settings, empty_latents(model, latent_image, pairs), seed, Progress(model, 2 * steps),
+            reference, model, settings, empty_latents(model, latent_image, pairs), calibration_seed, Progress(model, 2 * steps),
             method=method, start=start_percent, end=end_percent,
         )  # fmt: skip
         function = sampler_function_name(comfy.samplers.sampler_object(settings.sampler_name))

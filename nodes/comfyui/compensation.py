@@ -83,8 +83,9 @@ class CompensatedRun:
         step = step_at(schedule, sigma)
         if abs(schedule[step] - sigma) > 1e-4 * sigma:  # between two steps of a multi-stage sampler
             return executor(x, timestep, model_options, seed)
-        corrected = self.variance.correct(x * scale, sigma)
-        if corrected is x:
+        given = x * scale
+        corrected = self.variance.correct(given, sigma)
+        if corrected is given:
             return executor(x, timestep, model_options, seed)
         corrected = corrected / scale
         denoised = executor(corrected, timestep, model_options, seed)

@@ -1,0 +1,53 @@
+"""Runs inside a ComfyUI checkout: starts it without its server and loads the pack as ComfyUI does."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+
+class Host:
+    """ComfyUI on CPU with the pack of `base`/custom_nodes; call it once, before anything imports comfy."""
+
+    def __init__(self, checkout: str, base: str):
+        sys.path.insert(0, checkout)
+        sys.argv = ["main.py", "--cpu", "--base-directory", base]
+        import comfy.options
+
+        comfy.options.enable_args_parsing()
+        import nodes
+
+        self.nodes, self.base = nodes, Path(base)
+        self.pack = str(Path(base, "custom_nodes", "ComfyUI-QandC"))
+        if not asyncio.run(nodes.load_custom_node(self.pack)):
+            raise RuntimeError("the pack did not load")
+
+    def module(self, name: str) -> ModuleType:
+        """A module of the pack, such as nodes.comfyui.caching or qandc_core.sampling.generate."""
+        return importlib.import_module(f"{self.pack.replace('.', '_x_')}.{name}")
+
+    def node(self, node_id: str) -> Any:
+        return self.nodes.NODE_CLASS_MAPPINGS[node_id]
+
+
+def relative(a, b) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+def main(checks: dict[str, Any]) -> None:
+    """argv: checkout, base directory. Prints one JSON object: check -> value, or the error it ended with."""
+    host = Host(sys.argv[1], sys.argv[2])
+    import torch
+
+    torch.manual_seed(0)
+    results = {}
+    with torch.inference_mode():
+        for name, check in checks.items():
+            results[name] = check(host)
+            print(f"done {name}", file=sys.stderr, flush=True)
+    print("RESULTS " + json.dumps(results))

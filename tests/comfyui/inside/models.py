@@ -1,0 +1,149 @@
+"""The DiT as a native MODEL: precision, class ids, LoRA, offloading, resolutions, large checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from host import Host, main, relative
+
+CFG, SEED = 4.0, 3
+
+
+def tiny(host: Host, path: Path, **changes) -> str:
+    """A random DiT with 1000 classes and learned variance in the published layout."""
+    dit = host.module("qandc_core.models.dit")
+    config = dit.DiTConfig(**{"input_size": 8, "hidden_size": 96, "depth": 2, "num_heads": 4, **changes})
+    model = dit.DiT(config)
+    dit.initialize_weights(model)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+    host.module("qandc_core").save_dit(model, path)
+    return str(path)
+
+
+def load(host: Host, path: str, dtype=None, **kwargs):
+    return host.module("nodes.comfyui.dit_model").load_dit_patcher(path, dtype, **kwargs)
+
+
+def run(host: Host, patcher, labels=(5, 257), side: int = 64, steps: int = 3, height: int | None = None):
+    positive, negative = host.module("nodes.class_label").ClassLabel.execute(",".join(map(str, labels)), "none").args
+    (latent,) = host.nodes.EmptyLatentImage().generate(side, height or side, len(labels))
+    (out,) = host.nodes.common_ksampler(patcher, SEED, steps, CFG, "ddim", "normal", positive, negative, latent)
+    return out["samples"]
+
+
+def ids_and_timesteps_survive(host: Host) -> dict[str, list]:
+    """What reaches the embedders in each precision."""
+    path, seen = tiny(host, host.base / "tiny.safetensors"), {}
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16), ("float16", torch.float16)):
+        patcher = load(host, path, dtype)
+        model, labels, times = patcher.model.diffusion_model, [], []
+        model.y_embedder.register_forward_pre_hook(lambda _, args, labels=labels: labels.append(args[0].tolist()))
+        model.t_embedder.register_forward_pre_hook(lambda _, args, times=times: times.append(args[0].tolist()))
+        out = run(host, patcher, (0, 257, 417, 999), steps=2)
+        assert out.isfinite().all()
+        seen[name] = [sorted({label for call in labels for label in call}), sorted({t for call in times for t in call})]
+    return seen
+
+
+def half_precision(host: Host) -> dict[str, float]:
+    path = tiny(host, host.base / "tiny.safetensors")
+    full = run(host, load(host, path, torch.float32))
+    return {str(d): relative(run(host, load(host, path, d)), full) for d in (torch.bfloat16, torch.float16)}
+
+
+def learned_variance_is_dropped(host: Host) -> list[int]:
+    return list(run(host, load(host, tiny(host, host.base / "tiny.safetensors"))).shape)
+
+
+def odd_sizes(host: Host) -> list[int]:
+    """Sizes that the patch does not divide are padded and cropped; other sizes get new positions."""
+    path = tiny(host, host.base / "tiny.safetensors")
+    return [list(run(host, load(host, path), side=s, height=h).shape) for s, h in ((72, 72), (96, 64))]
+
+
+def lora_equals_merged_weights(host: Host) -> dict[str, float]:
+    """A LoRA through core's loader against the same product added to the checkpoint, before and after unloading."""
+    import comfy.model_management
+    import comfy.sd
+    import safetensors.torch
+
+    path = tiny(host, host.base / "tiny.safetensors")
+    generator = torch.Generator().manual_seed(2)
+    lora, tensors = {}, safetensors.torch.load_file(path)
+    for layer in ("blocks.0.attn.qkv", "blocks.1.mlp.fc2"):
+        rows, columns = tensors[f"{layer}.weight"].shape
+        up, down = torch.randn(rows, 4, generator=generator), torch.randn(4, columns, generator=generator)
+        lora |= {f"diffusion_model.{layer}.lora_B.weight": up, f"diffusion_model.{layer}.lora_A.weight": down}
+        tensors[f"{layer}.weight"] += 0.02 * up @ down
+    merged = host.base / "merged.safetensors"
+    safetensors.torch.save_file(tensors, merged, {"num_heads": "4"})
+    plain = load(host, path)
+    before = run(host, plain)
+    patched, _ = comfy.sd.load_lora_for_models(plain, None, lora, 0.02, 0)
+    with_lora, wanted = run(host, patched), run(host, load(host, str(merged)))
+    quantization = host.module("nodes.comfyui.quantization")
+    baked = quantization.patched_tensors(patched)
+    comfy.model_management.unload_all_models()
+    return {
+        "with": relative(with_lora, wanted),
+        "baked": max(relative(baked[k], tensors[k]) for k in ("blocks.0.attn.qkv.weight", "blocks.1.mlp.fc2.weight")),
+        "baked after unloading": relative(
+            quantization.patched_tensors(patched)["blocks.1.mlp.fc2.weight"], tensors["blocks.1.mlp.fc2.weight"]
+        ),
+        "without": relative(run(host, plain), before),
+        "effect": relative(with_lora, before),
+    }
+
+
+def low_vram(host: Host) -> dict[str, float]:
+    """Weights that are cast at every call, as where the model does not fit the device."""
+    import comfy.model_management
+
+    patcher = load(host, tiny(host, host.base / "tiny.safetensors"))
+    whole = run(host, patcher)
+    comfy.model_management.unload_all_models()
+    patcher.load(patcher.load_device, lowvram_model_memory=1)
+    offloaded = sum(hasattr(m, "prev_comfy_cast_weights") for m in patcher.model.modules())
+    x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([5.0, 2.0]), torch.tensor([5, 257])
+    low = patcher.model.apply_model(x, t, y=y)
+    patcher.detach()
+    patcher.load(patcher.load_device, full_load=True)
+    high = patcher.model.apply_model(x, t, y=y)
+    patcher.detach()
+    return {"offloaded": offloaded, "difference": relative(low, high), "again": relative(run(host, patcher), whole)}
+
+
+def text_conditioning_is_refused(host: Host) -> str:
+    patcher = load(host, tiny(host, host.base / "tiny.safetensors"))
+    text = [[torch.zeros(1, 77, 768), {}]]
+    (latent,) = host.nodes.EmptyLatentImage().generate(64, 64, 1)
+    try:
+        host.nodes.common_ksampler(patcher, 0, 1, 1.0, "euler", "normal", text, text, latent)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def easycache_applies(host: Host) -> bool:
+    """Core's EasyCache, which needs the hook for diffusion models that not every family has, changes the result."""
+    import comfy_extras.nodes_easycache as easycache
+
+    patcher = load(host, "demo")
+    fast = easycache.EasyCacheNode.execute(patcher, 0.5, 0.1, 0.95, False).args[0]
+    return not torch.equal(run(host, fast, (1, 2), 32, 12), run(host, patcher, (1, 2), 32, 12))
+
+
+if __name__ == "__main__":
+    main({
+        "ids and timesteps": ids_and_timesteps_survive,
+        "half precision": half_precision,
+        "learned variance": learned_variance_is_dropped,
+        "odd sizes": odd_sizes,
+        "LoRA": lora_equals_merged_weights,
+        "low VRAM": low_vram,
+        "text conditioning": text_conditioning_is_refused,
+        "EasyCache applies": easycache_applies,
+    })  # fmt: skip
