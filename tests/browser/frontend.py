@@ -1,0 +1,94 @@
+"""ComfyUI's own frontend in headless Chromium."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
+# Settings that a returning user has: no tutorial, no template browser over the canvas.
+SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Graph.CanvasInfo": False, "Comfy.Minimap.Visible": False}
+
+
+def chromium() -> str | None:
+    """Path of the browser: $CHROMIUM, or one that is installed."""
+    return os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
+
+
+class Frontend:
+    def __init__(self, page: Any):
+        self.page = page
+        self.errors: list[str] = []
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+
+    def load(self, workflow: dict, name: str) -> None:
+        self.page.evaluate("([w, name]) => app.loadGraphData(w, true, true, name)", [workflow, name])
+        self.page.wait_for_timeout(1500)
+
+    def missing_nodes(self) -> list[str]:
+        return self.page.evaluate(
+            "() => app.graph._nodes.filter(n => !LiteGraph.registered_node_types[n.type]).map(n => n.type)"
+        )
+
+    def prompt(self) -> dict:
+        return self.page.evaluate("async () => (await app.graphToPrompt()).output")
+
+    def serialize(self) -> dict:
+        return self.page.evaluate("() => app.graph.serialize()")
+
+    def run(self, timeout: float = 300) -> None:
+        """Presses Run and waits for the end."""
+        self.page.evaluate(
+            """() => { window.ended = null; for (const kind of ['execution_success', 'execution_error',
+            'execution_interrupted']) app.api.addEventListener(kind, e => { window.ended = [kind, e.detail] }) }"""
+        )
+        self.page.get_by_text("Run", exact=True).first.click()
+        self.page.wait_for_function("() => window.ended", timeout=timeout * 1000)
+        kind, detail = self.page.evaluate("() => window.ended")
+        assert kind == "execution_success", detail
+        self.page.wait_for_timeout(1500)
+
+    def show_all(self) -> dict[str, float]:
+        """Brings the whole graph into view; returns where it lies on the page."""
+        area = self.page.evaluate(
+            """() => { const b = app.graph._nodes.concat(app.graph._groups).map(n => n.boundingRect ?? n._bounding);
+            const left = Math.min(...b.map(r => r[0])), top = Math.min(...b.map(r => r[1]));
+            const right = Math.max(...b.map(r => r[0] + r[2])), bottom = Math.max(...b.map(r => r[1] + r[3]));
+            const e = app.canvas.canvas.getBoundingClientRect(), side = 70, head = 110;
+            const s = Math.min((e.width - side - 30) / (right - left), (e.height - head - 30) / (bottom - top), 1);
+            app.canvas.ds.scale = s;
+            app.canvas.ds.offset = [side / s - left, head / s - top];
+            app.canvas.setDirty(true, true);
+            const [width, height] = [(right - left) * s + 24, (bottom - top) * s + 24];
+            return {x: e.x + side - 12, y: e.y + head - 12, width, height} }"""
+        )
+        self.page.wait_for_timeout(6000)  # until notices of the finished job are gone
+        return area
+
+    def screenshot(self, path: Path, area: dict[str, float] | None = None, quality: int = 82) -> None:
+        self.page.screenshot(path=str(path), type="jpeg", quality=quality, clip=area)
+
+
+@contextmanager
+def open_frontend(address: str, width: int = 1920, height: int = 1080) -> Iterator[Frontend]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium(), args=FLAGS)
+        try:
+            page = browser.new_page(viewport={"width": width, "height": height})
+            for name, value in SETTINGS.items():
+                page.request.post(f"http://{address}/settings/{name}", data=json.dumps(value))
+            page.goto(f"http://{address}")
+            page.wait_for_function("() => window.app?.graph && window.app.extensionManager", timeout=90_000)
+            page.wait_for_timeout(2500)
+            page.keyboard.press("Escape")
+            yield Frontend(page)
+        finally:
+            browser.close()

@@ -1,0 +1,136 @@
+"""Makes workflows/*.json, their API twins and their pictures in the real frontend.
+
+    python -m tests.browser.make_templates [name ...] [--without-pictures]
+
+Needs a ComfyUI checkout and Chromium, as the tests do. Templates are written down here, as nodes in columns, because
+a graph that is laid out by hand cannot be reviewed as text.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import tomllib
+
+from tests.browser.frontend import Frontend, open_frontend
+from tests.browser.templates import TEMPLATES, Template
+from tests.comfyui.checkouts import checkouts
+from tests.comfyui.server import Server
+
+ROOT = Path(__file__).parents[2]
+WORKFLOWS = ROOT / "workflows"
+NOTES = ("MarkdownNote", "Note")
+
+# Nodes that show a picture while they work need room for it.
+BUILD = """async ({columns, nodes, groups}) => {
+  const PREVIEWS = ['QandC_TAPCalibrate', 'QandC_Quantize', 'QandC_VarianceCompensate', 'QandC_Sample'];
+  app.graph.clear();
+  const made = {};
+  for (const [key, spec] of Object.entries(nodes)) {
+    const node = LiteGraph.createNode(spec.type);
+    if (spec.title) node.title = spec.title;
+    app.graph.add(node);
+    made[key] = node;
+    for (const [name, value] of Object.entries(spec.widgets ?? {})) {
+      const widget = name ? node.widgets.find(w => w.name === name) : node.widgets[0];
+      if (!widget) throw new Error(`${spec.type} has no widget ${name}`);
+      widget.value = value;
+      widget.callback?.(value);
+    }
+    const control = node.widgets?.find(w => w.name === 'control_after_generate');
+    if (control) control.value = 'fixed';
+  }
+  await new Promise(r => setTimeout(r, 300));
+  for (const [key, spec] of Object.entries(nodes)) {
+    for (const [input, source] of Object.entries(spec.inputs ?? {})) {
+      const [from, slot] = source;
+      const at = made[key].inputs.findIndex(i => i.name === input);
+      if (at < 0) throw new Error(`${spec.type} has no input ${input}: ${made[key].inputs.map(i => i.name)}`);
+      made[from].connect(slot, made[key], at);
+      await new Promise(r => setTimeout(r, 30));
+    }
+  }
+  await new Promise(r => setTimeout(r, 300));
+  let x = 0;
+  for (const column of columns) {
+    let y = 0, width = 0;
+    for (const key of column) {
+      const node = made[key], least = node.computeSize(), wanted = nodes[key].size ?? [300, 0];
+      const preview = PREVIEWS.includes(nodes[key].type) ? 230 : 0;
+      node.setSize([Math.max(least[0], wanted[0]), Math.max(least[1] + preview, wanted[1])]);
+      if (column.indexOf(key) > 0 && nodes[column[column.indexOf(key) - 1]].type === 'MarkdownNote') y += 50;
+      node.pos = [x, y + 40];
+      y += node.size[1] + 80;
+      width = Math.max(width, node.size[0]);
+    }
+    x += width + 70;
+  }
+  for (const {title, color, members} of groups) {
+    const boxes = members.map(key => made[key]).map(n => [n.pos[0], n.pos[1] - 30, n.size[0], n.size[1] + 30]);
+    const left = Math.min(...boxes.map(b => b[0])) - 20, top = Math.min(...boxes.map(b => b[1])) - 55;
+    const right = Math.max(...boxes.map(b => b[0] + b[2])) + 20, bottom = Math.max(...boxes.map(b => b[1] + b[3])) + 20;
+    const group = new LiteGraph.LGraphGroup(title);
+    group.pos = [left, top];
+    group.size = [right - left, bottom - top];
+    group.color = color;
+    app.graph.add(group);
+  }
+  app.graph.setDirtyCanvas(true, true);
+}"""
+
+
+def version() -> str:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+
+
+def finished(workflow: dict, template: Template) -> dict:
+    """The workflow with what tells a frontend which pack and which model files it needs."""
+    for node in workflow["nodes"]:
+        properties = node.setdefault("properties", {})
+        if node["type"].startswith("QandC_"):
+            properties |= {"cnr_id": "qandc", "ver": version(), "Node name for S&R": node["type"]}
+        elif node["type"] not in NOTES:
+            properties |= {"cnr_id": "comfy-core", "ver": "0.18.1", "Node name for S&R": node["type"]}
+        if node["type"] in template.models:
+            properties["models"] = [template.models[node["type"]]]
+    workflow["extra"] = {"ds": {"scale": 0.6, "offset": [120, 160]}}
+    return workflow
+
+
+def make(frontend: Frontend, template: Template, picture: bool) -> None:
+    frontend.page.evaluate(BUILD, template.spec())
+    workflow = finished(frontend.serialize(), template)
+    write(WORKFLOWS / f"{template.name}.json", workflow)
+    frontend.load(workflow, template.name)
+    write(WORKFLOWS / "api" / f"{template.name}.json", frontend.prompt())
+    if picture and template.runs_here:
+        frontend.run()
+    if picture:
+        area = frontend.show_all()
+        frontend.screenshot(WORKFLOWS / f"{template.name}.jpg", area)
+
+
+def write(path: Path, content: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    names = [name for name in sys.argv[1:] if not name.startswith("--")]
+    chosen = [t for t in TEMPLATES if not names or t.name in names]
+    with tempfile.TemporaryDirectory() as base, Server(checkouts()[0], Path(base)) as server:
+        for template in chosen:
+            for folder, name in template.files():
+                path = Path(base, "models", folder, name)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.touch()  # so that the choice is there; these templates are drawn, not run
+            with open_frontend(server.address) as frontend:
+                make(frontend, template, "--without-pictures" not in sys.argv)
+            print(template.name)  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()

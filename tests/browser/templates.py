@@ -1,0 +1,241 @@
+"""The templates that ship with the pack, as nodes in columns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+BLUE, GREEN, AMBER, VIOLET = "#3f789e", "#4a8a5a", "#b08a3c", "#7a5a9e"
+Node = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Template:
+    """`columns` lists node keys from left to right, top to bottom; `models` says where a loader's file comes from."""
+
+    name: str
+    nodes: dict[str, Node]
+    columns: list[list[str]]
+    groups: list[dict[str, Any]]
+    models: dict[str, dict[str, str]] = field(default_factory=dict)
+    runs_here: bool = True
+
+    def spec(self) -> dict[str, Any]:
+        return {"nodes": self.nodes, "columns": self.columns, "groups": self.groups}
+
+    def files(self) -> list[tuple[str, str]]:
+        return [(model["directory"], model["name"]) for model in self.models.values()]
+
+
+def node(type: str, inputs: dict[str, tuple[str, int]] | None = None, title: str = "", **widgets: Any) -> Node:
+    return {"type": type, "inputs": inputs or {}, "title": title, "widgets": widgets}
+
+
+def note(text: str, height: int = 240, width: int = 380) -> Node:
+    return {"type": "MarkdownNote", "widgets": {"": text}, "size": [width, height]}
+
+
+def group(title: str, color: str, *members: str) -> dict[str, Any]:
+    return {"title": title, "color": color, "members": list(members)}
+
+
+def wires(model: tuple[str, int], **more: tuple[str, int]) -> dict[str, tuple[str, int]]:
+    """Model, conditioning and latent, which calibrating, compensating and sampling all take."""
+    return {
+        "model": model, "positive": ("label", 0), "negative": ("label", 1), "latent_image": ("latent", 0), **more
+    }  # fmt: skip
+
+
+def sources(model: str, classes: str, side: int, batch: int, vae: str) -> dict[str, Node]:
+    return {
+        "load": node("QandC_LoadDiT", model_name=model),
+        "label": node("QandC_ClassLabel", classes=classes),
+        "latent": node("EmptyLatentImage", width=side, height=side, batch_size=batch),
+        "vae": node("VAELoader", vae_name=vae),
+    }
+
+
+def chain(settings: dict[str, Any], calibration: dict[str, Any], pairs: int) -> dict[str, Node]:
+    """Apply Cache -> TAP Calibrate -> Quantize -> Variance Compensate."""
+    return {
+        "cache": node("QandC_ApplyCache", {"model": ("load", 0)}),
+        "calibrate": node("QandC_TAPCalibrate", wires(("cache", 0)), **settings, **calibration),
+        "quantize": node("QandC_Quantize", {"model": ("cache", 0), "calibration": ("calibrate", 0)}),
+        "compensate": node(
+            "QandC_VarianceCompensate", wires(("quantize", 0), reference=("load", 0)), pairs=pairs, **settings
+        ),
+    }
+
+
+def sampled(runs: dict[str, tuple[tuple[str, int], str, dict[str, Any]]]) -> dict[str, Node]:
+    """A Sample and a VAE Decode for every run, and the Compare of all."""
+    nodes, inputs = {}, {}
+    for i, (key, (model, label, settings)) in enumerate(runs.items()):
+        nodes[f"sample_{key}"] = node("QandC_Sample", wires(model), title=f"Sample: {label}", label=label, **settings)
+        nodes[f"decode_{key}"] = node("VAEDecode", {"samples": (f"sample_{key}", 0), "vae": ("vae", 0)})
+        inputs |= {f"images.image{i}": (f"decode_{key}", 0)}
+    for i, key in enumerate(runs):
+        inputs |= {f"reports.report{i}": (f"sample_{key}", 1)}
+    nodes["compare"] = {**node("QandC_Compare", inputs), "size": [1000, 760]}
+    return nodes
+
+
+DEMO = {"steps": 50, "cfg": 1.5, "sampler_name": "ddpm", "scheduler": "normal"}
+XL = {"steps": 50, "cfg": 4.0, "sampler_name": "ddpm", "scheduler": "normal"}
+CALIBRATION = {"trajectories": 32, "samples": 400}
+SOURCES = ("load", "label", "latent", "vae")
+DEMO_SOURCES = sources("built-in demo", "0-9", 32, 10, "pixel_space")
+
+QUICKSTART = Template(
+    "quickstart",
+    {
+        "note": note(
+            "## Q&C quickstart\n\nPress **Run**. Nothing is downloaded: the demo model draws the digits 0 to 9.\n\n"
+            "1. **Apply Cache** computes one step in three.\n"
+            "2. **TAP Calibrate** samples with the cache on and notes what every layer sees.\n"
+            "3. **Quantize** turns the layers into 8-bit integers.\n"
+            "4. **Variance Compensate** corrects the drift of both.\n"
+            "5. Both models sample the same noise, and **Compare** measures.\n\n"
+            "Run again with another seed: calibration is kept, only sampling runs.",
+            300,
+        ),
+        **DEMO_SOURCES,
+        **chain(DEMO, CALIBRATION, 64),
+        **sampled({
+            "full": (("load", 0), "full precision", DEMO),
+            "fast": (("compensate", 0), "Q&C", DEMO),
+        }),
+    },
+    [
+        ["note", "load", "label", "latent", "vae"],
+        ["cache", "calibrate"],
+        ["quantize", "compensate"],
+        ["sample_full", "sample_fast"],
+        ["decode_full", "decode_fast"],
+        ["compare"],
+    ],
+    [
+        group("Model and classes", BLUE, *SOURCES),
+        group("Cache and calibrate", GREEN, "cache", "calibrate"),
+        group("Quantize and compensate", AMBER, "quantize", "compensate"),
+        group("The same noise, twice", VIOLET, "sample_full", "sample_fast"),
+    ],
+)  # fmt: skip
+
+ABLATION = Template(
+    "ablation",
+    {
+        "note": note(
+            "## What each part does\n\nSix runs from the same noise: full precision, quantized only, cached only, both "
+            "together without and with variance compensation, and full precision with as many steps as the cached runs "
+            "compute.\n\nTimes are measured on this machine.",
+            240,
+        ),
+        **DEMO_SOURCES,
+        **chain(DEMO, CALIBRATION, 64),
+        "quantize_only": node(
+            "QandC_Quantize", {"model": ("load", 0), "calibration": ("calibrate", 0)}, "Quantize, no cache"
+        ),
+        **sampled({
+            "full": (("load", 0), "full precision", DEMO),
+            "quantized": (("quantize_only", 0), "quantized only", DEMO),
+            "cached": (("cache", 0), "cached only", DEMO),
+            "both": (("quantize", 0), "quantized and cached", DEMO),
+            "fast": (("compensate", 0), "Q&C, all parts", DEMO),
+            "fewer": (("load", 0), "full precision, 17 steps", {**DEMO, "steps": 17}),
+        }),
+    },
+    [
+        ["note", "load", "label", "latent", "vae"],
+        ["cache", "calibrate", "quantize_only"],
+        ["quantize", "compensate"],
+        ["sample_full", "sample_quantized", "sample_cached"],
+        ["sample_both", "sample_fast", "sample_fewer"],
+        [f"decode_{key}" for key in ("full", "quantized", "cached", "both", "fast", "fewer")],
+        ["compare"],
+    ],
+    [
+        group("Model and classes", BLUE, *SOURCES),
+        group("The parts", GREEN, "cache", "calibrate", "quantize_only", "quantize", "compensate"),
+        group("Six runs from the same noise", VIOLET, "sample_full", "sample_quantized", "sample_cached",
+              "sample_both", "sample_fast", "sample_fewer"),
+    ],
+)  # fmt: skip
+
+XL_FILE, VAE_FILE = "DiT-XL-2-256x256-fp16.safetensors", "vae-ft-mse-840000-ema-pruned.safetensors"
+DIT_XL = Template(
+    "dit_xl2_256",
+    {
+        "note": note(
+            "## DiT-XL/2, 256 x 256, ImageNet\n\nNeeds two files; the frontend offers to download them:\n\n"
+            f"- models/diffusion_models/{XL_FILE}\n- models/vae/{VAE_FILE}\n\n"
+            "The weights are CC BY-NC 4.0: not for commercial use. A file of the original repository (.pt) or of "
+            "diffusers works as well. Class Label takes ImageNet names: *golden retriever, otter, balloon*.",
+            300,
+        ),
+        **sources(XL_FILE, "207, 360, 387, 974, 88, 979, 417, 279", 256, 8, VAE_FILE),
+        **chain(XL, {"trajectories": 16, "samples": 200, "batch_size": 8}, 16),
+        **sampled({
+            "full": (("load", 0), "full precision", XL),
+            "fast": (("compensate", 0), "Q&C", XL),
+        }),
+        "save": node("SaveImage", {"images": ("decode_fast", 0)}, filename_prefix="qandc/dit_xl2"),
+    },
+    [
+        ["note", "load", "label", "latent", "vae"],
+        ["cache", "calibrate"],
+        ["quantize", "compensate"],
+        ["sample_full", "sample_fast"],
+        ["decode_full", "decode_fast", "save"],
+        ["compare"],
+    ],
+    QUICKSTART.groups,
+    {
+        "QandC_LoadDiT": {
+            "name": XL_FILE,
+            "url": f"https://huggingface.co/city96/DiT/resolve/main/{XL_FILE}",
+            "directory": "diffusion_models",
+        },
+        "VAELoader": {
+            "name": VAE_FILE,
+            "url": f"https://huggingface.co/stabilityai/sd-vae-ft-mse-original/resolve/main/{VAE_FILE}",
+            "directory": "vae",
+        },
+    },
+    runs_here=False,
+)  # fmt: skip
+
+CHECKPOINT = Template(
+    "quantized_checkpoint",
+    {
+        "note": note(
+            "## Make a quantized checkpoint\n\nCalibrates the model on its own samples, with the cache on, quantizes it "
+            "and saves it with the stock node **Save Model**.\n\nThe file lands in output/diffusion_models. Press **R**, and "
+            "**Load DiT** lists it: no calibration is needed to use it.",
+            240,
+        ),
+        **DEMO_SOURCES,
+        **{key: n for key, n in chain(DEMO, CALIBRATION, 64).items() if key != "compensate"},
+        "save": node("ModelSave", {"model": ("quantize", 0)}, filename_prefix="diffusion_models/digits_w8a8"),
+        **sampled({
+            "full": (("load", 0), "full precision", DEMO),
+            "fast": (("quantize", 0), "quantized and cached", DEMO),
+        }),
+    },
+    [
+        ["note", "load", "label", "latent", "vae"],
+        ["cache", "calibrate"],
+        ["quantize", "save"],
+        ["sample_full", "sample_fast"],
+        ["decode_full", "decode_fast"],
+        ["compare"],
+    ],
+    [
+        group("Model and classes", BLUE, *SOURCES),
+        group("Cache and calibrate", GREEN, "cache", "calibrate"),
+        group("Quantize and save", AMBER, "quantize", "save"),
+        group("Check it", VIOLET, "sample_full", "sample_fast"),
+    ],
+)  # fmt: skip
+
+TEMPLATES = [QUICKSTART, ABLATION, DIT_XL, CHECKPOINT]

@@ -1,0 +1,78 @@
+"""Every template in the frontend that users open it in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.browser.frontend import Frontend, chromium, open_frontend
+from tests.browser.templates import TEMPLATES
+from tests.comfyui.checkouts import Checkout, parameters
+from tests.comfyui.server import Server
+
+WORKFLOWS = Path(__file__).parents[2] / "workflows"
+BY_NAME = {template.name: template for template in TEMPLATES}
+SMALL = {"steps": 4, "trajectories": 4, "samples": 16, "clusters": 4, "pairs": 4, "batch_size": 4}
+
+pytestmark = pytest.mark.skipif(chromium() is None, reason="no Chromium: install it, or set CHROMIUM to its path")
+
+
+@pytest.fixture(scope="module", params=parameters()[:1])
+def server(request, tmp_path_factory) -> Iterator[Server]:
+    """The newest ComfyUI, with empty files in the place of downloads."""
+    checkout: Checkout = request.param
+    with Server(checkout, tmp_path_factory.mktemp("browser")) as running:
+        for template in TEMPLATES:
+            for folder, name in template.files():
+                (running.base / "models" / folder / name).touch()
+        yield running
+
+
+@pytest.fixture(scope="module")
+def frontend(server) -> Iterator[Frontend]:
+    with open_frontend(server.address) as opened:
+        yield opened
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_every_template_is_written_down():
+    assert {path.stem for path in WORKFLOWS.glob("*.json")} == set(BY_NAME)
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_opens_with_no_node_missing_and_equals_its_api_twin(frontend, name):
+    frontend.load(read(WORKFLOWS / f"{name}.json"), name)
+    assert frontend.missing_nodes() == []
+    assert frontend.prompt() == read(WORKFLOWS / "api" / f"{name}.json")
+    assert frontend.errors == []
+
+
+@pytest.mark.parametrize("name", [name for name, template in BY_NAME.items() if template.runs_here])
+def test_run_shows_the_comparison(frontend, name):
+    frontend.load(read(WORKFLOWS / f"{name}.json"), name)
+    set_widgets(frontend, SMALL)
+    frontend.run()
+    shown = frontend.page.evaluate(
+        "() => app.graph._nodes.filter(n => n.type === 'QandC_Compare').map(n => n.imgs?.[0]?.naturalWidth ?? 0)"
+    )
+    assert shown and min(shown) > 500
+
+
+def set_widgets(frontend: Frontend, values: dict[str, int]) -> None:
+    frontend.page.evaluate(
+        """(values) => { for (const node of app.graph._nodes) for (const widget of node.widgets ?? [])
+        if (widget.name in values) widget.value = values[widget.name] }""",
+        values,
+    )
+
+
+def test_help_of_every_node_is_found(frontend, server):
+    for node in {node["type"] for t in TEMPLATES for node in t.nodes.values() if node["type"].startswith("QandC_")}:
+        page = server.get(f"/extensions/ComfyUI-QandC/docs/{node}/en.md").decode()
+        assert page.startswith("# ") and len(page) > 500

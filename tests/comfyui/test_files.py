@@ -1,0 +1,144 @@
+"""Files: calibrations that are kept and shared, models that are saved and loaded again."""
+
+from __future__ import annotations
+
+import pytest
+
+from .prompts import Graph, renewed
+from .server import Server
+
+
+def choices(server: Server, node: str, name: str) -> list[str]:
+    kind, *options = server.object_info(node)[node]["input"]["required"][name]
+    return kind if isinstance(kind, list) else options[0]["options"]
+
+
+def calibrated(**inputs) -> tuple[Graph, str, str]:
+    """Graph, its TAP Calibrate and its Save Latent."""
+    graph = Graph()
+    model = graph.cache(graph.load())
+    calibration = graph.calibrate(model, **inputs)
+    return graph, calibration[0], graph.picture(graph.quantize(model, calibration))
+
+
+def compensated(**inputs) -> tuple[Graph, str, str]:
+    """Graph, its Variance Compensate and its Save Latent."""
+    graph = Graph()
+    reference = graph.load()
+    model = graph.compensate(graph.cache(reference), reference, **inputs)
+    return graph, model[0], graph.picture(model)
+
+
+CHAINS = pytest.mark.parametrize("chain", [calibrated, compensated])
+
+
+@CHAINS
+def test_a_file_is_kept_listed_and_used_again_without_sampling(server, chain):
+    name = f"kept_{chain.__name__}_00001.safetensors"
+    graph, node, picture = chain(filename_prefix=f"kept_{chain.__name__}")
+    made = server.succeed(graph)
+    assert made.progress[node]
+    assert (server.calibrations / name).is_file()
+    assert not list(server.calibrations.glob("*.tmp"))
+    for listing in ("QandC_TAPCalibrate", "QandC_VarianceCompensate"):
+        assert name in choices(server, listing, "file")
+    picked, node, same = chain(file=name, wired=False)
+    used = server.succeed(picked)
+    assert node in used.executed and not used.progress[node]
+    assert server.saved(used, same) == server.saved(made, picture)
+
+
+@CHAINS
+def test_every_new_file_gets_a_number_of_its_own(server, chain):
+    prefix = f"numbered_{chain.__name__}"
+    graph, _, _ = chain(filename_prefix=prefix)
+    server.succeed(graph)
+    first = (server.calibrations / f"{prefix}_00001.safetensors").read_bytes()
+    server.succeed(renewed(graph))
+    assert (server.calibrations / f"{prefix}_00002.safetensors").is_file()
+    assert (server.calibrations / f"{prefix}_00001.safetensors").read_bytes() == first
+
+
+@CHAINS
+def test_a_prefix_cannot_leave_the_folder(server, chain):
+    graph, _, _ = chain(filename_prefix=f"../../out of {chain.__name__}")
+    server.succeed(graph)
+    assert not list(server.base.rglob("out of *"))
+    assert list(server.calibrations.glob(f"*out_of_{chain.__name__}_00001.safetensors"))
+
+
+@CHAINS
+def test_an_absent_file_is_made_where_it_is_wired(server, chain):
+    name = f"of a friend ({chain.__name__}).safetensors"
+    graph, node, picture = chain(file=name)
+    made = server.succeed(graph)
+    assert made.progress[node] and (server.calibrations / name).is_file()
+    picked, node, same = chain(file=name, wired=False)
+    used = server.succeed(picked)
+    assert not used.progress[node]
+    assert server.saved(used, same) == server.saved(made, picture)
+
+
+@CHAINS
+def test_a_file_that_changes_is_read_again(server, chain):
+    name = f"changing_{chain.__name__}.safetensors"
+    graph, _, _ = chain(file=name)
+    server.succeed(graph)
+    picked, node, _ = chain(file=name, wired=False)
+    server.succeed(picked)
+    assert node in server.succeed(picked).cached
+    (server.calibrations / name).write_bytes(b"damaged")
+    run = server.run(picked)
+    assert run.error["node_id"] == node and name in run.message
+
+
+def quantized(graph: Graph, **inputs):
+    model = graph.load()
+    calibration = graph.calibrate(model, hessians=True, filename_prefix="to_save")
+    return graph.quantize(model, calibration, **inputs)
+
+
+MODELS = {
+    "full precision": lambda graph: graph.load(),
+    "dynamic W8A8": lambda graph: graph.quantize(graph.load()),
+    "static W8A8": quantized,
+    "gptq W4A8": lambda graph: quantized(graph, format="W4A8", rounding="gptq", activations="dynamic"),
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_saved_model_gives_the_same_picture(server, kind):
+    prefix = kind.replace(" ", "_")
+    graph = Graph()
+    model = MODELS[kind](graph)
+    picture = graph.picture(model)
+    graph.save_model(model, prefix)
+    expected = server.saved(server.succeed(graph), picture)
+    name = f"{prefix}_00001_.safetensors"
+    assert name in choices(server, "QandC_LoadDiT", "model_name")
+    loaded = Graph()
+    again = loaded.picture(loaded.load(name))
+    assert server.saved(server.succeed(loaded), again) == expected
+
+
+def test_quantized_files_are_smaller(server):
+    graph = Graph()
+    model = graph.load()
+    for name, saved in {"small_w8": graph.quantize(model), "full": model}.items():
+        graph.save_model(saved, name)
+    server.succeed(graph)
+    folder = server.base / "output" / "diffusion_models"
+    assert (folder / "small_w8_00001_.safetensors").stat().st_size < 0.6 * (
+        folder / "full_00001_.safetensors"
+    ).stat().st_size
+
+
+def test_a_model_file_that_changes_is_loaded_again(server, tiny_dit):
+    (server.models / "swapped.safetensors").write_bytes((server.models / tiny_dit).read_bytes())
+    graph = Graph()
+    model = graph.load("swapped.safetensors")
+    graph.picture(model)
+    server.succeed(graph)
+    assert model[0] in server.succeed(graph).cached
+    (server.models / "swapped.safetensors").write_bytes(b"damaged")
+    assert server.run(graph).error["node_id"] == model[0]

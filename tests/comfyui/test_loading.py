@@ -1,0 +1,93 @@
+"""What ComfyUI finds in the pack: nodes, their descriptions, help pages, translations and templates."""
+
+from __future__ import annotations
+
+import pytest
+
+from .server import FOLDER, ROOT
+
+NODES = (
+    "QandC_LoadDiT",
+    "QandC_ClassLabel",
+    "QandC_ApplyCache",
+    "QandC_TAPCalibrate",
+    "QandC_Quantize",
+    "QandC_VarianceCompensate",
+    "QandC_Sample",
+    "QandC_Compare",
+)
+FAILURES = ("IMPORT FAILED", "Cannot import", "Error while calling comfy_entrypoint", "Traceback")
+TEMPLATES = sorted(path.stem for path in ROOT.glob("workflows/*.json"))
+
+
+def inputs_of(schema: dict) -> dict[str, dict]:
+    """Options of every input by its name, those inside dynamic inputs included."""
+    found = {}
+    for group in ("required", "optional"):
+        for name, (_, options) in schema.get(group, {}).items():
+            found[name] = options
+            inner = [choice["inputs"] for choice in options.get("options", []) if isinstance(choice, dict)]
+            if "template" in options:
+                inner.append(options["template"]["input"])
+            for nested in inner:
+                found.update({f"{name}.{key}": value for key, value in inputs_of(nested).items()})
+    return found
+
+
+def test_the_log_is_clean(server):
+    log = server.startup_log
+    ours = [line for line in log.splitlines() if FOLDER in line or "qandc" in line.lower()]
+    assert ours, "the log does not mention the pack"
+    assert not [line for line in ours if any(failure in line for failure in FAILURES)]
+    assert "Traceback" not in log and "Error while calling comfy_entrypoint" not in log
+
+
+def test_all_nodes_are_there_and_no_others(server):
+    found = {name for name, node in server.object_info().items() if FOLDER in node["python_module"]}
+    assert found == set(NODES)
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_node_is_described(server, node):
+    info = server.object_info(node)[node]
+    assert info["category"] == "Q&C"
+    assert info["description"].strip() and info["display_name"].strip()
+    assert info["search_aliases"]
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_every_input_and_output_has_a_tooltip(server, node):
+    info = server.object_info(node)[node]
+    inputs = inputs_of(info["input"])
+    assert inputs
+    assert [name for name, options in inputs.items() if not options.get("tooltip", "").strip()] == []
+    assert len(info["output_tooltips"]) == len(info["output"]) > 0
+    assert all(tooltip and tooltip.strip() for tooltip in info["output_tooltips"])
+
+
+def test_inputs_inside_dynamic_inputs_are_seen(server):
+    assert "policy.computed_steps" in inputs_of(server.object_info("QandC_ApplyCache")["QandC_ApplyCache"]["input"])
+    assert "images.image" in inputs_of(server.object_info("QandC_Compare")["QandC_Compare"]["input"])
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_help_page_is_served(server, node):
+    path = f"/extensions/{FOLDER}/docs/{node}/en.md"
+    assert server.status_of(path) == 200, path
+    assert server.get(path).strip()
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_translations_are_served(server, language):
+    translated = server.get_json("/i18n").get(language, {}).get("nodeDefs", {})
+    assert set(NODES) <= set(translated)
+
+
+def test_templates_are_listed(server):
+    assert sorted(server.get_json("/api/workflow_templates").get(FOLDER, [])) == TEMPLATES
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_template_and_its_picture_are_served(server, template):
+    for ending in ("json", "jpg"):
+        assert server.status_of(f"/api/workflow_templates/{FOLDER}/{template}.{ending}") == 200, ending

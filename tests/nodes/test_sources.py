@@ -1,0 +1,121 @@
+"""Shipped code imports without ComfyUI and does nothing that a node pack must not do."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+COMFYUI = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "comfyui_version", "folder_paths", "nodes"}
+# What `python -m` runs: the commands, and the scripts that trained the built-in model and its judge.
+COMMAND_LINE = (
+    "qandc_core/commands/",
+    "qandc_core/cli.py",
+    "qandc_core/demo/train.py",
+    "qandc_core/demo/classifier.py",
+)
+
+
+def shipped_sources():
+    """Paths, relative to the root, of the Python files in the archive that the registry publishes."""
+    left_out = (ROOT / ".comfyignore").read_text(encoding="utf-8").split()
+    paths = [ROOT / "__init__.py", *(ROOT / "nodes").rglob("*.py"), *(ROOT / "qandc_core").rglob("*.py")]
+    names = sorted(path.relative_to(ROOT).as_posix() for path in paths)
+    return [name for name in names if not name.startswith(tuple(left_out))]
+
+
+SOURCES = shipped_sources()
+
+
+def tree(name):
+    return ast.parse((ROOT / name).read_text(encoding="utf-8"), name)
+
+
+def dotted(node):
+    """The name that an expression is made of: torch.load -> "torch.load", and "" where it is no name."""
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def calls(name):
+    return [(dotted(node.func), node) for node in ast.walk(tree(name)) if isinstance(node, ast.Call)]
+
+
+def imported_modules(name):
+    """Top-level modules that are imported by their absolute name, anywhere in the file."""
+    for node in ast.walk(tree(name)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield node.module.split(".")[0]
+
+
+def test_root_imports_without_comfyui():
+    code = f"""
+import importlib.util, inspect, sys
+spec = importlib.util.spec_from_file_location(
+    "pack", {str(ROOT / "__init__.py")!r}, submodule_search_locations=[{str(ROOT)!r}])
+pack = sys.modules["pack"] = importlib.util.module_from_spec(spec)
+for name in {sorted(COMFYUI)}:
+    sys.modules[name] = None  # importing it raises ImportError
+spec.loader.exec_module(pack)
+assert inspect.iscoroutinefunction(pack.comfy_entrypoint)
+assert "torch" not in sys.modules
+print(pack.WEB_DIRECTORY)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+    assert (ROOT / done.stdout.strip() / "docs").is_dir()
+
+
+def test_sources_are_found():
+    assert {"__init__.py", "nodes/extension.py", "qandc_core/__init__.py"} <= set(SOURCES)
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_source_runs_no_code_from_data_and_no_process(name):
+    for function, call in calls(name):
+        place = f"{name}:{call.lineno}"
+        assert function not in ("eval", "exec", "compile", "__import__"), place
+        assert function not in ("os.system", "os.popen") and not function.startswith(("os.exec", "os.spawn")), place
+        if function == "torch.load":
+            given = {keyword.arg: keyword.value for keyword in call.keywords}
+            assert isinstance(given.get("weights_only"), ast.Constant) and given["weights_only"].value is True, place
+    assert "subprocess" not in imported_modules(name)
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_source_leaves_python_and_the_device_alone(name):
+    for node in ast.walk(tree(name)):
+        place = f"{name}:{getattr(node, 'lineno', 0)}"
+        assert dotted(node) != "sys.path", place
+        # Devices are ComfyUI's to choose; torch.cuda.* only asks.
+        is_method = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+        assert not (is_method and node.func.attr == "cuda"), place
+        from_sys = isinstance(node, ast.ImportFrom) and node.module == "sys"
+        assert not (from_sys and any(alias.name == "path" for alias in node.names)), place
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_only_the_command_line_prints(name):
+    if not name.startswith(COMMAND_LINE):
+        assert not [call.lineno for function, call in calls(name) if function == "print"]
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_imports_keep_engine_and_comfyui_apart(name):
+    found = set(imported_modules(name))
+    assert "nodes" not in found, "that name belongs to ComfyUI"
+    assert "qandc_core" not in found, "inside ComfyUI the package has another name; import it relatively"
+    if name.startswith("qandc_core/"):
+        assert not found & COMFYUI
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_source_is_readable_on_windows(name):
+    # Tools there read files in the code page of the system.
+    (ROOT / name).read_text(encoding="utf-8").encode("cp1252")
