@@ -14,8 +14,8 @@ class ApplyCache(io.ComfyNode):
             node_id="QandC_ApplyCache",
             display_name="Apply Cache",
             category=CATEGORY,
-            description="Computes the transformer only on some steps and reuses its features on the others. On our DiT "
-            "attention and MLP outputs are reused (FORA); on any other model the whole prediction.",
+            description="Computes the transformer only on some steps and reuses its features on the others. On a model "
+            "of Load DiT attention and MLP outputs are reused (FORA); on any other model the whole prediction.",
             search_aliases=["fora", "teacache", "easycache", "feature cache", "speed up"],
             inputs=[
                 io.Model.Input("model", tooltip="Any MODEL; it stays as it is."),

@@ -61,7 +61,7 @@ class Compare(io.ComfyNode):
         for key, batch in images.items():
             number = key.removeprefix("image")
             report = reports.get(number)
-            runs.append(ComparedRun(report.label if report else f"image {number}", from_image(batch), report))
+            runs.append(ComparedRun(report.label if report else f"run {int(number) + 1}", from_image(batch), report))
         figure, table = run_comparison(runs, shown, difference_gain)
         output = to_image(figure)
         preview = ui.PreviewImage(output, cls=cls).as_dict()

@@ -39,6 +39,10 @@ class LoadDiT(io.ComfyNode):
                     "image_size", options=list(SIZES), default="auto", advanced=True,
                     tooltip="Image size the model was trained for. Only diffusers files without a config.json need it.",
                 ),
+                io.Int.Input(
+                    "num_heads", default=0, min=0, max=256, optional=True, advanced=True,
+                    tooltip="Attention heads, for a model of a width that was never published; 0 finds out.",
+                ),
             ],
             outputs=[io.Model.Output(tooltip="The model in full precision, or quantized if the file is.")],
         )  # fmt: skip
@@ -48,21 +52,21 @@ class LoadDiT(io.ComfyNode):
         return True  # a file that is absent here is named when the node runs, with what to do
 
     @classmethod
-    def fingerprint_inputs(cls, model_name, weight_dtype, image_size):
+    def fingerprint_inputs(cls, model_name, **kwargs):
         if model_name == DEMO:
             return DEMO
         path = find(model_name)
         return None if path is None else (path, os.path.getmtime(path), os.path.getsize(path))
 
     @classmethod
-    def execute(cls, model_name: str, weight_dtype: str, image_size: str) -> io.NodeOutput:
+    def execute(cls, model_name: str, weight_dtype: str, image_size: str, num_heads: int = 0) -> io.NodeOutput:
         path = "demo" if model_name == DEMO else find(model_name)
         if path is None:
             raise FileNotFoundError(
                 f"There is no model file {model_name} here; put it into models/{FOLDERS[0]} and press R to refresh, "
                 "or choose another."
             )
-        return io.NodeOutput(load_dit_patcher(path, DTYPES[weight_dtype], SIZES[image_size]))
+        return io.NodeOutput(load_dit_patcher(path, DTYPES[weight_dtype], SIZES[image_size], num_heads or None))
 
 
 def find(name: str) -> str | None:

@@ -19,7 +19,7 @@ class Quantize(io.ComfyNode):
             category=types.CATEGORY,
             description="Makes an integer copy of a DiT: 8- or 4-bit weights, 8-bit activations. What was attached, "
             "such "
-            "as a cache, stays on; LoRAs become part of the weights. Save it with the stock node Save Model.",
+            "as a cache, stays on; LoRAs become part of the weights. Save it with the stock node ModelSave.",
             search_aliases=["int8", "w8a8", "w4a8", "ptq", "gptq", "quantization"],
             inputs=[
                 io.Model.Input("model", tooltip="A DiT in full precision; it stays as it is."),

@@ -23,8 +23,8 @@ class TAPCalibrate(io.ComfyNode):
             display_name="TAP Calibrate",
             category=types.CATEGORY,
             description="Samples with the model as it is wired, cache included, chooses varied samples by "
-            "temporal-aware "
-            "parallel clustering (TAP), and notes what every layer sees. Quantize needs it. Saved in output/qandc.",
+            "temporal-aware parallel clustering (TAP), and notes what every layer sees, for Quantize. Saved in "
+            "output/qandc.",
             search_aliases=["calibration", "ptq", "gptq", "statistics", "tap"],
             inputs=[
                 io.Model.Input("model", tooltip="The full-precision model, with the cache that will be used."),
@@ -35,21 +35,29 @@ class TAPCalibrate(io.ComfyNode):
                     tooltip="new calibrates; or take a calibration made before, from output/qandc.",
                 ),
                 io.Int.Input("trajectories", default=32, min=1, max=4096, tooltip="Images to sample for calibration."),
-                io.Int.Input("samples", default=400, min=1, max=100000, tooltip="Samples that TAP keeps of all steps."),
-                *types.sampler_settings("of the calibration; take those of the Sample node"),
-                io.Int.Input("calibration_seed", default=501, min=0, max=types.MAX_SEED - 4096, tooltip="Noise of the first "
-                "batch."),
-                io.Int.Input("batch_size", default=16, min=1, max=1024, advanced=True, tooltip="Images sampled at "
-                "once."),
+                io.Int.Input(
+                    "samples", default=400, min=1, max=100000,
+                    tooltip="How many of the images' intermediate steps are chosen.",
+                ),
+                *types.sampler_settings("of the calibration, the same as in the Sample node"),
+                io.Int.Input(
+                    "calibration_seed", default=501, min=0, max=types.MAX_SEED - 4096,
+                    tooltip="Noise of the first batch.",
+                ),
+                io.Int.Input(
+                    "batch_size", default=16, min=1, max=1024, advanced=True, tooltip="Images sampled at once."
+                ),
                 io.Combo.Input(
                     "selection", options=list(SELECTIONS), default=SELECTIONS[0], advanced=True,
                     tooltip="How samples are chosen: TAP, evenly over the steps, or at random.",
                 ),
-                io.Int.Input("clusters", default=50, min=1, max=1000, advanced=True, tooltip="TAP: number of "
-                "clusters."),
+                io.Int.Input(
+                    "clusters", default=50, min=1, max=1000, advanced=True, tooltip="TAP: number of clusters."
+                ),
                 io.Float.Input(
                     "time_scale", default=5.0, min=0.1, max=1000.0, step=0.1, advanced=True,
-                    tooltip="TAP: samples this many steps apart count as far apart in time.",
+                    tooltip="TAP: how many steps apart samples must lie to count as different in time. Larger values "
+                    "let clusters span more steps.",
                 ),
                 io.Boolean.Input(
                     "computed_steps_only", default=True, advanced=True,
@@ -87,6 +95,10 @@ class TAPCalibrate(io.ComfyNode):
         if path.is_file():
             calibration = load_calibration(path)
             calibration.check_model(model.model.diffusion_model)
+            if not calibration.statistics:
+                raise ValueError(
+                    f"{path.name} holds no layer statistics; pick a file that TAP Calibrate made, or {NEW!r}."
+                )
             return io.NodeOutput(calibration)
         require_wires(file, positive=positive, negative=negative, latent_image=latent_image)
         settings = Settings(positive, negative, steps, cfg, sampler_name, scheduler)

@@ -41,7 +41,7 @@ class VarianceCompensate(io.ComfyNode):
                     "pairs", default=64, min=2, max=4096,
                     tooltip="Images sampled by both models, all at once. More are steadier and take more memory.",
                 ),
-                *types.sampler_settings("of the fit; it holds for sampling with these alone"),
+                *types.sampler_settings("of the fit, the same as in the Sample node"),
                 io.Int.Input("calibration_seed", default=502, min=0, max=types.MAX_SEED, tooltip="Noise of the pairs."),
                 io.Combo.Input(
                     "method", options=list(METHODS), default=METHODS[0], advanced=True,
@@ -82,15 +82,12 @@ class VarianceCompensate(io.ComfyNode):
         if path.is_file():
             calibration = load_calibration(path)
             calibration.check_model(reference.model.diffusion_model)
-            if calibration.variance is None:
-                raise ValueError(
-                    f"{path.name} holds no variance compensation; pick one that this node made, or {NEW!r}."
-                )
-            return io.NodeOutput(attach_compensation(model, calibration.variance))
+            return io.NodeOutput(attach_saved(model, calibration, path.name))
         require_wires(file, positive=positive, negative=negative, latent_image=latent_image)
         settings = Settings(positive, negative, steps, cfg, sampler_name, scheduler)
+        latents = empty_latents(model, latent_image, pairs)
         variance = fit_compensation(
-            reference, model, settings, empty_latents(model, latent_image, pairs), calibration_seed, Progress(model, 2 * steps),
+            reference, model, settings, latents, calibration_seed, Progress(model, 2 * steps),
             method=method, start=start_percent, end=end_percent,
         )  # fmt: skip
         function = sampler_function_name(comfy.samplers.sampler_object(settings.sampler_name))

@@ -1,5 +1,4 @@
-"""The feature cache on a MODEL: configuration on the patcher, features in the run, nothing on the module between "
-"calls."""
+"""The feature cache on a MODEL: configuration on the patcher, features in the run, nothing on the module."""
 
 from __future__ import annotations
 
@@ -79,8 +78,7 @@ def branch_wrapper(executor, x, t, c_concat, c_crossattn, control, transformer_o
 
 
 def output_wrapper(executor, x, t, c_concat, c_crossattn, control, transformer_options, **kwargs):
-    """APPLY_MODEL for any model: the derivative d = (x - denoised) / sigma is reused (Karras et al., arXiv "
-    "2206.00364)."""
+    """APPLY_MODEL for any model: d = (x - denoised) / sigma is reused (Karras et al., arXiv 2206.00364, Alg. 2)."""
     run = transformer_options[KEY]
     reuses = run.place(scalar(t), conditions_of(transformer_options, x))
     sigma = t.float().view(-1, *[1] * (x.ndim - 1))
@@ -102,8 +100,8 @@ def apply_cache(patcher, config: CacheConfig):
         return clone
     replace_wrapper(clone, WRAPPERS.OUTER_SAMPLE, KEY, RunWrapper(config))
     replace_wrapper(clone, WRAPPERS.APPLY_MODEL, KEY, branch_wrapper if is_dit(patcher) else output_wrapper)
-    every = f"cache, every {config.interval}." if config.steps is None else f"cache, {len(config.steps)} chosen steps"
-    note(clone, "cache", every)
+    chosen = f"every {config.interval} steps" if config.steps is None else f"{len(config.steps)} chosen steps"
+    note(clone, "cache", f"cache, {chosen}")
     return clone
 
 

@@ -38,10 +38,10 @@ class Plan:
     hessians: bool = False
     seed: int = 501
 
-    def batches(self) -> Iterator[tuple[int, int]]:
-        """Seed and size of every sampling run."""
-        for number, at in enumerate(range(0, self.trajectories, self.batch_size)):
-            yield self.seed + number, min(self.batch_size, self.trajectories - at)
+    def batches(self) -> Iterator[tuple[int, int, int]]:
+        """Seed, size and number of the first image of every sampling run."""
+        for number, first in enumerate(range(0, self.trajectories, self.batch_size)):
+            yield self.seed + number, min(self.batch_size, self.trajectories - first), first
 
 
 @dataclass
@@ -146,24 +146,24 @@ def calibrate(
     The same trajectories are sampled twice, first to find candidates and then to observe the chosen, so that a layer
     sees exactly what it sees in use: nothing on steps where the cache skips it. Works on any MODEL.
     """
-    candidates = Candidates()
-    for run, (seed, size) in enumerate(plan.batches()):
-        collecting = patcher.clone()
-        replace_wrapper(collecting, WRAPPERS.PREDICT_NOISE, KEY, Collecting(candidates, run))
-        sample_new(collecting, settings, latent.expand(size, *latent.shape[1:]), seed, progress.step)
-    chosen = candidates.choose(plan)
     layers = list(named_linears(patcher.model.diffusion_model, DIT_SKIP if is_dit(patcher) else ()))
     if not layers:
         raise ValueError("This model has no linear layer in full precision to calibrate; wire the unquantized model.")
+    candidates = Candidates()
+    for run, (seed, size, first) in enumerate(plan.batches()):
+        collecting = patcher.clone()
+        replace_wrapper(collecting, WRAPPERS.PREDICT_NOISE, KEY, Collecting(candidates, run))
+        sample_new(collecting, settings, latent.expand(size, *latent.shape[1:]), seed, progress.step, first)
+    chosen = candidates.choose(plan)
     statistics = {name: LayerStatistics.empty(layer.in_features, plan.hessians) for name, layer in layers}
-    for run, (seed, size) in enumerate(plan.batches()):
+    for run, (seed, size, first) in enumerate(plan.batches()):
         part = chosen[chosen[:, 0] == run]
         if not len(part):
             continue
         observing, watched = Observing(layers, statistics, part), patcher.clone()
         replace_wrapper(watched, WRAPPERS.PREDICT_NOISE, KEY, observing.predict_noise)
         replace_wrapper(watched, WRAPPERS.APPLY_MODEL, KEY, observing.apply_model)
-        sample_new(watched, settings, latent.expand(size, *latent.shape[1:]), seed, progress.step)
+        sample_new(watched, settings, latent.expand(size, *latent.shape[1:]), seed, progress.step, first)
     unseen = [name for name, s in statistics.items() if s.count == 0]
     if unseen:
         raise ValueError(

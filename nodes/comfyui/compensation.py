@@ -1,5 +1,4 @@
-"""Variance compensation under any stock sampler: the model sees the corrected sample, the sampler a shifted "
-"prediction."""
+"""Variance compensation under stock samplers: the model sees corrected samples, the sampler shifted predictions."""
 
 from __future__ import annotations
 

@@ -30,8 +30,7 @@ LATENT_FORMATS = {3: comfy.latent_formats.ChromaRadiance, 4: comfy.latent_format
 
 
 class DiffusionModel(DiT):
-    """The engine's DiT behind the call that ComfyUI makes; learned variances are dropped, as its samplers ignore "
-    "them."""
+    """The engine's DiT behind the call that ComfyUI makes; drops learned variances, which its samplers ignore."""
 
     def __init__(self, dit_config: DiTConfig, dtype=None, device=None, operations=None):
         super().__init__(dit_config, dtype, device, operations)
@@ -99,7 +98,12 @@ class DiTModel(comfy.model_base.BaseModel):
         return super().state_dict_for_saving({**unet_state_dict, KEY: metadata_tensor(metadata)}, *args, **kwargs)
 
 
-def load_dit_patcher(source: str | os.PathLike[str], dtype: torch.dtype | None = None, input_size: int | None = None):
+def load_dit_patcher(
+    source: str | os.PathLike[str],
+    dtype: torch.dtype | None = None,
+    input_size: int | None = None,
+    num_heads: int | None = None,
+):
     """A ModelPatcher of any DiT checkpoint the engine reads, quantized files included.
 
     `dtype` None lets ComfyUI choose. Raises FileNotFoundError or ValueError with one sentence.
@@ -111,7 +115,7 @@ def load_dit_patcher(source: str | os.PathLike[str], dtype: torch.dtype | None =
         patcher = new_patcher(config, dtype, tensors)
         load_codes(patcher.model.diffusion_model, tensors, header, path)
         return resized(patcher)
-    tensors, config = read_dit(source, input_size=input_size)
+    tensors, config = read_dit(source, num_heads, input_size)
     patcher = new_patcher(config, dtype, tensors)
     setattr(patcher.model.diffusion_model, FINGERPRINT, fingerprint_tensors(tensors))
     patcher.model.load_model_weights(tensors, "", assign=patcher.is_dynamic())

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import uuid
 from typing import Any
 
 import comfy.lora
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from ...qandc_core.calibration.file import FINGERPRINT, Calibration, fingerprint
@@ -22,6 +23,7 @@ from .dit_model import is_dit, new_patcher, resized
 from .runs import note
 from .sampling import Progress
 
+log = logging.getLogger(__name__)
 COLLAPSED = 0.5  # relative weight error no usable quantization reaches
 
 
@@ -64,6 +66,7 @@ def quantized_patcher(
         f"{len(errors)} layers in W{w_bits}A{a_bits}, linear weights {before / 2**20:.1f} -> "
         f"{linear_weight_bytes(model) / 2**20:.1f} MiB, largest relative weight error {errors[worst]:.4f} in {worst}"
     )
+    log.info("Q&C quantization: %s", report)
     quantized = patcher.clone(model_override=fresh.get_clone_model_override())
     quantized.patches, quantized.patches_uuid = {}, uuid.uuid4()
     quantized.cached_patcher_init = None  # the loader's recipe gives the unquantized model
@@ -92,5 +95,6 @@ def error_bars(errors: dict[str, float]) -> Image.Image:
     for i, error in enumerate(errors.values()):
         left, right = width * i // len(errors), max(width * i // len(errors), width * (i + 1) // len(errors) - 2)
         draw.rectangle((left, height - round((height - 24) * error / highest), right, height), fill=(38, 110, 190))
-    draw.text((6, 4), f"relative weight error of {len(errors)} layers, largest {highest:.4f}", (32, 36, 44))
+    title = f"relative weight error of {len(errors)} layers, largest {highest:.4f}"
+    draw.text((8, 4), title, (32, 36, 44), ImageFont.load_default(14))
     return picture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.model_management
@@ -89,8 +89,23 @@ def sample(
     )  # fmt: skip
 
 
-def sample_new(patcher, settings: Settings, latent: Tensor, seed: int, callback: Callable) -> Tensor:
-    """Images from pure noise of the seed."""
+def from_image(conditioning, first: int):
+    """Conditioning of a batch whose first image is number `first`: lists of class labels go on, not start again."""
+    rotated = []
+    for context, options in conditioning:
+        labels = options.get("class_label")
+        if labels is not None:
+            at = first % len(labels)
+            options = {**options, "class_label": (*labels[at:], *labels[:at])}
+        rotated.append([context, options])
+    return rotated
+
+
+def sample_new(patcher, settings: Settings, latent: Tensor, seed: int, callback: Callable, first: int = 0) -> Tensor:
+    """Images from pure noise of the seed; `first` is the number of the batch's first image."""
+    settings = replace(
+        settings, positive=from_image(settings.positive, first), negative=from_image(settings.negative, first)
+    )
     return sample(patcher, settings, latent, comfy.sample.prepare_noise(latent, seed), seed, callback)
 
 

@@ -64,7 +64,9 @@ class Calibration:
 
     def layer(self, name: str) -> LayerStatistics:
         if name not in self.statistics:
-            raise ValueError(f"The calibration has no statistics for {name}; calibrate with the same skip patterns.")
+            raise ValueError(
+                f"The calibration has no statistics for {name}; it was made for other layers, calibrate again."
+            )
         return self.statistics[name]
 
     def with_variance(self, variance: VarianceCompensation) -> Calibration:

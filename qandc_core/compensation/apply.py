@@ -31,7 +31,7 @@ class VarianceCompensation:
         if gap[nearest] > 1e-3:
             raise ValueError(
                 f"The variance compensation was fitted on {len(self.sigmas)} other noise levels and has none for "
-                f"sigma {sigma:.4g}; fit it again with the sampler, steps and spacing that are used now."
+                f"sigma {sigma:.4g}; fit it again with the sampler, schedule and steps that are used now."
             )
         return nearest
 
@@ -41,7 +41,7 @@ class VarianceCompensation:
         if found != list(range(found[0], found[0] + len(found))):
             raise ValueError(
                 f"The variance compensation was fitted on {len(self.sigmas)} noise levels and this run skips some of "
-                "them; fit it again with the sampler, steps and spacing that are used now."
+                "them; fit it again with the sampler, schedule and steps that are used now."
             )
 
     def correct(self, x: Tensor, sigma: float) -> Tensor:

@@ -16,7 +16,7 @@ from .metrics import psnr, relative_l2, ssim
 SSIM_SIDE = 11  # window of the structural similarity
 PALETTE = ((38, 110, 190), (214, 96, 40), (44, 140, 80), (150, 70, 160), (180, 150, 20), (90, 100, 110))
 PANEL = (420, 170)
-COLUMNS = ("run", "time s", "speedup", "steps computed", "cache MiB", "PSNR dB", "SSIM", "rel. L2")
+COLUMNS = ("run", "time s", "speedup", "steps computed", "cache MiB", "peak MiB", "PSNR dB", "SSIM", "rel. L2")
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def comparison_rows(runs: Sequence[ComparedRun]) -> list[dict[str, str]]:
 def timing(run: ComparedRun, reference: ComparedRun) -> list[str]:
     report = run.report
     if report is None or not report.seconds:
-        return ["-", "-", "-", "-"]
+        return ["-", "-", "-", "-", "-"]
     base = reference.report
     faster = f"{base.total_seconds / report.total_seconds:.2f}x" if base is not None and base.seconds else "-"
     return [
@@ -54,6 +54,7 @@ def timing(run: ComparedRun, reference: ComparedRun) -> list[str]:
         faster,
         f"{report.computed_steps} of {report.steps}",
         f"{report.cache_bytes / 2**20:.1f}",
+        "-" if report.peak_memory is None else f"{report.peak_memory / 2**20:.0f}",
     ]
 
 

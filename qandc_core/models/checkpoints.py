@@ -215,7 +215,7 @@ def diffusers_positions(projection: Tensor, config: Mapping[str, Any]) -> Tensor
     if "sample_size" not in config:
         raise ValueError(
             "the input size is neither in the tensors nor in a config.json beside the file; "
-            "load the diffusers folder that holds both, or give the input size"
+            "load the diffusers folder that holds both, or give the size of the images the model was trained for"
         )
     side = config["sample_size"] // projection.shape[-1]
     return sincos_positions(projection.shape[0], side, side, side).to(projection.dtype)

@@ -65,9 +65,9 @@ def grid_side(state_dict: Mapping[str, Tensor]) -> int:
 def detect_heads(hidden: int, metadata: Mapping[str, Any], num_heads: int | None) -> int:
     heads = int(num_heads or metadata.get("num_heads") or HEADS.get(hidden, 0))
     if not heads:
-        raise ValueError(f"the number of attention heads is not known for width {hidden}; pass num_heads=")
+        raise ValueError(f"the number of attention heads is not known for width {hidden}; give it as num_heads")
     if hidden % heads:
-        raise ValueError(f"width {hidden} is not divisible by {heads} attention heads; pass the right num_heads=")
+        raise ValueError(f"width {hidden} is not divisible by {heads} attention heads; give their number as num_heads")
     return heads
 
 

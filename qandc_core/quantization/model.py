@@ -106,7 +106,7 @@ def quantize_linear(
     grid = weight_grid(weight, format.w_bits, format.symmetric)
     if config.rounding == "gptq":
         if statistics is None or statistics.hessian is None:
-            raise ValueError(f"gptq rounding needs the input Hessian of {name}; calibrate with hessians=True.")
+            raise ValueError(f"gptq rounding needs the input Hessian of {name}; calibrate with hessians.")
         codes = gptq_codes(weight, statistics.hessian.to(weight.device), grid)
     else:
         codes = quantize(weight, grid)

@@ -13,7 +13,12 @@ from typing import Any
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 # Settings that a returning user has: no tutorial, no template browser over the canvas.
-SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Graph.CanvasInfo": False, "Comfy.Minimap.Visible": False}
+SETTINGS = {
+    "Comfy.TutorialCompleted": True,
+    "Comfy.Graph.CanvasInfo": False,
+    "Comfy.Minimap.Visible": False,
+    "LiteGraph.Canvas.MinFontSizeForLOD": 0,
+}
 
 
 def chromium() -> str | None:
@@ -71,12 +76,28 @@ class Frontend:
         self.page.wait_for_timeout(6000)  # until notices of the finished job are gone
         return area
 
+    def show_node(self, index: int, scale: float) -> dict[str, float]:
+        """Brings one node into the corner; returns where it lies on the page."""
+        area = self.page.evaluate(
+            """([index, scale]) => { const node = app.graph._nodes[index];
+            const e = app.canvas.canvas.getBoundingClientRect();
+            app.canvas.deselectAll();
+            app.canvas.ds.scale = scale;
+            app.canvas.ds.offset = [90 / scale - node.pos[0], 130 / scale - node.pos[1] + 30];
+            app.canvas.setDirty(true, true);
+            const [width, height] = [node.size[0] * scale + 40, (node.size[1] + 30) * scale + 50];
+            return {x: e.x + 70, y: e.y + 100, width, height} }""",
+            [index, scale],
+        )
+        self.page.wait_for_timeout(700)
+        return area
+
     def screenshot(self, path: Path, area: dict[str, float] | None = None, quality: int = 82) -> None:
         self.page.screenshot(path=str(path), type="jpeg", quality=quality, clip=area)
 
 
 @contextmanager
-def open_frontend(address: str, width: int = 1920, height: int = 1080) -> Iterator[Frontend]:
+def open_frontend(address: str, width: int = 2200, height: int = 1240) -> Iterator[Frontend]:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:

@@ -76,7 +76,7 @@ def sampled(runs: dict[str, tuple[tuple[str, int], str, dict[str, Any]]]) -> dic
         inputs |= {f"images.image{i}": (f"decode_{key}", 0)}
     for i, key in enumerate(runs):
         inputs |= {f"reports.report{i}": (f"sample_{key}", 1)}
-    nodes["compare"] = {**node("QandC_Compare", inputs), "size": [1000, 760]}
+    nodes["compare"] = {**node("QandC_Compare", inputs), "size": [1000, 480 + 180 * len(runs)]}
     return nodes
 
 
@@ -209,9 +209,9 @@ CHECKPOINT = Template(
     "quantized_checkpoint",
     {
         "note": note(
-            "## Make a quantized checkpoint\n\nCalibrates the model on its own samples, with the cache on, quantizes it "
-            "and saves it with the stock node **Save Model**.\n\nThe file lands in output/diffusion_models. Press **R**, and "
-            "**Load DiT** lists it: no calibration is needed to use it.",
+            "## Make a quantized checkpoint\n\nCalibrates the model on its own samples, with the cache on, quantizes "
+            "it and saves it with the stock node **ModelSave**.\n\nThe file lands in output/diffusion_models. Press "
+            "**R**, and **Load DiT** lists it: no calibration is needed to use it.",
             240,
         ),
         **DEMO_SOURCES,

@@ -19,7 +19,7 @@ def server(request, tmp_path_factory) -> Iterator[Server]:
 @pytest.fixture(scope="module", params=parameters(old=True))
 def old_server(request, tmp_path_factory) -> Iterator[Server]:
     """A ComfyUI below the oldest supported one."""
-    with Server(request.param, tmp_path_factory.mktemp("comfyui")) as running:
+    with Server(request.param, tmp_path_factory.mktemp("comfyui"), must_start=False) as running:
         yield running
 
 

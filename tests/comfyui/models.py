@@ -16,9 +16,13 @@ __all__ = ["DEMO", "write_dit", "write_vae"]
 
 TINY_VAE = """
 import sys
+path = sys.argv.pop()
+sys.argv.append("--cpu")
+import comfy.options
+comfy.options.enable_args_parsing()
 from comfy.taesd.taesd import TAESD
 from safetensors.torch import save_file
-save_file({key: value.contiguous() for key, value in TAESD(latent_channels=4).state_dict().items()}, sys.argv[1])
+save_file({key: value.contiguous() for key, value in TAESD(latent_channels=4).state_dict().items()}, path)
 """
 
 
@@ -39,4 +43,6 @@ def write_dit(path: Path, in_channels: int = 3, num_classes: int = 10) -> None:
 def write_vae(checkout: Checkout, path: Path) -> None:
     """ComfyUI's own tiny autoencoder: a few megabytes where Stable Diffusion's takes hundreds."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    subprocess.run([checkout.python, "-c", TINY_VAE, str(path)], cwd=checkout.path, check=True)
+    command = [checkout.python, "-c", TINY_VAE, str(path)]
+    done = subprocess.run(command, cwd=checkout.path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]

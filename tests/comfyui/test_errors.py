@@ -161,7 +161,7 @@ def static_without_calibration():
     return graph
 
 
-@bad_input("QandC_Quantize", "no statistics")
+@bad_input("QandC_TAPCalibrate", VARIANCE_FILE, "no layer statistics")
 def compensation_file_as_calibration():
     graph = Graph()
     model = graph.load()

@@ -69,6 +69,15 @@ def test_compare_shows_a_picture_and_a_table(server, chain):
     assert server.get(path).startswith(b"\x89PNG")
 
 
+def test_compare_needs_no_reports(server):
+    graph = Graph()
+    image = graph.decode(graph.sample(graph.load()))
+    images = {"images.image0": image, "images.image1": image, "images.image2": image}
+    comparison = graph.add("QandC_Compare", **images, shown=2, difference_gain=4.0)
+    table = server.succeed(graph).outputs[comparison[0]]["text"][0]
+    assert "image 0" in table and "image 2" in table and "inf" in table
+
+
 def test_quantize_says_what_it_did(chain):
     _, names, run = chain
     assert "layers in W8A8" in run.outputs[names["quantize"]]["text"][0]
@@ -104,8 +113,8 @@ def test_freed_memory_gives_the_same_pictures(server, chain):
     assert latents(server, rerun, prompt) == latents(server, run, prompt)
 
 
-def test_the_order_of_runs_does_not_matter(server):
-    """The accelerated chain first or last: the reference model stays as it was loaded."""
+def test_the_loaded_model_stays_as_it_was(server):
+    """Its picture after everything was made of it is its picture before."""
     alone = Graph()
     picture = alone.picture(alone.load())
     expected = server.saved(server.succeed(alone), picture)

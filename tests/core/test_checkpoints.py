@@ -342,7 +342,7 @@ def test_unexpected_shapes(tmp_path, model, tensors, message):
 
 def test_unknown_heads(tmp_path, model):
     path = write(tmp_path / "model.safetensors", model.state_dict())
-    refused(ValueError, path, "the number of attention heads is not known for width 32; pass num_heads=")
+    refused(ValueError, path, "the number of attention heads is not known for width 32; give it as num_heads")
     refused(ValueError, path, "width 32 is not divisible by 5 attention heads", num_heads=5)
 
 
