@@ -54,8 +54,13 @@ def timing(run: ComparedRun, reference: ComparedRun) -> list[str]:
         faster,
         f"{report.computed_steps} of {report.steps}",
         f"{report.cache_bytes / 2**20:.1f}",
-        "-" if report.peak_memory is None else f"{report.peak_memory / 2**20:.0f}",
+        f"{report.peak_memory / 2**20:.0f}" if report.peak_memory and on_gpu(report) else "-",
     ]
+
+
+def on_gpu(report: RunReport) -> bool:
+    """Elsewhere the peak is that of the process since it began, which tells runs nothing apart."""
+    return report.device.startswith("cuda")
 
 
 def fidelity(run: ComparedRun, reference: ComparedRun) -> list[str]:

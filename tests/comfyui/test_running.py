@@ -75,7 +75,7 @@ def test_compare_needs_no_reports(server):
     images = {"images.image0": image, "images.image1": image, "images.image2": image}
     comparison = graph.add("QandC_Compare", **images, shown=2, difference_gain=4.0)
     table = server.succeed(graph).outputs[comparison[0]]["text"][0]
-    assert "image 0" in table and "image 2" in table and "inf" in table
+    assert len(table.splitlines()) == 2 + 3 and table.count("equal") == 2
 
 
 def test_quantize_says_what_it_did(chain):
