@@ -40,7 +40,7 @@ def file_state(name: str) -> str:
     """Changes when the named file does, so that ComfyUI runs the node again."""
     if name == NEW:
         return NEW
-    path = calibration_path(name)
+    path = calibration_folder() / Path(name).name
     if not path.is_file():
         return f"{name} absent"
     status = os.stat(path)

@@ -132,7 +132,9 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
     except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or not a safetensors file ({error})") from error
+        raise ValueError(
+            f"{path} is truncated or not a safetensors file ({error}); download or save it again"
+        ) from error
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
@@ -224,7 +226,9 @@ def diffusers_positions(projection: Tensor, config: Mapping[str, Any]) -> Tensor
 def check_keys(found: Collection[str], expected: Collection[str], optional: Collection[str] = ()) -> None:
     missing = [key for key in expected if key not in found]
     if len(missing) == len(expected):
-        raise ValueError("this is not a DiT: no key of the original or the diffusers layout is in it")
+        raise ValueError(
+            "this is not a DiT: no key of the original or the diffusers layout is in it; choose a class-conditional DiT"
+        )
     if missing:
         raise ValueError(f"{len(missing)} of {len(expected)} DiT keys are missing, first {', '.join(missing[:3])}")
     extra = sorted(set(found) - set(expected) - set(optional))

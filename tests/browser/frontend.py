@@ -47,6 +47,14 @@ class Frontend:
     def serialize(self) -> dict:
         return self.page.evaluate("() => app.graph.serialize()")
 
+    def set_widgets(self, values: dict[str, Any]) -> None:
+        """Sets every widget of these names."""
+        self.page.evaluate(
+            """(values) => { for (const node of app.graph._nodes) for (const widget of node.widgets ?? [])
+            if (widget.name in values) widget.value = values[widget.name] }""",
+            values,
+        )
+
     def run(self, timeout: float = 300) -> None:
         """Presses Run and waits for the end."""
         self.page.evaluate(

@@ -56,20 +56,12 @@ def test_opens_with_no_node_missing_and_equals_its_api_twin(frontend, name):
 @pytest.mark.parametrize("name", [name for name, template in BY_NAME.items() if template.runs_here])
 def test_run_shows_the_comparison(frontend, name):
     frontend.load(read(WORKFLOWS / f"{name}.json"), name)
-    set_widgets(frontend, SMALL)
+    frontend.set_widgets(SMALL)
     frontend.run()
     shown = frontend.page.evaluate(
         "() => app.graph._nodes.filter(n => n.type === 'QandC_Compare').map(n => n.imgs?.[0]?.naturalWidth ?? 0)"
     )
     assert shown and min(shown) > 500
-
-
-def set_widgets(frontend: Frontend, values: dict[str, int]) -> None:
-    frontend.page.evaluate(
-        """(values) => { for (const node of app.graph._nodes) for (const widget of node.widgets ?? [])
-        if (widget.name in values) widget.value = values[widget.name] }""",
-        values,
-    )
 
 
 def test_help_of_every_node_is_found(frontend, server):
