@@ -6,7 +6,6 @@ from comfy_api.v0_0_2 import io, ui
 from PIL import Image
 from torch import Tensor
 
-from ..qandc_core.evaluation.comparison import ComparedRun, run_comparison
 from .comfyui import types
 
 
@@ -56,6 +55,8 @@ class Compare(io.ComfyNode):
 
     @classmethod
     def execute(cls, images: dict, shown: int, difference_gain: float, reports: dict | None = None) -> io.NodeOutput:
+        from ..qandc_core.evaluation.comparison import ComparedRun, run_comparison  # drawing is no part of start-up
+
         reports = {key.removeprefix("report"): report for key, report in (reports or {}).items()}
         runs = []
         for key, batch in images.items():

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import folder_paths
 import torch
@@ -19,6 +20,7 @@ class LoadDiT(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         files = dict.fromkeys(name for folder in FOLDERS for name in folder_paths.get_filename_list(folder))
+        files |= diffusers_folders()
         return io.Schema(
             node_id="QandC_LoadDiT",
             display_name="Load DiT",
@@ -29,7 +31,8 @@ class LoadDiT(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model_name", options=[DEMO, *files], default=DEMO,
-                    tooltip="The built-in demo, or a file of models/diffusion_models or models/checkpoints.",
+                    tooltip="The built-in demo, a file of models/diffusion_models or models/checkpoints, or a folder "
+                    "of models/diffusers.",
                 ),
                 io.Combo.Input(
                     "weight_dtype", options=list(DTYPES), default="auto", advanced=True,
@@ -70,4 +73,15 @@ class LoadDiT(io.ComfyNode):
 
 
 def find(name: str) -> str | None:
-    return next(filter(None, (folder_paths.get_full_path(folder, name) for folder in FOLDERS)), None)
+    files = (folder_paths.get_full_path(folder, name) for folder in FOLDERS)
+    return diffusers_folders().get(name) or next(filter(None, files), None)
+
+
+def diffusers_folders() -> dict[str, str]:
+    """Pipelines of models/diffusers that hold a class-conditional transformer: choice -> path."""
+    found = {}
+    for root in folder_paths.get_folder_paths("diffusers"):
+        for config in sorted(Path(root).glob("*/transformer/config.json")):
+            if "num_embeds_ada_norm" in config.read_text(encoding="utf-8"):
+                found[f"diffusers/{config.parents[1].name}"] = str(config.parents[1])
+    return found

@@ -10,7 +10,7 @@ from ...qandc_core.caching.attach import cached_call
 from ...qandc_core.caching.schedules import CacheConfig
 from ...qandc_core.caching.state import FeatureCache
 from .dit_model import is_dit
-from .runs import WRAPPERS, note, options_of_run, replace_wrapper, scalar, step_at
+from .runs import REPORT, WRAPPERS, note, options_of_run, replace_wrapper, scalar, step_at
 
 KEY = "qandc_cache"
 log = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class RunWrapper:
             log.info(run.summary())
             return out
         finally:
-            report = options.get("qandc_report")
+            report = options.get(REPORT)
             if report is not None:
                 report.computed, report.cache_bytes = run.computed(), run.cache.num_bytes
             run.cache.reset()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...qandc_core.compensation.apply import VarianceCompensation, compensate
 from ...qandc_core.compensation.factors import VarianceMoments
-from .runs import WRAPPERS, note, options_of_run, replace_wrapper, scalar, step_at
+from .runs import REPORT, WRAPPERS, note, options_of_run, replace_wrapper, scalar, step_at
 from .sampling import Progress, Settings, sample_new
 
 KEY = "qandc_compensation"
@@ -67,7 +67,7 @@ class CompensatedRun:
         options[KEY] = (schedule, sampler_function_name(sampler))
         if sampler_function_name(sampler) not in FIRST_ORDER:
             log.info("Q&C variance compensation: exact for euler, ddim and ddpm, approximate for this sampler.")
-        report = options.get("qandc_report")
+        report = options.get(REPORT)
         if report is not None:
             rows = [self.variance.factor[self.variance.find(s)].tolist() for s in schedule[:-1]]
             report.factors = rows

@@ -10,6 +10,7 @@ import comfy.patcher_extension
 import torch
 
 KEY = "qandc"
+REPORT = "qandc_report"  # where a run finds the report that it fills in
 WRAPPERS = comfy.patcher_extension.WrappersMP
 
 

@@ -16,9 +16,7 @@ from torch import Tensor
 
 from ...qandc_core.sampling.generate import synchronize
 from ...qandc_core.sampling.report import RunReport, peak_memory, reset_peak_memory
-from .runs import WRAPPERS, notes, replace_wrapper
-
-REPORT = "qandc_report"
+from .runs import REPORT, WRAPPERS, notes, replace_wrapper
 
 
 @dataclass(frozen=True)
