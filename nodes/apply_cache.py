@@ -3,7 +3,7 @@ from __future__ import annotations
 from comfy_api.v0_0_2 import io
 
 from ..qandc_core.caching.schedules import CacheConfig
-from .comfyui.caching import apply_cache
+from .comfyui.caching import CachePolicy, apply_cache
 from .comfyui.types import CATEGORY, parse_numbers
 
 
@@ -29,6 +29,12 @@ class ApplyCache(io.ComfyNode):
                                 "cache off.",
                             ),
                         ]),
+                        io.DynamicCombo.Option("number of steps", [
+                            io.Int.Input(
+                                "computed", default=20, min=1, max=1000,
+                                tooltip="How many steps to compute, evenly spaced.",
+                            ),
+                        ]),
                         io.DynamicCombo.Option("chosen steps", [
                             io.String.Input(
                                 "computed_steps", default="0-4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 44, 48",
@@ -42,14 +48,27 @@ class ApplyCache(io.ComfyNode):
                     "order", default=0, min=0, max=1, advanced=True,
                     tooltip="0 holds the last computed features; 1 extrapolates linearly from the last two.",
                 ),
+                io.Float.Input(
+                    "start_percent", default=0.0, min=0.0, max=1.0, step=0.01, optional=True, advanced=True,
+                    tooltip="Reuse from this part of the run on; every step before it is computed.",
+                ),
+                io.Float.Input(
+                    "end_percent", default=1.0, min=0.0, max=1.0, step=0.01, optional=True, advanced=True,
+                    tooltip="Reuse up to this part of the run; every step after it is computed.",
+                ),
             ],
             outputs=[io.Model.Output(tooltip="The model with the cache.")],
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, model: io.Model.Type, policy: dict, order: int) -> io.NodeOutput:
-        if policy["policy"] == "interval":
-            config = CacheConfig(policy["interval"], order=order)
-        else:
-            config = CacheConfig(steps=frozenset(parse_numbers(policy["computed_steps"])), order=order)
-        return io.NodeOutput(apply_cache(model, config))
+    def execute(
+        cls, model: io.Model.Type, policy: dict, order: int, start_percent: float = 0.0, end_percent: float = 1.0
+    ) -> io.NodeOutput:
+        config = CacheConfig(
+            policy.get("interval", 1),
+            frozenset(parse_numbers(policy["computed_steps"])) if "computed_steps" in policy else None,
+            order=order,
+        )
+        return io.NodeOutput(
+            apply_cache(model, CachePolicy(config, policy.get("computed"), start_percent, end_percent))
+        )

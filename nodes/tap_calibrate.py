@@ -7,9 +7,9 @@ from comfy_api.v0_0_2 import io
 
 from ..qandc_core.calibration.file import Calibration, fingerprint, load_calibration
 from .comfyui import types
-from .comfyui.caching import cache_config
 from .comfyui.calibration import SELECTIONS, Plan, calibrate, calibration_steps
 from .comfyui.files import NEW, calibration_files, calibration_path, file_state, next_path
+from .comfyui.runs import notes
 from .comfyui.sampling import Progress, Settings, empty_latents
 
 log = logging.getLogger(__name__)
@@ -117,10 +117,9 @@ class TAPCalibrate(io.ComfyNode):
 
 
 def describe(model, settings: Settings, plan: Plan) -> dict:
-    cache = cache_config(model)
     return {
         **settings.describe(),
-        "cache_interval": 1 if cache is None else cache.interval,
+        "attached": notes(model),
         "selection": plan.selection,
         "trajectories": plan.trajectories,
         "samples": plan.samples,

@@ -3,60 +3,117 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
+from math import ceil
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...qandc_core.caching.attach import cached_call
-from ...qandc_core.caching.schedules import CacheConfig
+from ...qandc_core.caching.schedules import CacheConfig, spaced_steps
 from ...qandc_core.caching.state import FeatureCache
 from .dit_model import is_dit
-from .runs import REPORT, WRAPPERS, note, options_of_run, replace_wrapper, scalar, step_at
+from .runs import REPORT, WRAPPERS, note, options_of_run, scalar, step_at
 
 KEY = "qandc_cache"
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class CachePolicy:
+    """Which steps compute: as `config` says, or `computed` steps evenly spaced; all of them outside start..end, which
+    are fractions of the run.
+    """
+
+    config: CacheConfig = CacheConfig()
+    computed: int | None = None
+    start: float = 0.0
+    end: float = 1.0
+
+    def resolve(self, total: int) -> CacheConfig:
+        """The configuration for a run of `total` steps."""
+        spaced = None if self.computed is None else spaced_steps(total, min(self.computed, total))
+        config = self.config if spaced is None else replace(self.config, steps=frozenset(spaced))
+        if (self.start, self.end) == (0.0, 1.0):
+            return config
+        inside = range(ceil(self.start * total), ceil(self.end * total))
+        return replace(config, steps=frozenset(i for i in range(total) if i not in inside or config.computes(i)))
+
+    def describe(self) -> str:
+        if self.computed is not None:
+            steps = f"{self.computed} steps"
+        elif self.config.steps is not None:
+            steps = f"{len(self.config.steps)} chosen steps"
+        else:
+            steps = f"every {self.config.interval} steps"
+        part = "" if (self.start, self.end) == (0.0, 1.0) else f" from {self.start:g} to {self.end:g}"
+        return f"cache, {steps}{part}"
+
+    @property
+    def off(self) -> bool:
+        return self.config.interval == 1 and self.config.steps is None and self.computed is None
+
+
 class CachedRun:
-    """One sampling run: features by condition, and which steps computed."""
+    """One sampling run: features by condition, for each device, and which steps computed."""
 
-    def __init__(self, config: CacheConfig, sigmas: Tensor):
-        self.cache = FeatureCache(config)
+    def __init__(self, policy: CachePolicy, sigmas: Tensor):
         self.sigmas = sigmas.tolist()
+        self.config = policy.resolve(len(self.sigmas) - 1)
+        self.caches: dict[torch.device, FeatureCache] = {}
+        self.passes: Counter[Hashable] = Counter()
         self.steps: dict[int, bool] = {}
+        self.reused = False
 
-    def place(self, sigma: float, conditions: tuple) -> bool:
-        """Begins a model call; returns whether it reuses."""
+    def place(self, sigma: float, x: Tensor, transformer_options: dict[str, Any]) -> FeatureCache:
+        """Begins a model call; the cache answers whether it reuses."""
+        cache = self.caches.setdefault(x.device, FeatureCache(self.config))
         step = step_at(self.sigmas, sigma)
-        reuses = self.cache.place(step, conditions)
-        self.steps[step] = self.steps.get(step, False) or not reuses
-        return reuses
+        self.reused = cache.place(step, self.conditions(x, transformer_options))
+        self.steps[step] = self.steps.get(step, False) or not self.reused
+        return cache
+
+    def conditions(self, x: Tensor, transformer_options: dict[str, Any]) -> tuple[Hashable, ...]:
+        """One key for each condition in the batch: which one, on what, and the how-manieth time in this prediction.
+
+        Guidance such as skip-layer evaluates a condition again, and context windows evaluate it on every window.
+        """
+        window = transformer_options.get("context_window")
+        place = (tuple(x.shape[1:]), () if window is None else tuple(window.index_list))
+        keys = []
+        for uuid in transformer_options.get("uuids", (None,)):
+            keys.append((uuid, *place, self.passes[uuid, place]))
+            self.passes[uuid, place] += 1
+        return tuple(keys)
 
     def computed(self) -> list[bool]:
         return [self.steps.get(i, True) for i in range(len(self.sigmas) - 1)]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(cache.num_bytes for cache in self.caches.values())
 
     def summary(self) -> str:
         computed = self.computed()
         return (
             f"Q&C cache: {sum(computed)} of {len(computed)} steps computed, {len(computed) - sum(computed)} reused, "
-            f"{self.cache.num_bytes / 2**20:.1f} MiB"
+            f"{self.num_bytes / 2**20:.1f} MiB"
         )
-
-
-def conditions_of(transformer_options: dict, x: Tensor) -> tuple:
-    """One key for each condition in the batch: what it is and the shape it is evaluated on."""
-    return tuple((uuid, tuple(x.shape[1:])) for uuid in transformer_options.get("uuids", (None,)))
 
 
 class RunWrapper:
     """OUTER_SAMPLE: the run's features live exactly as long as the run."""
 
-    def __init__(self, config: CacheConfig):
-        self.config = config
+    def __init__(self, policy: CachePolicy):
+        self.policy = policy
 
     def __call__(self, executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
         guider = executor.class_obj
         saved, options = guider.model_options, options_of_run(guider)
-        run = options[KEY] = CachedRun(self.config, sigmas)
+        run = options[KEY] = CachedRun(self.policy, sigmas)
         try:
             out = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
             log.info(run.summary())
@@ -64,53 +121,52 @@ class RunWrapper:
         finally:
             report = options.get(REPORT)
             if report is not None:
-                report.computed, report.cache_bytes = run.computed(), run.cache.num_bytes
-            run.cache.reset()
+                report.computed, report.cache_bytes = run.computed(), run.num_bytes
+            run.caches.clear()
             guider.model_options = saved
+
+
+def prediction_wrapper(executor, x, timestep, model_options, seed):
+    """PREDICT_NOISE: every prediction of the sampler evaluates its conditions anew."""
+    model_options["transformer_options"][KEY].passes.clear()
+    return executor(x, timestep, model_options, seed)
 
 
 def branch_wrapper(executor, x, t, c_concat, c_crossattn, control, transformer_options, **kwargs):
     """APPLY_MODEL for our DiT: attention and MLP outputs are reused before the gate (FORA, arXiv 2407.01425)."""
-    run = transformer_options[KEY]
-    run.place(scalar(t), conditions_of(transformer_options, x))
-    with cached_call(executor.class_obj.diffusion_model, run.cache):
+    cache = transformer_options[KEY].place(scalar(t), x, transformer_options)
+    with cached_call(executor.class_obj.diffusion_model, cache):
         return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
 
 
 def output_wrapper(executor, x, t, c_concat, c_crossattn, control, transformer_options, **kwargs):
     """APPLY_MODEL for any model: d = (x - denoised) / sigma is reused (Karras et al., arXiv 2206.00364, Alg. 2)."""
-    run = transformer_options[KEY]
-    reuses = run.place(scalar(t), conditions_of(transformer_options, x))
+    cache = transformer_options[KEY].place(scalar(t), x, transformer_options)
     sigma = t.float().view(-1, *[1] * (x.ndim - 1))
-    if reuses:
-        return x - run.cache.recall("derivative") * sigma
+    if cache.run.reusing:
+        return x - cache.recall("derivative") * sigma
     out = executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
-    if run.cache.needs(run.cache.run.step):
-        run.cache.store("derivative", (x - out) / sigma)
+    if cache.needs(cache.run.step):
+        cache.store("derivative", (x - out) / sigma)
     return out
 
 
-def apply_cache(patcher, config: CacheConfig):
+def apply_cache(patcher, policy: CachePolicy):
     """A clone of the model that caches; interval 1 attaches nothing and takes off a cache that was there."""
     clone = patcher.clone()
-    for kind in (WRAPPERS.OUTER_SAMPLE, WRAPPERS.APPLY_MODEL):
+    for kind in (WRAPPERS.OUTER_SAMPLE, WRAPPERS.PREDICT_NOISE, WRAPPERS.APPLY_MODEL):
         clone.remove_wrappers_with_key(kind, KEY)
-    if config.interval == 1 and config.steps is None:
+    if policy.off:
         note(clone, "cache", "")
         return clone
-    replace_wrapper(clone, WRAPPERS.OUTER_SAMPLE, KEY, RunWrapper(config))
-    replace_wrapper(clone, WRAPPERS.APPLY_MODEL, KEY, branch_wrapper if is_dit(patcher) else output_wrapper)
-    chosen = f"every {config.interval} steps" if config.steps is None else f"{len(config.steps)} chosen steps"
-    note(clone, "cache", f"cache, {chosen}")
+    clone.add_wrapper_with_key(WRAPPERS.OUTER_SAMPLE, KEY, RunWrapper(policy))
+    clone.add_wrapper_with_key(WRAPPERS.PREDICT_NOISE, KEY, prediction_wrapper)
+    clone.add_wrapper_with_key(WRAPPERS.APPLY_MODEL, KEY, branch_wrapper if is_dit(patcher) else output_wrapper)
+    note(clone, "cache", policy.describe())
     return clone
 
 
-def cache_config(patcher) -> CacheConfig | None:
-    wrappers = patcher.get_wrappers(WRAPPERS.OUTER_SAMPLE, KEY)
-    return wrappers[0].config if wrappers else None
-
-
-def is_reused(transformer_options: dict) -> bool:
+def is_reused(transformer_options: dict[str, Any]) -> bool:
     """Whether the latest model call of the run came from the cache."""
     run = transformer_options.get(KEY)
-    return run is not None and run.cache.run.reusing
+    return run is not None and run.reused

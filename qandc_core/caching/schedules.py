@@ -37,8 +37,11 @@ class CacheConfig:
         return step % self.interval == 0
 
 
-def interval_steps(num_steps: int, interval: int) -> tuple[int, ...]:
-    return tuple(range(0, num_steps, interval))
+def spaced_steps(total: int, computed: int) -> tuple[int, ...]:
+    """`computed` of `total` steps, evenly spaced from step 0. Raises ValueError unless 1 <= computed <= total."""
+    if not 1 <= computed <= total:
+        raise ValueError(f"The number of computed steps must be between 1 and {total}, got {computed}.")
+    return tuple(i * total // computed for i in range(computed))
 
 
 def step_set(steps: Iterable[int] | None) -> frozenset[int] | None:

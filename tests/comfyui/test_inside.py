@@ -47,7 +47,8 @@ def run(checkout, tmp_path_factory):
     "case",
     [
         "plain ddpm", "plain ddim", "plain euler", "cached", "cached, order 1", "cached, split guidance",
-        "whole-output cache", "compensated ddpm", "compensated ddim", "compensated euler",
+        "whole-output cache", "whole-output cache, 5 steps", "whole-output cache, from 0.25 to 0.75", "evaluated twice",
+        "compensated ddpm", "compensated ddim", "compensated euler",
     ],
 )  # fmt: skip
 def test_stock_sampling_equals_the_engine(run, case):

@@ -18,7 +18,7 @@ from qandc_core.caching.attach import (
     remove_cache,
     reset_all_caches,
 )
-from qandc_core.caching.schedules import CacheConfig, interval_steps, optimal_schedule
+from qandc_core.caching.schedules import CacheConfig, optimal_schedule, spaced_steps
 from qandc_core.models import DiT, DiTConfig
 from qandc_core.models.dit import timestep_embedding
 from qandc_core.sampling.generate import generate
@@ -231,7 +231,7 @@ def test_interval_one_generates_the_same_images(model, mode, order, batched):
 def test_listed_steps_equal_the_same_interval(any_model):
     apply_cache_to_dit(any_model, 3)
     expected = trajectory(lambda x, t: call(any_model, x, t))
-    apply_cache_to_dit(any_model, steps=interval_steps(len(TIMESTEPS), 3))
+    apply_cache_to_dit(any_model, steps=range(0, len(TIMESTEPS), 3))
     assert_same(trajectory(lambda x, t: call(any_model, x, t)), expected)
 
 
@@ -673,11 +673,19 @@ def test_a_model_without_blocks_is_refused():
         apply_cache_to_dit(nn.Linear(2, 2), 3)
 
 
-@given(st.integers(1, 12), st.integers(1, 40))
-def test_interval_steps_are_the_multiples(interval, steps):
-    config = CacheConfig(interval)
-    assert interval_steps(steps, interval) == tuple(i for i in range(steps) if config.computes(i))
-    assert interval_steps(steps, interval) == tuple(i for i in range(steps) if i % interval == 0)
+@given(st.integers(1, 60), st.data())
+def test_spaced_steps_are_even(total, data):
+    computed = data.draw(st.integers(1, total))
+    steps = spaced_steps(total, computed)
+    gaps = [b - a for a, b in zip(steps, (*steps[1:], total))]
+    assert len(steps) == computed and steps[0] == 0
+    assert max(gaps) - min(gaps) <= 1
+
+
+@pytest.mark.parametrize("computed", [0, 11])
+def test_impossible_numbers_of_steps_are_refused(computed):
+    with pytest.raises(ValueError, match=f"between 1 and 10, got {computed}"):
+        spaced_steps(10, computed)
 
 
 @given(st.sets(st.integers(1, 20)))

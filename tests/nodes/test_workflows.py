@@ -218,11 +218,12 @@ GRAPH = {
 @pytest.mark.parametrize(
     "node_type, values, problem",
     [
-        ("QandC_ApplyCache", ["interval", 3, 0], None),
-        ("QandC_ApplyCache", ["chosen steps", "0-4, 8", 1], None),
+        ("QandC_ApplyCache", ["interval", 3, 0, 0.0, 1.0], None),
+        ("QandC_ApplyCache", ["chosen steps", "0-4, 8", 1, 0.0, 1.0], None),
+        ("QandC_ApplyCache", ["number of steps", 20, 0, 0.25, 0.75], None),
         ("QandC_ApplyCache", ["interval", 3], "no value for order"),
-        ("QandC_ApplyCache", ["interval", 51, 0], "policy.interval is 51"),
-        ("QandC_ApplyCache", ["interval", 3, 0, 0], r"left over: \[0\]"),
+        ("QandC_ApplyCache", ["interval", 51, 0, 0.0, 1.0], "policy.interval is 51"),
+        ("QandC_ApplyCache", ["interval", 3, 0, 0.0, 1.0, 0], r"left over: \[0\]"),
         ("QandC_Sample", [0, "fixed", 50, 1.5, "ddpm", "normal", 1.0, ""], None),
         ("QandC_Sample", [0, 50, 1.5, "ddpm", "normal", 1.0, ""], "no control_after_generate after seed"),
         ("QandC_Sample", [0, "fixed", 50, 1.5, "no sampler", "normal", 1.0, ""], "sampler_name is 'no sampler'"),

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import torch
 from host import Host, main, relative
-from sampling import CFG, LABELS, STEPS, conditioning, demo, engine, ksampler, noise, schedule
+from sampling import CFG, LABELS, STEPS, cache_policy, conditioning, demo, engine, ksampler, noise, schedule
 
 SETTINGS = (STEPS, CFG, "ddpm", "normal")
 
 
 def cached_demo(host: Host, interval: int = 3):
-    config = host.module("qandc_core.caching.schedules").CacheConfig(interval)
-    return host.module("nodes.comfyui.caching").apply_cache(demo(host), config)
+    policy = cache_policy(host, interval)
+    return host.module("nodes.comfyui.caching").apply_cache(demo(host), policy)
 
 
 def calibrate(host: Host, patcher, **plan):

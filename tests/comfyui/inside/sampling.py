@@ -62,18 +62,24 @@ def plain(host: Host, sampler: str) -> float:
     )
 
 
+def cache_policy(host: Host, interval: int, order: int = 0, **choices):
+    """The policy of Apply Cache."""
+    config = host.module("qandc_core.caching.schedules").CacheConfig(interval, order=order)
+    return host.module("nodes.comfyui.caching").CachePolicy(config, **choices)
+
+
 def cached(host: Host, order: int = 0) -> float:
     patcher, core = demo(host), host.module("qandc_core")
-    config = host.module("qandc_core.caching.schedules").CacheConfig(3, order=order)
-    fast = host.module("nodes.comfyui.caching").apply_cache(patcher, config)
+    policy = cache_policy(host, 3, order=order)
+    fast = host.module("nodes.comfyui.caching").apply_cache(patcher, policy)
     model = core.apply_cache_to_dit(core.load_dit("demo"), 3, order=order)
     return relative(ksampler(host, fast, "ddpm"), engine(host, model, patcher, "ddpm"))
 
 
 def cached_split_guidance(host: Host) -> float:
     """Conditional and unconditional evaluated one after the other, as with little memory, against both at once."""
-    config = host.module("qandc_core.caching.schedules").CacheConfig(3)
-    fast = host.module("nodes.comfyui.caching").apply_cache(demo(host), config)
+    policy = cache_policy(host, 3)
+    fast = host.module("nodes.comfyui.caching").apply_cache(demo(host), policy)
     together = ksampler(host, fast, "ddpm")
     fast.model.memory_required = lambda *args, **kwargs: 1e30
     calls = count_calls(fast)
@@ -90,39 +96,74 @@ def count_calls(patcher) -> list[int]:
 
 def interval_one_is_identical(host: Host) -> bool:
     patcher = demo(host)
-    config = host.module("qandc_core.caching.schedules").CacheConfig(1)
-    off = host.module("nodes.comfyui.caching").apply_cache(patcher, config)
+    policy = cache_policy(host, 1)
+    off = host.module("nodes.comfyui.caching").apply_cache(patcher, policy)
     return torch.equal(ksampler(host, patcher, "ddpm"), ksampler(host, off, "ddpm"))
 
 
 def nothing_is_left_on_the_module(host: Host) -> bool:
     patcher = demo(host)
-    caching, config = host.module("nodes.comfyui.caching"), host.module("qandc_core.caching.schedules").CacheConfig(3)
+    caching, policy = host.module("nodes.comfyui.caching"), cache_policy(host, 3)
     before = ksampler(host, patcher, "ddpm")
-    ksampler(host, caching.apply_cache(patcher, config), "ddpm")
+    ksampler(host, caching.apply_cache(patcher, policy), "ddpm")
     blocks = patcher.model.diffusion_model.blocks
     clean = not any({"attention_branch", "mlp_branch", "forward"} & vars(block).keys() for block in blocks)
     return clean and not patcher.wrappers and torch.equal(ksampler(host, patcher, "ddpm"), before)
 
 
-def whole_output_cache(host: Host) -> float:
-    """The cache for foreign models against Euler steps written by hand that hold d = (x - D) / sigma."""
-    patcher = demo(host)
+def with_output_cache(host: Host, patcher, policy):
+    """The cache for foreign models, on ours."""
     caching, runs = host.module("nodes.comfyui.caching"), host.module("nodes.comfyui.runs")
-    config = host.module("qandc_core.caching.schedules").CacheConfig(3)
-    fast = caching.apply_cache(patcher, config)
+    fast = caching.apply_cache(patcher, policy)
     runs.replace_wrapper(fast, runs.WRAPPERS.APPLY_MODEL, caching.KEY, caching.output_wrapper)
-    out = ksampler(host, fast, "euler")
+    return fast
+
+
+def euler_holding(host: Host, patcher, computes, second_pass: float = 0.0):
+    """Euler steps written by hand that hold d = (x - D) / sigma where `computes` is false.
+
+    `second_pass` adds a guidance that evaluates the class again on a changed sample, as skip-layer guidance does.
+    """
     sigmas, model = schedule(patcher, "euler").double(), patcher.model
     x = noise(patcher, "euler")[0].double() * (1 + sigmas[0] ** 2).sqrt()
     y, null = torch.tensor(LABELS), torch.full((len(LABELS),), 10)
+    held: dict[str, torch.Tensor] = {}
     for i in range(STEPS):
-        if i % 3 == 0:
-            sigma = sigmas[i].float().expand(len(LABELS))
-            full, none = (model.apply_model(x.float(), sigma, y=label).double() for label in (y, null))
-            d = (x - (none + CFG * (full - none))) / sigmas[i]
-        x = x + d * (sigmas[i + 1] - sigmas[i])
-    return relative(out, x)
+        sigma = sigmas[i].float().expand(len(LABELS))
+
+        def denoised(name, x, label, i=i, sigma=sigma):
+            if computes(i):
+                held[name] = (x - model.apply_model(x.float(), sigma, y=label).double()) / sigmas[i]
+            return x - held[name] * sigmas[i]
+
+        full, none = denoised("full", x, y), denoised("none", x, null)
+        guided = none + CFG * (full - none)
+        if second_pass:
+            guided = guided + second_pass * (full - denoised("again", 0.9 * x, y))
+        x = x + (x - guided) / sigmas[i] * (sigmas[i + 1] - sigmas[i])
+    return x
+
+
+def whole_output_cache(host: Host, computes=lambda i: i % 3 == 0, **choices) -> float:
+    patcher = demo(host)
+    fast = with_output_cache(host, patcher, cache_policy(host, 3, **choices))
+    return relative(ksampler(host, fast, "euler"), euler_holding(host, patcher, computes))
+
+
+def evaluated_twice(host: Host) -> float:
+    """Guidance that evaluates a condition a second time in every prediction must not get the first pass's features."""
+    import comfy.samplers
+
+    def again(args):
+        (other,) = comfy.samplers.calc_cond_batch(
+            args["model"], [args["cond"]], 0.9 * args["input"], args["sigma"], args["model_options"]
+        )
+        return args["denoised"] + 0.5 * (args["cond_denoised"] - other)
+
+    patcher = demo(host)
+    fast = with_output_cache(host, patcher, cache_policy(host, 3))
+    fast.set_model_sampler_post_cfg_function(again)
+    return relative(ksampler(host, fast, "euler"), euler_holding(host, patcher, lambda i: i % 3 == 0, 0.5))
 
 
 def compensation_table(host: Host, sigmas):
@@ -176,6 +217,13 @@ if __name__ == "__main__":
         "interval 1 is identical": interval_one_is_identical,
         "nothing is left on the module": nothing_is_left_on_the_module,
         "whole-output cache": whole_output_cache,
+        "whole-output cache, 5 steps": lambda host: whole_output_cache(
+            host, lambda i: i in {0, 2, 4, 7, 9}, computed=5
+        ),
+        "whole-output cache, from 0.25 to 0.75": lambda host: whole_output_cache(
+            host, lambda i: i < 3 or i >= 9 or i % 3 == 0, start=0.25, end=0.75
+        ),
+        "evaluated twice": evaluated_twice,
         **{f"compensated {s}": lambda host, s=s: compensated(host, s) for s in ("ddpm", "ddim", "euler")},
         "K = 1 is identical": identity_compensation_is_identical,
         "Sample equals KSampler": sample_node_equals_ksampler,

@@ -1,0 +1,86 @@
+"""The model families of the checks, one entry each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import family_configs as unets
+import torch
+from family_configs import HEADS, TEXT, TOKENS, WIDTH
+
+
+@dataclass(frozen=True)
+class Family:
+    """One tiny model. In `conds` a tuple is the shape of random numbers; anything else is passed as it is."""
+
+    config: str  # the class in comfy.supported_models
+    unet: dict[str, Any]
+    latent: tuple[int, ...] | list[tuple[int, ...]]  # several shapes are a nested latent
+    context: tuple[int, ...] = (1, TOKENS, TEXT)
+    conds: dict[str, Any] = field(default_factory=dict)
+    state: Callable[[], dict] = dict  # tensors that the model class itself wants from the checkpoint
+    parts: dict[str, dict] = field(default_factory=dict)  # arguments of parts that the configuration leaves large
+
+
+IMAGE, VIDEO = (1, 16, 8, 8), (1, 16, 3, 8, 8)
+POOLED, MASK = {"pooled_output": (1, 40)}, torch.ones(1, TOKENS, dtype=torch.long)
+LYRICS = {"output_size": WIDTH, "attention_heads": HEADS, "linear_units": 96, "num_blocks": 1}
+FAMILIES: dict[str, Family] = {
+    "SD 1.5": Family("SD15", unets.unet(), (1, 4, 16, 16)),
+    "SDXL": Family("SDXL", unets.sdxl(), (1, 4, 16, 16), conds={"pooled_output": (1, 1280)}),
+    "SD 3.5": Family("SD3", unets.sd35(), IMAGE, conds=POOLED),
+    "Flux": Family("Flux", unets.flux(image_model="flux"), IMAGE, conds={**POOLED, "guidance": 3.5}),
+    "Flux 2": Family("Flux2", unets.flux2(), (1, 128, 4, 4), conds={"guidance": 3.5}),
+    "Chroma": Family("Chroma", unets.chroma(), IMAGE),
+    "Chroma Radiance": Family("ChromaRadiance", unets.radiance(), (1, 3, 64, 64)),
+    "AuraFlow": Family("AuraFlow", unets.auraflow(), (1, 4, 8, 8)),
+    "PixArt alpha": Family("PixArtAlpha", unets.pixart(False), (1, 4, 48, 48), conds={"width": 64, "height": 64}),
+    "PixArt sigma": Family("PixArtSigma", unets.pixart(True), (1, 4, 48, 48)),
+    "HunyuanDiT": Family(
+        "HunyuanDiT1", unets.hunyuan_dit(), (1, 4, 8, 8),
+        conds={
+            "attention_mask": MASK, "conditioning_mt5xl": (1, TOKENS, TEXT), "attention_mask_mt5xl": MASK,
+        },
+    ),
+    "HunyuanVideo": Family("HunyuanVideo", unets.hunyuan_video(), VIDEO, conds={**POOLED, "guidance": 6.0}),
+    "LTXV": Family("LTXV", unets.ltxv(), (1, 128, 3, 4, 4), conds={"attention_mask": MASK}),
+    "LTX-AV": Family(
+        "LTXAV", unets.ltxav(), [(1, 128, 3, 4, 4), (1, 8, 6, 16)], context=(1, TOKENS, 2 * TEXT)
+    ),
+    "Mochi": Family("GenmoMochi", unets.mochi(), (1, 12, 3, 8, 8), conds={"attention_mask": MASK}),
+    "Wan 2.1": Family("WAN21_T2V", unets.wan(), VIDEO),
+    "Wan 2.2": Family("WAN22_T2V", unets.wan(in_dim=48, out_dim=48), (1, 48, 3, 8, 8)),
+    "Wan VACE": Family("WAN21_Vace", unets.wan(model_type="vace", vace_in_dim=96, vace_layers=1), VIDEO),
+    "Qwen-Image": Family("QwenImage", unets.qwen_image(), (1, 16, 1, 8, 8)),
+    "Lumina 2": Family("Lumina2", unets.lumina(), IMAGE),
+    "Z-Image": Family("ZImage", unets.z_image(), IMAGE),
+    "HiDream-I1": Family(
+        "HiDream", unets.hidream(), IMAGE, conds={**POOLED, "conditioning_llama3": (1, 2, TOKENS, TEXT)}
+    ),
+    "Cosmos Predict2": Family("CosmosT2IPredict2", unets.cosmos_predict2(), VIDEO),
+    "CogVideoX": Family("CogVideoX_T2V", unets.cogvideox(), VIDEO),
+    "Kandinsky 5": Family("Kandinsky5", unets.kandinsky5(), VIDEO, conds=POOLED),
+    "Kandinsky 5 image": Family(
+        "Kandinsky5Image", unets.kandinsky5(visual_embed_dim=64), (1, 16, 1, 8, 8), conds=POOLED
+    ),
+    "Stable Audio": Family(
+        "StableAudio", unets.stable_audio(), (1, 64, 24), context=(1, TOKENS, 768), state=unets.stable_audio_seconds
+    ),
+    "ACE-Step": Family(
+        "ACEStep", unets.ace_step(), (1, 8, 16, 24), conds={"conditioning_lyrics": torch.arange(TOKENS)[None]},
+        parts={"comfy.ldm.ace.model.LyricEncoder": LYRICS},
+    ),
+    "ERNIE-Image": Family("ErnieImage", unets.ernie(), (1, 128, 4, 4)),
+    "Krea 2": Family("Krea2", unets.krea2(), (1, 16, 1, 8, 8), context=(1, TOKENS, 2 * TEXT)),
+    "Lens": Family("Lens", unets.lens(), (1, 128, 4, 4), conds={"attention_mask": MASK}),
+    "Mage-Flow": Family("MageFlow", unets.mage_flow(), (1, 128, 4, 4)),
+    "JoyImage": Family("JoyImage", unets.joyimage(), (1, 16, 1, 8, 8)),
+    "HunyuanImage 2.1": Family(
+        "HunyuanImage21",
+        unets.hunyuan_video(in_channels=64, out_channels=64, patch_size=[1, 1], vec_in_dim=None, axes_dim=[16, 16]),
+        (1, 64, 4, 4),
+    ),
+    "OmniGen2": Family("Omnigen2", unets.omnigen2(), IMAGE, conds={"attention_mask": MASK}),
+}  # fmt: skip
