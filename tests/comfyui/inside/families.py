@@ -23,7 +23,8 @@ def build(family: Family):
     import comfy.supported_models
 
     cpu = torch.device("cpu")
-    config = getattr(comfy.supported_models, family.config)(family.unet)
+    unet = family.unet() if callable(family.unet) else family.unet
+    config = getattr(comfy.supported_models, family.config)(unet)
     config.set_inference_dtype(torch.float32, None)
     with ExitStack() as smaller:
         for name, arguments in family.parts.items():

@@ -31,10 +31,13 @@ def chroma(**changes) -> dict:
 
 
 def radiance() -> dict:
+    from comfy.ldm.chroma_radiance.model import ChromaRadianceParams
+
+    newer = {"use_sequential_txt_ids"} & ChromaRadianceParams.__dataclass_fields__.keys()
     return chroma(
         image_model="chroma_radiance", in_channels=3, out_channels=3, patch_size=16, nerf_hidden_size=16,
         nerf_mlp_ratio=2, nerf_depth=1, nerf_max_freqs=4, nerf_tile_size=512, nerf_final_head_type="conv",
-        nerf_embedder_dtype=torch.float32, use_x0=False, use_sequential_txt_ids=False,
+        nerf_embedder_dtype=torch.float32, use_x0=False, **dict.fromkeys(newer, False),
     )  # fmt: skip
 
 
@@ -183,17 +186,17 @@ def kandinsky5(**changes) -> dict:
 def stable_audio() -> dict:
     return {
         "audio_model": "dit1.0", "global_cond_dim": 1536, "project_cond_tokens": True, "embed_dim": WIDTH,
-        "num_heads": 1, "timestep_features_type": "learned", "io_channels": 64, "input_concat_dim": 0, "depth": 2,
+        "num_heads": 1, "io_channels": 64, "input_concat_dim": 0, "depth": 2,
     }  # fmt: skip
 
 
-def stable_audio_seconds() -> dict:
-    """The two conditioners of the checkpoint, which the model class loads strictly."""
+def seconds(*names: str, **kind) -> dict:
+    """The conditioners of the checkpoint for the length, which the model class loads strictly."""
     from comfy.ldm.audio.embedders import NumberConditioner
 
     generator, found = torch.Generator().manual_seed(3), {}
-    for name in ("seconds_start", "seconds_total"):
-        tensors = NumberConditioner(768, min_val=0, max_val=512).state_dict()
+    for name in names:
+        tensors = NumberConditioner(768, min_val=0, max_val=512, **kind).state_dict()
         found |= {
             f"conditioner.conditioners.{name}.{key}": torch.randn(tensor.shape, generator=generator)
             for key, tensor in tensors.items()
@@ -275,4 +278,13 @@ def stable_audio3() -> dict:
         "timestep_features_type": "expo", "local_add_cond_dim": 257, "global_cond_shared_embed": True,
         "global_cond_type": "adaLN", "attn_kwargs": {"qk_norm": "rms", "differential": False},
         "norm_type": "rms_norm",
+    }  # fmt: skip
+
+
+def minimax_h3() -> dict:
+    return {
+        "image_model": "minimax_h3", "num_layers": 1, "token_refiner_num_layers": 1, "hidden_size": WIDTH,
+        "latents_dim": 24, "audio_latents_dim": 32, "attention_head_dim": 32, "num_attention_heads": HEADS,
+        "ffn_hidden_size": 96, "text_dim": TEXT, "timestep_input_dim": 32, "time_embed_hidden_size": 32,
+        "time_embed_dim": 32, "rope_inv_freq_len": 4,
     }  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import family_configs as unets
@@ -16,7 +17,7 @@ class Family:
     """One tiny model. In `conds` a tuple is the shape of random numbers; anything else is passed as it is."""
 
     config: str  # the class in comfy.supported_models
-    unet: dict[str, Any]
+    unet: dict[str, Any] | Callable[[], dict]  # a function where it depends on the version
     latent: tuple[int, ...] | list[tuple[int, ...]]  # several shapes are a nested latent
     context: tuple[int, ...] = (1, TOKENS, TEXT)
     conds: dict[str, Any] = field(default_factory=dict)
@@ -34,7 +35,7 @@ FAMILIES: dict[str, Family] = {
     "Flux": Family("Flux", unets.flux(image_model="flux"), IMAGE, conds={**POOLED, "guidance": 3.5}),
     "Flux 2": Family("Flux2", unets.flux2(), (1, 128, 4, 4), conds={"guidance": 3.5}),
     "Chroma": Family("Chroma", unets.chroma(), IMAGE),
-    "Chroma Radiance": Family("ChromaRadiance", unets.radiance(), (1, 3, 64, 64)),
+    "Chroma Radiance": Family("ChromaRadiance", unets.radiance, (1, 3, 64, 64)),
     "AuraFlow": Family("AuraFlow", unets.auraflow(), (1, 4, 8, 8)),
     "PixArt alpha": Family("PixArtAlpha", unets.pixart(False), (1, 4, 48, 48), conds={"width": 64, "height": 64}),
     "PixArt sigma": Family("PixArtSigma", unets.pixart(True), (1, 4, 48, 48)),
@@ -66,8 +67,13 @@ FAMILIES: dict[str, Family] = {
         "Kandinsky5Image", unets.kandinsky5(visual_embed_dim=64), (1, 16, 1, 8, 8), conds=POOLED
     ),
     "Stable Audio": Family(
-        "StableAudio", unets.stable_audio(), (1, 64, 24), context=(1, TOKENS, 768), state=unets.stable_audio_seconds
+        "StableAudio", unets.stable_audio(), (1, 64, 24), context=(1, TOKENS, 768), state=partial(unets.seconds, "seconds_start", "seconds_total")
     ),
+    "Stable Audio 3": Family(
+        "StableAudio3", unets.stable_audio3(), (1, 256, 24), context=(1, TOKENS, 768),
+        state=partial(unets.seconds, "seconds_total", fourier_features_type="expo"),
+    ),
+    "MiniMax H3": Family("MiniMaxH3", unets.minimax_h3(), [(1, 24, 3, 4, 4), (1, 32, 2, 6)]),
     "ACE-Step": Family(
         "ACEStep", unets.ace_step(), (1, 8, 16, 24), conds={"conditioning_lyrics": torch.arange(TOKENS)[None]},
         parts={"comfy.ldm.ace.model.LyricEncoder": LYRICS},
