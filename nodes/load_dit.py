@@ -1,12 +1,12 @@
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import folder_paths
 import torch
 from comfy_api.v0_0_2 import io
 
+from ..qandc_core.models.checkpoints import locate
 from .comfyui.dit_model import load_dit_patcher
 from .comfyui.types import CATEGORY
 
@@ -59,7 +59,11 @@ class LoadDiT(io.ComfyNode):
         if model_name == DEMO:
             return DEMO
         path = find(model_name)
-        return None if path is None else (path, os.path.getmtime(path), os.path.getsize(path))
+        if path is None:
+            return None
+        file = locate(path)  # of a folder the weights, with their shards
+        parts = sorted(file.parent.glob(f"{file.name.split('.')[0]}*"))
+        return [(str(part), part.stat().st_mtime_ns, part.stat().st_size) for part in parts]
 
     @classmethod
     def execute(cls, model_name: str, weight_dtype: str, image_size: str, num_heads: int = 0) -> io.NodeOutput:

@@ -5,12 +5,13 @@ from pathlib import Path
 
 from comfy_api.v0_0_2 import io
 
-from ..qandc_core.calibration.file import Calibration, fingerprint, load_calibration
+from ..qandc_core.calibration.file import Calibration, load_calibration
 from .comfyui import types
 from .comfyui.calibration import SELECTIONS, Plan, calibrate, calibration_steps
 from .comfyui.files import NEW, calibration_files, calibration_path, file_state, next_path
-from .comfyui.runs import notes
+from .comfyui.runs import details
 from .comfyui.sampling import Progress, Settings, empty_latents
+from .comfyui.weights import fingerprint_of
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ class TAPCalibrate(io.ComfyNode):
         path = next_path(filename_prefix) if file == NEW else calibration_path(file)
         if path.is_file():
             calibration = load_calibration(path)
-            calibration.check_model(model.model.diffusion_model)
+            calibration.check_fingerprint(fingerprint_of(model))
             if not calibration.statistics:
                 raise ValueError(
                     f"{path.name} holds no layer statistics; pick a file that TAP Calibrate made, or {NEW!r}."
@@ -106,11 +107,9 @@ class TAPCalibrate(io.ComfyNode):
             trajectories, min(batch_size, trajectories), samples, selection, clusters, time_scale,
             computed_steps_only, hessians, calibration_seed,
         )  # fmt: skip
-        progress = Progress(model, calibration_steps(plan, steps))
+        identity, progress = fingerprint_of(model), Progress(model, calibration_steps(plan, steps))
         statistics = calibrate(model, settings, empty_latents(model, latent_image, 1), plan, progress)
-        calibration = Calibration(
-            fingerprint(model.model.diffusion_model), statistics, notes=describe(model, settings, plan)
-        )
+        calibration = Calibration(identity, statistics, notes=describe(model, settings, plan))
         calibration.save(path)
         log.info("Calibration saved: %s", path)
         return io.NodeOutput(calibration)
@@ -119,7 +118,7 @@ class TAPCalibrate(io.ComfyNode):
 def describe(model, settings: Settings, plan: Plan) -> dict:
     return {
         **settings.describe(),
-        "attached": notes(model),
+        "attached": details(model),
         "selection": plan.selection,
         "trajectories": plan.trajectories,
         "samples": plan.samples,

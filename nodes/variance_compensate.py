@@ -5,13 +5,14 @@ import logging
 import comfy.samplers
 from comfy_api.v0_0_2 import io
 
-from ..qandc_core.calibration.file import Calibration, fingerprint, load_calibration
+from ..qandc_core.calibration.file import Calibration, load_calibration
 from ..qandc_core.compensation.factors import METHODS
 from .comfyui import types
-from .comfyui.compensation import attach_compensation, fit_compensation, sampler_function_name
+from .comfyui.compensation import attach_compensation, fit_compensation
 from .comfyui.files import NEW, calibration_files, calibration_path, file_state, next_path
-from .comfyui.runs import notes
+from .comfyui.runs import details, labels, sampler_function_name
 from .comfyui.sampling import Progress, Settings, empty_latents
+from .comfyui.weights import fingerprint_of
 from .tap_calibrate import require_wires
 
 log = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ class VarianceCompensate(io.ComfyNode):
         path = next_path(filename_prefix) if file == NEW else calibration_path(file)
         if path.is_file():
             calibration = load_calibration(path)
-            calibration.check_model(reference.model.diffusion_model)
+            calibration.check_fingerprint(fingerprint_of(reference))
             return io.NodeOutput(attach_saved(model, calibration, path.name))
         require_wires(file, positive=positive, negative=negative, latent_image=latent_image)
         settings = Settings(positive, negative, steps, cfg, sampler_name, scheduler)
@@ -91,24 +92,19 @@ class VarianceCompensate(io.ComfyNode):
             method=method, start=start_percent, end=end_percent,
         )  # fmt: skip
         function = sampler_function_name(comfy.samplers.sampler_object(settings.sampler_name))
-        made = {**settings.describe(), "pairs": pairs, "sampler_function": function, "attached": attached(model)}
-        Calibration(fingerprint(reference.model.diffusion_model), variance=variance, notes=made).save(path)
+        made = {**settings.describe(), "pairs": pairs, "sampler_function": function, "attached": details(model)}
+        Calibration(fingerprint_of(reference), variance=variance, notes=made).save(path)
         log.info("Variance compensation saved: %s", path)
         return io.NodeOutput(attach_compensation(model, variance, function))
-
-
-def attached(model) -> str:
-    return ", ".join(filter(None, notes(model).values())) or "nothing"
 
 
 def attach_saved(model, calibration: Calibration, name: str):
     """The model with the compensation of a file that was fitted for what is attached to it."""
     if calibration.variance is None:
         raise ValueError(f"{name} holds no variance compensation; pick one that this node made, or {NEW!r}.")
-    fitted = calibration.notes.get("attached")
-    if fitted != attached(model):
+    if calibration.notes.get("attached") != details(model):
         raise ValueError(
-            f"{name} was fitted for a model with {fitted or 'something else'} attached and this one has "
-            f"{attached(model)}; pick {NEW!r} to fit again."
+            f"{name} was fitted with another cache or quantization than this model has attached "
+            f"({labels(model) or 'nothing'}); pick {NEW!r} to fit again."
         )
     return attach_compensation(model, calibration.variance, calibration.notes["sampler_function"])

@@ -16,7 +16,7 @@ from ...qandc_core.caching.attach import cached_call
 from ...qandc_core.caching.schedules import CacheConfig, spaced_steps
 from ...qandc_core.caching.state import FeatureCache
 from .dit_model import is_dit
-from .runs import REPORT, WRAPPERS, note, options_of_run, scalar, step_at
+from .runs import REPORT, WRAPPERS, note, options_of_run, sampler_function_name, scalar, step_at
 
 KEY = "qandc_cache"
 log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class CachePolicy:
 
     def resolve(self, total: int) -> CacheConfig:
         """The configuration for a run of `total` steps."""
-        spaced = None if self.computed is None else spaced_steps(total, min(self.computed, total))
+        spaced = None if self.computed is None or total < 1 else spaced_steps(total, min(self.computed, total))
         config = self.config if spaced is None else replace(self.config, steps=frozenset(spaced))
         if (self.start, self.end) == (0.0, 1.0):
             return config
@@ -60,20 +60,29 @@ class CachePolicy:
 class CachedRun:
     """One sampling run: features by condition, for each device, and which steps computed."""
 
-    def __init__(self, policy: CachePolicy, sigmas: Tensor):
+    def __init__(self, policy: CachePolicy, sigmas: Tensor, sampler_name: str = ""):
         self.sigmas = sigmas.tolist()
         self.config = policy.resolve(len(self.sigmas) - 1)
+        self.corrects = sampler_name == "sample_heun"
         self.caches: dict[torch.device, FeatureCache] = {}
         self.passes: Counter[Hashable] = Counter()
+        self.visits: Counter[int] = Counter()
         self.steps: dict[int, bool] = {}
+        self.step = 0
         self.reused = False
 
-    def place(self, sigma: float, x: Tensor, transformer_options: dict[str, Any]) -> FeatureCache:
+    def begin_prediction(self, sigma: float) -> None:
+        """The sampler asks for a prediction at sigma. Heun's first one at a noise level corrects the step before."""
+        at = step_at(self.sigmas, sigma)
+        self.step = at - 1 if self.corrects and at and not self.visits[at] else at
+        self.visits[at] += 1
+        self.passes.clear()
+
+    def place(self, x: Tensor, transformer_options: dict[str, Any]) -> FeatureCache:
         """Begins a model call; the cache answers whether it reuses."""
         cache = self.caches.setdefault(x.device, FeatureCache(self.config))
-        step = step_at(self.sigmas, sigma)
-        self.reused = cache.place(step, self.conditions(x, transformer_options))
-        self.steps[step] = self.steps.get(step, False) or not self.reused
+        self.reused = cache.place(self.step, self.conditions(x, transformer_options))
+        self.steps[self.step] = self.steps.get(self.step, False) or not self.reused
         return cache
 
     def conditions(self, x: Tensor, transformer_options: dict[str, Any]) -> tuple[Hashable, ...]:
@@ -82,11 +91,13 @@ class CachedRun:
         Guidance such as skip-layer evaluates a condition again, and context windows evaluate it on every window.
         """
         window = transformer_options.get("context_window")
-        place = (tuple(x.shape[1:]), () if window is None else tuple(window.index_list))
+        place = (x.device, tuple(x.shape[1:]), () if window is None else tuple(window.index_list))
         keys = []
-        for uuid in transformer_options.get("uuids", (None,)):
-            keys.append((uuid, *place, self.passes[uuid, place]))
-            self.passes[uuid, place] += 1
+        # Core gives a negative that it makes for an area the uuid of the positive.
+        sides = transformer_options.get("cond_or_uncond", (0,))
+        for condition in zip(transformer_options.get("uuids", (None,) * len(sides)), sides):
+            keys.append((condition, place, self.passes[condition, place]))
+            self.passes[condition, place] += 1
         return tuple(keys)
 
     def computed(self) -> list[bool]:
@@ -113,7 +124,7 @@ class RunWrapper:
     def __call__(self, executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
         guider = executor.class_obj
         saved, options = guider.model_options, options_of_run(guider)
-        run = options[KEY] = CachedRun(self.policy, sigmas)
+        run = options[KEY] = CachedRun(self.policy, sigmas, sampler_function_name(sampler))
         try:
             out = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
             log.info(run.summary())
@@ -128,20 +139,20 @@ class RunWrapper:
 
 def prediction_wrapper(executor, x, timestep, model_options, seed):
     """PREDICT_NOISE: every prediction of the sampler evaluates its conditions anew."""
-    model_options["transformer_options"][KEY].passes.clear()
+    model_options["transformer_options"][KEY].begin_prediction(scalar(timestep))
     return executor(x, timestep, model_options, seed)
 
 
 def branch_wrapper(executor, x, t, c_concat, c_crossattn, control, transformer_options, **kwargs):
     """APPLY_MODEL for our DiT: attention and MLP outputs are reused before the gate (FORA, arXiv 2407.01425)."""
-    cache = transformer_options[KEY].place(scalar(t), x, transformer_options)
+    cache = transformer_options[KEY].place(x, transformer_options)
     with cached_call(executor.class_obj.diffusion_model, cache):
         return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
 
 
 def output_wrapper(executor, x, t, c_concat, c_crossattn, control, transformer_options, **kwargs):
     """APPLY_MODEL for any model: d = (x - denoised) / sigma is reused (Karras et al., arXiv 2206.00364, Alg. 2)."""
-    cache = transformer_options[KEY].place(scalar(t), x, transformer_options)
+    cache = transformer_options[KEY].place(x, transformer_options)
     sigma = t.float().view(-1, *[1] * (x.ndim - 1))
     if cache.run.reusing:
         return x - cache.recall("derivative") * sigma
@@ -162,7 +173,7 @@ def apply_cache(patcher, policy: CachePolicy):
     clone.add_wrapper_with_key(WRAPPERS.OUTER_SAMPLE, KEY, RunWrapper(policy))
     clone.add_wrapper_with_key(WRAPPERS.PREDICT_NOISE, KEY, prediction_wrapper)
     clone.add_wrapper_with_key(WRAPPERS.APPLY_MODEL, KEY, branch_wrapper if is_dit(patcher) else output_wrapper)
-    note(clone, "cache", policy.describe())
+    note(clone, "cache", policy.describe(), str(policy))
     return clone
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 import comfy.model_sampling
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from ...qandc_core.compensation.apply import VarianceCompensation, compensate
 from ...qandc_core.compensation.factors import VarianceMoments
-from .runs import REPORT, WRAPPERS, note, options_of_run, replace_wrapper, scalar, step_at
+from .runs import REPORT, WRAPPERS, note, options_of_run, replace_wrapper, sampler_function_name, scalar, step_at
 from .sampling import Progress, Settings, sample_new
 
 KEY = "qandc_compensation"
@@ -39,10 +38,6 @@ def shifted(
 ) -> Tensor:
     """D' = D + (x~ - x) c1 / c2: a step from x with D' ends where a step from x~ with D does."""
     return denoised + (corrected - x) * shift(sampler_name, sigma, following)
-
-
-def sampler_function_name(sampler: Any) -> str:
-    return getattr(getattr(sampler, "sampler_function", None), "__name__", type(sampler).__name__)
 
 
 FIRST_ORDER = ("sample_euler", "sample_ddpm")

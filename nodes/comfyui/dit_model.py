@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from typing import Any
 
@@ -103,6 +104,7 @@ def load_dit_patcher(
     dtype: torch.dtype | None = None,
     input_size: int | None = None,
     num_heads: int | None = None,
+    disable_dynamic: bool = False,
 ):
     """A ModelPatcher of any DiT checkpoint the engine reads, quantized files included.
 
@@ -111,18 +113,31 @@ def load_dit_patcher(
     path = locate(source)
     if is_quantized(path):
         tensors, header = read_quantized(path)
-        config = DiTConfig(**header["config"])
-        patcher = new_patcher(config, dtype, tensors)
-        load_codes(patcher.model.diffusion_model, tensors, header, path)
-        return resized(patcher)
-    tensors, config = read_dit(source, num_heads, input_size)
-    patcher = new_patcher(config, dtype, tensors)
-    setattr(patcher.model.diffusion_model, FINGERPRINT, fingerprint_tensors(tensors))
-    patcher.model.load_model_weights(tensors, "", assign=patcher.is_dynamic())
+        patcher = quantized_dit(tensors, {"qandc": json.dumps(header)}, dtype, disable_dynamic)
+    else:
+        tensors, config = read_dit(source, num_heads, input_size)
+        patcher = new_patcher(config, dtype, tensors, disable_dynamic)
+        setattr(patcher.model.diffusion_model, FINGERPRINT, fingerprint_tensors(tensors))
+        patcher.model.load_model_weights(tensors, "", assign=patcher.is_dynamic())
+    patcher.cached_patcher_init = (load_dit_patcher, (source, dtype, input_size, num_heads))
     return patcher
 
 
-def new_patcher(config: DiTConfig, dtype: torch.dtype | None, tensors: dict[str, Tensor]):
+def quantized_dit(
+    tensors: dict[str, Tensor], metadata: dict[str, str], dtype: torch.dtype | None, disable_dynamic: bool = False
+):
+    """A ModelPatcher of a quantized model's tensors and `quantized_metadata`."""
+    header = json.loads(metadata["qandc"])
+    patcher = new_patcher(DiTConfig(**header["config"]), dtype, tensors, disable_dynamic)
+    model = patcher.model.diffusion_model
+    load_codes(model, tensors, header, "the quantized model")
+    model.to(dtype=model.dtype)
+    return resized(patcher)
+
+
+def new_patcher(
+    config: DiTConfig, dtype: torch.dtype | None, tensors: dict[str, Tensor], disable_dynamic: bool = False
+):
     """A patcher of the empty model in the precision that suits the device."""
     model_config, device = ModelConfig(config), mm.get_torch_device()
     supported = model_config.supported_inference_dtypes
@@ -135,7 +150,8 @@ def new_patcher(config: DiTConfig, dtype: torch.dtype | None, tensors: dict[str,
     model_config.set_inference_dtype(dtype, mm.unet_manual_cast(dtype, device, supported))
     offload = mm.unet_offload_device()
     model = DiTModel(model_config, device=offload)
-    return comfy.model_patcher.CoreModelPatcher(model, load_device=device, offload_device=offload)
+    patcher_class = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
+    return patcher_class(model, load_device=device, offload_device=offload)
 
 
 def resized(patcher):

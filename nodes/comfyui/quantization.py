@@ -6,11 +6,11 @@ import logging
 import uuid
 from typing import Any
 
-import comfy.lora
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
-from ...qandc_core.calibration.file import FINGERPRINT, Calibration, fingerprint
+from ...qandc_core.calibration.file import FINGERPRINT, Calibration
+from ...qandc_core.quantization.files import quantized_metadata
 from ...qandc_core.quantization.model import (
     DIT_SKIP,
     QuantizationConfig,
@@ -19,25 +19,13 @@ from ...qandc_core.quantization.model import (
     quantize_model,
     quantized_layers,
 )
-from .dit_model import is_dit, new_patcher, resized
+from .dit_model import is_dit, new_patcher, quantized_dit, resized
 from .runs import note
 from .sampling import Progress
+from .weights import fingerprint_of, patched_tensors
 
 log = logging.getLogger(__name__)
 COLLAPSED = 0.5  # relative weight error no usable quantization reaches
-
-
-def patched_tensors(patcher) -> dict[str, Tensor]:
-    """The diffusion model's weights with the patcher's LoRAs in them, whether or not they are loaded just now."""
-    tensors = {}
-    for name, value in patcher.model.diffusion_model.state_dict().items():
-        key = f"diffusion_model.{name}"
-        if key in patcher.backup:
-            value = patcher.backup[key].weight
-        if key in patcher.patches:
-            value = comfy.lora.calculate_weight(patcher.patches[key], value.float().clone(), key).to(value.dtype)
-        tensors[name] = value.detach().cpu()
-    return tensors
 
 
 def quantized_patcher(
@@ -52,11 +40,13 @@ def quantized_patcher(
         )
     if quantized_layers(source):
         raise ValueError("This model is quantized already; wire the model that Load DiT gives for the original file.")
+    if patcher.injections or patcher.weight_wrapper_patches:
+        raise ValueError("A LoRA in bypass mode cannot become part of the weights; load it without bypass.")
     tensors = patched_tensors(patcher)
     fresh = new_patcher(source.config, source.dtype, tensors)
     model = fresh.model.diffusion_model
     fresh.model.load_model_weights(dict(tensors), "", assign=fresh.is_dynamic())
-    setattr(model, FINGERPRINT, fingerprint(source))
+    setattr(model, FINGERPRINT, fingerprint_of(patcher))
     progress = Progress(patcher, 2 * len(list(named_linears(model, DIT_SKIP))))
     before = linear_weight_bytes(model)
     quantize_model(model, w_bits, a_bits, DIT_SKIP, calibration, config, lambda *_: progress.advance())
@@ -69,8 +59,9 @@ def quantized_patcher(
     log.info("Q&C quantization: %s", report)
     quantized = patcher.clone(model_override=fresh.get_clone_model_override())
     quantized.patches, quantized.patches_uuid = {}, uuid.uuid4()
-    quantized.cached_patcher_init = None  # the loader's recipe gives the unquantized model
-    note(quantized, "quantization", f"W{w_bits}A{a_bits}")
+    # ComfyUI builds a second copy from this recipe where it needs one, for torch.compile or hooks with dynamic VRAM.
+    quantized.cached_patcher_init = (quantized_dit, (model.state_dict(), quantized_metadata(model), source.dtype))
+    note(quantized, "quantization", f"W{w_bits}A{a_bits}", f"W{w_bits}A{a_bits} {config}")
     return resized(quantized), report
 
 

@@ -24,6 +24,10 @@ def scalar(sigma: torch.Tensor) -> float:
     return float(sigma.reshape(-1)[0])
 
 
+def sampler_function_name(sampler: Any) -> str:
+    return getattr(getattr(sampler, "sampler_function", None), "__name__", type(sampler).__name__)
+
+
 def options_of_run(guider) -> dict[str, Any]:
     """transformer_options that this run alone sees; wrappers put its state there, never into the model."""
     guider.model_options = comfy.model_patcher.create_model_options_clone(guider.model_options)
@@ -35,11 +39,18 @@ def replace_wrapper(patcher, kind: str, key: str, wrapper) -> None:
     patcher.add_wrapper_with_key(kind, key, wrapper)
 
 
-def notes(patcher) -> dict[str, str]:
-    """What our nodes attached to this model, in words for reports."""
-    return patcher.model_options["transformer_options"].get(KEY, {})
-
-
-def note(patcher, topic: str, text: str) -> None:
+def note(patcher, topic: str, text: str, detail: str = "") -> None:
+    """Notes what a node attached: a text for reports, and in full what a saved compensation depends on."""
     options = patcher.model_options["transformer_options"]
-    options[KEY] = {**options.get(KEY, {}), topic: text}
+    options[KEY] = {**options.get(KEY, {}), topic: (text, detail)}
+
+
+def labels(patcher) -> str:
+    """What our nodes attached to this model, in words."""
+    noted = patcher.model_options["transformer_options"].get(KEY, {})
+    return ", ".join(text for text, _ in noted.values() if text)
+
+
+def details(patcher) -> dict[str, str]:
+    noted = patcher.model_options["transformer_options"].get(KEY, {})
+    return {topic: detail for topic, (_, detail) in noted.items() if detail}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from ...qandc_core.sampling.generate import synchronize
 from ...qandc_core.sampling.report import RunReport, peak_memory, reset_peak_memory
-from .runs import REPORT, WRAPPERS, notes, replace_wrapper
+from .runs import REPORT, WRAPPERS, labels, replace_wrapper
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,9 @@ class Progress:
 
 def fitted_latent(patcher, latent: dict[str, Any]) -> Tensor:
     """The samples of a LATENT, an empty one given this model's channels and resolution."""
-    ratio = latent.get("downscale_ratio_spacial")
-    return comfy.sample.fix_empty_latent_channels(patcher, latent["samples"], ratio)
+    taken = inspect.signature(comfy.sample.fix_empty_latent_channels).parameters  # which ratios depends on the version
+    ratios = {key: value for key, value in latent.items() if key.startswith("downscale_ratio") and key in taken}
+    return comfy.sample.fix_empty_latent_channels(patcher, latent["samples"], **ratios)
 
 
 def empty_latents(patcher, latent: dict[str, Any], count: int) -> Tensor:
@@ -126,7 +128,10 @@ class Stopwatch:
         now = time.perf_counter()
         if self.started is not None:
             self.seconds.append(now - self.started)
-        self.started = now
+
+    def resume(self) -> None:
+        """After what is no part of sampling, such as a preview."""
+        self.started = time.perf_counter()
 
 
 def measured_sample(
@@ -135,7 +140,7 @@ def measured_sample(
     """Samples, and the report of the run: time of every step, what was computed, what it kept."""
     device = patcher.load_device
     report = RunReport(f"{settings.sampler_name}, {settings.scheduler}", 0, len(latent), settings.cfg, str(device))
-    report.label = label or ", ".join(filter(None, notes(patcher).values())) or "full precision, no cache"
+    report.label = label or labels(patcher) or "full precision, no cache"
     watch, progress = Stopwatch(device), Progress(patcher, settings.steps)
     run = patcher.clone()
     run.model_options["transformer_options"][REPORT] = report
@@ -145,6 +150,7 @@ def measured_sample(
         watch.step()
         report.steps = steps
         progress.step(step, denoised, x, steps)
+        watch.resume()
 
     reset_peak_memory(device)
     samples = sample(run, settings, latent, noise, seed, callback, mask)

@@ -95,6 +95,8 @@ class FeatureCache:
         run = self.run
         for condition, part in zip(run.conditions, value.chunk(len(run.conditions))):
             history = run.features.setdefault((condition, branch), [])
+            if history and history[-1][0] == run.step:  # a sampler may evaluate a step more than once
+                history.pop()
             history.append((run.step, part))
             del history[: -1 - self.config.order]
 

@@ -56,10 +56,13 @@ class Calibration:
     notes: dict[str, Any] = field(default_factory=dict)
 
     def check_model(self, model: nn.Module) -> None:
-        if fingerprint(model) != self.model:
+        self.check_fingerprint(fingerprint(model))
+
+    def check_fingerprint(self, found: str) -> None:
+        if found != self.model:
             raise ValueError(
                 f"This calibration was made for another model (fingerprint {self.model[:8]}, this model has "
-                f"{fingerprint(model)[:8]}); calibrate this model, or load the one that the file was made for."
+                f"{found[:8]}); calibrate this model, or load the one that the file was made for."
             )
 
     def layer(self, name: str) -> LayerStatistics:

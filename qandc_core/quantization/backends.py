@@ -15,9 +15,10 @@ BACKENDS = ("auto", "simulated", "int_mm", "onednn", "kitchen")
 
 
 def simulated_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a (M, K) int8 times b (N, K) int8 transposed, in floating point wide enough to be exact."""
-    dtype = torch.float32 if a.shape[1] * 2**14 <= 2**24 else torch.float64
-    return F.linear(a.to(dtype), b.to(dtype))
+    """a (M, K) int8 times b (N, K) int8 transposed; float32 is exact over parts of 1024 columns."""
+    parts = zip(a.split(1024, dim=1), b.split(1024, dim=1))
+    products = [F.linear(x.float(), y.float()).to(torch.int32) for x, y in parts]
+    return products[0] if len(products) == 1 else torch.stack(products).sum(0, dtype=torch.int32)
 
 
 def int_mm(a: Tensor, b: Tensor) -> Tensor:
@@ -86,10 +87,10 @@ def onednn_is_exact(weight_bits: int) -> bool:
 @cache
 def kitchen_is_available() -> bool:
     try:
-        import comfy_kitchen  # noqa: F401
+        import comfy_kitchen
     except ImportError:
         return False
-    return True
+    return hasattr(comfy_kitchen, "mm_int8") and hasattr(comfy_kitchen, "int8_linear")  # since 0.2.24
 
 
 def pick_backend(device: torch.device, weight_bits: int) -> str:

@@ -84,19 +84,26 @@ def read_quantized(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dic
     return strip_prefix(tensors), header
 
 
-def load_codes(model: DiT, tensors: dict[str, Tensor], header: Mapping[str, Any], path: Path) -> None:
+def load_codes(model: DiT, tensors: dict[str, Tensor], header: Mapping[str, Any], path: Path | str) -> None:
     """Gives the model the quantized layers that the header lists, and all tensors, in place."""
+    expected = DiT(model.config, device="meta")
+    for owner in (expected, model):
+        replace_linears(owner, tensors, header["layers"])
+    # A host's own layers may hold no tensors before they are loaded, so plain ones say what belongs into the file.
+    check_tensors(path, tensors, expected.state_dict())
+    model.load_state_dict(tensors, strict=False, assign=True)
+    setattr(model, FINGERPRINT, header["model"])
+
+
+def replace_linears(model: DiT, tensors: Mapping[str, Tensor], layers: Mapping[str, Any]) -> None:
     linears = dict(named_linears(model))
-    for name, format in header["layers"].items():
+    for name, format in layers.items():
         linear = linears[name]
         layer = QuantizedLinear(
-            linear.in_features, linear.out_features, linear.bias is not None, LinearFormat(**format), device="meta"
+            linear.in_features, linear.out_features, f"{name}.bias" in tensors, LinearFormat(**format), device="meta"
         )
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, layer)
-    check_tensors(path, tensors, model.state_dict())
-    model.load_state_dict(tensors, assign=True)
-    setattr(model, FINGERPRINT, header["model"])
 
 
 def quantized_header(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -123,7 +130,7 @@ def is_quantized(path: Path) -> bool:
         return False
 
 
-def check_tensors(path: Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+def check_tensors(path: Path | str, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     odd = sorted(found.keys() ^ expected.keys())
     if odd:
         state = "lacks" if odd[0] in expected else "should not hold"

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
+from functools import cache
 
 import pytest
 
-from .checkouts import parameters
+from .checkouts import Checkout, parameters
+from .inside_programs import install_pack, run_program
 from .models import write_dit
 from .server import Server
 
@@ -28,3 +31,17 @@ def tiny_dit(server) -> str:
     """Name of a DiT file that is not the demo."""
     write_dit(server.models / "tiny.safetensors")
     return "tiny.safetensors"
+
+
+@pytest.fixture(scope="module", params=parameters())
+def checkout(request) -> Checkout:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def run(checkout, tmp_path_factory) -> Iterator[Callable[[str], dict]]:
+    """Runs a program of inside/ in ComfyUI's own Python, once, and gives what it found."""
+    base = tmp_path_factory.mktemp("inside")
+    install_pack(base)
+    yield cache(lambda name: run_program(checkout, name, base))
+    shutil.rmtree(base, ignore_errors=True)

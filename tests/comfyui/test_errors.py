@@ -177,7 +177,7 @@ def calibration_file_as_compensation():
     return graph
 
 
-@bad_input("QandC_VarianceCompensate", VARIANCE_FILE, "fitted", "every 2", "every 4")
+@bad_input("QandC_VarianceCompensate", VARIANCE_FILE, "fitted", "another cache", "every 4")
 def compensation_of_other_attachments():
     graph = Graph()
     model = graph.load()

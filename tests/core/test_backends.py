@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 import sys
+import types
 import weakref
 from pathlib import Path
 
@@ -358,3 +359,14 @@ def test_auto_uses_the_device_of_the_input(monkeypatch):
     )
     layer(4, 8, False)(sample(2, 48))
     assert asked == [(CPU, 4)]
+
+
+def test_a_comfy_kitchen_without_int8_products_is_not_used(monkeypatch):
+    """The versions that older ComfyUI pins can be imported but have no int8 product."""
+    monkeypatch.setitem(sys.modules, "comfy_kitchen", types.ModuleType("comfy_kitchen"))
+    backends.kitchen_is_available.cache_clear()
+    try:
+        assert not backends.kitchen_is_available()
+    finally:
+        monkeypatch.undo()
+        backends.kitchen_is_available.cache_clear()

@@ -19,6 +19,7 @@ from qandc_core.caching.attach import (
     reset_all_caches,
 )
 from qandc_core.caching.schedules import CacheConfig, optimal_schedule, spaced_steps
+from qandc_core.caching.state import FeatureCache
 from qandc_core.models import DiT, DiTConfig
 from qandc_core.models.dit import timestep_embedding
 from qandc_core.sampling.generate import generate
@@ -748,3 +749,21 @@ def test_the_schedule_drives_the_cache(model):
     expected = trajectory(brute_force(model, schedule))
     apply_cache_to_dit(model, steps=schedule)
     assert_same(trajectory(lambda x, t: call(model, x, t)), expected)
+
+
+def test_a_step_evaluated_twice_counts_once_for_the_forecast():
+    cache = FeatureCache(CacheConfig(3, order=1))
+    for step, value in ((0, 1.0), (3, 5.0), (3, 7.0)):
+        cache.place(step, ["a"])
+        cache.store("branch", torch.full((1,), value))
+    cache.place(4, ["a"])
+    assert cache.recall("branch").item() == pytest.approx(9.0)  # the line through (0, 1) and (3, 7)
+
+
+def test_conditions_keep_their_own_features_however_they_are_batched():
+    cache = FeatureCache(CacheConfig(2))
+    cache.place(0, ["a", "b"])
+    cache.store("branch", torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    assert cache.place(1, ["b"]) and cache.recall("branch").tolist() == [3.0, 4.0]
+    assert cache.place(1, ["b", "a"]) and cache.recall("branch").tolist() == [3.0, 4.0, 1.0, 2.0]
+    assert not cache.place(1, ["a", "c"])

@@ -67,7 +67,8 @@ FAMILIES: dict[str, Family] = {
         "Kandinsky5Image", unets.kandinsky5(visual_embed_dim=64), (1, 16, 1, 8, 8), conds=POOLED
     ),
     "Stable Audio": Family(
-        "StableAudio", unets.stable_audio(), (1, 64, 24), context=(1, TOKENS, 768), state=partial(unets.seconds, "seconds_start", "seconds_total")
+        "StableAudio", unets.stable_audio(), (1, 64, 24), context=(1, TOKENS, 768),
+        state=partial(unets.seconds, "seconds_start", "seconds_total"),
     ),
     "Stable Audio 3": Family(
         "StableAudio3", unets.stable_audio3(), (1, 256, 24), context=(1, TOKENS, 768),

@@ -84,14 +84,14 @@ def lora_equals_merged_weights(host: Host) -> dict[str, float]:
     before = run(host, plain)
     patched, _ = comfy.sd.load_lora_for_models(plain, None, lora, 0.02, 0)
     with_lora, wanted = run(host, patched), run(host, load(host, str(merged)))
-    quantization = host.module("nodes.comfyui.quantization")
-    baked = quantization.patched_tensors(patched)
+    weights = host.module("nodes.comfyui.weights")
+    baked = weights.patched_tensors(patched)
     comfy.model_management.unload_all_models()
     return {
         "with": relative(with_lora, wanted),
         "baked": max(relative(baked[k], tensors[k]) for k in ("blocks.0.attn.qkv.weight", "blocks.1.mlp.fc2.weight")),
         "baked after unloading": relative(
-            quantization.patched_tensors(patched)["blocks.1.mlp.fc2.weight"], tensors["blocks.1.mlp.fc2.weight"]
+            weights.patched_tensors(patched)["blocks.1.mlp.fc2.weight"], tensors["blocks.1.mlp.fc2.weight"]
         ),
         "without": relative(run(host, plain), before),
         "effect": relative(with_lora, before),
@@ -136,6 +136,89 @@ def easycache_applies(host: Host) -> bool:
     return not torch.equal(run(host, fast, (1, 2), 32, 12), run(host, patcher, (1, 2), 32, 12))
 
 
+def quantized_file(host: Host) -> str:
+    core = host.module("qandc_core")
+    model = core.quantize_model(core.load_dit("demo"), 8, 8)
+    path = host.base / "quantized.safetensors"
+    host.module("qandc_core.quantization.files").save_quantized(model, path)
+    return str(path)
+
+
+def digits(host: Host, patcher):
+    return run(host, patcher, (1, 2), 32, 4)
+
+
+def quantized_files_in_half_precision(host: Host) -> dict[str, float]:
+    """Where the device computes in half precision natively, so that nothing casts what is left in float32."""
+    import comfy.model_management as mm
+
+    path, cast = quantized_file(host), mm.unet_manual_cast
+    full = digits(host, load(host, path))
+    mm.unet_manual_cast = lambda *args, **kwargs: None
+    try:
+        return {str(d): relative(digits(host, load(host, path, d)), full) for d in (torch.bfloat16, torch.float16)}
+    finally:
+        mm.unet_manual_cast = cast
+
+
+def quantized_file_with_lazy_layers(host: Host) -> bool:
+    """Under dynamic VRAM core's layers hold no tensors before they are loaded."""
+    import comfy.memory_management
+
+    path = quantized_file(host)
+    full = digits(host, load(host, path))
+    comfy.memory_management.aimdo_enabled = True
+    try:
+        patcher = load(host, path)
+    finally:
+        comfy.memory_management.aimdo_enabled = False
+    return torch.equal(digits(host, patcher), full)
+
+
+def second_copies(host: Host) -> dict[str, bool]:
+    """What core builds from a model's recipe where it needs a copy that is not dynamic."""
+    found = {}
+    config = host.module("qandc_core.quantization.model").QuantizationConfig()
+    plain = load(host, "demo")
+    made, _ = host.module("nodes.comfyui.quantization").quantized_patcher(plain, 8, 8, None, config)
+    for name, patcher in {"demo": plain, "quantized file": load(host, quantized_file(host)), "quantized": made}.items():
+        function, arguments = patcher.cached_patcher_init
+        copy = function(*arguments, disable_dynamic=True)
+        found[name] = torch.equal(digits(host, copy), digits(host, patcher)) and copy.model is not patcher.model
+    return found
+
+
+def bypass_lora_is_refused(host: Host) -> str:
+    patcher = load(host, "demo").clone()
+    patcher.injections["bypass_lora"] = [object()]
+    config = host.module("qandc_core.quantization.model").QuantizationConfig()
+    try:
+        host.module("nodes.comfyui.quantization").quantized_patcher(patcher, 8, 8, None, config)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def fingerprints_ignore_what_was_sampled(host: Host) -> bool:
+    """A LoRA that a clone has patched into the shared weights does not change what a model is known by."""
+    import comfy.sd
+
+    patcher = load(host, tiny(host, host.base / "tiny.safetensors"))
+    del patcher.model.diffusion_model.qandc_fingerprint
+    weights = host.module("nodes.comfyui.weights")
+    before = weights.fingerprint_of(patcher)
+    lora = {f"diffusion_model.blocks.0.attn.qkv.lora_{side}.weight": torch.ones(shape) for side, shape in
+            (("B", (288, 1)), ("A", (1, 96)))}  # fmt: skip
+    patched, _ = comfy.sd.load_lora_for_models(patcher, None, lora, 0.1, 0)
+    run(host, patched)
+    changed = patcher.model.diffusion_model.blocks[0].attn.qkv.weight.clone()
+    same = weights.fingerprint_of(patcher) == before
+    import comfy.model_management
+
+    comfy.model_management.unload_all_models()
+    return same and not torch.equal(patcher.model.diffusion_model.blocks[0].attn.qkv.weight, changed)
+
+
 if __name__ == "__main__":
     main({
         "ids and timesteps": ids_and_timesteps_survive,
@@ -146,4 +229,9 @@ if __name__ == "__main__":
         "low VRAM": low_vram,
         "text conditioning": text_conditioning_is_refused,
         "EasyCache applies": easycache_applies,
+        "quantized file, half precision": quantized_files_in_half_precision,
+        "quantized file, lazy layers": quantized_file_with_lazy_layers,
+        "second copies": second_copies,
+        "bypass LoRA": bypass_lora_is_refused,
+        "fingerprints": fingerprints_ignore_what_was_sampled,
     })  # fmt: skip

@@ -166,6 +166,27 @@ def evaluated_twice(host: Host) -> float:
     return relative(ksampler(host, fast, "euler"), euler_holding(host, patcher, lambda i: i % 3 == 0, 0.5))
 
 
+def multi_evaluation_samplers(host: Host) -> dict[str, list]:
+    """Samplers that evaluate a step more than once: steps computed, and how far from the plain model."""
+    patcher, found = demo(host), {}
+    for sampler in ("heun", "dpm_2", "dpmpp_2s_ancestral", "dpmpp_sde"):
+        plain = ksampler(host, patcher, sampler)
+        for order in (0, 1):
+            fast = host.module("nodes.comfyui.caching").apply_cache(patcher, cache_policy(host, 3, order))
+            options, report = fast.model_options["transformer_options"], host.module("qandc_core").RunReport
+            options["qandc_report"] = report(sampler, STEPS, len(LABELS), CFG, "cpu")
+            out = ksampler(host, fast, sampler)
+            assert out.isfinite().all()
+            found[f"{sampler}, order {order}"] = [sum(options["qandc_report"].computed), relative(out, plain)]
+    return found
+
+
+def empty_schedule(host: Host) -> bool:
+    """A run of no steps, as SplitSigmas leaves at its end, is no error."""
+    policy = cache_policy(host, 3, computed=5)
+    return policy.resolve(0).steps is None
+
+
 def compensation_table(host: Host, sigmas):
     generator = torch.Generator().manual_seed(1)
     steps = len(sigmas) - 1
@@ -224,6 +245,8 @@ if __name__ == "__main__":
             host, lambda i: i < 3 or i >= 9 or i % 3 == 0, start=0.25, end=0.75
         ),
         "evaluated twice": evaluated_twice,
+        "multi-evaluation samplers": multi_evaluation_samplers,
+        "empty schedule": empty_schedule,
         **{f"compensated {s}": lambda host, s=s: compensated(host, s) for s in ("ddpm", "ddim", "euler")},
         "K = 1 is identical": identity_compensation_is_identical,
         "Sample equals KSampler": sample_node_equals_ksampler,

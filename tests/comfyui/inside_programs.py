@@ -1,0 +1,29 @@
+"""Starts the programs of inside/ in a ComfyUI checkout's own Python."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+from .checkouts import Checkout
+
+REPOSITORY = Path(__file__).parents[2]
+PROGRAMS = Path(__file__).with_name("inside")
+
+
+def install_pack(base: Path) -> None:
+    """Makes `base` a ComfyUI base directory with this pack in it."""
+    (base / "custom_nodes").mkdir()
+    (base / "custom_nodes" / "ComfyUI-QandC").symlink_to(REPOSITORY, target_is_directory=True)
+
+
+def run_program(checkout: Checkout, name: str, base: Path) -> dict:
+    """What the program printed: check -> value."""
+    command = [checkout.python, str(PROGRAMS / f"{name}.py"), str(checkout.path), str(base)]
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    done = subprocess.run(command, cwd=base, env=environment, capture_output=True, text=True, timeout=900)
+    results = [line for line in done.stdout.splitlines() if line.startswith("RESULTS ")]
+    assert done.returncode == 0 and results, done.stderr[-4000:]
+    return json.loads(results[0].removeprefix("RESULTS "))
