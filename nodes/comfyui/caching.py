@@ -52,6 +52,12 @@ class CachePolicy:
         part = "" if (self.start, self.end) == (0.0, 1.0) else f" from {self.start:g} to {self.end:g}"
         return f"cache, {steps}{part}"
 
+    def detail(self) -> str:
+        """All of it, the same text in every process."""
+        config = self.config
+        steps = None if config.steps is None else sorted(config.steps)
+        return f"{config.interval} {steps} {config.mode} {config.order} {self.computed} {self.start} {self.end}"
+
     @property
     def off(self) -> bool:
         return self.config.interval == 1 and self.config.steps is None and self.computed is None
@@ -173,7 +179,7 @@ def apply_cache(patcher, policy: CachePolicy):
     clone.add_wrapper_with_key(WRAPPERS.OUTER_SAMPLE, KEY, RunWrapper(policy))
     clone.add_wrapper_with_key(WRAPPERS.PREDICT_NOISE, KEY, prediction_wrapper)
     clone.add_wrapper_with_key(WRAPPERS.APPLY_MODEL, KEY, branch_wrapper if is_dit(patcher) else output_wrapper)
-    note(clone, "cache", policy.describe(), str(policy))
+    note(clone, "cache", policy.describe(), policy.detail())
     return clone
 
 

@@ -113,7 +113,7 @@ def load_dit_patcher(
     path = locate(source)
     if is_quantized(path):
         tensors, header = read_quantized(path)
-        patcher = quantized_dit(tensors, {"qandc": json.dumps(header)}, dtype, disable_dynamic)
+        patcher = quantized_dit(tensors, {"qandc": json.dumps(header)}, dtype, disable_dynamic, str(path))
     else:
         tensors, config = read_dit(source, num_heads, input_size)
         patcher = new_patcher(config, dtype, tensors, disable_dynamic)
@@ -124,13 +124,17 @@ def load_dit_patcher(
 
 
 def quantized_dit(
-    tensors: dict[str, Tensor], metadata: dict[str, str], dtype: torch.dtype | None, disable_dynamic: bool = False
+    tensors: dict[str, Tensor],
+    metadata: dict[str, str],
+    dtype: torch.dtype | None,
+    disable_dynamic: bool = False,
+    name: str = "The quantized model",
 ):
-    """A ModelPatcher of a quantized model's tensors and `quantized_metadata`."""
+    """A ModelPatcher of a quantized model's tensors and `quantized_metadata`; errors speak of it by `name`."""
     header = json.loads(metadata["qandc"])
     patcher = new_patcher(DiTConfig(**header["config"]), dtype, tensors, disable_dynamic)
     model = patcher.model.diffusion_model
-    load_codes(model, tensors, header, "the quantized model")
+    load_codes(model, tensors, header, name)
     model.to(dtype=model.dtype)
     return resized(patcher)
 
