@@ -43,6 +43,17 @@ def shifted(
 FIRST_ORDER = ("sample_euler", "sample_ddpm")
 
 
+def sample_with_schedule(executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
+    """OUTER_SAMPLE: the run's predictions know its noise levels and its sampler."""
+    guider = executor.class_obj
+    saved, options = guider.model_options, options_of_run(guider)
+    options[KEY] = (sigmas.tolist(), sampler_function_name(sampler))
+    try:
+        return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+    finally:
+        guider.model_options = saved
+
+
 class CompensatedRun:
     """Wrappers of a model whose samples are corrected before every step (Q&C, Eq. 10)."""
 
@@ -50,26 +61,19 @@ class CompensatedRun:
         self.variance, self.fitted_sampler = variance, fitted_sampler
 
     def outer_sample(self, executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
-        guider = executor.class_obj
-        schedule = sigmas.tolist()
-        self.variance.check(schedule[:-1])
-        if sampler_function_name(sampler) != self.fitted_sampler:
+        levels, name = sigmas.tolist()[:-1], sampler_function_name(sampler)
+        self.variance.check(levels)
+        if name != self.fitted_sampler:
             raise ValueError(
                 f"The variance compensation was fitted with {self.fitted_sampler} and this run samples with "
-                f"{sampler_function_name(sampler)}; choose the same sampler in both nodes."
+                f"{name}; choose the same sampler in both nodes."
             )
-        saved, options = guider.model_options, options_of_run(guider)
-        options[KEY] = (schedule, sampler_function_name(sampler))
-        if sampler_function_name(sampler) not in FIRST_ORDER:
+        if name not in FIRST_ORDER:
             log.info("Q&C variance compensation: exact for euler, ddim and ddpm, approximate for this sampler.")
-        report = options.get(REPORT)
+        report = executor.class_obj.model_options["transformer_options"].get(REPORT)
         if report is not None:
-            rows = [self.variance.factor[self.variance.find(s)].tolist() for s in schedule[:-1]]
-            report.factors = rows
-        try:
-            return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
-        finally:
-            guider.model_options = saved
+            report.factors = [self.variance.factor[self.variance.find(sigma)].tolist() for sigma in levels]
+        return sample_with_schedule(executor, noise, latent_image, sampler, sigmas, *args, **kwargs)
 
     def predict_noise(self, executor, x, timestep, model_options, seed):
         schedule, name = model_options["transformer_options"][KEY]
@@ -125,15 +129,6 @@ class Fitting:
         self.means: list[Tensor] = []
         self.factors: list[Tensor] = []
 
-    def outer_sample(self, executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
-        guider = executor.class_obj
-        saved, options = guider.model_options, options_of_run(guider)
-        options[KEY] = (sigmas.tolist(), sampler_function_name(sampler))
-        try:
-            return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
-        finally:
-            guider.model_options = saved
-
     def predict_noise(self, executor, x, timestep, model_options, seed):
         schedule, name = model_options["transformer_options"][KEY]
         sigma = scalar(timestep)
@@ -176,7 +171,7 @@ def fit_compensation(
     sample_new(recorded, settings, latent, seed, progress.step)
     fitting = Fitting(recording.samples, method, eps, start, end)
     fitted = accelerated.clone()
-    replace_wrapper(fitted, WRAPPERS.OUTER_SAMPLE, KEY, fitting.outer_sample)
+    replace_wrapper(fitted, WRAPPERS.OUTER_SAMPLE, KEY, sample_with_schedule)
     replace_wrapper(fitted, WRAPPERS.PREDICT_NOISE, KEY, fitting.predict_noise)
     sample_new(fitted, settings, latent, seed, progress.step)
     return fitting.result()
