@@ -2,8 +2,8 @@ from __future__ import annotations
 
 from comfy_api.v0_0_2 import io
 
-from ..qandc_core.caching.schedules import CacheConfig
-from .comfyui.caching import CachePolicy, apply_cache
+from ..qandc_core.caching.schedules import CacheConfig, CachePolicy
+from .comfyui.caching import apply_cache
 from .comfyui.types import CATEGORY, parse_numbers
 
 

@@ -5,62 +5,19 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Hashable
-from dataclasses import dataclass, replace
-from math import ceil
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...qandc_core.caching.attach import cached_call
-from ...qandc_core.caching.schedules import CacheConfig, spaced_steps
+from ...qandc_core.caching.schedules import CachePolicy
 from ...qandc_core.caching.state import FeatureCache
 from .dit_model import is_dit
 from .runs import REPORT, WRAPPERS, note, options_of_run, sampler_function_name, scalar, step_at
 
 KEY = "qandc_cache"
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class CachePolicy:
-    """Which steps compute: as `config` says, or `computed` steps evenly spaced; all of them outside start..end, which
-    are fractions of the run.
-    """
-
-    config: CacheConfig = CacheConfig()
-    computed: int | None = None
-    start: float = 0.0
-    end: float = 1.0
-
-    def resolve(self, total: int) -> CacheConfig:
-        """The configuration for a run of `total` steps."""
-        spaced = None if self.computed is None or total < 1 else spaced_steps(total, min(self.computed, total))
-        config = self.config if spaced is None else replace(self.config, steps=frozenset(spaced))
-        if (self.start, self.end) == (0.0, 1.0):
-            return config
-        inside = range(ceil(self.start * total), ceil(self.end * total))
-        return replace(config, steps=frozenset(i for i in range(total) if i not in inside or config.computes(i)))
-
-    def describe(self) -> str:
-        if self.computed is not None:
-            steps = f"{self.computed} steps"
-        elif self.config.steps is not None:
-            steps = f"{len(self.config.steps)} chosen steps"
-        else:
-            steps = f"every {self.config.interval} steps"
-        part = "" if (self.start, self.end) == (0.0, 1.0) else f" from {self.start:g} to {self.end:g}"
-        return f"cache, {steps}{part}"
-
-    def detail(self) -> str:
-        """All of it, the same text in every process."""
-        config = self.config
-        steps = None if config.steps is None else sorted(config.steps)
-        return f"{config.interval} {steps} {config.mode} {config.order} {self.computed} {self.start} {self.end}"
-
-    @property
-    def off(self) -> bool:
-        return self.config.interval == 1 and self.config.steps is None and self.computed is None
 
 
 class CachedRun:

@@ -217,11 +217,11 @@ def calibration_path():
     return graph
 
 
-@bad_input("QandC_VarianceCompensate", "'/tmp/x.safetensors'", "pick one")
+@bad_input("QandC_VarianceCompensate", "'/elsewhere/x.safetensors'", "pick one")
 def compensation_path():
     graph = Graph()
     model = graph.load()
-    graph.picture(graph.compensate(model, model, file="/tmp/x.safetensors"))
+    graph.picture(graph.compensate(model, model, file="/elsewhere/x.safetensors"))
     return graph
 
 

@@ -64,8 +64,8 @@ def plain(host: Host, sampler: str) -> float:
 
 def cache_policy(host: Host, interval: int, order: int = 0, **choices):
     """The policy of Apply Cache."""
-    config = host.module("qandc_core.caching.schedules").CacheConfig(interval, order=order)
-    return host.module("nodes.comfyui.caching").CachePolicy(config, **choices)
+    schedules = host.module("qandc_core.caching.schedules")
+    return schedules.CachePolicy(schedules.CacheConfig(interval, order=order), **choices)
 
 
 def cached(host: Host, order: int = 0) -> float:
