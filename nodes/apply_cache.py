@@ -2,9 +2,50 @@ from __future__ import annotations
 
 from comfy_api.v0_0_2 import io
 
-from ..qandc_core.caching.schedules import CacheConfig, CachePolicy
-from .comfyui.caching import apply_cache
-from .comfyui.types import CATEGORY, parse_numbers
+from ..qandc_core.caching.policies import CachePolicy
+from ..qandc_core.caching.schedules import CacheConfig
+from .comfyui import types
+from .comfyui.caching import TIERS, CacheSettings, apply_cache
+from .comfyui.weights import fingerprint_of
+
+POLICIES = [
+    io.DynamicCombo.Option("speedup", [
+        io.Float.Input(
+            "speedup", default=2.0, min=1.0, max=20.0, step=0.1,
+            tooltip="How much faster the model calls shall be together. The run measures what a reused step costs and "
+            "picks the steps. 1 takes the cache off.",
+        ),
+    ]),
+    io.DynamicCombo.Option("number of steps", [
+        io.Int.Input(
+            "computed", default=20, min=1, max=1000,
+            tooltip="How many steps to compute, closer together towards the end; with a calibration, where they "
+            "matter most.",
+        ),
+    ]),
+    io.DynamicCombo.Option("error budget", [
+        io.Float.Input(
+            "max_error", default=0.02, min=0.0, max=1.0, step=0.001, round=0.0001,
+            tooltip="Relative error of the image that reuse may add in all, as estimated in the run. Harder images "
+            "compute more steps. 0 takes the cache off.",
+        ),
+        io.Int.Input(
+            "max_reused", default=4, min=1, max=50, tooltip="At most so many reused steps in a row.",
+        ),
+    ]),
+    io.DynamicCombo.Option("interval", [
+        io.Int.Input(
+            "interval", default=3, min=1, max=50,
+            tooltip="Compute every so many steps: 3 computes one step in three. 1 takes the cache off.",
+        ),
+    ]),
+    io.DynamicCombo.Option("chosen steps", [
+        io.String.Input(
+            "computed_steps", default="0-4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 44, 48",
+            tooltip="The steps to compute, from 0, with commas and ranges; all others reuse.",
+        ),
+    ]),
+]  # fmt: skip
 
 
 class ApplyCache(io.ComfyNode):
@@ -13,40 +54,16 @@ class ApplyCache(io.ComfyNode):
         return io.Schema(
             node_id="QandC_ApplyCache",
             display_name="Apply Cache",
-            category=CATEGORY,
-            description="Computes the transformer only on some steps and reuses its features on the others. On a model "
-            "of Load DiT attention and MLP outputs are reused (FORA); on any other model the whole prediction.",
+            category=types.CATEGORY,
+            description="Computes the model only on some steps and reuses what it found on the others. Works on any "
+            "MODEL; every other step is enough for 2x.",
             search_aliases=["fora", "teacache", "easycache", "feature cache", "speed up"],
             inputs=[
                 io.Model.Input("model", tooltip="Any MODEL; it stays as it is."),
-                io.DynamicCombo.Input(
-                    "policy",
-                    options=[
-                        io.DynamicCombo.Option("interval", [
-                            io.Int.Input(
-                                "interval", default=3, min=1, max=50,
-                                tooltip="Compute every so many steps: 3 computes one step in three. 1 takes the "
-                                "cache off.",
-                            ),
-                        ]),
-                        io.DynamicCombo.Option("number of steps", [
-                            io.Int.Input(
-                                "computed", default=20, min=1, max=1000,
-                                tooltip="How many steps to compute, evenly spaced.",
-                            ),
-                        ]),
-                        io.DynamicCombo.Option("chosen steps", [
-                            io.String.Input(
-                                "computed_steps", default="0-4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 44, 48",
-                                tooltip="The steps to compute, from 0, with commas and ranges; all others reuse.",
-                            ),
-                        ]),
-                    ],
-                    tooltip="Which steps are computed.",
-                ),
+                io.DynamicCombo.Input("policy", options=POLICIES, tooltip="Which steps are computed."),
                 io.Int.Input(
-                    "order", default=0, min=0, max=1, advanced=True,
-                    tooltip="0 holds the last computed features; 1 extrapolates linearly from the last two.",
+                    "order", default=1, min=0, max=1, advanced=True,
+                    tooltip="1 extrapolates linearly from the last two computed steps; 0 holds the last.",
                 ),
                 io.Float.Input(
                     "start_percent", default=0.0, min=0.0, max=1.0, step=0.01, optional=True, advanced=True,
@@ -56,19 +73,35 @@ class ApplyCache(io.ComfyNode):
                     "end_percent", default=1.0, min=0.0, max=1.0, step=0.01, optional=True, advanced=True,
                     tooltip="Reuse up to this part of the run; every step after it is computed.",
                 ),
+                io.Combo.Input(
+                    "reuse", options=list(TIERS), default=TIERS[0], optional=True, advanced=True,
+                    tooltip="What is reused: the whole prediction, what the transformer blocks add, or the outputs of "
+                    "attention and MLP (models of Load DiT).",
+                ),
+                io.Boolean.Input(
+                    "offload", default=False, optional=True, advanced=True,
+                    tooltip="Keep features in main memory instead of on the GPU: slower, for blocks of large models.",
+                ),
+                types.Calibration.Input(
+                    "calibration", optional=True,
+                    tooltip="From TAP Calibrate on the model without cache: places the number of steps best.",
+                ),
             ],
             outputs=[io.Model.Output(tooltip="The model with the cache.")],
         )  # fmt: skip
 
     @classmethod
     def execute(
-        cls, model: io.Model.Type, policy: dict, order: int, start_percent: float = 0.0, end_percent: float = 1.0
-    ) -> io.NodeOutput:
-        config = CacheConfig(
-            policy.get("interval", 1),
-            frozenset(parse_numbers(policy["computed_steps"])) if "computed_steps" in policy else None,
-            order=order,
-        )
-        return io.NodeOutput(
-            apply_cache(model, CachePolicy(config, policy.get("computed"), start_percent, end_percent))
-        )
+        cls, model: io.Model.Type, policy: dict, order: int, start_percent: float = 0.0, end_percent: float = 1.0,
+        reuse: str = TIERS[0], offload: bool = False, calibration=None,
+    ) -> io.NodeOutput:  # fmt: skip
+        steps = frozenset(types.parse_numbers(policy["computed_steps"])) if "computed_steps" in policy else None
+        distances = None
+        if calibration is not None and "computed" in policy:
+            calibration.check_fingerprint(fingerprint_of(model))
+            distances = calibration.step_distances()
+        when = CachePolicy(
+            CacheConfig(policy.get("interval", 1), steps, order=order), policy.get("computed"), start_percent,
+            end_percent, policy.get("speedup"), policy.get("max_error"), policy.get("max_reused", 4), distances,
+        )  # fmt: skip
+        return io.NodeOutput(apply_cache(model, CacheSettings(when, reuse, offload)))

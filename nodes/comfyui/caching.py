@@ -3,140 +3,227 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Hashable
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
+import comfy.model_management
+from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule
 
 from ...qandc_core.caching.attach import cached_call
-from ...qandc_core.caching.schedules import CachePolicy
+from ...qandc_core.caching.policies import CachePolicy
 from ...qandc_core.caching.state import FeatureCache
-from .dit_model import is_dit
-from .runs import REPORT, WRAPPERS, note, options_of_run, sampler_function_name, scalar, step_at
+from .blocks import CachedBlocks, block_lists, read_between
+from .cache_run import CachedRun
+from .dit_model import DiTModel
+from .runs import REPORT, WRAPPERS, is_flow, note, options_of_run, sampler_function_name, scalar
 
 KEY = "qandc_cache"
+COMPILE = "torch.compile"  # of core's compile nodes
+AUTOMATIC, PREDICTION, BLOCKS, BRANCHES = TIERS = ("automatic", "whole prediction", "blocks", "attention and MLP")
+SELF_TEST = {2: 3e-2, 4: 1e-3}  # relative difference allowed, by bytes of a value
 log = logging.getLogger(__name__)
 
 
-class CachedRun:
-    """One sampling run: features by condition, for each device, and which steps computed."""
+@dataclass(frozen=True)
+class CacheSettings:
+    """What Apply Cache attaches: when to reuse, what, and where it is kept."""
 
-    def __init__(self, policy: CachePolicy, sigmas: Tensor, sampler_name: str = ""):
-        self.sigmas = sigmas.tolist()
-        self.config = policy.resolve(len(self.sigmas) - 1)
-        self.corrects = sampler_name == "sample_heun"
-        self.caches: dict[torch.device, FeatureCache] = {}
-        self.passes: Counter[Hashable] = Counter()
-        self.visits: Counter[int] = Counter()
-        self.steps: dict[int, bool] = {}
-        self.step = 0
-        self.reused = False
+    policy: CachePolicy
+    tier: str = AUTOMATIC
+    offload: bool = False
 
-    def begin_prediction(self, sigma: float) -> None:
-        """The sampler asks for a prediction at sigma. Heun's first one at a noise level corrects the step before."""
-        at = step_at(self.sigmas, sigma)
-        self.step = at - 1 if self.corrects and at and not self.visits[at] else at
-        self.visits[at] += 1
-        self.passes.clear()
+    def describe(self) -> str:
+        return self.policy.describe()
 
-    def place(self, x: Tensor, transformer_options: dict[str, Any]) -> FeatureCache:
-        """Begins a model call; the cache answers whether it reuses."""
-        cache = self.caches.setdefault(x.device, FeatureCache(self.config))
-        self.reused = cache.place(self.step, self.conditions(x, transformer_options))
-        self.steps[self.step] = self.steps.get(self.step, False) or not self.reused
-        return cache
-
-    def conditions(self, x: Tensor, transformer_options: dict[str, Any]) -> tuple[Hashable, ...]:
-        """One key for each condition in the batch: which one, on what, and the how-manieth time in this prediction.
-
-        Guidance such as skip-layer evaluates a condition again, and context windows evaluate it on every window.
-        """
-        window = transformer_options.get("context_window")
-        place = (x.device, tuple(x.shape[1:]), () if window is None else tuple(window.index_list))
-        keys = []
-        # Core gives a negative that it makes for an area the uuid of the positive.
-        sides = transformer_options.get("cond_or_uncond", (0,))
-        for condition in zip(transformer_options.get("uuids", (None,) * len(sides)), sides):
-            keys.append((condition, place, self.passes[condition, place]))
-            self.passes[condition, place] += 1
-        return tuple(keys)
-
-    def computed(self) -> list[bool]:
-        return [self.steps.get(i, True) for i in range(len(self.sigmas) - 1)]
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(cache.num_bytes for cache in self.caches.values())
-
-    def summary(self) -> str:
-        computed = self.computed()
-        return (
-            f"Q&C cache: {sum(computed)} of {len(computed)} steps computed, {len(computed) - sum(computed)} reused, "
-            f"{self.num_bytes / 2**20:.1f} MiB"
-        )
+    def detail(self) -> str:
+        """All of it that changes an image."""
+        return self.policy.detail() + ("" if self.tier == AUTOMATIC else f" {self.tier}")
 
 
 class RunWrapper:
     """OUTER_SAMPLE: the run's features live exactly as long as the run."""
 
-    def __init__(self, policy: CachePolicy):
-        self.policy = policy
+    def __init__(self, settings: CacheSettings):
+        self.settings = settings
 
     def __call__(self, executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
         guider = executor.class_obj
         saved, options = guider.model_options, options_of_run(guider)
-        run = options[KEY] = CachedRun(self.policy, sigmas, sampler_function_name(sampler))
+        inside_compile(options)
+        run = options[KEY] = CachedRun(
+            self.settings.policy, sigmas, sampler_function_name(sampler), is_flow(guider.model_patcher.model),
+            self.settings.offload,
+        )  # fmt: skip
         try:
             out = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+            run.finish()
             log.info(run.summary())
             return out
         finally:
-            report = options.get(REPORT)
-            if report is not None:
-                report.computed, report.cache_bytes = run.computed(), run.num_bytes
+            fill_report(options.get(REPORT), run)
             run.caches.clear()
+            run.blocks.clear()
             guider.model_options = saved
+
+
+def inside_compile(options: dict[str, Any]) -> None:
+    """Lets compiled modules be in place when our wrapper runs, whichever node came first."""
+    wrappers = options.get("wrappers", {}).get(WRAPPERS.APPLY_MODEL, {})
+    if COMPILE in wrappers and KEY in wrappers:
+        wrappers[KEY] = wrappers.pop(KEY)
+
+
+def fill_report(report, run: CachedRun) -> None:
+    if report is None:
+        return
+    report.computed, report.cache_bytes = run.computed(), run.peak_bytes
+    report.timeline = {name: "".join(line) for name, line in run.timeline.items()}
+    report.tier = f"{run.tier}, {run.reason}" if run.reason else run.tier
+    report.cache_speedup = run.times.speedup()
+    report.warnings = [*report.warnings, *run.warnings]
 
 
 def prediction_wrapper(executor, x, timestep, model_options, seed):
     """PREDICT_NOISE: every prediction of the sampler evaluates its conditions anew."""
-    model_options["transformer_options"][KEY].begin_prediction(scalar(timestep))
-    return executor(x, timestep, model_options, seed)
-
-
-def branch_wrapper(executor, x, t, c_concat, c_crossattn, control, transformer_options, **kwargs):
-    """APPLY_MODEL for our DiT: attention and MLP outputs are reused before the gate (FORA, arXiv 2407.01425)."""
-    cache = transformer_options[KEY].place(x, transformer_options)
-    with cached_call(executor.class_obj.diffusion_model, cache):
-        return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
-
-
-def output_wrapper(executor, x, t, c_concat, c_crossattn, control, transformer_options, **kwargs):
-    """APPLY_MODEL for any model: d = (x - denoised) / sigma is reused (Karras et al., arXiv 2206.00364, Alg. 2)."""
-    cache = transformer_options[KEY].place(x, transformer_options)
-    sigma = t.float().view(-1, *[1] * (x.ndim - 1))
-    if cache.run.reusing:
-        return x - cache.recall("derivative") * sigma
-    out = executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
-    if cache.needs(cache.run.step):
-        cache.store("derivative", (x - out) / sigma)
+    run = model_options["transformer_options"][KEY]
+    run.begin_prediction(scalar(timestep))
+    out = executor(x, timestep, model_options, seed)
+    run.end_prediction(out)
     return out
 
 
-def apply_cache(patcher, policy: CachePolicy):
+class ModelWrapper:
+    """APPLY_MODEL: each call is computed, or made of what earlier ones kept."""
+
+    def __init__(self, tier: str):
+        self.tier = tier
+
+    def __call__(self, executor, x, t, c_concat, c_crossattn, control, transformer_options, **kwargs):
+        run, model = transformer_options[KEY], executor.class_obj
+        if not run.tier:
+            run.tier, run.reason = choose_tier(model, self.tier)
+        cache = run.place(x, transformer_options, state_of(model, run.tier, c_crossattn, control))
+
+        def call() -> Tensor:
+            return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+
+        begun = run.times.mark(x.device)
+        try:
+            out = CALLS[run.tier](run, cache, model, transformer_options, call)
+        except comfy.model_management.OOM_EXCEPTION:
+            if not run.num_bytes:
+                raise
+            out = without_features(run, cache, call)
+        run.record(cache, begun, run.times.mark(x.device))
+        return out
+
+
+def without_features(run: CachedRun, cache: FeatureCache, call) -> Tensor:
+    """After memory ran out: frees what was kept and computes."""
+    run.drop()
+    cache.run.reusing = False
+    comfy.model_management.soft_empty_cache()
+    run.warn("memory ran out: kept features were dropped and the step was computed")
+    return call()
+
+
+def reuse_prediction(run: CachedRun, cache: FeatureCache, model, transformer_options, call) -> Tensor:
+    """The denoised sample itself is held or forecast; any sampler can use it, and Euler as well as its derivative."""
+    if cache.run.reusing:
+        return cache.recall("denoised").clone()
+    out = call()
+    if cache.needs(run.step):
+        cache.store("denoised", out.float().clone())
+    return out
+
+
+def reuse_branches(run: CachedRun, cache: FeatureCache, model, transformer_options, call) -> Tensor:
+    """Attention and MLP outputs of our DiT are reused before the gate (FORA, arXiv 2407.01425)."""
+    with cached_call(model.diffusion_model, cache):
+        return call()
+
+
+def reuse_blocks(run: CachedRun, cache: FeatureCache, model, transformer_options, call) -> Tensor:
+    """What the lists of blocks add to their streams is reused; embedding and output layers compute."""
+    network = model.diffusion_model
+    if not cache.run.reusing and not cache.needs(run.step):
+        return call()
+    blocks = run.blocks.get(id(network))
+    if blocks is None:
+        blocks = run.blocks[id(network)] = CachedBlocks(network, read_between(network, transformer_options))
+    with blocks.called(cache) as kept:
+        out = call()
+    if cache.run.reusing:
+        return out
+    kept.store(model.get_dtype_inference())
+    if not run.tested:
+        run.tested = True
+        fault = kept.unlike and f"{kept.unlike} does not return its streams"
+        fault = fault or self_test(blocks, cache, model, call, out)
+        if fault:
+            run.tier, run.reason = PREDICTION, f"because blocks cannot be reused: {fault}"
+            run.warn(run.reason)
+            cache.drop()
+            cache.store("denoised", out.float().clone())
+    return out
+
+
+def self_test(blocks: CachedBlocks, cache: FeatureCache, model, call, out: Tensor) -> str:
+    """Reuses what was just computed on the same input: the result must be the same. Returns what is wrong."""
+    cache.run.reusing = True
+    try:
+        with blocks.called(cache):
+            again = call()
+    finally:
+        cache.run.reusing = False
+    difference = float((again - out).float().norm() / out.float().norm().clamp(min=1e-12))
+    if difference <= SELF_TEST[min(4, model.get_dtype_inference().itemsize)]:
+        return ""
+    return f"the first step reused on itself differs by {difference:.2g}"
+
+
+CALLS = {PREDICTION: reuse_prediction, BRANCHES: reuse_branches, BLOCKS: reuse_blocks}
+
+
+def choose_tier(model, wanted: str) -> tuple[str, str]:
+    """What to reuse on this model, and why."""
+    network: nn.Module = model.diffusion_model
+    if isinstance(network, OptimizedModule):
+        return PREDICTION, "because the whole model is compiled"
+    if wanted == BRANCHES and not isinstance(model, DiTModel):
+        return PREDICTION, "because attention and MLP are told apart on models of Load DiT only"
+    if wanted == BLOCKS and not block_lists(network):
+        return PREDICTION, f"because the blocks of {type(network).__name__} are not known"
+    if wanted != AUTOMATIC:
+        return wanted, "as chosen"
+    return PREDICTION, "which measured best"
+
+
+def state_of(model, tier: str, context: Tensor | None, control: Any) -> tuple:
+    """What a condition's features also belong to: hooked weights, a ControlNet that is on, and the number of tokens.
+
+    Hooked LoRAs change their strength in mid-run, a ControlNet ends, and a batch of two prompts is padded to the longer.
+    """
+    hooks = getattr(model.current_patcher, "current_hooks", None)
+    strengths = () if hooks is None else tuple((id(hook.hook_ref), hook.strength) for hook in hooks.hooks)
+    if tier == PREDICTION:
+        return strengths, control is not None
+    return strengths, () if context is None else tuple(context.shape[1:])
+
+
+def apply_cache(patcher, settings: CacheSettings):
     """A clone of the model that caches; interval 1 attaches nothing and takes off a cache that was there."""
     clone = patcher.clone()
     for kind in (WRAPPERS.OUTER_SAMPLE, WRAPPERS.PREDICT_NOISE, WRAPPERS.APPLY_MODEL):
         clone.remove_wrappers_with_key(kind, KEY)
-    if policy.off:
+    if settings.policy.off:
         note(clone, "cache", "")
         return clone
-    clone.add_wrapper_with_key(WRAPPERS.OUTER_SAMPLE, KEY, RunWrapper(policy))
+    clone.add_wrapper_with_key(WRAPPERS.OUTER_SAMPLE, KEY, RunWrapper(settings))
     clone.add_wrapper_with_key(WRAPPERS.PREDICT_NOISE, KEY, prediction_wrapper)
-    clone.add_wrapper_with_key(WRAPPERS.APPLY_MODEL, KEY, branch_wrapper if is_dit(patcher) else output_wrapper)
-    note(clone, "cache", policy.describe(), policy.detail())
+    clone.add_wrapper_with_key(WRAPPERS.APPLY_MODEL, KEY, ModelWrapper(settings.tier))
+    note(clone, "cache", settings.describe(), settings.detail())
     return clone
 
 

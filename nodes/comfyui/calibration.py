@@ -14,9 +14,9 @@ from ...qandc_core.calibration.statistics import LayerStatistics, merge_rows, ob
 from ...qandc_core.calibration.tap import tap_select
 from ...qandc_core.quantization.model import DIT_SKIP, named_linears
 from .caching import is_reused
-from .compensation import is_flow, preserved_scale
+from .compensation import preserved_scale
 from .dit_model import is_dit
-from .runs import WRAPPERS, replace_wrapper, scalar, step_at
+from .runs import WRAPPERS, is_flow, replace_wrapper, scalar, step_at
 from .sampling import Progress, Settings, sample_new
 
 KEY = "qandc_calibration"

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import logging
 
-import comfy.model_sampling
 import torch
 from torch import Tensor
 
 from ...qandc_core.compensation.apply import VarianceCompensation, compensate
 from ...qandc_core.compensation.factors import VarianceMoments
-from .runs import REPORT, WRAPPERS, note, options_of_run, replace_wrapper, sampler_function_name, scalar, step_at
+from .runs import REPORT, WRAPPERS, is_flow, note, options_of_run, replace_wrapper, sampler_function_name, scalar, step_at
 from .sampling import Progress, Settings, sample_new
 
 KEY = "qandc_compensation"
 log = logging.getLogger(__name__)
-
-
-def is_flow(model) -> bool:
-    return isinstance(model.model_sampling, comfy.model_sampling.CONST)
 
 
 def preserved_scale(sigma: float, flow: bool) -> float:

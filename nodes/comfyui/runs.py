@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import comfy.model_patcher
+import comfy.model_sampling
 import comfy.patcher_extension
 import torch
 
@@ -26,6 +27,11 @@ def scalar(sigma: torch.Tensor) -> float:
 
 def sampler_function_name(sampler: Any) -> str:
     return getattr(getattr(sampler, "sampler_function", None), "__name__", type(sampler).__name__)
+
+
+def is_flow(model) -> bool:
+    """Whether noise replaces the image, as in rectified flow, instead of adding to it."""
+    return isinstance(model.model_sampling, comfy.model_sampling.CONST)
 
 
 def options_of_run(guider) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def apply_cache_to_dit(
     """
     config = CacheConfig(cache_interval, step_set(steps), mode, order)
     remove_cache(model)
-    cache = FeatureCache(config)
+    cache = FeatureCache(config, mode)
     wrap_branches(model, cache)
     cache.hook = model.register_forward_pre_hook(cache.before_forward, with_kwargs=True)
     setattr(model, ATTRIBUTE, cache)
@@ -57,10 +57,9 @@ def apply_cache_to_dit(
 
 
 def wrap_branches(model: nn.Module, cache: FeatureCache) -> None:
-    mode = cache.config.mode
-    for owner, attribute, name in branches(model, mode):
+    for owner, attribute, name in branches(model, cache.mode):
         cache.attached.append((owner, attribute, vars(owner).get(attribute)))
-        branch = CachedBranch(getattr(owner, attribute), name, cache, residual=mode == "block")
+        branch = CachedBranch(getattr(owner, attribute), name, cache, residual=cache.mode == "block")
         setattr(owner, attribute, branch)
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from math import ceil
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -37,53 +36,23 @@ class CacheConfig:
             return step == 0 or step in self.steps
         return step % self.interval == 0
 
+    def keeps(self, step: int) -> bool:
+        """Whether a later step may read what `step` computes: with order 0 never where the next step computes too."""
+        return self.order > 0 or not self.computes(step + 1)
+
 
 def spaced_steps(total: int, computed: int) -> tuple[int, ...]:
-    """`computed` of `total` steps, evenly spaced from step 0. Raises ValueError unless 1 <= computed <= total."""
+    """`computed` of `total` steps, first and last among them, closer together towards the end, where images sharpen.
+
+    Step k lies at (total - 1) (k / (computed - 1))^0.7: of the exponents tried on two trained models the best at most
+    counts (benchmarks/results/caching.md). Raises ValueError unless 1 <= computed <= total.
+    """
     if not 1 <= computed <= total:
         raise ValueError(f"The number of computed steps must be between 1 and {total}, got {computed}.")
-    return tuple(i * total // computed for i in range(computed))
-
-
-@dataclass(frozen=True)
-class CachePolicy:
-    """Which steps compute: as `config` says, or `computed` steps evenly spaced; all of them outside start..end, which
-    are fractions of the run.
-    """
-
-    config: CacheConfig = CacheConfig()
-    computed: int | None = None
-    start: float = 0.0
-    end: float = 1.0
-
-    def resolve(self, total: int) -> CacheConfig:
-        """The configuration for a run of `total` steps."""
-        spaced = None if self.computed is None or total < 1 else spaced_steps(total, min(self.computed, total))
-        config = self.config if spaced is None else replace(self.config, steps=frozenset(spaced))
-        if (self.start, self.end) == (0.0, 1.0):
-            return config
-        inside = range(ceil(self.start * total), ceil(self.end * total))
-        return replace(config, steps=frozenset(i for i in range(total) if i not in inside or config.computes(i)))
-
-    def describe(self) -> str:
-        if self.computed is not None:
-            steps = f"{self.computed} steps"
-        elif self.config.steps is not None:
-            steps = f"{len(self.config.steps)} chosen steps"
-        else:
-            steps = f"every {self.config.interval} steps"
-        part = "" if (self.start, self.end) == (0.0, 1.0) else f" from {self.start:g} to {self.end:g}"
-        return f"cache, {steps}{part}"
-
-    def detail(self) -> str:
-        """All of it, the same text in every process."""
-        config = self.config
-        steps = None if config.steps is None else sorted(config.steps)
-        return f"{config.interval} {steps} {config.mode} {config.order} {self.computed} {self.start} {self.end}"
-
-    @property
-    def off(self) -> bool:
-        return self.config.interval == 1 and self.config.steps is None and self.computed is None
+    steps = [round((total - 1) * (k / max(computed - 1, 1)) ** 0.7) for k in range(computed)]
+    for k in reversed(range(computed - 1)):
+        steps[k] = min(steps[k], steps[k + 1] - 1)
+    return tuple(steps)
 
 
 def step_set(steps: Iterable[int] | None) -> frozenset[int] | None:

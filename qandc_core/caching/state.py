@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from .schedules import CacheConfig
-
 Key = tuple[Hashable, str]  # condition, branch name
+NEAREST = 0.75  # of a step, between the two features of a forecast
 
 
 @dataclass
@@ -22,11 +21,12 @@ class CacheRun:
     timestep: float = float("-inf")
     step: int = -1
     call: int = 0
+    position: float = 0.0
     conditions: tuple[Hashable, ...] = ()
     reusing: bool = False
     begins: bool = False
     computed: list[bool] = field(default_factory=list)
-    features: dict[Key, list[tuple[int, Tensor]]] = field(default_factory=dict)
+    features: dict[Key, list[tuple[float, Tensor]]] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict) -> CacheRun:
         return CacheRun()  # a copied model starts its own run
@@ -36,11 +36,27 @@ class CacheRun:
         return sum(t.nbytes for history in self.features.values() for _, t in history)
 
 
-class FeatureCache:
-    """Locates each model call in the run and answers for every branch: reuse or compute."""
+class Schedule(Protocol):
+    """Which steps compute, as CacheConfig or the plan of a run says."""
 
-    def __init__(self, config: CacheConfig):
+    @property
+    def order(self) -> int: ...
+
+    def computes(self, step: int) -> bool: ...
+
+    def keeps(self, step: int) -> bool: ...
+
+
+class FeatureCache:
+    """Locates each model call in the run and answers for every branch: reuse or compute.
+
+    With `offloaded_from`, features wait in main memory and return to that device.
+    """
+
+    def __init__(self, config: Schedule, mode: str = "branch", offloaded_from: torch.device | None = None):
         self.config = config
+        self.mode = mode
+        self.offloaded_from = offloaded_from
         self.enabled = True
         self.run = CacheRun()
         # What attaching changed, as plain data so that a deep copy of the model owns a working cache.
@@ -79,39 +95,55 @@ class FeatureCache:
             run.call += 1
         run.computed[-1] = not self.place(run.step, (run.call,))
 
-    def place(self, step: int, conditions: Sequence[Hashable]) -> bool:
-        """Begins a call at `step` whose batch holds equal parts for the `conditions`; returns whether it reuses."""
+    def place(self, step: int, conditions: Sequence[Hashable], position: float | None = None) -> bool:
+        """Begins a call at `step` whose batch holds equal parts for the `conditions`; returns whether it reuses.
+
+        Forecasts go by `position`: the step, and for a sampler's evaluations within it a fraction more.
+        """
         run = self.run
         run.step, run.conditions = step, tuple(conditions)
+        run.position = float(step) if position is None else position
         stored = {condition for condition, _ in run.features}
         run.reusing = stored.issuperset(run.conditions) and not self.config.computes(step)
         return run.reusing
 
     def needs(self, step: int) -> bool:
-        """Whether features computed at `step` will be read: never where the next step computes too."""
-        return self.config.order > 0 or not self.config.computes(step + 1)
+        """Whether features computed at `step` may be read later."""
+        return self.config.keeps(step)
 
     def store(self, branch: str, value: Tensor) -> None:
         run = self.run
         for condition, part in zip(run.conditions, value.chunk(len(run.conditions))):
             history = run.features.setdefault((condition, branch), [])
-            if history and history[-1][0] == run.step:  # a sampler may evaluate a step more than once
+            # A sampler may evaluate a step more than once; two features so close do not show where they are going.
+            if history and run.position - history[-1][0] < NEAREST:
                 history.pop()
-            history.append((run.step, part))
+            history.append((run.position, part.cpu() if self.offloaded_from else part))
             del history[: -1 - self.config.order]
 
     def recall(self, branch: str) -> Tensor:
         parts = [self.forecast(condition, branch) for condition in self.run.conditions]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return whole.to(self.offloaded_from) if self.offloaded_from else whole
 
     def forecast(self, condition: Hashable, branch: str) -> Tensor:
         """The stored feature, or at order 1 its linear extrapolation (TaylorSeer, arXiv 2503.06923, Eq. 2)."""
         history = self.run.features[condition, branch]
-        step, value = history[-1]
+        at, value = history[-1]
         if len(history) == 1:
             return value
-        earlier_step, earlier = history[0]
-        return torch.lerp(earlier, value, (self.run.step - earlier_step) / (step - earlier_step))
+        before, earlier = history[0]
+        return torch.lerp(earlier, value, (self.run.position - before) / (at - before))
+
+    @property
+    def forecasts(self) -> bool:
+        """Whether a feature of this call would be a forecast instead of held."""
+        run = self.run
+        return any(len(history) > 1 for (condition, _), history in run.features.items() if condition in run.conditions)
+
+    def drop(self) -> None:
+        """Forgets the features; where the run stands stays."""
+        self.run.features.clear()
 
 
 class CachedBranch:

@@ -45,13 +45,14 @@ def fingerprint_tensors(tensors: Mapping[str, Tensor]) -> str:
 class Calibration:
     """What calibration found for one model: layer statistics, computed steps of the cache, variance compensation.
 
-    `sampling` and `notes` say how it was made. Immutable: `with_variance` and `with_schedule` make a new one.
+    `distances` (T, T) are what optimal_schedule minimises. `sampling` and `notes` say how it was made. Immutable: `with_variance` and `with_schedule` make a new one.
     """
 
     model: str
     statistics: dict[str, LayerStatistics] = field(default_factory=dict)
     schedule: tuple[int, ...] | None = None
     variance: VarianceCompensation | None = None
+    distances: Tensor | None = None
     sampling: SamplingConfig | None = None
     notes: dict[str, Any] = field(default_factory=dict)
 
@@ -72,6 +73,13 @@ class Calibration:
             )
         return self.statistics[name]
 
+    def step_distances(self) -> Tensor:
+        if self.distances is None:
+            raise ValueError(
+                "This calibration does not know which steps matter; calibrate the model without a cache on it."
+            )
+        return self.distances
+
     def with_variance(self, variance: VarianceCompensation) -> Calibration:
         return replace(self, variance=variance)
 
@@ -89,6 +97,8 @@ class Calibration:
             tensors[f"statistics/{name}/count"] = torch.tensor([layer.count, layer.reach], dtype=torch.float64)
         if self.schedule is not None:
             tensors["schedule/steps"] = torch.tensor(self.schedule)
+        if self.distances is not None:
+            tensors["schedule/distances"] = self.distances.contiguous()
         if self.variance is not None:
             for key in ("sigmas", "mean", "factor"):
                 tensors[f"variance/{key}"] = getattr(self.variance, key).contiguous()
@@ -131,6 +141,7 @@ def load_calibration(path: str | Path) -> Calibration:
             model=header["model"],
             statistics=read_statistics(tensors),
             schedule=tuple(tensors["schedule/steps"].tolist()) if "schedule/steps" in tensors else None,
+            distances=tensors.get("schedule/distances"),
             variance=read_variance(tensors, header["variance_method"]),
             sampling=read_sampling(header["sampling"]),
             notes=header["notes"],

@@ -104,7 +104,7 @@ def collect_statistics(
     if not layers:
         raise ValueError(f"No linear layer is left to observe with skip_patterns {list(skip_patterns)}.")
     cache = feature_cache(model)
-    mode = "branch" if cache is None else cache.config.mode
+    mode = "branch" if cache is None else cache.mode
     statistics = {name: LayerStatistics.empty(layer.in_features, hessians) for name, layer in layers}
     device, dtype = model.pos_embed.device, model.pos_embed.dtype
 

