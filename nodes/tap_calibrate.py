@@ -108,8 +108,10 @@ class TAPCalibrate(io.ComfyNode):
             computed_steps_only, hessians, calibration_seed,
         )  # fmt: skip
         identity, progress = fingerprint_of(model), Progress(model, calibration_steps(plan, steps))
-        statistics = calibrate(model, settings, empty_latents(model, latent_image, 1), plan, progress)
-        calibration = Calibration(identity, statistics, notes=describe(model, settings, plan))
+        statistics, distances = calibrate(model, settings, empty_latents(model, latent_image, 1), plan, progress)
+        calibration = Calibration(
+            identity, statistics, distances=distances, notes=describe(model, settings, plan)
+        )
         calibration.save(path)
         log.info("Calibration saved: %s", path)
         return io.NodeOutput(calibration)

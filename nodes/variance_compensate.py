@@ -8,6 +8,7 @@ from comfy_api.v0_0_2 import io
 from ..qandc_core.calibration.file import Calibration, load_calibration
 from ..qandc_core.compensation.factors import METHODS
 from .comfyui import types
+from .comfyui.caching import steps_vary
 from .comfyui.compensation import attach_compensation, fit_compensation
 from .comfyui.files import NEW, calibration_files, calibration_path, file_state, next_path
 from .comfyui.runs import details, labels, sampler_function_name
@@ -85,6 +86,11 @@ class VarianceCompensate(io.ComfyNode):
             calibration.check_fingerprint(fingerprint_of(reference))
             return io.NodeOutput(attach_saved(model, calibration, path.name))
         require_wires(file, positive=positive, negative=negative, latent_image=latent_image)
+        if steps_vary(model):
+            raise ValueError(
+                "An error budget computes other steps for other images, and compensation is fitted step by step; in "
+                "Apply Cache choose another policy, such as number of steps."
+            )
         settings = Settings(positive, negative, steps, cfg, sampler_name, scheduler)
         latents = empty_latents(model, latent_image, pairs)
         variance = fit_compensation(

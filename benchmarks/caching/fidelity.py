@@ -10,13 +10,13 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-sys.path[:0] = [str(Path(__file__).parents[2] / "tests" / "comfyui" / "inside"), str(Path(__file__).parent)]
+from typing import TYPE_CHECKING, Any
 
 import flow_model
 import torch
-from host import Host
+
+if TYPE_CHECKING:
+    from host import Host
 
 IMAGES = 16
 
@@ -33,19 +33,26 @@ class Subject:
     scheduler: str
     cfg: float
     decode: Callable[[torch.Tensor], torch.Tensor]
+    attention: torch.nn.Module  # of the first block: it runs where the network computes
     steps: int = 50
 
-    def images(self, patcher, seed: int, steps: int | None = None) -> tuple[torch.Tensor, int]:
-        """Images, and how often the network ran on both conditions."""
+    def sigmas(self) -> torch.Tensor:
+        import comfy.samplers
+
+        sampling = self.patcher.get_model_object("model_sampling")
+        return comfy.samplers.calculate_sigmas(sampling, self.scheduler, self.steps)
+
+    def images(self, patcher, seed: int, steps: int | None = None, watch=None) -> tuple[torch.Tensor, int]:
+        """Images, and how many steps computed."""
         import comfy.sample
 
         calls: list[int] = []
-        hook = self.patcher.model.diffusion_model.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
+        hook = self.attention.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
         noise = torch.randn(self.latent.shape, generator=torch.Generator().manual_seed(seed))
         try:
             out = comfy.sample.sample(
                 patcher, noise, steps or self.steps, self.cfg, self.sampler, self.scheduler, self.positive,
-                self.negative, self.latent, disable_pbar=True, seed=seed,
+                self.negative, self.latent, disable_pbar=True, seed=seed, callback=watch,
             )  # fmt: skip
         finally:
             hook.remove()
@@ -56,7 +63,9 @@ def built_in(host: Host, sampler: str) -> Subject:
     patcher = host.module("nodes.comfyui.dit_model").load_dit_patcher("demo")
     labels = ",".join(str(i % 10) for i in range(IMAGES))
     positive, negative = host.module("nodes.class_label").ClassLabel.execute(labels, "none").args
-    return Subject(patcher, positive, negative, torch.zeros(IMAGES, 3, 32, 32), sampler, "normal", 1.5, lambda x: x)
+    attention = patcher.model.diffusion_model.blocks[0].attn
+    empty = torch.zeros(IMAGES, 3, 32, 32)
+    return Subject(patcher, positive, negative, empty, sampler, "normal", 1.5, lambda x: x, attention)
 
 
 def flow(host: Host, weights: str, sampler: str, steps: int) -> Subject:
@@ -71,11 +80,25 @@ def flow(host: Host, weights: str, sampler: str, steps: int) -> Subject:
     cpu = torch.device("cpu")
     labels = torch.arange(IMAGES) % flow_model.CLASSES
     none = torch.full((IMAGES,), flow_model.CLASSES)
-    return Subject(
-        comfy.model_patcher.ModelPatcher(model, cpu, cpu), [[flow_model.context(labels), {}]],
-        [[flow_model.context(none), {}]], torch.zeros(IMAGES, 16, 8, 8), sampler, "simple", 1.5,
-        lambda x: flow_model.decode(model.latent_format.process_in(x)), steps,
-    )  # fmt: skip
+    patcher = comfy.model_patcher.ModelPatcher(model, cpu, cpu)
+    positive, negative = [[flow_model.context(labels), {}]], [[flow_model.context(none), {}]]
+    attention, empty = model.diffusion_model.layers[0].attention, torch.zeros(IMAGES, 16, 8, 8)
+
+    def decode(latent: torch.Tensor) -> torch.Tensor:
+        return flow_model.decode(model.latent_format.process_in(latent))
+
+    return Subject(patcher, positive, negative, empty, sampler, "simple", 1.5, decode, attention, steps)
+
+
+def copied_input(patcher):
+    """Saves EasyCache from writing into the sampler's tensor, which it does in float32 only."""
+    from comfy.patcher_extension import WrappersMP
+
+    clone = patcher.clone()
+    clone.add_wrapper_with_key(
+        WrappersMP.DIFFUSION_MODEL, "copy", lambda executor, x, *args, **kwargs: executor(x.clone(), *args, **kwargs)
+    )
+    return clone
 
 
 def ours(host: Host, patcher, tier: str, order: int, interval: int = 1, **choices):
@@ -85,22 +108,32 @@ def ours(host: Host, patcher, tier: str, order: int, interval: int = 1, **choice
     return caching.apply_cache(patcher, caching.CacheSettings(policy, tier))
 
 
+def calibrated(host: Host, subject: Subject) -> torch.Tensor:
+    """What TAP Calibrate would note of the steps: distances between predictions, on noise of its own."""
+    seen: list[torch.Tensor] = []
+    subject.images(subject.patcher, seed=1000, watch=lambda step, denoised, x, total: seen.append(denoised.flatten()))
+    distances = host.module("qandc_core.calibration.distances").prediction_distances
+    return distances(torch.stack(seen), subject.sigmas())
+
+
 def methods(host: Host, subject: Subject) -> dict[str, dict[float, Callable]]:
     """Method -> setting -> (seed) -> images and calls."""
     import comfy_extras.nodes_easycache as core
 
     T, patcher = subject.steps, subject.patcher
     counts = [round(T / s) for s in (1.5, 2, 2.5, 3, 4)]
-    thresholds = (0.02, 0.03, 0.05, 0.08, 0.12, 0.2, 0.3, 0.5)
+    thresholds = (0.002, 0.005, 0.01, 0.02, 0.05, 0.2)
 
     def run(made):
         return lambda seed: subject.images(made, seed)
 
-    def peer(node):
-        return {t: run(node.execute(patcher, t, 0.0, 1.0, False).args[0]) for t in thresholds}
+    def peer(node, mended=False):
+        start = copied_input(patcher) if mended else patcher
+        return {t: run(node.execute(start, t, 0.15, 0.95, False).args[0]) for t in thresholds}
 
     tiers = {"whole prediction": "prediction", "blocks": "blocks"}
-    if type(patcher.model).__name__ == "DiTModel":
+    flowing = host.module("nodes.comfyui.runs").is_flow(patcher.model)
+    if not flowing:
         tiers["attention and MLP"] = "FORA"
     found: dict[str, dict[float, Callable]] = {
         "fewer steps": {n: lambda seed, n=n: subject.images(patcher, seed, n) for n in counts},
@@ -108,16 +141,17 @@ def methods(host: Host, subject: Subject) -> dict[str, dict[float, Callable]]:
         "core LazyCache": peer(core.LazyCacheNode),
         "interval, held": {k: run(ours(host, patcher, "whole prediction", 0, k)) for k in (2, 3, 4)},
     }
+    if flowing:
+        found["core EasyCache, input copied"] = peer(core.EasyCacheNode, mended=True)
+    found["Q&C prediction, order 0"] = {n: run(ours(host, patcher, "whole prediction", 0, computed=n)) for n in counts}
     for tier, name in tiers.items():
-        for order in (0, 1):
-            found[f"Q&C {name}, order {order}"] = {
-                n: run(ours(host, patcher, tier, order, computed=n)) for n in counts
-            }
+        found[f"Q&C {name}, order 1"] = {n: run(ours(host, patcher, tier, 1, computed=n)) for n in counts}
+    distances = calibrated(host, subject)
+    found["Q&C prediction, order 1, calibrated"] = {
+        n: run(ours(host, patcher, "whole prediction", 1, computed=n, distances=distances)) for n in counts
+    }
     found["Q&C error budget"] = {
         e: run(ours(host, patcher, "whole prediction", 1, max_error=e)) for e in (0.003, 0.01, 0.02, 0.05, 0.1)
-    }
-    found["Q&C speedup"] = {
-        s: run(ours(host, patcher, "whole prediction", 1, speedup=s)) for s in (1.5, 2, 2.5, 3, 4)
     }
     return found
 
@@ -129,6 +163,9 @@ def relative_l2(images: torch.Tensor, reference: torch.Tensor) -> list[float]:
 def main() -> None:
     checkout, base, weights, seeds = sys.argv[1:5]
     only = sys.argv[5].split(";") if len(sys.argv) > 5 else None
+    sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "comfyui" / "inside"))
+    from host import Host
+
     host = Host(checkout, base)
     subjects = {
         "built-in, ddim, 50 steps": built_in(host, "ddim"),
@@ -153,7 +190,7 @@ def main() -> None:
                             sum(e) / len(e) for e in (relative_l2(r, references[s]) for s, (r, _) in enumerate(results))
                         ],
                     })  # fmt: skip
-                    print(f"{name}  {method} {setting}  {rows[-1]['calls']} {rows[-1]['errors']}", file=sys.stderr, flush=True)
+                    print(name, method, setting, rows[-1]["calls"], rows[-1]["errors"], file=sys.stderr, flush=True)
     print("RESULTS " + json.dumps(rows))
 
 

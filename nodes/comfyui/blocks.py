@@ -16,7 +16,8 @@ from ...qandc_core.caching.state import FeatureCache
 
 Streams = tuple["str | int", ...]  # arguments of a block, by name or position, in the order in which it returns them
 
-# Network class -> its lists of blocks. A subclass is looked up by its own name first.
+# Network class -> its lists of blocks. A subclass is looked up by its own name first. The first dimension of a stream
+# holds the conditions of the batch, which GeneralDIT (Cosmos 1) keeps in its fourth.
 BLOCKS: dict[str, dict[str, Streams]] = {
     "Flux": {"double_blocks": ("img", "txt"), "single_blocks": ("x",)},
     "Chroma": {"double_blocks": ("img", "txt"), "single_blocks": ("x",)},
@@ -31,7 +32,6 @@ BLOCKS: dict[str, dict[str, Streams]] = {
     "CausalWanModel": {},  # its blocks write a cache of their own
     "WanAnimate2Model": {},
     "CogVideoXTransformer3DModel": {"blocks": ("hidden_states", "encoder_hidden_states")},
-    "GeneralDIT": {"blocks": ("x",)},
     "MiniTrainDIT": {"blocks": ("x_B_T_H_W_D",)},
     "NextDiT": {"layers": ("x",)},
     "HiDreamImageTransformer2DModel": {
@@ -50,10 +50,13 @@ BLOCKS: dict[str, dict[str, Streams]] = {
     "AudioDiffusionTransformer": {"transformer.layers": ("x",)},
     "ACEStepTransformer2DModel": {"transformer_blocks": ("hidden_states",)},
     "MiniMaxH3Model": {"blocks": ("x",)},
+    "PixDiT_T2I": {"patch_blocks": (0, 1), "pixel_blocks": (0,)},
+    "PidNet": {},  # weighs the low-resolution image by the stream before each block
     "DiT": {"blocks": ("x",)},
 }
-# Networks that read a stream between blocks, for audio, faces or poses: there every block keeps its own part.
-READ_BETWEEN = {"WanModel_S2V", "HumoWanModel", "AnimateWanModel", "WanDancerModel"}
+# Networks that read a stream between blocks, for audio or faces: there every block keeps its own part. WanDancerModel
+# attends to one token of music, which adds the same whatever the stream holds.
+READ_BETWEEN = {"WanModel_S2V", "AnimateWanModel"}
 
 
 def block_lists(network: nn.Module) -> dict[str, Streams]:

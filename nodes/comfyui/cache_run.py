@@ -57,7 +57,8 @@ class CachedRun:
 
     def place(self, x: Tensor, transformer_options: dict[str, Any], state: tuple) -> FeatureCache:
         """Begins a model call; the cache answers whether it reuses."""
-        cache = self.caches.setdefault(x.device, FeatureCache(self.plan, offloaded_from=x.device if self.offload else None))
+        home = x.device if self.offload else None
+        cache = self.caches.setdefault(x.device, FeatureCache(self.plan, offloaded_from=home))
         conditions = self.conditions(x, transformer_options, state)
         self.reused = cache.place(self.step, conditions, self.position)
         return cache
@@ -107,7 +108,7 @@ class CachedRun:
         """What guidance made of the computed predictions; and what a reused one costs, once that is known."""
         if self.computed_any:
             self.plan.observe(self.position, denoised)
-        elif self.plan.measures:
+        elif self.plan.measures and self.times.known:
             computed, reused = self.times.seconds(False), self.times.seconds(True)
             self.plan.time(min(computed[1:] or computed), min(reused))
 
@@ -120,9 +121,9 @@ class CachedRun:
             cache.drop()
 
     def computed(self) -> list[bool]:
-        """Whether a step computed for any condition."""
-        columns = zip(*self.timeline.values()) if self.timeline else ((COMPUTED,) for _ in range(self.total))
-        return [COMPUTED in column for column in columns]
+        """Whether a step computed for any condition; a step that the sampler passed over did not reuse."""
+        columns = zip(*self.timeline.values()) if self.timeline else (() for _ in range(self.total))
+        return [COMPUTED in column or not {HELD, FORECAST} & set(column) for column in columns]
 
     @property
     def num_bytes(self) -> int:

@@ -203,7 +203,7 @@ def choose_tier(model, wanted: str) -> tuple[str, str]:
 def state_of(model, tier: str, context: Tensor | None, control: Any) -> tuple:
     """What a condition's features also belong to: hooked weights, a ControlNet that is on, and the number of tokens.
 
-    Hooked LoRAs change their strength in mid-run, a ControlNet ends, and a batch of two prompts is padded to the longer.
+    Hooked LoRAs change their strength in mid-run, a ControlNet ends, a batch of two prompts is padded to the longer.
     """
     hooks = getattr(model.current_patcher, "current_hooks", None)
     strengths = () if hooks is None else tuple((id(hook.hook_ref), hook.strength) for hook in hooks.hooks)
@@ -225,6 +225,12 @@ def apply_cache(patcher, settings: CacheSettings):
     clone.add_wrapper_with_key(WRAPPERS.APPLY_MODEL, KEY, ModelWrapper(settings.tier))
     note(clone, "cache", settings.describe(), settings.detail())
     return clone
+
+
+def steps_vary(patcher) -> bool:
+    """Whether its cache picks other steps for other images."""
+    wrappers = patcher.get_wrappers(WRAPPERS.OUTER_SAMPLE, KEY)
+    return any(wrapper.settings.policy.max_error is not None for wrapper in wrappers)
 
 
 def is_reused(transformer_options: dict[str, Any]) -> bool:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...qandc_core.calibration.distances import prediction_distances
 from ...qandc_core.calibration.selection import random_select, stratified_select
 from ...qandc_core.calibration.statistics import LayerStatistics, merge_rows, observed
 from ...qandc_core.calibration.tap import tap_select
@@ -54,6 +55,18 @@ class Candidates:
     steps: list[Tensor] = field(default_factory=list)
     computed: list[Tensor] = field(default_factory=list)
     origin: list[Tensor] = field(default_factory=list)
+    predictions: list[dict[int, Tensor]] = field(default_factory=list)
+    sigmas: Tensor | None = None
+
+    def distances(self) -> Tensor | None:
+        """How much each step's prediction differs from earlier ones; None where a cache left some out."""
+        if self.sigmas is None or not all(bool(part.all()) for part in self.computed):
+            return None
+        steps = range(len(self.sigmas) - 1)
+        if any(step not in run for run in self.predictions for step in steps):
+            return None
+        rows = [torch.cat([run[step] for run in self.predictions]) for step in steps]
+        return prediction_distances(torch.stack(rows), self.sigmas)
 
     def choose(self, plan: Plan) -> Tensor:
         """Origins (n, 3) of the chosen samples."""
@@ -85,15 +98,18 @@ class Collecting:
 
     def __init__(self, candidates: Candidates, run: int):
         self.candidates, self.run, self.call = candidates, run, 0
+        candidates.predictions.append({})
 
     def __call__(self, executor, x, timestep, model_options, seed):
         options, sigma = model_options["transformer_options"], scalar(timestep)
         scale = preserved_scale(sigma, is_flow(executor.class_obj.inner_model))
         features = features_of(x * scale)
         out = executor(x, timestep, model_options, seed)
-        found, count = self.candidates, len(x)
+        found, count, step = self.candidates, len(x), step_at(options["sample_sigmas"].tolist(), sigma)
+        found.sigmas = options["sample_sigmas"]
+        found.predictions[-1].setdefault(step, features_of(out).flatten())
         found.features.append(features)
-        found.steps.append(torch.full((count,), step_at(options["sample_sigmas"].tolist(), sigma)))
+        found.steps.append(torch.full((count,), step))
         found.computed.append(torch.full((count,), not is_reused(options)))
         image = torch.arange(count)
         found.origin.append(
@@ -140,8 +156,8 @@ def calibration_steps(plan: Plan, steps: int) -> int:
 
 def calibrate(
     patcher, settings: Settings, latent: Tensor, plan: Plan, progress: Progress
-) -> dict[str, LayerStatistics]:
-    """Statistics of every linear layer's input; latent (1, ...) empty gives the shape.
+) -> tuple[dict[str, LayerStatistics], Tensor | None]:
+    """Statistics of every linear layer's input, and the distances between steps; latent (1, ...) gives the shape.
 
     The same trajectories are sampled twice, first to find candidates and then to observe the chosen, so that a layer
     sees exactly what it sees in use: nothing on steps where the cache skips it. Works on any MODEL.
@@ -169,4 +185,4 @@ def calibrate(
         raise ValueError(
             f"No chosen sample lies on a step that runs {unseen[0]} ({len(unseen)} layers in all); choose more samples."
         )
-    return statistics
+    return statistics, candidates.distances()

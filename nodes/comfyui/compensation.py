@@ -9,7 +9,17 @@ from torch import Tensor
 
 from ...qandc_core.compensation.apply import VarianceCompensation, compensate
 from ...qandc_core.compensation.factors import VarianceMoments
-from .runs import REPORT, WRAPPERS, is_flow, note, options_of_run, replace_wrapper, sampler_function_name, scalar, step_at
+from .runs import (
+    REPORT,
+    WRAPPERS,
+    is_flow,
+    note,
+    options_of_run,
+    replace_wrapper,
+    sampler_function_name,
+    scalar,
+    step_at,
+)
 from .sampling import Progress, Settings, sample_new
 
 KEY = "qandc_compensation"

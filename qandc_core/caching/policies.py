@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import ceil
+from math import ceil, hypot, log2, prod
 
-import torch
 from torch import Tensor
 
 from .schedules import CacheConfig, optimal_schedule, spaced_steps
 
 WARM_UP = 3  # steps that an error budget computes first: a curvature needs three
-CHEAPEST = 1 / 128  # of a computed step; what a reused one is taken to cost until it is measured
+NEGLIGIBLE = 1 / 64  # of a computed step; a reused one below it counts as nothing
 
 
 @dataclass(frozen=True)
 class CachePolicy:
-    """When to reuse: as `config` says, or so that `computed` steps compute, or for a `speedup` that the run measures, or
-    while the estimated relative error of the image stays within `max_error`. Only in start..end, fractions of the run.
+    """When to reuse: as `config` says, or so that `computed` steps compute, or for a `speedup` that the run measures,
+    or while the estimated relative error of the image stays within `max_error`. Only in start..end, fractions of the
+    run.
 
     `distances` (T, T) of a calibration place the `computed` steps at their optimum instead of the default spacing.
     """
@@ -41,16 +41,13 @@ class CachePolicy:
             return ErrorBudget(total, order, inside, self.max_error, self.max_reused, flow)
         if self.computed is None:
             return Plan(total, order, {i for i in range(total) if i not in inside or self.config.computes(i)})
-        if self.distances is None:
-            return Plan(total, order, spread(total, self.computed, inside))
-        if len(self.distances) != total:
-            plan = Plan(total, order, spread(total, self.computed, inside))
-            plan.warnings.append(
-                f"the calibration is of {len(self.distances)} steps and this run has {total}: default spacing"
-            )
-            return plan
-        optimum = optimal_schedule(self.distances, min(self.computed, total))
-        return Plan(total, order, {i for i in range(total) if i not in inside} | set(optimum))
+        if self.distances is None or len(self.distances) == total:
+            return Plan(total, order, spread(total, self.computed, inside, self.distances))
+        plan = Plan(total, order, spread(total, self.computed, inside))
+        plan.warnings.append(
+            f"the calibration is of {len(self.distances)} steps and this run has {total}: default spacing"
+        )
+        return plan
 
     def describe(self) -> str:
         if self.speedup is not None:
@@ -86,13 +83,17 @@ class CachePolicy:
         return self.speedup == 1 or self.max_error == 0 or (fixed and self.config.interval == 1)
 
 
-def spread(total: int, computed: int, inside: range) -> set[int]:
-    """All steps outside, and of those inside as many as make up the number."""
+def spread(total: int, computed: int, inside: range, distances: Tensor | None = None) -> set[int]:
+    """All steps outside, and of those inside as many as make up the number: spaced, or where distances are least."""
     outside = set(range(total)) - set(inside)
     if not len(inside):
         return outside
     count = min(max(computed - len(outside), 1), len(inside))
-    return outside | {inside.start + step for step in spaced_steps(len(inside), count)}
+    if distances is None:
+        steps = spaced_steps(len(inside), count)
+    else:
+        steps = optimal_schedule(distances[inside.start : inside.stop, inside.start : inside.stop], count)
+    return outside | {inside.start + step for step in steps}
 
 
 class Plan:
@@ -131,7 +132,7 @@ class SpeedupPlan(Plan):
     """As many computed steps as take 1 / speedup of the time of all, given what a reused step costs."""
 
     def __init__(self, total: int, order: int, inside: range, speedup: float):
-        super().__init__(total, order, spread(total, affordable(total, speedup, CHEAPEST), inside))
+        super().__init__(total, order, spread(total, affordable(total, speedup, 0.0), inside))
         self.inside, self.speedup, self.measures, self.step = inside, speedup, True, 0
 
     def keeps(self, step: int) -> bool:
@@ -141,14 +142,18 @@ class SpeedupPlan(Plan):
         self.step = step
 
     def time(self, computed: float, reused: float) -> None:
-        """Plans the rest anew where reuse is dearer than assumed; in powers of two, so that noise changes no image."""
-        self.measures, cost = False, CHEAPEST
-        while cost < min(1.0, reused / computed):
-            cost *= 2
+        """Plans the rest anew where reuse is dearer than assumed; in powers of two, so that noise changes no image.
+
+        Out of reach, the plan stays: computing still fewer steps would spoil the image and not be fast enough either.
+        """
+        self.measures, ratio = False, reused / computed
+        if ratio < NEGLIGIBLE:
+            return
+        cost = min(1.0, 2.0 ** ceil(log2(ratio)))
         if cost >= 1 / self.speedup:
-            self.warnings.append(
-                f"{self.speedup:g}x is out of reach: a reused step takes {100 * reused / computed:.0f} % of a computed one"
-            )
+            share = f"{100 * ratio:.0f} %"
+            self.warnings.append(f"{self.speedup:g}x is out of reach: a reused step takes {share} of a computed one")
+            return
         planned = spread(self.total, affordable(self.total, self.speedup, cost), self.inside)
         self.steps = {i for i in self.steps if i <= self.step} | {i for i in planned if i > self.step}
 
@@ -161,9 +166,10 @@ def affordable(total: int, speedup: float, cost: float) -> int:
 class ErrorBudget(Plan):
     """Reuses while the estimated error of the image stays within its share of the budget.
 
-    The remainder of a forecast of order p is the next divided difference of the computed predictions times the product
-    of the distances (Newton). A step moves the sample by (1 - following / sigma) of an error in the prediction, and that
-    moves the final image by what is left of it where image and noise are Gaussian. No coefficient belongs to a model.
+    The remainder of a forecast of order p is Newton's next term, a divided difference of the computed predictions times
+    the product of the distances; the term after it is added, because the next one alone vanishes where its sign turns.
+    A step moves the sample by (1 - following / sigma) of an error in the prediction; relative to the sample this is the
+    relative error of the final image where image and noise are Gaussian. No coefficient belongs to a model.
     """
 
     def __init__(self, total: int, order: int, inside: range, max_error: float, max_reused: int, flow: bool):
@@ -186,21 +192,29 @@ class ErrorBudget(Plan):
             self.reused = 0
 
     def observe(self, position: float, denoised: Tensor) -> None:
-        self.history = [*(entry for entry in self.history if position - entry[0] > 0.5), (position, denoised.float())]
-        del self.history[: -2 - self.order]
+        older = [(at, value) for at, value in self.history if position - at > 0.5 and value.shape == denoised.shape]
+        self.history = [*older, (position, denoised.float())][-3 - self.order :]
 
     def estimate(self, position: float, sigma: float, following: float) -> float:
         """Relative error of the final image if this step is forecast; infinite while too few predictions are known."""
         if len(self.history) < self.order + 2:
             return float("inf")
-        difference = divided_difference(self.history)
-        for at, _ in self.history[1:]:
-            difference = difference * (position - at)
-        signal = self.history[-1][1].square().mean().sqrt()
+        remainder = sum(
+            root_mean_square(newton_term(self.history[-points:], position))
+            for points in range(self.order + 2, len(self.history) + 1)
+        )
+        signal = root_mean_square(self.history[-1][1])
         image = (1 - following) if self.flow else 1.0
-        left = signal / (image * signal).hypot(torch.tensor(following, device=signal.device))
-        relative = difference.square().mean().sqrt() / signal * (1 - following / sigma) * left
-        return float(relative)
+        return remainder * (1 - following / sigma) / hypot(image * signal, following)
+
+
+def root_mean_square(values: Tensor) -> float:
+    return float(values.square().mean().sqrt())
+
+
+def newton_term(points: list[tuple[float, Tensor]], position: float) -> Tensor:
+    """What the oldest point adds at `position` to the polynomial through the others."""
+    return divided_difference(points) * prod(position - at for at, _ in points[1:])
 
 
 def divided_difference(points: list[tuple[float, Tensor]]) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 Key = tuple[Hashable, str]  # condition, branch name
-NEAREST = 0.75  # of a step, between the two features of a forecast
+NEAREST = 0.25  # of a step, between the two features of a forecast
 
 
 @dataclass
@@ -103,9 +103,18 @@ class FeatureCache:
         run = self.run
         run.step, run.conditions = step, tuple(conditions)
         run.position = float(step) if position is None else position
+        computes = self.config.computes(step)
+        if not computes:
+            self.forget_missed(step)
         stored = {condition for condition, _ in run.features}
-        run.reusing = stored.issuperset(run.conditions) and not self.config.computes(step)
+        run.reusing = not computes and stored.issuperset(run.conditions)
         return run.reusing
+
+    def forget_missed(self, step: int) -> None:
+        """Drops conditions that the latest computed step did not evaluate, such as those of a strength that is over."""
+        latest = next((earlier for earlier in range(step, 0, -1) if self.config.computes(earlier)), 0)
+        features = self.run.features
+        self.run.features = {key: history for key, history in features.items() if history[-1][0] >= latest}
 
     def needs(self, step: int) -> bool:
         """Whether features computed at `step` may be read later."""
@@ -116,7 +125,7 @@ class FeatureCache:
         for condition, part in zip(run.conditions, value.chunk(len(run.conditions))):
             history = run.features.setdefault((condition, branch), [])
             # A sampler may evaluate a step more than once; two features so close do not show where they are going.
-            if history and run.position - history[-1][0] < NEAREST:
+            if history and history[-1][0] >= min(int(run.position), run.position - NEAREST):
                 history.pop()
             history.append((run.position, part.cpu() if self.offloaded_from else part))
             del history[: -1 - self.config.order]

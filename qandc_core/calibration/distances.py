@@ -13,6 +13,17 @@ from ..models.dit import DiT
 from ..sampling.process import ReverseProcess, SamplingConfig
 
 
+def prediction_distances(denoised: Tensor, sigmas: Tensor) -> Tensor:
+    """distances (T, T), upper triangular: what step j errs by if it uses the prediction of step i, relative to it.
+
+    denoised (T, V) holds the values of every step's prediction; a step from sigma to the following moves the sample by
+    (1 - following / sigma) of an error in it. sigmas (T + 1,).
+    """
+    values, sigmas = denoised.double(), sigmas.double().cpu()
+    relative = torch.cdist(values, values) / values.norm(dim=1).clamp(min=1e-12)[None]
+    return torch.triu(relative * (1 - sigmas[1:] / sigmas[:-1])[None], diagonal=1)
+
+
 @torch.inference_mode()
 def feature_distances(
     model: DiT, class_labels: Sequence[int] | Tensor, config: SamplingConfig, *, values: int = 4096, seed: int = 0

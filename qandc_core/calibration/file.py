@@ -45,7 +45,8 @@ def fingerprint_tensors(tensors: Mapping[str, Tensor]) -> str:
 class Calibration:
     """What calibration found for one model: layer statistics, computed steps of the cache, variance compensation.
 
-    `distances` (T, T) are what optimal_schedule minimises. `sampling` and `notes` say how it was made. Immutable: `with_variance` and `with_schedule` make a new one.
+    `distances` (T, T) are what optimal_schedule minimises. `sampling` and `notes` say how it was made. Immutable:
+    `with_variance` and `with_schedule` make a new one.
     """
 
     model: str

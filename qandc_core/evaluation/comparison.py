@@ -91,8 +91,31 @@ def run_comparison(runs: Sequence[ComparedRun], shown: int = 8, gain: float = 4.
         for run, row in zip(runs, rows)
     ]
     title = "Against the first row: speedup, PSNR, and below each row the difference"
-    parts = [comparison_figure(pictures, title, size, gain), panels(runs), draw_table(rows)]
-    return stack([part for part in parts if part is not None]), comparison_markdown(rows)
+    said = remarks(runs)
+    parts = [comparison_figure(pictures, title, size, gain), panels(runs), draw_table(rows), draw_lines(said)]
+    text = comparison_markdown(rows) + "".join(f"\n\n{line}" for line in said) + timelines(runs)
+    return stack([part for part in parts if part is not None]), text
+
+
+def remarks(runs: Sequence[ComparedRun]) -> list[str]:
+    """What each run's cache reused, what that gained by the run's own clock, and its warnings."""
+    lines = []
+    for run in runs:
+        report = run.report
+        if report is None or not report.tier:
+            continue
+        gain = "" if report.cache_speedup is None else f", model calls {report.cache_speedup:.2f}x faster for it"
+        lines.append(f"{run.label}: reuses {report.tier}{gain}" + "".join(f"; {text}" for text in report.warnings))
+    return lines
+
+
+def timelines(runs: Sequence[ComparedRun]) -> str:
+    """A letter for each step of each condition."""
+    named = [(f"{run.label}, {name}", line) for run in runs if run.report for name, line in run.report.timeline.items()]
+    if not named:
+        return ""
+    rows = "\n".join(f"{line}  {name}" for name, line in named)
+    return f"\n\nSteps (C computed, R held, F forecast):\n\n```\n{rows}\n```"
 
 
 def numbers(row: dict[str, str]) -> str:
@@ -152,6 +175,18 @@ def draw_table(rows: Sequence[dict[str, str]]) -> Image.Image:
             draw.text((x, y), text, INK if r else MUTED, font)
             x += width
     return table
+
+
+def draw_lines(lines: Sequence[str]) -> Image.Image | None:
+    if not lines:
+        return None
+    font = ImageFont.load_default(13)
+    width = round(max(font.getlength(line) for line in lines))
+    panel = Image.new("RGB", (width + 2 * MARGIN + 14, 20 * len(lines) + MARGIN), PAPER)
+    draw = ImageDraw.Draw(panel)
+    for i, line in enumerate(lines):
+        draw.text((MARGIN + 14, 20 * i), line, MUTED, font)
+    return panel
 
 
 def stack(parts: Sequence[Image.Image]) -> Image.Image:

@@ -14,9 +14,9 @@ class RunReport:
     """One sampling run: wall seconds and computed (else reused) for every step, cache and peak memory in bytes.
 
     `peak_memory` is the device allocator's peak on a GPU and the process's peak on CPU; None where the system has none.
-    `factors` are K_t of each step's channels where variance compensation was on. Of a cache: `tier` is what it reused and
-    why, `timeline` a letter per step for each condition (C computed, R held, F forecast, . not evaluated), `cache_speedup`
-    how much longer the model calls would have taken had each computed.
+    `factors` are K_t of each step's channels where variance compensation was on. Of a cache: `tier` is what it reused
+    and why, `timeline` a letter per step for each condition (C computed, R held, F forecast, . not evaluated), and
+    `cache_speedup` how much longer the model calls would have taken had each computed.
     """
 
     sampler: str

@@ -6,24 +6,31 @@ import time
 
 import torch
 
-Mark = "float | torch.cuda.Event"
-
 
 class CallTimes:
-    """Seconds of computed and of reused calls; on a GPU by events that are read when they are asked for."""
+    """Seconds of computed and of reused calls on CPU and CUDA; there by events that are read when asked for."""
 
     def __init__(self) -> None:
         self.spans: dict[bool, list[tuple]] = {False: [], True: []}
 
     def mark(self, device: torch.device):
-        if device.type != "cuda":
+        """A moment; None on a device that has no clock here."""
+        if device.type == "cpu":
             return time.perf_counter()
+        if device.type != "cuda":
+            return None
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(device))
         return event
 
     def add(self, begun, ended, reused: bool) -> None:
-        self.spans[reused].append((begun, ended))
+        if begun is not None:
+            self.spans[reused].append((begun, ended))
+
+    @property
+    def known(self) -> bool:
+        """Whether both kinds were seen."""
+        return all(self.spans.values())
 
     def seconds(self, reused: bool) -> list[float]:
         return [span(begun, ended) for begun, ended in self.spans[reused]]
@@ -31,7 +38,7 @@ class CallTimes:
     def speedup(self) -> float | None:
         """How much longer all calls would have taken had each computed; None before both kinds were seen."""
         computed, reused = self.seconds(False), self.seconds(True)
-        if not computed or not reused:
+        if not self.known:
             return None
         median = sorted(computed)[len(computed) // 2]
         return median * len(computed + reused) / sum(computed + reused)

@@ -55,10 +55,16 @@ def sources(model: str, classes: str, side: int, batch: int, vae: str) -> dict[s
     }
 
 
-def chain(settings: dict[str, Any], calibration: dict[str, Any], pairs: int) -> dict[str, Node]:
+# What the paper caches: attention and MLP outputs, held for two steps of three.
+PAPER = {"policy": "interval", "policy.interval": 3, "order": 0, "reuse": "attention and MLP"}
+
+
+def chain(
+    settings: dict[str, Any], calibration: dict[str, Any], pairs: int, cache: dict[str, Any] = PAPER
+) -> dict[str, Node]:
     """Apply Cache -> TAP Calibrate -> Quantize -> Variance Compensate."""
     return {
-        "cache": node("QandC_ApplyCache", {"model": ("load", 0)}),
+        "cache": node("QandC_ApplyCache", {"model": ("load", 0)}, **cache),
         "calibrate": node("QandC_TAPCalibrate", wires(("cache", 0)), **settings, **calibration),
         "quantize": node("QandC_Quantize", {"model": ("cache", 0), "calibration": ("calibrate", 0)}),
         "compensate": node(

@@ -104,6 +104,15 @@ def test_cached_layers_are_calibrated_on_computed_steps(run):
     assert run("pipeline")["steps seen"] == {"branch": 4, "output": 12}
 
 
+def test_calibration_measures_how_far_steps_lie_apart(run):
+    found = run("pipeline")["distances"]
+    assert found["error"] < 1e-5 and found["with a cache"] is True
+
+
+def test_a_wired_calibration_places_the_computed_steps(run):
+    assert run("pipeline")["calibrated steps"] is True
+
+
 def test_calibration_leaves_no_hook(run):
     assert run("pipeline")["hooks are gone"] is True
 

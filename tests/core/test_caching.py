@@ -18,7 +18,7 @@ from qandc_core.caching.attach import (
     remove_cache,
     reset_all_caches,
 )
-from qandc_core.caching.schedules import CacheConfig, CachePolicy, optimal_schedule, spaced_steps
+from qandc_core.caching.schedules import CacheConfig, optimal_schedule
 from qandc_core.caching.state import FeatureCache
 from qandc_core.models import DiT, DiTConfig
 from qandc_core.models.dit import timestep_embedding
@@ -674,21 +674,6 @@ def test_a_model_without_blocks_is_refused():
         apply_cache_to_dit(nn.Linear(2, 2), 3)
 
 
-@given(st.integers(1, 60), st.data())
-def test_spaced_steps_are_even(total, data):
-    computed = data.draw(st.integers(1, total))
-    steps = spaced_steps(total, computed)
-    gaps = [b - a for a, b in zip(steps, (*steps[1:], total))]
-    assert len(steps) == computed and steps[0] == 0
-    assert max(gaps) - min(gaps) <= 1
-
-
-@pytest.mark.parametrize("computed", [0, 11])
-def test_impossible_numbers_of_steps_are_refused(computed):
-    with pytest.raises(ValueError, match=f"between 1 and 10, got {computed}"):
-        spaced_steps(10, computed)
-
-
 @given(st.sets(st.integers(1, 20)))
 def test_step_zero_computes_whether_listed_or_not(steps):
     config = CacheConfig(steps=frozenset(steps))
@@ -767,16 +752,3 @@ def test_conditions_keep_their_own_features_however_they_are_batched():
     assert cache.place(1, ["b"]) and cache.recall("branch").tolist() == [3.0, 4.0]
     assert cache.place(1, ["b", "a"]) and cache.recall("branch").tolist() == [3.0, 4.0, 1.0, 2.0]
     assert not cache.place(1, ["a", "c"])
-
-
-@given(st.integers(1, 60), st.floats(0, 1), st.floats(0, 1))
-def test_a_policy_computes_every_step_outside_its_part_of_the_run(total, start, end):
-    resolved = CachePolicy(CacheConfig(3), start=start, end=end).resolve(total)
-    for i in range(1, total):
-        inside = start * total <= i < end * total
-        assert resolved.computes(i) == (not inside or i % 3 == 0)
-
-
-def test_a_policy_asks_for_no_more_steps_than_there_are():
-    assert CachePolicy(computed=50).resolve(4).steps == {0, 1, 2, 3}
-    assert CachePolicy(computed=5).resolve(0).steps is None

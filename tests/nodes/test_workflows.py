@@ -203,7 +203,8 @@ def test_api_twin_fits_the_nodes(path):
     assert not {node: found for node, found in problems.items() if found}
 
 
-CACHE_INPUTS = {"model": ["1", 0], "policy": "interval", "policy.interval": 3, "order": 0}
+CACHE_INPUTS = {"model": ["1", 0], "policy": "interval", "policy.interval": 3, "order": 1}
+CACHE_WIDGETS = [1, 0.0, 1.0, "automatic", False]
 RUN_INPUTS = {
     "model": ["1", 0], "positive": ["2", 0], "negative": ["2", 1], "latent_image": ["3", 0], "seed": 0, "steps": 50,
     "cfg": 1.5, "sampler_name": "ddpm", "scheduler": "normal", "denoise": 1.0, "label": "",
@@ -218,12 +219,16 @@ GRAPH = {
 @pytest.mark.parametrize(
     "node_type, values, problem",
     [
-        ("QandC_ApplyCache", ["interval", 3, 0, 0.0, 1.0], None),
-        ("QandC_ApplyCache", ["chosen steps", "0-4, 8", 1, 0.0, 1.0], None),
-        ("QandC_ApplyCache", ["number of steps", 20, 0, 0.25, 0.75], None),
+        ("QandC_ApplyCache", ["speedup", 2.0, *CACHE_WIDGETS], None),
+        ("QandC_ApplyCache", ["number of steps", 20, 0, 0.25, 0.75, "blocks", True], None),
+        ("QandC_ApplyCache", ["error budget", 0.02, 4, *CACHE_WIDGETS], None),
+        ("QandC_ApplyCache", ["interval", 3, *CACHE_WIDGETS], None),
+        ("QandC_ApplyCache", ["chosen steps", "0-4, 8", *CACHE_WIDGETS], None),
         ("QandC_ApplyCache", ["interval", 3], "no value for order"),
-        ("QandC_ApplyCache", ["interval", 51, 0, 0.0, 1.0], "policy.interval is 51"),
-        ("QandC_ApplyCache", ["interval", 3, 0, 0.0, 1.0, 0], r"left over: \[0\]"),
+        ("QandC_ApplyCache", ["interval", 51, *CACHE_WIDGETS], "policy.interval is 51"),
+        ("QandC_ApplyCache", ["interval", 3, 1, 0.0, 1.0, "layers", False], "reuse is 'layers'"),
+        ("QandC_ApplyCache", ["error budget", 0.02, *CACHE_WIDGETS], "order is 0.0"),
+        ("QandC_ApplyCache", ["interval", 3, *CACHE_WIDGETS, 0], r"left over: \[0\]"),
         ("QandC_Sample", [0, "fixed", 50, 1.5, "ddpm", "normal", 1.0, ""], None),
         ("QandC_Sample", [0, 50, 1.5, "ddpm", "normal", 1.0, ""], "no control_after_generate after seed"),
         ("QandC_Sample", [0, "fixed", 50, 1.5, "no sampler", "normal", 1.0, ""], "sampler_name is 'no sampler'"),
@@ -240,7 +245,9 @@ def test_checker_of_widget_values(node_type, values, problem):
     "node_type, inputs, problem",
     [
         ("QandC_ApplyCache", CACHE_INPUTS, None),
+        ("QandC_ApplyCache", {**CACHE_INPUTS, "calibration": ["2", 0]}, "calibration takes QANDC_CALIBRATION and is"),
         ("QandC_ApplyCache", {**CACHE_INPUTS, "policy.interval": 0}, "policy.interval is 0"),
+        ("QandC_ApplyCache", {**CACHE_INPUTS, "policy": "error budget"}, "policy.max_reused is missing"),
         ("QandC_ApplyCache", {**CACHE_INPUTS, "policy": "chosen steps"}, "policy.computed_steps is missing"),
         ("QandC_ApplyCache", {**CACHE_INPUTS, "model": ["2", 0]}, "model takes MODEL and is linked to"),
         ("QandC_ApplyCache", {**CACHE_INPUTS, "model": ["9", 0]}, "which is not there"),

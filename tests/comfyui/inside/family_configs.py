@@ -10,7 +10,7 @@ WIDTH, HEADS, TOKENS, TEXT = 64, 2, 7, 48  # of most of the models below; a head
 def flux(**changes) -> dict:
     return {
         "in_channels": 16, "out_channels": 16, "vec_in_dim": 40, "context_in_dim": TEXT, "hidden_size": WIDTH,
-        "mlp_ratio": 2.0, "num_heads": HEADS, "depth": 1, "depth_single_blocks": 1, "axes_dim": [8, 12, 12],
+        "mlp_ratio": 2.0, "num_heads": HEADS, "depth": 2, "depth_single_blocks": 2, "axes_dim": [8, 12, 12],
         "theta": 10000, "patch_size": 2, "qkv_bias": True, "guidance_embed": True, "txt_ids_dims": [],
         **changes,
     }  # fmt: skip
@@ -52,7 +52,7 @@ def sd35() -> dict:
 
 def auraflow() -> dict:
     return {
-        "max_seq": 64, "cond_seq_dim": TEXT, "n_double_layers": 1, "n_layers": 2, "dim": WIDTH, "n_heads": HEADS,
+        "max_seq": 64, "cond_seq_dim": TEXT, "n_double_layers": 2, "n_layers": 4, "dim": WIDTH, "n_heads": HEADS,
         "global_conddim": WIDTH,
     }  # fmt: skip
 
@@ -61,7 +61,7 @@ def hunyuan_video(**changes) -> dict:
     return {
         "image_model": "hunyuan_video", "in_channels": 16, "patch_size": [1, 2, 2], "out_channels": 16,
         "vec_in_dim": 40, "axes_dim": [8, 12, 12], "meanflow": False, "context_in_dim": TEXT, "hidden_size": WIDTH,
-        "mlp_ratio": 2.0, "num_heads": HEADS, "depth": 1, "depth_single_blocks": 1, "theta": 256, "qkv_bias": True,
+        "mlp_ratio": 2.0, "num_heads": HEADS, "depth": 2, "depth_single_blocks": 2, "theta": 256, "qkv_bias": True,
         "byt5": False, "guidance_embed": True, "use_cond_type_embedding": False, "vision_in_dim": None,
         "meanflow_sum": False, **changes,
     }  # fmt: skip
@@ -96,7 +96,7 @@ def mochi() -> dict:
 
 def ltxv(**changes) -> dict:
     return {
-        "image_model": "ltxv", "num_layers": 1, "attention_head_dim": 32, "num_attention_heads": HEADS,
+        "image_model": "ltxv", "num_layers": 2, "attention_head_dim": 32, "num_attention_heads": HEADS,
         "cross_attention_dim": WIDTH, "caption_channels": TEXT, **changes,
     }  # fmt: skip
 
@@ -127,7 +127,7 @@ def qwen_image() -> dict:
 def lumina(**changes) -> dict:
     return {
         "image_model": "lumina2", "patch_size": 2, "in_channels": 16, "dim": WIDTH, "cap_feat_dim": TEXT,
-        "n_layers": 1, "n_refiner_layers": 1, "qk_norm": True, "n_heads": HEADS, "n_kv_heads": 1,
+        "n_layers": 2, "n_refiner_layers": 1, "qk_norm": True, "n_heads": HEADS, "n_kv_heads": 1,
         "axes_dims": [8, 12, 12], "axes_lens": [64, 64, 64], "rope_theta": 10000.0, "ffn_dim_multiplier": 1.0,
         "multiple_of": 32, **changes,
     }  # fmt: skip
@@ -148,9 +148,9 @@ def z_image() -> dict:
 def hidream() -> dict:
     return {
         "image_model": "hidream", "attention_head_dim": 32, "axes_dims_rope": [16, 8, 8],
-        "caption_channels": [TEXT, TEXT], "max_resolution": [16, 16], "in_channels": 16, "llama_layers": [0, 1],
-        "num_attention_heads": HEADS, "num_routed_experts": 4, "num_activated_experts": 2, "num_layers": 1,
-        "num_single_layers": 1, "out_channels": 16, "patch_size": 2, "text_emb_dim": 40,
+        "caption_channels": [TEXT, TEXT], "max_resolution": [16, 16], "in_channels": 16, "llama_layers": [0, 1, 0, 1],
+        "num_attention_heads": HEADS, "num_routed_experts": 4, "num_activated_experts": 2, "num_layers": 2,
+        "num_single_layers": 2, "out_channels": 16, "patch_size": 2, "text_emb_dim": 40,
     }  # fmt: skip
 
 
@@ -218,7 +218,7 @@ def omnigen2() -> dict:
     return {
         "image_model": "omnigen2", "axes_dim_rope": [8, 12, 12], "axes_lens": [64, 64, 64],
         "ffn_dim_multiplier": None, "hidden_size": WIDTH, "in_channels": 16, "multiple_of": 32, "norm_eps": 1e-5,
-        "num_attention_heads": HEADS, "num_kv_heads": 1, "num_layers": 1, "num_refiner_layers": 1,
+        "num_attention_heads": HEADS, "num_kv_heads": 1, "num_layers": 2, "num_refiner_layers": 1,
         "out_channels": None, "patch_size": 2, "text_feat_dim": TEXT, "timestep_scale": 1000.0,
     }  # fmt: skip
 
@@ -268,7 +268,7 @@ def mage_flow() -> dict:
 def joyimage() -> dict:
     return {
         "image_model": "joyimage", "hidden_size": HEADS * 128, "num_attention_heads": HEADS, "text_dim": TEXT,
-        "mlp_width_ratio": 1.0, "num_layers": 1,
+        "mlp_width_ratio": 1.0, "num_layers": 2,
     }  # fmt: skip
 
 
@@ -283,8 +283,48 @@ def stable_audio3() -> dict:
 
 def minimax_h3() -> dict:
     return {
-        "image_model": "minimax_h3", "num_layers": 1, "token_refiner_num_layers": 1, "hidden_size": WIDTH,
+        "image_model": "minimax_h3", "num_layers": 2, "token_refiner_num_layers": 1, "hidden_size": WIDTH,
         "latents_dim": 24, "audio_latents_dim": 32, "attention_head_dim": 32, "num_attention_heads": HEADS,
         "ffn_hidden_size": 96, "text_dim": TEXT, "timestep_input_dim": 32, "time_embed_hidden_size": 32,
         "time_embed_dim": 32, "rope_inv_freq_len": 4,
+    }  # fmt: skip
+
+
+def cosmos1() -> dict:
+    config = cosmos_predict2(
+        image_model="cosmos", model_channels=96, block_config="FA-CA-MLP", block_x_format="THWBD",
+        affline_emb_norm=True, pos_emb_learnable=False, extra_per_block_abs_pos_emb=True,
+        extra_per_block_abs_pos_emb_type="learnable",
+    )  # fmt: skip
+    return {key: value for key, value in config.items() if "fps" not in key}
+
+
+def pixeldit() -> dict:
+    return {
+        "image_model": "pixeldit_t2i", "num_groups": HEADS, "hidden_size": WIDTH, "pixel_hidden_size": 16,
+        "pixel_attn_hidden_size": 32, "pixel_num_groups": HEADS, "patch_depth": 2, "pixel_depth": 2,
+        "txt_embed_dim": TEXT,
+    }  # fmt: skip
+
+
+def hunyuan3d() -> dict:
+    return {
+        "image_model": "hunyuan3d2", "in_channels": 16, "context_in_dim": TEXT, "hidden_size": WIDTH,
+        "mlp_ratio": 2.0, "num_heads": HEADS, "depth": 2, "depth_single_blocks": 2, "qkv_bias": True,
+        "guidance_embed": False,
+    }  # fmt: skip
+
+
+def hunyuan3d_21() -> dict:
+    return {
+        "image_model": "hunyuan3d2_1", "in_channels": 16, "context_dim": TEXT, "hidden_size": WIDTH,
+        "mlp_ratio": 2.0, "num_heads": HEADS, "depth": 4, "qkv_bias": False, "guidance_cond_proj_dim": None,
+    }  # fmt: skip
+
+
+def ideogram4() -> dict:
+    return {
+        "image_model": "ideogram4", "in_channels": 128, "num_layers": 2, "num_attention_heads": HEADS,
+        "attention_head_dim": 32, "intermediate_size": 96, "adaln_dim": 32, "llm_features_dim": TEXT,
+        "mrope_section": (8, 4, 4),
     }  # fmt: skip

@@ -30,7 +30,7 @@ def calibrate(host: Host, patcher, **plan):
 def statistics_equal_brute_force(host: Host) -> dict[str, float]:
     """All candidates chosen: counts, bounds, means and Hessians of plain hooks over the same sampling runs."""
     patcher = cached_demo(host)
-    found = calibrate(host, patcher, hessians=True)
+    found, _ = calibrate(host, patcher, hessians=True)
     sampling = host.module("nodes.comfyui.sampling")
     settings = sampling.Settings(*conditioning(host), *SETTINGS)
     seen: dict[str, list[torch.Tensor]] = {name: [] for name in found}
@@ -60,12 +60,45 @@ def statistics_equal_brute_force(host: Host) -> dict[str, float]:
 
 def cached_layers_see_computed_steps_only(host: Host) -> dict[str, int]:
     """With all steps allowed, a layer in a cached branch still counts 4 of 12 steps, the embedder all of them."""
-    found = calibrate(host, cached_demo(host), trajectories=2, batch_size=2, computed_only=False)
+    found, _ = calibrate(host, cached_demo(host), trajectories=2, batch_size=2, computed_only=False)
     tokens = 16
     return {
         "branch": found["blocks.0.mlp.fc1"].count // (2 * 2 * tokens),
         "output": found["final_layer.linear"].count // (2 * 2 * tokens),
     }
+
+
+def distances_between_steps(host: Host) -> dict[str, float | bool]:
+    """Against predictions that a callback saw; and a model with a cache has none."""
+    sampling, runs = host.module("nodes.comfyui.sampling"), host.module("nodes.comfyui.runs")
+    patcher, seen = demo(host), []
+    _, found = calibrate(host, patcher, trajectories=2, batch_size=2)
+    settings = sampling.Settings(*conditioning(host), *SETTINGS)
+    sampling.sample_new(
+        patcher, settings, torch.zeros(2, 3, 32, 32), 3, lambda step, denoised, x, total: seen.append(denoised.double())
+    )
+    sigmas, worst = schedule(patcher, "ddpm").double(), 0.0
+    for i in range(STEPS):
+        for j in range(i + 1, STEPS):
+            expected = relative(seen[i], seen[j]) * float(1 - sigmas[j + 1] / sigmas[j])
+            worst = max(worst, abs(float(found[i, j]) - expected))
+    return {"error": worst, "with a cache": calibrate(host, cached_demo(host), trajectories=1, batch_size=1)[1] is None}
+
+
+def calibrated_steps_are_computed(host: Host) -> bool:
+    """TAP Calibrate's file, wired to Apply Cache, gives the optimum of its distances."""
+    core, wires = host.module("qandc_core"), dict(zip(("positive", "negative"), conditioning(host)))
+    (wires["latent_image"],) = host.nodes.EmptyLatentImage().generate(32, 32, 2)
+    made = host.node("QandC_TAPCalibrate").execute(
+        demo(host), "new", 2, 8, *SETTINGS, 501, 2, "random", 8, 5.0, True, False, "steps", **wires
+    )
+    policy = {"policy": "number of steps", "computed": 5}
+    (fast,) = host.node("QandC_ApplyCache").execute(demo(host), policy, 1, calibration=made.args[0]).args
+    options = fast.model_options["transformer_options"]
+    report = options["qandc_report"] = core.RunReport("ddpm", STEPS, len(LABELS), CFG, "cpu")
+    ksampler(host, fast, "ddpm")
+    computed = tuple(i for i, ran in enumerate(report.computed) if ran)
+    return computed == tuple(core.optimal_schedule(made.args[0].distances, 5))
 
 
 def hooks_are_gone(host: Host) -> bool:
@@ -207,6 +240,8 @@ if __name__ == "__main__":
     main({
         "statistics": statistics_equal_brute_force,
         "steps seen": cached_layers_see_computed_steps_only,
+        "distances": distances_between_steps,
+        "calibrated steps": calibrated_steps_are_computed,
         "hooks are gone": hooks_are_gone,
         "pipeline": pipeline,
         "pipeline, gptq": lambda host: pipeline(host, True),
