@@ -31,7 +31,7 @@ def hadamard(group: int) -> Tensor:
 
 
 def rotate(x: Tensor, group: int) -> Tensor:
-    """x R for x (M, K), in place of inputs as of weights; R is its own inverse."""
+    """x R for the rows of x (M, K), inputs or a weight; R is its own inverse."""
     matrix = hadamard(group).to(x)
     return (x.reshape(len(x), -1, group) @ matrix.T).reshape(x.shape)
 

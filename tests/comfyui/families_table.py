@@ -13,12 +13,13 @@ TIERS = ("whole prediction", "blocks")
 TEXT = """# Model families under Apply Cache
 
 Each row is ComfyUI's own model class in a tiny, randomly filled configuration, sampled for {steps} steps with euler,
-simple and cfg 2, on ComfyUI {version}. Every third step is computed: {computed} are computed and {reused} reused. The differences are
-relative, between such a run and Euler steps written by hand without the nodes, and the larger of two: both conditions
-in one batch, and one after the other on reused steps. For "whole prediction" the steps by hand hold
-d = (x - denoised) / sigma; for "blocks" each block of the lists named adds again what it added on the last computed
-step, while the rest of the network computes. Rounding alone makes the difference about 1e-7. On every row and with
-either choice a cache that never reuses gave the plain model's result bit for bit, and the run left nothing on the
+simple and cfg 2, on ComfyUI {version}. Every third step is computed: {computed} are computed and {reused} reused.
+
+The differences are relative, between such a run and Euler steps written by hand without the nodes, and the larger of
+two: both conditions in one batch, and one after the other on reused steps. For "whole prediction" the steps by hand
+hold d = (x - denoised) / sigma; for "blocks" each block of the lists named adds again what it added on the last
+computed step, while the rest of the network computes. Rounding alone makes the difference about 1e-7. On every row and
+with either choice a cache that never reuses gave the plain model's result bit for bit, and the run left nothing on the
 model. The table shows that the cache does what it says on the family, not how good the images of a trained model are.
 
 {rows}

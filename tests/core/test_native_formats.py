@@ -1,0 +1,487 @@
+import json
+
+import comfy_kitchen
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from comfy_kitchen.tensor import AsymW4A8Int8Layout, QuantizedTensor, TensorWiseINT8Layout
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from qandc_core.calibration.statistics import LayerStatistics
+from qandc_core.quantization.hadamard import ROTATIONS, hadamard, rotate, rotate_hessian, rotation_group
+from qandc_core.quantization.native import (
+    CodebookGrid,
+    NativeConfig,
+    dequantize,
+    int8_grid,
+    layer_config,
+    native_format,
+    nearest_level,
+    output_error,
+    quantize_weight,
+    row_errors,
+    stock_grid,
+)
+from qandc_core.quantization.quantizer import quantize, unpack_int4
+
+FORMATS = ("W8A8", "W4A8")
+SHAPES = ((24, 1152), (32, 256), (16, 48), (12, 16), (8, 320))
+LAYOUTS = {"int8_tensorwise": TensorWiseINT8Layout, "asym_w4a8_int8": AsymW4A8Int8Layout}
+
+
+@pytest.fixture(autouse=True)
+def single_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        yield
+    torch.set_num_threads(threads)
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def gaussian(rows, width, seed=0):
+    return torch.randn(rows, width, generator=seeded(seed)) / width**0.5
+
+
+def heavy(rows, width, seed=0):
+    """Cubed normal values: single weights far outside."""
+    return torch.randn(rows, width, generator=seeded(seed)) ** 3
+
+
+def sparse(rows, width, seed=0):
+    """Sparse in the rotated basis, where the stock quantizer fits a codebook of its own."""
+    kept = torch.rand(rows, width, generator=seeded(seed)) < 0.2
+    return rotate(heavy(rows, width, seed + 1) * kept, rotation_group(width))
+
+
+WEIGHTS = (gaussian, heavy, sparse)
+
+
+def inputs(width, rows, seed, offset=0.5):
+    """Correlated inputs with a mean and eight large channels: one distribution, `seed` draws the sample."""
+    shared = seeded(1000)
+    mix, mean = torch.randn(width // 4, width, generator=shared), torch.randn(width, generator=shared)
+    scale = torch.ones(width).index_fill(0, torch.randperm(width, generator=shared)[:8], 10)
+    sample = seeded(seed)
+    x = torch.randn(rows, width // 4, generator=sample) @ mix / (width // 4) ** 0.5
+    return (x + 0.1 * torch.randn(rows, width, generator=sample) + offset * mean) * scale
+
+
+def statistics_of(x, hessian=True):
+    statistics = LayerStatistics.empty(x.shape[1], hessian)
+    statistics.update(x)
+    return statistics
+
+
+def quantized(weight, format="W8A8", rounding="nearest", x=None, bias=None, **choices):
+    config = NativeConfig(format, rounding, **choices)
+    return quantize_weight("blocks.0.fc", weight, bias, config, None if x is None else statistics_of(x))
+
+
+def wrapped(layer, shape):
+    """The tensors as ComfyUI wraps them."""
+    tensors, config = layer.tensors, layer.config
+    common = {
+        "orig_dtype": torch.float32, "orig_shape": tuple(shape), "convrot_groupsize": config["convrot_groupsize"],
+    }  # fmt: skip
+    if layer.format == "int8_tensorwise":
+        params = TensorWiseINT8Layout.Params(scale=tensors["weight_scale"], convrot=config["convrot"], **common)
+    else:
+        params = AsymW4A8Int8Layout.Params(
+            scale=tensors["weight_s_rel"], s_channel=tensors["weight_s_channel"], codebook=tensors["weight_codebook"],
+            group_size=config["group_size"], **common,
+        )  # fmt: skip
+    return QuantizedTensor(tensors["weight"], LAYOUTS[layer.format].__name__, params)
+
+
+def relative(a, b):
+    return float((a - b).norm() / b.norm())
+
+
+# The rotation.
+
+
+@pytest.mark.parametrize("group", ROTATIONS)
+def test_rotation_is_symmetric_and_orthogonal(group):
+    matrix = hadamard(group)
+    assert torch.equal(matrix, matrix.T) and torch.equal(matrix.abs(), torch.full_like(matrix, group**-0.5))
+    assert torch.equal(matrix @ matrix, torch.eye(group))
+    x = torch.randn(5, 2 * group, generator=seeded(0))
+    assert torch.allclose(rotate(rotate(x, group), group), x, atol=1e-5)
+
+
+@pytest.mark.parametrize("group", ROTATIONS)
+def test_rotated_layer_computes_the_same(group):
+    x, weight = inputs(512, 20, 0), gaussian(8, 512)
+    assert torch.allclose(rotate(x, group) @ rotate(weight, group).T, x @ weight.T, atol=1e-4)
+
+
+def test_rotation_is_that_of_the_kernel():
+    """int8_linear rotates the inputs: with an identity for weight it returns them rotated, up to its rounding."""
+    for group in ROTATIONS:
+        x, identity = torch.randn(4, group, generator=seeded(0)), torch.eye(group, dtype=torch.int8)
+        y = comfy_kitchen.int8_linear(x, identity, torch.ones(group), None, torch.float32, True, group)
+        assert relative(y, rotate(x, group)) < 0.02
+
+
+def test_rotation_groups():
+    groups = {3072: 256, 1152: 64, 48: 16, 20: 4, 30: None, 7: None}
+    assert {width: rotation_group(width) for width in groups} == groups
+
+
+@pytest.mark.parametrize(("width", "group"), [(48, 16), (256, 64), (512, 256)])
+def test_rotated_hessian_is_that_of_rotated_inputs(width, group):
+    x = inputs(width, 100, 0).double()
+    rotated = rotate(x, group)
+    assert torch.allclose(rotate_hessian(x.T @ x, group), rotated.T @ rotated, rtol=1e-9, atol=1e-9)
+
+
+# The tensors.
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("format", FORMATS)
+def test_decoder_is_that_of_comfy_kitchen_bit_for_bit(format, weights, shape):
+    layer = quantized(weights(*shape), format)
+    assert torch.equal(dequantize(layer.tensors), wrapped(layer, shape).dequantize())
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_decoder_on_random_codes(format):
+    layer = quantized(gaussian(16, 64), format)
+    layer.tensors["weight"] = torch.randint(-128, 128, layer.tensors["weight"].shape, dtype=torch.int8)
+    assert torch.equal(dequantize(layer.tensors), wrapped(layer, (16, 64)).dequantize())
+
+
+def test_decoder_without_rotation():
+    scale, codes = torch.rand(4, 1), torch.randint(-127, 128, (4, 10), dtype=torch.int8)
+    conf = torch.tensor(list(b'{"format": "int8_tensorwise"}'), dtype=torch.uint8)
+    tensors = {"weight": codes, "weight_scale": scale, "comfy_quant": conf}
+    assert torch.equal(dequantize(tensors), codes.float() * scale)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_nearest_rounding_without_clipping_is_comfy_kitchens(weights, shape):
+    weight = weights(*shape)
+    group = rotation_group(shape[1])
+    ours = quantized(weight, "W8A8", clip_search=False).tensors
+    codes, params = TensorWiseINT8Layout.quantize(weight, per_channel=True, convrot=True, convrot_groupsize=group)
+    assert torch.equal(ours["weight"], codes) and torch.equal(ours["weight_scale"], params.scale)
+    ours = quantized(weight, "W4A8").tensors
+    codes, params = AsymW4A8Int8Layout.quantize(weight, convrot_groupsize=group)
+    assert torch.equal(ours["weight"], codes)
+    assert torch.equal(ours["weight_s_rel"].float(), params.scale.float())
+    assert torch.equal(ours["weight_s_channel"], params.s_channel)
+    assert torch.equal(ours["weight_codebook"], params.codebook)
+
+
+def test_sparse_weights_have_a_codebook_of_their_own():
+    frozen = stock_grid(gaussian(32, 256), 256).codebook
+    assert torch.equal(stock_grid(heavy(32, 256), 256).codebook, frozen)
+    assert not torch.equal(stock_grid(sparse(32, 256), 256).codebook, frozen)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+def test_tensors_are_those_that_comfyui_reads(rounding):
+    weight, bias = gaussian(24, 512), torch.zeros(24)
+    int8, w4a8 = (quantized(weight, f, rounding, inputs(512, 600, 0), bias) for f in FORMATS)
+    described = {name: (tuple(t.shape), t.dtype) for name, t in int8.tensors.items() if name != "comfy_quant"}
+    assert described == {
+        "weight": ((24, 512), torch.int8), "weight_scale": ((24, 1), torch.float32), "bias": ((24,), torch.float32),
+    }  # fmt: skip
+    described = {name: (tuple(t.shape), t.dtype) for name, t in w4a8.tensors.items() if name != "comfy_quant"}
+    assert described == {
+        "weight": ((24, 256), torch.int8),
+        "weight_s_rel": ((24, 32), torch.float8_e4m3fn),
+        "weight_s_channel": ((24,), torch.float32),
+        "weight_codebook": ((16,), torch.float32),
+        "bias": ((24,), torch.float32),
+    }
+    assert int8.tensors["comfy_quant"].numpy().tobytes() == (
+        b'{"format": "int8_tensorwise", "convrot": true, "convrot_groupsize": 256}'
+    )
+    assert w4a8.tensors["comfy_quant"].numpy().tobytes() == (
+        b'{"format": "asym_w4a8_int8", "group_size": 16, "convrot_groupsize": 256}'
+    )
+    for layer in (int8, w4a8):
+        assert all(t.is_contiguous() for t in layer.tensors.values())
+        assert layer.config == layer_config(layer.tensors) == json.loads(bytes(layer.tensors["comfy_quant"].tolist()))
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_linear_on_our_tensors_is_the_int8_kernel(format, rounding):
+    weight, bias, x = gaussian(16, 64), torch.randn(16, generator=seeded(3)), inputs(64, 12, 5)
+    layer = quantized(weight, format, rounding, inputs(64, 200, 0), bias)
+    y = F.linear(x, wrapped(layer, weight.shape), bias)
+    if format == "W8A8":
+        codes, scale = layer.tensors["weight"], layer.tensors["weight_scale"]
+    else:
+        scale = layer.tensors["weight_s_channel"]
+        codes = (rotate(dequantize(layer.tensors), 64) / scale[:, None]).round().to(torch.int8)
+    assert torch.equal(y, comfy_kitchen.int8_linear(x, codes, scale, bias, torch.float32, True, 64))
+    assert relative(y, F.linear(x, dequantize(layer.tensors), bias)) < 0.02  # activations in int8
+
+
+def test_weights_of_half_precision():
+    weight = gaussian(16, 64).bfloat16()
+    for format in FORMATS:
+        layer, exact = quantized(weight, format), quantized(weight.float(), format)
+        assert all(torch.equal(layer.tensors[k].float(), exact.tensors[k].float()) for k in exact.tensors)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_layer_of_zeros_stays_zero(format, rounding):
+    layer = quantized(torch.zeros(8, 32), format, rounding, inputs(32, 50, 0))
+    assert layer.error == 0 and not dequantize(layer.tensors).any()
+
+
+# The grids.
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_clip_search_never_increases_the_error(weights):
+    rotated = rotate(weights(40, 256), 64)
+    full, clipped = (row_errors(rotated, int8_grid(rotated, search)) for search in (False, True))
+    assert (clipped <= full).all()
+
+
+def test_clip_search_lowers_the_error_of_rows_with_an_outlier():
+    rotated = torch.randn(16, 8192, generator=seeded(0))
+    rotated[::2, 0] = 8
+    full, clipped = int8_grid(rotated, False), int8_grid(rotated, True)
+    assert (row_errors(rotated, clipped) < row_errors(rotated, full))[::2].all()
+    assert (clipped.scale <= full.scale).all() and (clipped.scale >= 0.89 * full.scale).all()
+
+
+@given(st.integers(0, 2**31), st.integers(1, 8))
+@settings(max_examples=40, deadline=None)
+def test_nearest_level_is_the_least_distance(seed, rows):
+    generator = seeded(seed)
+    levels = torch.randint(-20, 20, (rows, 16), generator=generator).float().sort(dim=1).values  # some coincide
+    x = 30 * torch.randn(rows, 9, generator=generator)
+    distances = (x[:, :, None] - levels[:, None]).abs()
+    chosen = distances.gather(2, nearest_level(levels, x)[:, :, None])[:, :, 0]
+    assert torch.equal(chosen, distances.amin(dim=2))
+
+
+# The codes.
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("width", "format"), [(192, "W4A8"), (192, "W8A8"), (256, "W4A8"), (256, "W8A8")])
+def test_gptq_lowers_the_error_on_inputs_that_it_has_not_seen(width, format, seed):
+    weight, x, unseen = gaussian(48, width, seed), inputs(width, 1024, 2 * seed), inputs(width, 256, 2 * seed + 1)
+    nearest, gptq = (quantized(weight, format, rounding, x) for rounding in ("nearest", "gptq"))
+    errors = [relative(unseen @ dequantize(layer.tensors).T, unseen @ weight.T) for layer in (nearest, gptq)]
+    assert errors[1] < 0.6 * errors[0]
+    assert gptq.error < 0.6 * nearest.error
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_random_calibration_gains_nothing(format):
+    weight, unseen = gaussian(48, 256), inputs(256, 256, 1)
+    noise = torch.randn(1024, 256, generator=seeded(7))
+    nearest, gptq = (quantized(weight, format, rounding, noise) for rounding in ("nearest", "gptq"))
+    errors = [relative(unseen @ dequantize(layer.tensors).T, unseen @ weight.T) for layer in (nearest, gptq)]
+    assert errors[1] > 0.85 * errors[0]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_gptq_changes_codes_only(format):
+    weight, x = gaussian(16, 64), inputs(64, 300, 0)
+    nearest, gptq = (quantized(weight, format, rounding, x).tensors for rounding in ("nearest", "gptq"))
+    changed = {name for name in nearest if not torch.equal(nearest[name].float(), gptq[name].float())}
+    assert changed == {"weight"}
+
+
+def reference_codes(weight, hessian, columns, damping=0.01):
+    """Optimal brain surgeon on values columns[k] (N, levels), one column after the other, with a fresh inverse."""
+    w, h = weight.copy(), hessian + damping * np.diag(hessian).mean() * np.eye(len(hessian))
+    codes = np.zeros(w.shape, dtype=int)
+    for k, levels in enumerate(columns):
+        codes[:, k] = np.abs(w[:, k : k + 1] - levels).argmin(1)
+        rounded = np.take_along_axis(levels, codes[:, k : k + 1], 1)[:, 0]
+        inverse = np.linalg.inv(h[k:, k:])
+        w[:, k:] -= np.outer((w[:, k] - rounded) / inverse[0, 0], inverse[0])
+    return codes
+
+
+def rotated_by_hand(weight, x, group):
+    rotation = np.kron(np.eye(weight.shape[1] // group), hadamard(group).double().numpy())
+    x = x.double().numpy() @ rotation
+    return weight.double().numpy() @ rotation, x.T @ x
+
+
+@pytest.mark.parametrize("rows", [20, 300])
+@pytest.mark.parametrize("width", [48, 144])
+def test_gptq_is_the_column_by_column_reference(width, rows):
+    weight, x = gaussian(8, width), inputs(width, rows, 0)
+    rotated, hessian = rotated_by_hand(weight, x, 16)
+
+    layer = quantized(weight, "W8A8", "gptq", x, clip_search=False).tensors
+    values = np.arange(-127, 128) * layer["weight_scale"].double().numpy()
+    expected = reference_codes(rotated, hessian, [values] * width) - 127
+    assert np.array_equal(layer["weight"].numpy(), expected)
+
+    layer = quantized(weight, "W4A8", "gptq", x).tensors
+    relative_scale = layer["weight_s_rel"].float().numpy()
+    values = [
+        np.clip(np.round(layer["weight_codebook"].numpy() * relative_scale[:, k // 16, None]), -127, 127)
+        * layer["weight_s_channel"].double().numpy()[:, None]
+        for k in range(width)
+    ]
+    expected = reference_codes(rotated, hessian, values)
+    assert np.array_equal(unpack_int4(layer["weight"].view(torch.uint8)).numpy() + 8, expected)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_gptq_with_fewer_samples_than_inputs(format):
+    weight, x = gaussian(16, 128), inputs(128, 30, 0)
+    x[:, [3, 70]] = 0
+    nearest, gptq = (quantized(weight, format, rounding, x).error for rounding in ("nearest", "gptq"))
+    assert gptq < 0.6 * nearest
+
+
+# Errors and the bias.
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_output_error_is_that_of_the_outputs(format):
+    weight, x = gaussian(16, 64), inputs(64, 200, 0)
+    tensors = quantized(weight, format).tensors
+    expected = relative(x.double() @ dequantize(tensors).double().T, x.double() @ weight.double().T)
+    assert output_error(weight, tensors, x.T @ x) == pytest.approx(expected, rel=1e-3)
+    assert output_error(weight, tensors) == pytest.approx(relative(dequantize(tensors), weight), rel=1e-4)
+    assert quantized(weight, format).error == output_error(weight, tensors)
+    assert quantized(weight, format, x=x).error == output_error(weight, tensors, x.T @ x)
+
+
+def test_four_bits_cost_more_than_eight():
+    for weights in WEIGHTS:
+        eight, four = (quantized(weights(32, 256), format).error for format in FORMATS)
+        assert 0 < 3 * eight < four < 0.2
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_bias_correction_removes_the_mean_error(format, rounding):
+    linear, x, unseen = nn.Linear(256, 32), inputs(256, 1024, 0, offset=2), inputs(256, 1024, 1, offset=2)
+    plain, corrected = (
+        quantized(linear.weight, format, rounding, x, linear.bias, bias_correction=wanted).tensors
+        for wanted in (False, True)
+    )
+    assert plain["bias"] is not None and torch.equal(plain["bias"], linear.bias)
+    assert torch.equal(plain["weight"], corrected["weight"])
+
+    def errors(tensors, x):
+        return F.linear(x, dequantize(tensors), tensors["bias"]) - linear(x)
+
+    assert errors(corrected, x).mean(0).abs().max() < 1e-3 * errors(corrected, x).std()
+    assert errors(corrected, x).mean(0).norm() < 0.01 * errors(plain, x).mean(0).norm()
+    assert errors(corrected, unseen).norm() <= 1.01 * errors(plain, unseen).norm()
+    if rounding == "nearest":
+        assert errors(corrected, unseen).norm() < 0.8 * errors(plain, unseen).norm()
+
+
+def test_bias_keeps_its_type_and_is_not_invented():
+    weight, x = gaussian(16, 64), inputs(64, 100, 0)
+    half = quantized(weight, x=x, bias=torch.ones(16).bfloat16(), bias_correction=True)
+    assert half.tensors["bias"].dtype == torch.bfloat16
+    assert "bias" not in quantized(weight, x=x, bias_correction=True).tensors
+    assert "bias" not in quantized(weight, bias_correction=True).tensors  # needs no statistics then
+
+
+# Which layers.
+
+
+def test_promotion():
+    int8, four = "int8_tensorwise", "asym_w4a8_int8"
+    expected = {(64, 1152): (int8, four), (8, 16): (int8, four), (8, 20): (int8, int8), (8, 4): (int8, int8),
+                (8, 30): (None, None), (6, 64): (None, None), (7, 33): (None, None)}  # fmt: skip
+    for shape, formats in expected.items():
+        assert tuple(native_format(*shape, f) for f in FORMATS) == formats
+        layers = [quantized(gaussian(*shape), f) for f in FORMATS]
+        assert tuple(layer and layer.format for layer in layers) == formats
+    promoted = quantized(gaussian(8, 20), "W4A8")
+    assert promoted.config == {"format": int8, "convrot": True, "convrot_groupsize": 4}
+    assert torch.equal(promoted.tensors["weight"], quantized(gaussian(8, 20), "W8A8").tensors["weight"])
+
+
+# Refusals.
+
+
+def test_unknown_choices():
+    with pytest.raises(ValueError, match="format must be one of W8A8, W4A8, got 'W4A4'"):
+        NativeConfig("W4A4")
+    with pytest.raises(ValueError, match="rounding must be one of nearest, gptq, got 'adaround'"):
+        NativeConfig(rounding="adaround")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("format", FORMATS)
+def test_damaged_weights(format, value):
+    weight = gaussian(8, 16)
+    weight[2, 3] = value
+    with pytest.raises(ValueError, match=r"^The weight of blocks\.0\.fc holds values that are not finite"):
+        quantized(weight, format)
+
+
+def test_missing_statistics():
+    weight, config = gaussian(8, 16), NativeConfig(rounding="gptq")
+    for statistics in (None, statistics_of(inputs(16, 20, 0), hessian=False)):
+        with pytest.raises(ValueError, match=r"^gptq rounding needs the input Hessian of blocks\.0\.fc"):
+            quantize_weight("blocks.0.fc", weight, None, config, statistics)
+    with pytest.raises(ValueError, match=r"^Bias correction needs the mean input of blocks\.0\.fc"):
+        quantized(weight, bias=torch.zeros(8), bias_correction=True)
+
+
+def test_damaged_statistics():
+    weight, statistics = gaussian(8, 16), statistics_of(inputs(16, 20, 0))
+    statistics.hessian[0, 0] = float("nan")
+    for rounding in ("nearest", "gptq"):
+        with pytest.raises(ValueError, match=r"^The input Hessian of blocks\.0\.fc holds values that are not finite"):
+            quantize_weight("blocks.0.fc", weight, None, NativeConfig(rounding=rounding), statistics)
+    statistics.hessian = -torch.eye(16)
+    with pytest.raises(ValueError, match=r"^The Hessian of blocks\.0\.fc has no inverse with damping 0\.01"):
+        quantize_weight("blocks.0.fc", weight, None, NativeConfig(rounding="gptq"), statistics)
+    statistics.mean[0] = float("nan")
+    with pytest.raises(ValueError, match=r"^The corrected bias of blocks\.0\.fc is not finite"):
+        quantize_weight("blocks.0.fc", weight, torch.zeros(8), NativeConfig(bias_correction=True), statistics)
+
+
+@pytest.mark.parametrize("error", [0.5, float("nan"), float("inf")])
+def test_collapse(monkeypatch, error):
+    monkeypatch.setattr("qandc_core.quantization.native.output_error", lambda *_: error)
+    with pytest.raises(ValueError, match=r"^blocks\.0\.fc cannot be quantized to int8_tensorwise: .* leave it float"):
+        quantized(gaussian(8, 16))
+
+
+def test_an_input_that_the_grid_cannot_serve_collapses():
+    """All of the layer's output comes from one direction in which the rounding error is as large as the weight."""
+    weight = torch.full((4, 16), 1e3)
+    weight[:, 1::2] *= -1
+    weight += 0.1 * gaussian(4, 16)
+    x = torch.ones(50, 16)
+    with pytest.raises(ValueError, match="cannot be quantized to asym_w4a8_int8"):
+        quantized(weight, "W4A8", x=x)
+
+
+def test_levels_are_those_of_the_decoder():
+    weight = gaussian(8, 32)
+    grid = stock_grid(weight, 16)
+    assert isinstance(grid, CodebookGrid)
+    levels = grid.levels()
+    assert levels.shape == (2, 8, 16) and torch.equal(levels, levels.round()) and levels.abs().max() <= 127
+    assert (levels.diff(dim=2) >= 0).all()
+    codes = quantize(rotate(weight, 16), int8_grid(rotate(weight, 16), False))
+    assert codes.abs().max() == 127
