@@ -35,7 +35,7 @@ DRAWN = {
     "Q&C error budget": ("tab:green", "*-"),
     "Q&C prediction, order 0": ("tab:pink", "x-"),
     "Q&C prediction, order 1": ("tab:blue", "o-"),
-    "Q&C prediction, order 1, calibrated": ("navy", "P:"),
+    "Q&C prediction, calibrated": ("navy", "P:"),
 }
 
 
@@ -47,7 +47,8 @@ count of computed steps (in brackets); between two settings of a method the erro
 
 The built-in model predicts the clean image of 32 x 32 digits; the flow model is of ComfyUI's Lumina 2 class, trained by
 flow_model.py on the same digits. EasyCache and LazyCache have their default start and end; in float32 EasyCache writes
-into the tensor that it was given on flow models, so a second row copies its input. Made by `python -m
+into the tensor that it was given on flow models, so a second row copies its input. "Calibrated" and "error budget"
+forecast as Apply Cache does: with order 1, and with 0 where the sampler adds noise. Made by `python -m
 benchmarks.caching`.
 """
 

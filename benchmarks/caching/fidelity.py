@@ -116,8 +116,8 @@ def calibrated(host: Host, subject: Subject) -> torch.Tensor:
     return distances(torch.stack(seen), subject.sigmas())
 
 
-def methods(host: Host, subject: Subject) -> dict[str, dict[float, Callable]]:
-    """Method -> setting -> (seed) -> images and calls."""
+def methods(host: Host, subject: Subject, order: int) -> dict[str, dict[float, Callable]]:
+    """Method -> setting -> (seed) -> images and calls; `order` is what Apply Cache uses with the sampler."""
     import comfy_extras.nodes_easycache as core
 
     T, patcher = subject.steps, subject.patcher
@@ -147,11 +147,11 @@ def methods(host: Host, subject: Subject) -> dict[str, dict[float, Callable]]:
     for tier, name in tiers.items():
         found[f"Q&C {name}, order 1"] = {n: run(ours(host, patcher, tier, 1, computed=n)) for n in counts}
     distances = calibrated(host, subject)
-    found["Q&C prediction, order 1, calibrated"] = {
-        n: run(ours(host, patcher, "whole prediction", 1, computed=n, distances=distances)) for n in counts
+    found["Q&C prediction, calibrated"] = {
+        n: run(ours(host, patcher, "whole prediction", order, computed=n, distances=distances)) for n in counts
     }
     found["Q&C error budget"] = {
-        e: run(ours(host, patcher, "whole prediction", 1, max_error=e)) for e in (0.003, 0.01, 0.02, 0.05, 0.1)
+        e: run(ours(host, patcher, "whole prediction", order, max_error=e)) for e in (0.003, 0.01, 0.02, 0.05, 0.1)
     }
     return found
 
@@ -167,6 +167,8 @@ def main() -> None:
     from host import Host
 
     host = Host(checkout, base)
+    run = host.module("nodes.comfyui.cache_run")
+    adds_noise, run.adds_noise = run.adds_noise, lambda sampler: False  # to measure also what Apply Cache refuses
     subjects = {
         "built-in, ddim, 50 steps": built_in(host, "ddim"),
         "built-in, ddpm, 50 steps": built_in(host, "ddpm"),
@@ -180,7 +182,8 @@ def main() -> None:
             if only and not any(part in name for part in only):
                 continue
             references = {seed: subject.images(subject.patcher, seed)[0] for seed in range(int(seeds))}
-            for method, settings in methods(host, subject).items():
+            order = 0 if adds_noise(subject.sampler) else 1
+            for method, settings in methods(host, subject, order).items():
                 for setting, run in settings.items():
                     results = [run(seed) for seed in references]
                     rows.append({

@@ -102,10 +102,13 @@ class BlockCall:
         if part in self.added:
             return streams
         self.added.add(part)
-        return [
-            None if stream is None else stream + self.cache.recall(f"{part}/{i}").to(stream.dtype)
-            for i, stream in enumerate(streams)
-        ]
+        return [self.moved(f"{part}/{i}", stream) for i, stream in enumerate(streams)]
+
+    def moved(self, name: str, stream: Tensor | None) -> Tensor | None:
+        """A stream that no block gave back stays."""
+        if stream is None or not self.cache.holds(name):
+            return stream
+        return stream + self.cache.recall(name).to(stream.dtype)
 
 
 def shape(stream: Tensor | None) -> torch.Size | None:

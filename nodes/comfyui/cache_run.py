@@ -15,6 +15,8 @@ from ...qandc_core.sampling.timing import CallTimes
 from .blocks import CachedBlocks
 from .runs import step_at
 
+PREDICTION = "whole prediction"
+NOISY = ("ddpm", "ancestral", "sde", "lcm", "seeds", "sa_solver")  # in the names of samplers that add noise
 COMPUTED, HELD, FORECAST, ABSENT = "C", "R", "F", "."
 SIDES = {0: "positive", 1: "negative"}
 
@@ -29,7 +31,7 @@ class CachedRun:
         self.total = len(self.sigmas) - 1
         self.plan = policy.plan(self.total, flow)
         self.offload = offload
-        self.corrects = sampler_name == "sample_heun"
+        self.sampler_name, self.corrects = sampler_name, sampler_name == "sample_heun"
         self.caches: dict[torch.device, FeatureCache] = {}
         self.blocks: dict[int, CachedBlocks] = {}
         self.passes: Counter[Hashable] = Counter()
@@ -39,9 +41,17 @@ class CachedRun:
         self.names: dict[Hashable, str] = {}
         self.times = CallTimes()
         self.warnings: list[str] = []
-        self.tier, self.reason, self.tested = "", "", False
+        self.tier, self.reason, self.tested, self.keeps_tokens = "", "", False, False
         self.step, self.position, self.peak_bytes = 0, 0.0, 0
         self.reused = self.computed_any = False
+
+    def begin(self, tier: str, reason: str) -> None:
+        """What is reused is known now. A forecast of whole predictions does not see the noise that a sampler adds."""
+        self.tier, self.reason = tier, reason
+        self.keeps_tokens = self.keeps_tokens or tier != PREDICTION
+        if tier == PREDICTION and self.plan.order and adds_noise(self.sampler_name):
+            self.plan.order = 0
+            self.warn(f"held instead of forecast: {self.sampler_name.removeprefix('sample_')} adds noise")
 
     def begin_prediction(self, sigma: float) -> None:
         """The sampler asks for a prediction at sigma. Heun's first one at a noise level corrects the step before."""
@@ -74,8 +84,8 @@ class CachedRun:
         # Core gives a negative that it makes for an area the uuid of the positive.
         sides = transformer_options.get("cond_or_uncond", (0,))
         for condition in zip(transformer_options.get("uuids", (None,) * len(sides)), sides):
-            keys.append((condition, place, self.passes[condition, place]))
-            self.passes[condition, place] += 1
+            keys.append((condition, place, self.passes[condition, place[:-1]]))
+            self.passes[condition, place[:-1]] += 1
         return tuple(keys)
 
     def record(self, cache: FeatureCache, begun, ended) -> None:
@@ -143,6 +153,10 @@ class CachedRun:
             f"{len(computed) - sum(computed)} reused{fast}, {self.peak_bytes / 2**20:.1f} MiB"
             + "".join(f"; {text}" for text in self.warnings)
         )
+
+
+def adds_noise(sampler_name: str) -> bool:
+    return any(part in sampler_name for part in NOISY)
 
 
 def fraction(sigmas: list[float], at: int, sigma: float) -> float:

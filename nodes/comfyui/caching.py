@@ -14,13 +14,14 @@ from ...qandc_core.caching.attach import cached_call
 from ...qandc_core.caching.policies import CachePolicy
 from ...qandc_core.caching.state import FeatureCache
 from .blocks import CachedBlocks, block_lists, read_between
-from .cache_run import CachedRun
+from .cache_run import PREDICTION, CachedRun
 from .dit_model import DiTModel
 from .runs import REPORT, WRAPPERS, is_flow, note, options_of_run, sampler_function_name, scalar
 
 KEY = "qandc_cache"
 COMPILE = "torch.compile"  # of core's compile nodes
-AUTOMATIC, PREDICTION, BLOCKS, BRANCHES = TIERS = ("automatic", "whole prediction", "blocks", "attention and MLP")
+AUTOMATIC, BLOCKS, BRANCHES = "automatic", "blocks", "attention and MLP"
+TIERS = (AUTOMATIC, PREDICTION, BLOCKS, BRANCHES)
 SELF_TEST = {2: 3e-2, 4: 1e-3}  # relative difference allowed, by bytes of a value
 log = logging.getLogger(__name__)
 
@@ -102,8 +103,10 @@ class ModelWrapper:
     def __call__(self, executor, x, t, c_concat, c_crossattn, control, transformer_options, **kwargs):
         run, model = transformer_options[KEY], executor.class_obj
         if not run.tier:
-            run.tier, run.reason = choose_tier(model, self.tier)
-        cache = run.place(x, transformer_options, state_of(model, run.tier, c_crossattn, control))
+            run.begin(*choose_tier(model, self.tier))
+        # A batch of two prompts may be padded to the longer, which blocks see and the prediction does not.
+        tokens = tuple(c_crossattn.shape[1:]) if run.keeps_tokens and c_crossattn is not None else ()
+        cache = run.place(x, transformer_options, (*state_of(model, control, transformer_options), tokens))
 
         def call() -> Tensor:
             return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
@@ -162,7 +165,7 @@ def reuse_blocks(run: CachedRun, cache: FeatureCache, model, transformer_options
         fault = kept.unlike and f"{kept.unlike} does not return its streams"
         fault = fault or self_test(blocks, cache, model, call, out)
         if fault:
-            run.tier, run.reason = PREDICTION, f"because blocks cannot be reused: {fault}"
+            run.begin(PREDICTION, f"because blocks cannot be reused: {fault}")
             run.warn(run.reason)
             cache.drop()
             cache.store("denoised", out.float().clone())
@@ -200,16 +203,16 @@ def choose_tier(model, wanted: str) -> tuple[str, str]:
     return PREDICTION, "which measured best"
 
 
-def state_of(model, tier: str, context: Tensor | None, control: Any) -> tuple:
-    """What a condition's features also belong to: hooked weights, a ControlNet that is on, and the number of tokens.
+def state_of(model, control: Any, transformer_options: dict[str, Any]) -> tuple:
+    """What a condition's features also belong to: hooked weights, replaced layers, a ControlNet.
 
-    Hooked LoRAs change their strength in mid-run, a ControlNet ends, a batch of two prompts is padded to the longer.
+    Hooked LoRAs change their strength in mid-run, skip-layer guidance begins and ends, a ControlNet ends.
     """
     hooks = getattr(model.current_patcher, "current_hooks", None)
     strengths = () if hooks is None else tuple((id(hook.hook_ref), hook.strength) for hook in hooks.hooks)
-    if tier == PREDICTION:
-        return strengths, control is not None
-    return strengths, () if context is None else tuple(context.shape[1:])
+    replaced = transformer_options.get("patches_replace", {})
+    layers = frozenset((kind, layer) for kind, layers in replaced.items() for layer in layers)
+    return strengths, layers, control is not None
 
 
 def apply_cache(patcher, settings: CacheSettings):

@@ -151,8 +151,8 @@ class SpeedupPlan(Plan):
             return
         cost = min(1.0, 2.0 ** ceil(log2(ratio)))
         if cost >= 1 / self.speedup:
-            share = f"{100 * ratio:.0f} %"
-            self.warnings.append(f"{self.speedup:g}x is out of reach: a reused step takes {share} of a computed one")
+            share = f"a reused step takes {100 * ratio:.0f} % of a computed one"
+            self.warnings.append(f"{self.speedup:g}x may be out of reach: {share}")
             return
         planned = spread(self.total, affordable(self.total, self.speedup, cost), self.inside)
         self.steps = {i for i in self.steps if i <= self.step} | {i for i in planned if i > self.step}

@@ -130,6 +130,9 @@ class FeatureCache:
             history.append((run.position, part.cpu() if self.offloaded_from else part))
             del history[: -1 - self.config.order]
 
+    def holds(self, branch: str) -> bool:
+        return all((condition, branch) in self.run.features for condition in self.run.conditions)
+
     def recall(self, branch: str) -> Tensor:
         parts = [self.forecast(condition, branch) for condition in self.run.conditions]
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -77,6 +77,12 @@ def parameters(old: bool = False) -> list:
     return [parameter(checkout) for checkout in chosen]
 
 
+def is_wanted_in_full(checkout: Checkout) -> bool:
+    """Whether long programs run on it: the newest and the oldest supported one do, others where they are asked for."""
+    supported = [c for c in checkouts() if c.version >= FLOOR]
+    return bool(os.environ.get("QANDC_COMFYUI_VERSIONS")) or checkout in (supported[0], supported[-1])
+
+
 def no_checkout(old: bool, wanted: list[str]) -> str:
     age = f"older than {'.'.join(map(str, FLOOR))}" if old else f"of version {'.'.join(map(str, FLOOR))} or newer"
     among = f" among {', '.join(wanted)}" if wanted else ""

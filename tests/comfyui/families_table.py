@@ -17,10 +17,11 @@ simple and cfg 2, on ComfyUI {version}. Every third step is computed: {computed}
 
 The differences are relative, between such a run and Euler steps written by hand without the nodes, and the larger of
 two: both conditions in one batch, and one after the other on reused steps. For "whole prediction" the steps by hand
-hold d = (x - denoised) / sigma; for "blocks" each block of the lists named adds again what it added on the last
-computed step, while the rest of the network computes. Rounding alone makes the difference about 1e-7. On every row and
-with either choice a cache that never reuses gave the plain model's result bit for bit, and the run left nothing on the
-model. The table shows that the cache does what it says on the family, not how good the images of a trained model are.
+hold d = (x - denoised) / sigma, which with euler is what holding the denoised sample comes to; for "blocks" each block
+of the lists named adds again what it added on the last computed step, while the rest computes. Rounding alone makes the
+difference about 1e-7. On every row and with either choice a cache that never reuses gave the plain model's result bit
+for bit, and the run left nothing on the model. The table shows that the cache does what it says on the family, not how
+good the images of a trained model are.
 
 {rows}
 

@@ -96,6 +96,14 @@ def test_a_second_pass_without_some_layers_keeps_its_own(run, family, tier):
     assert [path for path in first if path not in second] == [path for path in first if path.endswith(".0")] != []
 
 
+@pytest.mark.parametrize("family", ["Flux", "SD 3.5"])
+@pytest.mark.parametrize("tier", TIERS)
+def test_layers_that_are_skipped_in_a_part_of_the_run(run, family, tier):
+    """The negative is computed where they begin and end; at the end the positive is in its batch again."""
+    result = found(run, "cache_matrix", "skipped in part", family, tier)
+    assert is_brute_force(result) and result["timeline"] == {"positive": ENDS, "negative": "CRCCRCCRR"}
+
+
 @everywhere
 def test_a_hooked_lora_computes_where_its_strength_changes(run, family, tier):
     result = found(run, "cache_matrix", "hooks", family, tier)
@@ -104,10 +112,10 @@ def test_a_hooked_lora_computes_where_its_strength_changes(run, family, tier):
 
 @pytest.mark.parametrize("tier", TIERS)
 def test_a_control_that_ends(run, tier):
-    """A whole prediction holds what the control did; blocks do not, for it adds after them."""
+    """Neither holds what the control did to other blocks or to the prediction."""
     result = found(run, "cache_matrix", "control", "Flux", tier)
     assert is_brute_force(result)
-    assert result["timeline"] == dict.fromkeys(SIDES, ENDS if tier == "whole prediction" else HELD)
+    assert result["timeline"] == dict.fromkeys(SIDES, ENDS)
 
 
 @everywhere

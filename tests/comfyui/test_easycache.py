@@ -8,18 +8,15 @@ STEPS = list(range(12))
 SCHEDULE = [0, 3, 6, 9]
 # Networks that never call the hook that EasyCache is.
 WITHOUT_HOOK = {
-    "SD 3.5", "PixArt alpha", "PixArt sigma", "HunyuanDiT", "Mochi", "Stable Audio", "Stable Audio 3", "ERNIE-Image",
-    "OmniGen2",
+    "SD 3.5", "SD 3.5 with a ControlNet", "PixArt alpha", "PixArt sigma", "HunyuanDiT", "Hunyuan3D 2.1", "Mochi",
+    "Stable Audio", "Stable Audio 3", "ERNIE-Image", "OmniGen2",
 }  # fmt: skip
 FLOW = ("Flux", "Qwen-Image", "Lumina 2")
 
 
 @pytest.mark.parametrize("family", FLOW)
 def test_easycache_overwrites_the_sample_that_a_skipped_step_is_taken_from(run, family):
-    """In float32 a flow model's network gets the sampler's tensor itself, and denoised = x - sigma v takes the wrong x.
-
-    Apply Cache leaves x as it is.
-    """
+    """In float32 a flow model's network gets the very batch that x - sigma v is taken from; Apply Cache leaves it."""
     core, ours = (run("easycache")[f"overwritten input, {family}"][kind] for kind in ("core", "ours"))
     assert core["changed"] == core["skipped"] > 0 and min(core["errors"]) > 1
     assert ours["changed"] == 0 < ours["skipped"] and max(ours["errors"]) < 1e-6
@@ -75,7 +72,7 @@ def test_easycache_answers_a_context_window_with_what_it_computed_on_another(run
     assert core["errors"][0][0] is None
     assert all(latest < 1e-6 for _, latest in core["errors"])
     assert sum(own is not None and own > 0.5 for own, _ in core["errors"]) > len(core["errors"]) / 2
-    assert len(ours["errors"]) == 24 and all(own < 1e-6 for own, _ in ours["errors"])
+    assert len(ours["errors"]) == 24 and all(own < 1e-5 for own, _ in ours["errors"])
 
 
 def test_easycache_ends_with_an_error_on_context_windows_of_two_sizes(run):

@@ -752,3 +752,16 @@ def test_conditions_keep_their_own_features_however_they_are_batched():
     assert cache.place(1, ["b"]) and cache.recall("branch").tolist() == [3.0, 4.0]
     assert cache.place(1, ["b", "a"]) and cache.recall("branch").tolist() == [3.0, 4.0, 1.0, 2.0]
     assert not cache.place(1, ["a", "c"])
+
+
+def test_what_the_latest_computed_step_did_not_evaluate_is_forgotten():
+    """Step 4 computes "b" in the place of "a", and step 6 only "b": what "a" kept at step 3 is too old."""
+    cache = FeatureCache(CacheConfig(3))
+    for step, condition in ((3, "a"), (4, "b")):
+        assert not cache.place(step, [condition])
+        cache.store("branch", torch.ones(1))
+    assert cache.place(5, ["a"]) and cache.place(5, ["b"])
+    assert not cache.place(6, ["b"])
+    cache.store("branch", torch.ones(1))
+    assert cache.place(7, ["b"]) and not cache.place(7, ["a"])
+    assert cache.num_bytes == 4

@@ -128,6 +128,19 @@ def windows(host: Host, tier: str) -> dict:
     )
 
 
+def skipped_in_part(host: Host, name: str, tier: str) -> dict:
+    """Core's other skip-layer guidance: the negative itself lacks the first layers, in a part of the run."""
+    import comfy_extras.nodes_slg as nodes
+
+    def prepare(patcher):
+        return nodes.SkipLayerGuidanceDiTSimple.execute(patcher, 0.2, ENDS, "0", "0").args[0]
+
+    def skipped(options: dict, control) -> bool:
+        return bool(options.get("patches_replace"))
+
+    return brute(host, name, tier, prepare, skipped)
+
+
 def low_rank(patcher, name: str) -> dict[str, torch.Tensor]:
     """A LoRA of every matrix in the blocks."""
     generator, lora = torch.Generator().manual_seed(4), {}
@@ -176,9 +189,7 @@ def controlled(host: Host, name: str, tier: str) -> dict:
     def ended(options: dict, control) -> bool:
         return control is not None
 
-    return brute(
-        host, name, tier, state=ended if tier == TIERS[0] else lambda *_: None, positive=positive, negative=negative
-    )
+    return brute(host, name, tier, state=ended, positive=positive, negative=negative)
 
 
 def two_runs(host: Host, name: str, tier: str) -> dict[str, bool]:
@@ -298,6 +309,7 @@ EVERYWHERE = {
 SOMEWHERE = {
     "control": (("Flux",), controlled),
     "skipped layers": (("Flux", "SD 3.5"), lambda host, name, tier: brute(host, name, tier, skip_layers)),
+    "skipped in part": (("Flux", "SD 3.5"), skipped_in_part),
     "padded negative": (("Flux", "Wan 2.1"), lambda host, name, tier: guidance(host, name, tier, 2, padding)),
     "windows": (("Wan 2.1",), lambda host, name, tier: windows(host, tier)),
 }

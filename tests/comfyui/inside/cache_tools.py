@@ -21,7 +21,7 @@ TIERS = ("whole prediction", "blocks")
 SIDES = ("positive", "negative")
 CASES: dict[str, Family] = {
     "Flux": replace(FAMILIES["Flux"], unet=unets.flux(image_model="flux", depth=2, depth_single_blocks=2)),
-    "SD 3.5": replace(FAMILIES["SD 3.5"], unet={**unets.sd35(), "num_blocks": 3}),
+    "SD 3.5": replace(FAMILIES["SD 3.5"], unet={**unets.sd35(), "num_blocks": 2}),
     "Lumina 2": replace(FAMILIES["Lumina 2"], unet=unets.lumina(n_layers=2)),
     "Wan 2.1": FAMILIES["Wan 2.1"],
     "Qwen-Image": FAMILIES["Qwen-Image"],

@@ -287,7 +287,9 @@ def context_windows(host: Host) -> dict[str, dict]:
     windowed = with_windows(watch.patcher, **causal_window_fix(False))
     for kind, fast in {"core": core(windowed), "ours": ours(host, windowed)}.items():
         calls = watch.run(fast, WAN, latent=ten_frames())
-        values = [call.velocity if kind == "ours" else call.velocity - call.x for call in calls]
+        # Each holds its own thing: ours the denoised sample, core's the velocity less the sample.
+        held = {"ours": lambda call: call.x - call.sigma * call.velocity, "core": lambda call: call.velocity - call.x}
+        values = [held[kind](call) for call in calls]
         found[kind] = reuse_between_windows(calls, values)
     return found
 
@@ -341,7 +343,7 @@ def reports(host: Host, sampler: str) -> dict[str, dict]:
     watch = Watch(build(FLUX))
     evaluations = len(watch.run(watch.patcher, FLUX, sampler=sampler))
     found = {node: reported_by_core(watch, core(watch.patcher, node), sampler) for node in ("EasyCache", "LazyCache")}
-    fast, report = ours(host, watch.patcher), SimpleNamespace(computed=[], cache_bytes=0)
+    fast, report = ours(host, watch.patcher), SimpleNamespace(warnings=[])
     fast.model_options["transformer_options"][host.module("nodes.comfyui.runs").REPORT] = report
     ran = len(watch.run(fast, FLUX, sampler=sampler)) - len(skips(watch.calls))
     found["ours"] = {"skipped": report.computed.count(False), "steps": len(report.computed), "ran": ran}

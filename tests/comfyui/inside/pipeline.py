@@ -70,7 +70,7 @@ def cached_layers_see_computed_steps_only(host: Host) -> dict[str, int]:
 
 def distances_between_steps(host: Host) -> dict[str, float | bool]:
     """Against predictions that a callback saw; and a model with a cache has none."""
-    sampling, runs = host.module("nodes.comfyui.sampling"), host.module("nodes.comfyui.runs")
+    sampling = host.module("nodes.comfyui.sampling")
     patcher, seen = demo(host), []
     _, found = calibrate(host, patcher, trajectories=2, batch_size=2)
     settings = sampling.Settings(*conditioning(host), *SETTINGS)
