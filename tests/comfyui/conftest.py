@@ -11,7 +11,6 @@ from .inside_programs import install_pack, run_program
 from .models import write_dit
 from .server import Server
 
-
 LONG = {"families", "cache_matrix", "cache_runs", "cache_compile"}
 
 
@@ -50,7 +49,7 @@ def run(checkout, tmp_path_factory) -> Iterator[Callable[[str], dict]]:
 
     def result(name: str) -> dict:
         if name in LONG and not is_wanted_in_full(checkout):
-            pytest.skip(f"{name} takes a minute: on the newest and the oldest, or where QANDC_COMFYUI_VERSIONS names it")
+            pytest.skip("long: on the newest and the oldest version, or where QANDC_COMFYUI_VERSIONS names it")
         return found(name)
 
     yield result
