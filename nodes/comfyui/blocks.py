@@ -122,10 +122,10 @@ class CachedBlock:
         self.block, self.part, self.streams = block, part, streams
         self.own = vars(block).get("forward")
         self.forward = block.forward
-        self.nested, self.single, self.returned = False, len(streams) == 1, [True] * len(streams)
+        self.single, self.returned = len(streams) == 1, [True] * len(streams)
         self.call: BlockCall
 
-    def __enter__(self) -> None:
+    def enter(self) -> None:
         self.block.forward = self
 
     def leave(self) -> None:
@@ -140,8 +140,7 @@ class CachedBlock:
             args[name] if isinstance(name, int) else kwargs[name] if name in kwargs else args[positions[name]]
             for name in self.streams
         ]
-        self.nested = isinstance(values[0], tuple)  # video and audio
-        return list(values[0]) if self.nested else values
+        return list(values[0]) if isinstance(values[0], tuple) else values  # video and audio come as one
 
     def __call__(self, *args, **kwargs):
         streams = self.read(args, kwargs)
@@ -177,7 +176,7 @@ class CachedBlocks:
         try:
             for block in self.blocks:
                 block.call = call
-                block.__enter__()
+                block.enter()
                 entered.append(block)
             yield call
         finally:
