@@ -109,9 +109,7 @@ class TAPCalibrate(io.ComfyNode):
         )  # fmt: skip
         identity, progress = fingerprint_of(model), Progress(model, calibration_steps(plan, steps))
         statistics, distances = calibrate(model, settings, empty_latents(model, latent_image, 1), plan, progress)
-        calibration = Calibration(
-            identity, statistics, distances=distances, notes=describe(model, settings, plan)
-        )
+        calibration = Calibration(identity, statistics, distances=distances, notes=describe(model, settings, plan))
         calibration.save(path)
         log.info("Calibration saved: %s", path)
         return io.NodeOutput(calibration)

@@ -2,7 +2,7 @@
 
     COMFYUI/.venv/bin/python benchmarks/caching/overhead.py COMFYUI BASE
 
-BASE is a ComfyUI base directory with the pack in custom_nodes. Prints the JSON of benchmarks/results/caching-overhead.json.
+BASE is a ComfyUI base directory with the pack in custom_nodes. Prints what is in results/caching-overhead.json.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ class CacheConfig:
 def spaced_steps(total: int, computed: int) -> tuple[int, ...]:
     """`computed` of `total` steps, first and last among them, closer together towards the end, where images sharpen.
 
-    Step k lies at (total - 1) (k / (computed - 1))^0.7; the exponent was chosen on the two models of benchmarks/caching.
+    Step k lies at (total - 1) (k / (computed - 1))^0.7; the exponent was chosen on the models of benchmarks/caching.
     Raises ValueError unless 1 <= computed <= total.
     """
     if not 1 <= computed <= total:
