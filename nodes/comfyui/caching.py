@@ -8,7 +8,6 @@ from typing import Any
 
 import comfy.model_management
 from torch import Tensor, nn
-from torch._dynamo.eval_frame import OptimizedModule
 
 from ...qandc_core.caching.attach import cached_call
 from ...qandc_core.caching.policies import CachePolicy
@@ -192,7 +191,7 @@ CALLS = {PREDICTION: reuse_prediction, BRANCHES: reuse_branches, BLOCKS: reuse_b
 def choose_tier(model, wanted: str) -> tuple[str, str]:
     """What to reuse on this model, and why."""
     network: nn.Module = model.diffusion_model
-    if isinstance(network, OptimizedModule):
+    if hasattr(network, "_orig_mod"):  # torch.compile's wrapper, whose module takes seconds to import
         return PREDICTION, "because the whole model is compiled"
     if wanted == BRANCHES and not isinstance(model, DiTModel):
         return PREDICTION, "because attention and MLP are told apart on models of Load DiT only"

@@ -355,6 +355,8 @@ def full_calibration():
 def assert_equal(left, right):
     for name in ("model", "schedule", "sampling", "notes"):
         assert getattr(left, name) == getattr(right, name)
+    assert (left.distances is None) == (right.distances is None)
+    assert right.distances is None or torch.equal(left.distances, right.distances)
     assert list(left.statistics) == sorted(right.statistics)
     pairs = [(left.statistics[n], right.statistics[n]) for n in right.statistics]
     pairs += [] if right.variance is None else [(left.variance, right.variance)]
@@ -377,6 +379,7 @@ def test_file_round_trip_is_exact(tmp_path):
         "schedule": Calibration("abc", schedule=(0, 1)),
         "variance": Calibration("abc", variance=calibration.variance),
         "sampling": Calibration("abc", sampling=SamplingConfig()),
+        "distances": Calibration("abc", distances=torch.rand(5, 5, dtype=torch.float64)),
         "no Hessians": Calibration("abc", {n: replace(s, hessian=None) for n, s in calibration.statistics.items()}),
     }.items():
         path = tmp_path / name / "calibration.safetensors"
@@ -384,6 +387,13 @@ def test_file_round_trip_is_exact(tmp_path):
         assert_equal(load_calibration(path), part)
         assert_equal(load_calibration(str(path)), part)
         assert os.listdir(path.parent) == ["calibration.safetensors"]
+
+
+def test_a_calibration_without_distances_says_what_to_do():
+    distances = torch.rand(4, 4)
+    assert Calibration("abc", distances=distances).step_distances() is distances
+    with pytest.raises(ValueError, match="calibrate the model without a cache"):
+        Calibration("abc").step_distances()
 
 
 def test_later_stages_never_change_the_earlier_calibration(tmp_path):

@@ -78,6 +78,17 @@ def test_figure_grows_with_runs_and_shows_what_was_measured(images):
     assert table.count("\n") == 3 and table.startswith("| " + COLUMNS[0])
 
 
+def test_a_cached_run_says_what_it_reused_and_when(images):
+    cached = report([1.0, 0.1], [True, False], tier="blocks, as chosen", timeline={"positive": "CF", "negative": "CR"})
+    cached.cache_speedup, cached.warnings = 1.82, ["no effect at all"]
+    plain = ComparedRun("full", images, report([1.0, 1.0], [True, True]))
+    _, bare = run_comparison([plain, ComparedRun("fast", images, report([1.0, 0.1], [True, False]))])
+    figure, text = run_comparison([plain, ComparedRun("fast", images, cached)])
+    assert "fast: reuses blocks, as chosen, model calls 1.82x faster for it; no effect at all" in text
+    assert "CF  fast, positive\nCR  fast, negative" in text
+    assert text.startswith(bare) and "Steps" not in bare
+
+
 def test_markdown_has_a_column_for_every_value(images):
     lines = comparison_markdown(comparison_rows([ComparedRun("a", images), ComparedRun("b", images)])).splitlines()
     assert {line.count("|") for line in lines} == {len(COLUMNS) + 1}

@@ -3,7 +3,7 @@ import torch
 
 from qandc_core import DiT, DiTConfig, SamplingConfig, apply_cache_to_dit, generate, optimal_schedule
 from qandc_core.caching.attach import feature_cache
-from qandc_core.calibration.distances import feature_distances
+from qandc_core.calibration.distances import feature_distances, prediction_distances
 
 STEPS = 6
 
@@ -60,3 +60,14 @@ def test_the_schedule_of_the_distances_can_be_attached(model):
     apply_cache_to_dit(model, steps=steps)
     _, report = generate(model, [1], STEPS)
     assert tuple(i for i, computed in enumerate(report.computed) if computed) == steps
+
+
+def test_distances_between_predictions_equal_brute_force():
+    generator = torch.Generator().manual_seed(3)
+    predictions, sigmas = torch.randn(5, 40, generator=generator), torch.tensor([9.0, 4.0, 2.0, 1.0, 0.3, 0.0])
+    found = prediction_distances(predictions, sigmas)
+    for i in range(5):
+        for j in range(5):
+            error = float((predictions[i] - predictions[j]).norm() / predictions[j].norm())
+            expected = error * float(1 - sigmas[j + 1] / sigmas[j]) if i < j else 0.0
+            assert float(found[i, j]) == pytest.approx(expected, rel=1e-5)
