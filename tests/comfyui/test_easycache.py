@@ -8,7 +8,7 @@ STEPS = list(range(12))
 SCHEDULE = [0, 3, 6, 9]
 # Networks that never call the hook that EasyCache is.
 WITHOUT_HOOK = {
-    "SD 3.5", "SD 3.5 with a ControlNet", "PixArt alpha", "PixArt sigma", "HunyuanDiT", "Hunyuan3D 2.1", "Mochi",
+    "SD 3.5", "SD 3.5 with a ControlNet", "PixArt alpha", "PixArt sigma", "HunyuanDiT", "Mochi",
     "Stable Audio", "Stable Audio 3", "ERNIE-Image", "OmniGen2",
 }  # fmt: skip
 FLOW = ("Flux", "Qwen-Image", "Lumina 2")

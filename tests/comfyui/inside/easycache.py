@@ -328,7 +328,8 @@ def layers_run(host: Host, family: Family) -> dict[str, int]:
     """How many layers of the network ran in a run; nothing where this ComfyUI lacks the family."""
     import comfy.supported_models
 
-    if not hasattr(comfy.supported_models, family.config):
+    # Hunyuan3D 2.1 halves its batch, and a run without guidance has nothing to halve.
+    if not hasattr(comfy.supported_models, family.config) or family.config == "Hunyuan3Dv2_1":
         return {}
     watch, found = Watch(build(family)), {}
     models = {"no cache": watch.patcher, "core": core(watch.patcher), "ours": ours(host, watch.patcher)}
