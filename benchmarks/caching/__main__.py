@@ -12,13 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+from qandc_core.evaluation.experiment import cpu_name
 from tests.comfyui.checkouts import Checkout, checkouts
 from tests.comfyui.inside_programs import install_pack
 
@@ -43,7 +43,7 @@ DRAWN = {
 TEXT = """# Fidelity against computed steps
 
 Relative L2 distance of the images to those of the full run with the same noise, {seeds} seeds x 16 images, mean and
-standard error over the seeds, guidance 1.5, ComfyUI {version}, float32 on a {machine} CPU. A column is a speedup by the
+standard error over the seeds, guidance 1.5, ComfyUI {version}, float32 on CPU ({machine}). A column is a speedup by the
 count of computed steps (in brackets); between two settings of a method the error is interpolated geometrically.
 
 The built-in model predicts the clean image of 32 x 32 digits; the flow model is of ComfyUI's Lumina 2 class, trained by
@@ -105,7 +105,7 @@ def table(rows: list[dict], subject: str) -> str:
 
 def report(rows: list[dict], checkout: Checkout, seeds: int) -> str:
     subjects = list(dict.fromkeys(row["subject"] for row in rows))
-    parts = [TEXT.format(seeds=seeds, version=checkout.name, machine=platform.machine())]
+    parts = [TEXT.format(seeds=seeds, version=checkout.name, machine=cpu_name())]
     for subject in subjects:
         parts += [f"## {subject}", "", table(rows, subject), ""]
     return "\n".join(parts)
