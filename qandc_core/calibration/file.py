@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from ..compensation.apply import VarianceCompensation
 from ..sampling.process import SamplingConfig
+from .calls import ModelCall, pack_calls, unpack_calls
 from .statistics import LayerStatistics
 
 FORMAT, VERSION = "qandc-calibration", 1
 FINGERPRINT = "qandc_fingerprint"
-TENSORS = ("low", "high", "mean", "histogram", "hessian")
+TENSORS = ("low", "high", "mean", "histogram", "hessian", "rows", "held_out")
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -45,8 +46,8 @@ def fingerprint_tensors(tensors: Mapping[str, Tensor]) -> str:
 class Calibration:
     """What calibration found for one model: layer statistics, computed steps of the cache, variance compensation.
 
-    `distances` (T, T) are what optimal_schedule minimises. `sampling` and `notes` say how it was made. Immutable:
-    `with_variance` and `with_schedule` make a new one.
+    `distances` (T, T) are what optimal_schedule minimises. `sampling` and `notes` say how it was made. `held_out` are
+    calls of the model that no statistics come from. Immutable: `with_variance` and `with_schedule` make a new one.
     """
 
     model: str
@@ -56,6 +57,7 @@ class Calibration:
     distances: Tensor | None = None
     sampling: SamplingConfig | None = None
     notes: dict[str, Any] = field(default_factory=dict)
+    held_out: tuple[ModelCall, ...] = ()
 
     def check_model(self, model: nn.Module) -> None:
         self.check_fingerprint(fingerprint(model))
@@ -89,7 +91,8 @@ class Calibration:
 
     def save(self, path: str | Path) -> None:
         """Writes the file under a temporary name, then renames it."""
-        path, tensors = Path(path), {}
+        path = Path(path)
+        tensors, held_out = pack_calls(self.held_out)
         for name, layer in self.statistics.items():
             for key in TENSORS:
                 value = getattr(layer, key)
@@ -110,6 +113,7 @@ class Calibration:
             "variance_method": self.variance.method if self.variance is not None else None,
             "sampling": asdict(self.sampling) if self.sampling is not None else None,
             "notes": self.notes,
+            "held_out": held_out,
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -146,6 +150,7 @@ def load_calibration(path: str | Path) -> Calibration:
             variance=read_variance(tensors, header["variance_method"]),
             sampling=read_sampling(header["sampling"]),
             notes=header["notes"],
+            held_out=unpack_calls(tensors, header.get("held_out", ())),
         )
     except KeyError as error:
         raise ValueError(f"{path} is damaged, it lacks {error}; calibrate again.") from error
@@ -157,8 +162,8 @@ def read_statistics(tensors: dict[str, Tensor]) -> dict[str, LayerStatistics]:
     for name in sorted(names):
         count, reach = tensors[f"statistics/{name}/count"].tolist()
         low, high, mean, histogram = (tensors[f"statistics/{name}/{key}"] for key in TENSORS[:4])
-        hessian = tensors.get(f"statistics/{name}/hessian")
-        statistics[name] = LayerStatistics(int(count), low, high, mean, histogram, reach, hessian)
+        optional = (tensors.get(f"statistics/{name}/{key}") for key in TENSORS[4:])
+        statistics[name] = LayerStatistics(int(count), low, high, mean, histogram, reach, *optional)
     return statistics
 
 

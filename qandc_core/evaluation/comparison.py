@@ -93,15 +93,17 @@ def run_comparison(runs: Sequence[ComparedRun], shown: int = 8, gain: float = 4.
     title = "Against the first row: speedup, PSNR, and below each row the difference"
     said = remarks(runs)
     parts = [comparison_figure(pictures, title, size, gain), panels(runs), draw_table(rows), draw_lines(said)]
-    text = comparison_markdown(rows) + "".join(f"\n\n{line}" for line in said) + timelines(runs)
+    text = comparison_markdown(rows) + "".join(f"\n\n{line}" for line in said) + timelines(runs) + layers(runs)
     return stack([part for part in parts if part is not None]), text
 
 
 def remarks(runs: Sequence[ComparedRun]) -> list[str]:
-    """What each run's cache reused, what that gained by the run's own clock, and its warnings."""
+    """What each run's quantization cost, what its cache reused, what that gained by its own clock, and its warnings."""
     lines = []
     for run in runs:
         report = run.report
+        if report is not None and report.quantization is not None:
+            lines.append(f"{run.label}: {report.quantization.summary()}")
         if report is None or not report.tier:
             continue
         gain = "" if report.cache_speedup is None else f", model calls {report.cache_speedup:.2f}x faster for it"
@@ -116,6 +118,12 @@ def timelines(runs: Sequence[ComparedRun]) -> str:
         return ""
     rows = "\n".join(f"{line}  {name}" for name, line in named)
     return f"\n\nSteps (C computed, R held, F forecast):\n\n```\n{rows}\n```"
+
+
+def layers(runs: Sequence[ComparedRun]) -> str:
+    """The layers that quantization cost most."""
+    parts = [(run.label, run.report.quantization) for run in runs if run.report and run.report.quantization]
+    return "".join(f"\n\nLayers of {label}:\n\n{report.table()}" for label, report in parts)
 
 
 def numbers(row: dict[str, str]) -> str:

@@ -84,8 +84,11 @@ def read_dit(
 ) -> tuple[dict[str, Tensor], DiTConfig]:
     """Tensors in our layout and configuration of any source `load_dit` accepts, checked against each other.
 
-    `input_size` is needed for a diffusers file without the config.json of its folder.
+    `input_size` is needed for a diffusers file without the config.json of its folder. Layers in ComfyUI's quantized
+    formats come in full precision.
     """
+    from ..quantization.native_files import dequantized
+
     path = locate(source)
     tensors, metadata = read_tensors(path)
     try:
@@ -93,7 +96,7 @@ def read_dit(
         known = read_json(path.parent / "config.json") if (path.parent / "config.json").is_file() else {}
         if input_size is not None:
             known = {**known, "sample_size": input_size}
-        state_dict, metadata = to_published_layout(strip_prefix(tensors), metadata, known)
+        state_dict, metadata = to_published_layout(dequantized(strip_prefix(tensors)), metadata, known)
         config = detect_config(state_dict, metadata, num_heads)
         check_shapes(state_dict, config)
     except ValueError as error:

@@ -1,4 +1,9 @@
-"""GPTQ rounding (Frantar et al., arXiv 2210.17323): codes chosen so that the layer's output error is least."""
+"""GPTQ rounding (Frantar et al., arXiv 2210.17323): codes chosen so that the layer's output error is least.
+
+In the form of LDLQ, which gives the same codes (QuIP, arXiv 2307.13304, Theorem 6) and needs no inverse: with
+H = U D U^T, U unit upper triangular, the error E = W - W_q costs tr(E H E^T) = sum_k D_k |E U[:, k]|^2, so column k is
+rounded where its own error makes up for those before it.
+"""
 
 from __future__ import annotations
 
@@ -9,50 +14,61 @@ from torch import Tensor
 
 from .quantizer import Grid, quantize
 
-# Column k and its values (N, 1) in float64 -> codes and the values that they stand for, both (N, 1).
+# Column k and its values (N,) -> codes and the values that they stand for, both (N,).
 RoundColumn = Callable[[int, Tensor], tuple[Tensor, Tensor]]
 
 
-def gptq_codes(weight: Tensor, hessian: Tensor, grid: Grid, damping: float = 0.01, block: int = 128) -> Tensor:
+def gptq_codes(weight: Tensor, hessian: Tensor, grid: Grid, damping: float = 0.01, block: int = 16) -> Tensor:
     """int8 codes (N, K) of weight (N, K) on a per-channel grid; hessian X^T X (K, K) of the layer's inputs."""
+    channels = Grid(grid.scale.flatten(), grid.zero.flatten(), grid.low, grid.high)
 
     def round_column(_: int, column: Tensor) -> tuple[Tensor, Tensor]:
-        codes = quantize(column.float(), grid)
-        return codes, grid.scale * (codes.double() - grid.zero)
+        codes = quantize(column, channels)
+        return codes, channels.scale * (codes - channels.zero)
 
     return gptq(weight, hessian, round_column, damping, block)
 
 
-def gptq(weight: Tensor, hessian: Tensor, round_column: RoundColumn, damping: float = 0.01, block: int = 128) -> Tensor:
+def gptq(weight: Tensor, hessian: Tensor, round_column: RoundColumn, damping: float = 0.01, block: int = 16) -> Tensor:
     """int8 codes (N, K) of weight (N, K), column after column, on any grid that is fixed beforehand.
 
-    Algorithm 1 of the paper; inputs that never occur are rounded to nearest.
+    Inputs that never occur are rounded to nearest. Computes in float32, or in float64 where the weight is.
     """
-    width = weight.shape[1]
-    w = weight.detach().to(torch.float64, copy=True)
-    inverse = inverse_factor(hessian, damping)
-    codes = torch.empty_like(weight, dtype=torch.int8)
-    for start in range(0, width, block):
-        end = min(start + block, width)
-        errors = torch.zeros(len(w), end - start, dtype=w.dtype, device=w.device)
-        for j in range(start, end):
-            column = w[:, j : j + 1]
-            codes[:, j : j + 1], rounded = round_column(j, column)
-            error = (column - rounded) / inverse[j, j]
-            w[:, j:end] -= error * inverse[j : j + 1, j:end]
-            errors[:, j - start] = error[:, 0]
-        w[:, end:] -= errors @ inverse[start:end, end:]
-    return codes
+    # Columns lie as rows, the last one first, as in the factor.
+    columns = weight.detach().T.flip(0)
+    factor = reversed_factor(hessian, damping, torch.promote_types(weight.dtype, torch.float32))
+    errors = torch.zeros_like(columns, dtype=factor.dtype)  # of a column to come: what those before it hand on
+    codes = torch.empty_like(columns, dtype=torch.int8)
+
+    def round_columns(start: int, end: int) -> None:
+        if end - start > block:
+            middle = (start + end) // 2
+            round_columns(middle, end)
+            errors[start:middle].addmm_(factor[middle:end, start:middle].T, errors[middle:end])
+            round_columns(start, middle)
+            return
+        for row in reversed(range(start, end)):
+            errors[row].addmv_(errors[row + 1 : end].T, factor[row + 1 : end, row])
+            codes[row], rounded = round_column(len(columns) - 1 - row, columns[row] + errors[row])
+            torch.sub(columns[row], rounded, out=errors[row])
+
+    round_columns(0, len(columns))
+    return codes.flip(0).T.contiguous()
 
 
-def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
-    """The upper Cholesky factor (K, K) of the inverse of the damped Hessian, in float64."""
-    h = hessian.to(torch.float64, copy=True)
+def reversed_factor(hessian: Tensor, damping: float, dtype: torch.dtype) -> Tensor:
+    """U (K, K) of the damped H = U D U^T with rows and columns in reverse order, so that it is lower triangular.
+
+    Raises LinAlgError where H is not positive definite.
+    """
+    h = hessian.flip(0, 1).to(dtype)
     diagonal = h.diagonal()
     dead = diagonal == 0
     diagonal += torch.where(dead, 1.0, damping * diagonal[~dead].mean() if (~dead).any() else 1.0)
-    factor = torch.linalg.cholesky(h)
-    del h, diagonal  # a matrix of 12288 inputs takes 1.2 GB
-    inverse = torch.cholesky_inverse(factor)
-    del factor
-    return torch.linalg.cholesky(inverse, upper=True)
+    try:
+        factor = torch.linalg.cholesky(h.T, out=h.T)  # in place: LAPACK's columns are the rows of h
+    except torch.linalg.LinAlgError:
+        if dtype == torch.float64:
+            raise
+        return reversed_factor(hessian, damping, torch.float64).to(dtype)
+    return factor.div_(factor.diagonal().clone())

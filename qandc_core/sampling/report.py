@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from ..quantization.report import QuantizationReport
+
 
 @dataclass
 class RunReport:
@@ -16,7 +18,8 @@ class RunReport:
     `peak_memory` is the device allocator's peak on a GPU and the process's peak on CPU; None where the system has none.
     `factors` are K_t of each step's channels where variance compensation was on. Of a cache: `tier` is what it reused
     and why, `timeline` a letter per step for each condition (C computed, R held, F forecast, . not evaluated), and
-    `cache_speedup` how much longer the model calls would have taken had each computed.
+    `cache_speedup` how much longer the model calls would have taken had each computed. `quantization` is what Quantize
+    measured of the model.
     """
 
     sampler: str
@@ -34,6 +37,7 @@ class RunReport:
     timeline: dict[str, str] = field(default_factory=dict)
     cache_speedup: float | None = None
     warnings: list[str] = field(default_factory=list)
+    quantization: QuantizationReport | None = None
 
     @property
     def total_seconds(self) -> float:

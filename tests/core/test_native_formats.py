@@ -13,18 +13,17 @@ from torch import nn
 from qandc_core.calibration.statistics import LayerStatistics
 from qandc_core.quantization.hadamard import ROTATIONS, hadamard, rotate, rotate_hessian, rotation_group
 from qandc_core.quantization.native import (
-    CodebookGrid,
+    SAMPLING_DAMPING,
     NativeConfig,
     dequantize,
-    int8_grid,
+    held_out_error,
+    kernel_output,
     layer_config,
     native_format,
-    nearest_level,
     output_error,
     quantize_weight,
-    row_errors,
-    stock_grid,
 )
+from qandc_core.quantization.native_grids import CodebookGrid, int8_grid, nearest_level, row_errors, stock_grid
 from qandc_core.quantization.quantizer import quantize, unpack_int4
 
 FORMATS = ("W8A8", "W4A8")
@@ -79,8 +78,8 @@ def statistics_of(x, hessian=True):
     return statistics
 
 
-def quantized(weight, format="W8A8", rounding="nearest", x=None, bias=None, **choices):
-    config = NativeConfig(format, rounding, **choices)
+def quantized(weight, format="W8A8", rounding="nearest", x=None, bias=None, bias_correction=False, **choices):
+    config = NativeConfig(format, rounding, bias_correction=bias_correction, **choices)
     return quantize_weight("blocks.0.fc", weight, bias, config, None if x is None else statistics_of(x))
 
 
@@ -304,7 +303,7 @@ def test_gptq_changes_codes_only(format):
     assert changed == {"weight"}
 
 
-def reference_codes(weight, hessian, columns, damping=0.01):
+def reference_codes(weight, hessian, columns, damping):
     """Optimal brain surgeon on values columns[k] (N, levels), one column after the other, with a fresh inverse."""
     w, h = weight.copy(), hessian + damping * np.diag(hessian).mean() * np.eye(len(hessian))
     codes = np.zeros(w.shape, dtype=int)
@@ -322,16 +321,25 @@ def rotated_by_hand(weight, x, group):
     return weight.double().numpy() @ rotation, x.T @ x
 
 
+def loss(weight, values, hessian):
+    gap = weight - values
+    return np.einsum("nk,kj,nj->", gap, hessian, gap)
+
+
 @pytest.mark.parametrize("rows", [20, 300])
 @pytest.mark.parametrize("width", [48, 144])
 def test_gptq_is_the_column_by_column_reference(width, rows):
+    """In float32 all but a few codes, at the same loss."""
     weight, x = gaussian(8, width), inputs(width, rows, 0)
     rotated, hessian = rotated_by_hand(weight, x, 16)
+    damping = 0.01 + SAMPLING_DAMPING * width / rows
 
     layer = quantized(weight, "W8A8", "gptq", x, clip_search=False).tensors
     values = np.arange(-127, 128) * layer["weight_scale"].double().numpy()
-    expected = reference_codes(rotated, hessian, [values] * width) - 127
-    assert np.array_equal(layer["weight"].numpy(), expected)
+    expected = reference_codes(rotated, hessian, [values] * width, damping) - 127
+    codes, scale = layer["weight"].numpy(), layer["weight_scale"].double().numpy()
+    assert (codes != expected).mean() < 0.02
+    assert loss(rotated, scale * codes, hessian) == pytest.approx(loss(rotated, scale * expected, hessian), rel=0.05)
 
     layer = quantized(weight, "W4A8", "gptq", x).tensors
     relative_scale = layer["weight_s_rel"].float().numpy()
@@ -340,8 +348,8 @@ def test_gptq_is_the_column_by_column_reference(width, rows):
         * layer["weight_s_channel"].double().numpy()[:, None]
         for k in range(width)
     ]
-    expected = reference_codes(rotated, hessian, values)
-    assert np.array_equal(unpack_int4(layer["weight"].view(torch.uint8)).numpy() + 8, expected)
+    expected = reference_codes(rotated, hessian, values, damping)
+    assert (unpack_int4(layer["weight"].view(torch.uint8)).numpy() + 8 != expected).mean() < 0.02
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -364,6 +372,41 @@ def test_output_error_is_that_of_the_outputs(format):
     assert output_error(weight, tensors) == pytest.approx(relative(dequantize(tensors), weight), rel=1e-4)
     assert quantized(weight, format).error == output_error(weight, tensors)
     assert quantized(weight, format, x=x).error == output_error(weight, tensors, x.T @ x)
+
+
+@pytest.mark.parametrize("shape", [(16, 64), (8, 256), (12, 48)])
+@pytest.mark.parametrize("format", FORMATS)
+def test_held_out_error_is_that_of_the_kernel(format, shape):
+    weight, bias, x = gaussian(*shape), torch.randn(shape[0], generator=seeded(1)), inputs(shape[1], 20, 3)
+    layer = quantized(weight, format)
+    y = F.linear(x, wrapped(layer, shape))
+    assert relative(kernel_output(layer.tensors, x), y) < 1e-6
+    assert held_out_error(weight, layer.tensors, x) == pytest.approx(relative(y, x @ weight.T), rel=1e-4)
+
+    statistics = statistics_of(inputs(shape[1], 300, 0))
+    statistics.held_out = x.bfloat16()
+    layer, x = quantize_weight("fc", weight, bias, NativeConfig(format), statistics), statistics.held_out.float()
+    y = F.linear(x, wrapped(layer, shape), layer.tensors["bias"])
+    assert layer.error == pytest.approx(float((y - x @ weight.T - bias).norm() / (x @ weight.T).norm()), rel=1e-4)
+
+
+def test_activations_cost_in_the_held_out_error():
+    weight, x = gaussian(16, 64), inputs(64, 40, 0)
+    tensors = quantized(weight).tensors
+    assert held_out_error(weight, tensors, x) > output_error(weight, tensors, x.T @ x)
+    assert held_out_error(torch.zeros(16, 64), quantized(torch.zeros(16, 64)).tensors, x) == 0
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_rows_serve_as_the_hessian_does(format):
+    weight, x, unseen = gaussian(48, 256), inputs(256, 2048, 0), inputs(256, 256, 1)
+    rows = LayerStatistics.empty(256, rows=1024)
+    rows.update(x)
+    rows.keep_rows(x[::2])
+    layers = [quantized(weight, format, rounding, x) for rounding in ("nearest", "gptq")]
+    layers.append(quantize_weight("fc", weight, None, NativeConfig(format), rows))
+    nearest, hessian, ours = (held_out_error(weight, layer.tensors, unseen) for layer in layers)
+    assert ours < 1.05 * hessian < 0.9 * nearest
 
 
 def test_four_bits_cost_more_than_eight():
@@ -423,7 +466,7 @@ def test_promotion():
 def test_unknown_choices():
     with pytest.raises(ValueError, match="format must be one of W8A8, W4A8, got 'W4A4'"):
         NativeConfig("W4A4")
-    with pytest.raises(ValueError, match="rounding must be one of nearest, gptq, got 'adaround'"):
+    with pytest.raises(ValueError, match="rounding must be one of auto, nearest, gptq, got 'adaround'"):
         NativeConfig(rounding="adaround")
 
 
@@ -441,8 +484,29 @@ def test_missing_statistics():
     for statistics in (None, statistics_of(inputs(16, 20, 0), hessian=False)):
         with pytest.raises(ValueError, match=r"^gptq rounding needs the input Hessian of blocks\.0\.fc"):
             quantize_weight("blocks.0.fc", weight, None, config, statistics)
-    with pytest.raises(ValueError, match=r"^Bias correction needs the mean input of blocks\.0\.fc"):
-        quantized(weight, bias=torch.zeros(8), bias_correction=True)
+
+
+def test_auto_takes_what_is_known():
+    weight, bias, x = gaussian(8, 32), torch.zeros(8), inputs(32, 100, 0)
+    auto, config = NativeConfig("W4A8"), {"bias_correction": True}
+
+    def equal(one, other):
+        return all(torch.equal(one.tensors[key].float(), other.tensors[key].float()) for key in other.tensors)
+
+    layer = quantize_weight("fc", weight, bias, auto, statistics_of(x))
+    assert equal(layer, quantized(weight, "W4A8", "gptq", x, bias, **config)) and layer.tensors["bias"].any()
+    layer = quantize_weight("fc", weight, bias, auto, statistics_of(x, hessian=False))
+    assert torch.equal(layer.tensors["weight"], quantized(weight, "W4A8").tensors["weight"])
+    assert layer.tensors["bias"].any()
+    layer = quantize_weight("fc", weight, bias, auto)
+    assert equal(layer, quantized(weight, "W4A8", bias=bias)) and not layer.tensors["bias"].any()
+
+
+def test_a_comfy_kitchen_without_w4a8(monkeypatch):
+    monkeypatch.delattr(comfy_kitchen, "quantize_w4a8_int8_weight")
+    with pytest.raises(ValueError, match="^This version of comfy-kitchen has no W4A8; update it .*, or choose W8A8"):
+        quantized(gaussian(8, 16), "W4A8")
+    assert quantized(gaussian(8, 16)).error > 0
 
 
 def test_damaged_statistics():
@@ -451,12 +515,16 @@ def test_damaged_statistics():
     for rounding in ("nearest", "gptq"):
         with pytest.raises(ValueError, match=r"^The input Hessian of blocks\.0\.fc holds values that are not finite"):
             quantize_weight("blocks.0.fc", weight, None, NativeConfig(rounding=rounding), statistics)
-    statistics.hessian = -torch.eye(16)
-    with pytest.raises(ValueError, match=r"^The Hessian of blocks\.0\.fc has no inverse with damping 0\.01"):
+    statistics.held_out = torch.full((3, 16), float("inf"))
+    statistics.hessian = torch.eye(16)
+    with pytest.raises(ValueError, match=r"^The held-out inputs of blocks\.0\.fc hold values that are not finite"):
+        quantize_weight("blocks.0.fc", weight, None, NativeConfig(), statistics)
+    statistics.hessian, statistics.held_out = -torch.eye(16), None
+    with pytest.raises(ValueError, match=r"^The Hessian of blocks\.0\.fc has no inverse with damping 0\.058"):
         quantize_weight("blocks.0.fc", weight, None, NativeConfig(rounding="gptq"), statistics)
     statistics.mean[0] = float("nan")
     with pytest.raises(ValueError, match=r"^The corrected bias of blocks\.0\.fc is not finite"):
-        quantize_weight("blocks.0.fc", weight, torch.zeros(8), NativeConfig(bias_correction=True), statistics)
+        quantize_weight("blocks.0.fc", weight, torch.zeros(8), NativeConfig(rounding="nearest"), statistics)
 
 
 @pytest.mark.parametrize("error", [0.5, float("nan"), float("inf")])

@@ -1,0 +1,74 @@
+"""Calls of a model that calibration keeps aside, to measure a quantized model on: as tensors and a JSON structure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+TENSOR, SEQUENCES = "tensor", {"list": list, "tuple": tuple}
+
+
+@dataclass(frozen=True)
+class ModelCall:
+    """The input x and noise level sigma of one call, and its conditions: tensors, numbers, strings, None, or lists and
+    tuples of those.
+    """
+
+    x: Tensor
+    sigma: Tensor
+    conditions: dict[str, Any]
+
+
+def storable(value: Any) -> bool:
+    """Whether a condition can be stored."""
+    if isinstance(value, (list, tuple)):
+        return type(value) in SEQUENCES.values() and all(map(storable, value))
+    return value is None or isinstance(value, (Tensor, bool, int, float, str))
+
+
+def pack_calls(calls: Sequence[ModelCall]) -> tuple[dict[str, Tensor], list]:
+    """Tensors by names "held_out/<call>/<number>", and what json can hold of the rest, an entry for each call.
+
+    Raises ValueError on a condition that is not storable.
+    """
+    tensors: dict[str, Tensor] = {}
+
+    def packed(call: int, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            name = f"held_out/{call}/{len(tensors)}"
+            tensors[name] = value.detach().cpu().clone().contiguous()  # safetensors refuses views of one tensor
+            return {TENSOR: name}
+        if isinstance(value, (list, tuple)):
+            return {type(value).__name__: [packed(call, part) for part in value]}
+        return value
+
+    structure = []
+    for number, call in enumerate(calls):
+        for name, value in call.conditions.items():
+            if not storable(value):
+                raise ValueError(f"The condition {name} is a {type(value).__name__}, which no file can hold; skip it.")
+        conditions = {name: packed(number, value) for name, value in call.conditions.items()}
+        structure.append({"x": packed(number, call.x), "sigma": packed(number, call.sigma), "conditions": conditions})
+    return tensors, structure
+
+
+def unpack_calls(tensors: Mapping[str, Tensor], structure: Sequence[dict]) -> tuple[ModelCall, ...]:
+    """The calls that were packed. Raises KeyError on a tensor that is missing."""
+
+    def unpacked(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        ((kind, content),) = value.items()
+        return tensors[content] if kind == TENSOR else SEQUENCES[kind](map(unpacked, content))
+
+    return tuple(
+        ModelCall(
+            unpacked(call["x"]),
+            unpacked(call["sigma"]),
+            {name: unpacked(value) for name, value in call["conditions"].items()},
+        )
+        for call in structure
+    )

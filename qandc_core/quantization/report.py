@@ -1,0 +1,105 @@
+"""What quantizing a model did to it: formats, sizes and measured errors."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .checkpoint import FLOAT
+from .native import FORMATS
+
+SHORT = {name: short for short, name in FORMATS.items()}
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """A layer's format in the checkpoint or float, its relative error, and its bytes before and after."""
+
+    name: str
+    format: str
+    error: float
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
+class QuantizationReport:
+    """A model's layers in the format asked for, `seconds` that it took and the `backend` that multiplies.
+
+    `model_error` is the mean relative error of the whole model's prediction, its standard error (NaN of one call) and
+    the number of held-out calls; None without any.
+    """
+
+    format: str
+    layers: list[LayerReport]
+    seconds: float
+    backend: str
+    model_error: tuple[float, float, int] | None = None
+
+    @property
+    def size_before(self) -> int:
+        return sum(layer.before for layer in self.layers)
+
+    @property
+    def size_after(self) -> int:
+        return sum(layer.after for layer in self.layers)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Number of layers of W4A8, W8A8 and float, those that occur."""
+        found = Counter(SHORT.get(layer.format, layer.format) for layer in self.layers)
+        return {format: found[format] for format in ("W4A8", "W8A8", FLOAT) if found[format]}
+
+    @property
+    def worst(self) -> LayerReport:
+        return max(self.layers, key=lambda layer: layer.error)
+
+    def summary(self) -> str:
+        first, *others = (f"{count} {format}" for format, count in self.counts.items())
+        number, format = first.split()
+        noun = "layer" if number == "1" else "layers"
+        parts = [
+            ", ".join([f"{number} {noun} {format}", *others]),
+            sizes(self.size_before, self.size_after),
+            *self.model_error_words(),
+            f"worst layer {self.worst.name} {self.worst.error:.2g}",
+            f"{self.seconds:.0f} s",
+            f"multiplied by {self.backend}",
+        ]
+        return "; ".join(parts)
+
+    def model_error_words(self) -> list[str]:
+        if self.model_error is None:
+            return []
+        mean, spread, calls = self.model_error
+        within = "" if math.isnan(spread) else f" +- {spread:.1g}"
+        return [f"error of the whole model {mean:.2g}{within} on {calls} held-out sample{'s' if calls != 1 else ''}"]
+
+    def table(self, worst: int = 10) -> str:
+        """Markdown: the layers with the largest errors."""
+        rows = sorted(self.layers, key=lambda layer: -layer.error)[:worst]
+        lines = ["| layer | format | relative error | MiB before | MiB after |", "|---|---|---:|---:|---:|"]
+        lines += [
+            f"| {layer.name} | {SHORT.get(layer.format, layer.format)} | {layer.error:.2g} "
+            f"| {layer.before / 2**20:.2f} | {layer.after / 2**20:.2f} |"
+            for layer in rows
+        ]
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> QuantizationReport:
+        error = values["model_error"]
+        layers = [LayerReport(**layer) for layer in values["layers"]]
+        return cls(**{**values, "layers": layers, "model_error": None if error is None else tuple(error)})
+
+
+def sizes(before: int, after: int) -> str:
+    """Both in the unit that suits the larger."""
+    unit, name = (2**30, "GiB") if before >= 2**30 else (2**20, "MiB")
+    return f"{before / unit:.1f} -> {after / unit:.1f} {name}"

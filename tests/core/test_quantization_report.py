@@ -1,0 +1,51 @@
+import json
+import math
+
+import pytest
+
+from qandc_core.quantization.report import LayerReport, QuantizationReport
+
+MIB = 2**20
+LAYERS = [
+    LayerReport("blocks.0.attn.qkv", "asym_w4a8_int8", 0.03, 600 * MIB, 170 * MIB),
+    LayerReport("blocks.0.mlp.fc2", "asym_w4a8_int8", 0.061, 600 * MIB, 170 * MIB),
+    LayerReport("blocks.1.attn.qkv", "int8_tensorwise", 0.008, 100 * MIB, 51 * MIB),
+    LayerReport("head", "float", 0.0, 4 * MIB, 4 * MIB),
+]
+
+
+def report(layers=LAYERS, error=(0.0213, 0.0018, 8)):
+    return QuantizationReport("W4A8", list(layers), 411.7, "cuda", error)
+
+
+def test_numbers():
+    made = report()
+    assert (made.size_before, made.size_after) == (1304 * MIB, 395 * MIB)
+    assert made.counts == {"W4A8": 2, "W8A8": 1, "float": 1}
+    assert made.worst.name == "blocks.0.mlp.fc2"
+
+
+def test_summary_is_one_line():
+    assert report().summary() == (
+        "2 layers W4A8, 1 W8A8, 1 float; 1.3 -> 0.4 GiB; error of the whole model 0.021 +- 0.002 on 8 held-out "
+        "samples; worst layer blocks.0.mlp.fc2 0.061; 412 s; multiplied by cuda"
+    )
+    assert report(LAYERS[2:3], (0.5, math.nan, 1)).summary() == (
+        "1 layer W8A8; 100.0 -> 51.0 MiB; error of the whole model 0.5 on 1 held-out sample; "
+        "worst layer blocks.1.attn.qkv 0.008; 412 s; multiplied by cuda"
+    )
+    assert "whole model" not in report(error=None).summary()
+
+
+def test_table_lists_the_worst():
+    lines = report().table(2).splitlines()
+    assert lines[0].startswith("| layer |") and len(lines) == 4
+    assert lines[2] == "| blocks.0.mlp.fc2 | W4A8 | 0.061 | 600.00 | 170.00 |"
+    assert lines[3].startswith("| blocks.0.attn.qkv | W4A8 | 0.03 |")
+    assert len(report().table().splitlines()) == 6
+
+
+@pytest.mark.parametrize("error", [None, (0.02, 0.001, 4)])
+def test_report_survives_json(error):
+    made = report(error=error)
+    assert QuantizationReport.from_dict(json.loads(json.dumps(made.to_dict()))) == made
