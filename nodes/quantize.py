@@ -2,12 +2,16 @@ from __future__ import annotations
 
 from comfy_api.v0_0_2 import io, ui
 
+from ..qandc_core.calibration.file import Calibration
+from ..qandc_core.quantization.checkpoint import Budget
 from ..qandc_core.quantization.model import QuantizationConfig
 from .comfyui import types
-from .comfyui.quantization import quantized_patcher
+from .comfyui.paper_quantization import quantized_patcher
+from .comfyui.quantization import NativeSettings, quantize_native
 
 BITS = {"W8A8": (8, 8), "W4A8": (4, 8)}
-ACTIVATIONS = {"auto": None, "static": True, "dynamic": False}
+METHODS = ("native", "paper")
+LORAS = {"bake in": "bake", "keep on top": "keep"}
 
 
 class Quantize(io.ComfyNode):
@@ -17,30 +21,47 @@ class Quantize(io.ComfyNode):
             node_id="QandC_Quantize",
             display_name="Quantize",
             category=types.CATEGORY,
-            description="Makes an integer copy of a DiT: 8- or 4-bit weights, 8-bit activations. What was attached, "
-            "such "
-            "as a cache, stays on; LoRAs become part of the weights. Save it with the stock node ModelSave.",
-            search_aliases=["int8", "w8a8", "w4a8", "ptq", "gptq", "quantization"],
+            description="Makes an integer copy of any diffusion model: 8- or 4-bit weights, 8-bit activations, chosen "
+            "by what TAP Calibrate saw. What was attached, such as a cache, stays on. Save it with the stock node "
+            "ModelSave: ComfyUI loads the file without this pack.",
+            search_aliases=["int8", "w8a8", "w4a8", "convrot", "ptq", "gptq", "quantization", "convert"],
             inputs=[
-                io.Model.Input("model", tooltip="A DiT in full precision; it stays as it is."),
+                io.Model.Input("model", tooltip="A model in full precision, LoRAs included; it stays as it is."),
                 types.Calibration.Input(
                     "calibration", optional=True,
-                    tooltip="From TAP Calibrate. Without it activations are scaled anew for every token.",
+                    tooltip="From TAP Calibrate on this model. Without it weights are rounded to nearest.",
                 ),
                 io.Combo.Input(
                     "format", options=list(BITS), default="W8A8",
                     tooltip="Bits of weights and activations. W4A8 halves the size again and costs more quality.",
                 ),
                 io.Combo.Input(
-                    "activations", options=list(ACTIVATIONS), default="auto", advanced=True,
-                    tooltip="static: one calibrated scale for each layer (the paper). dynamic: one for each token. "
-                    "auto: static "
-                    "where a calibration is wired.",
+                    "method", options=list(METHODS), default=METHODS[0],
+                    tooltip="native: ComfyUI's own formats, for any model. paper: one calibrated activation scale for "
+                    "each layer as in the Q&C paper, for models of Load DiT; its files need this pack.",
+                ),
+                io.Float.Input(
+                    "max_layer_error", default=0.1, min=0.0, max=1.0, step=0.01, round=0.001,
+                    tooltip="Layers with a larger relative error get a finer format (W8A8, then none). 0 is no limit.",
+                ),
+                io.Int.Input(
+                    "max_size_mb", default=0, min=0, max=2**20, advanced=True,
+                    tooltip="MiB that the layers may take. Where there is room, the layers that lose most for their "
+                    "size get finer formats. 0 is no limit and no such upgrade.",
+                ),
+                io.String.Input(
+                    "skip", default="", advanced=True,
+                    tooltip="Layers to leave as they are: parts of their names, separated by commas.",
                 ),
                 io.Combo.Input(
-                    "rounding", options=["nearest", "gptq"], default="nearest", advanced=True,
-                    tooltip="gptq chooses weights by their effect on calibrated outputs; it needs hessians in TAP "
-                    "Calibrate.",
+                    "loras", options=list(LORAS), default="bake in", advanced=True,
+                    tooltip="LoRAs on the model become part of the weights before rounding (better), or stay patches "
+                    "on top.",
+                ),
+                io.Combo.Input(
+                    "rounding", options=["auto", "nearest", "gptq"], default="auto", advanced=True,
+                    tooltip="gptq chooses weights by their effect on calibrated outputs; auto does where the "
+                    "calibration has what it needs. The method paper rounds to nearest on auto.",
                 ),
             ],
             outputs=[io.Model.Output(tooltip="The quantized model.")],
@@ -48,8 +69,19 @@ class Quantize(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model: io.Model.Type, format: str, activations: str, rounding: str, calibration=None
-    ) -> io.NodeOutput:
-        config = QuantizationConfig(static=ACTIVATIONS[activations], rounding=rounding)
-        quantized, report = quantized_patcher(model, *BITS[format], calibration, config)
-        return io.NodeOutput(quantized, ui=ui.PreviewText(report))
+        cls, model: io.Model.Type, format: str, method: str, max_layer_error: float, max_size_mb: int, skip: str,
+        loras: str, rounding: str, calibration: Calibration | None = None,
+    ) -> io.NodeOutput:  # fmt: skip
+        if method == "paper":
+            config = QuantizationConfig(rounding="nearest" if rounding == "auto" else rounding)
+            quantized, text = quantized_patcher(model, *BITS[format], calibration, config)
+            return io.NodeOutput(quantized, ui=ui.PreviewText(text))
+        settings = NativeSettings(
+            format,
+            rounding,
+            Budget(max_layer_error or None, max_size_mb * 2**20 or None),
+            tuple(part.strip() for part in skip.split(",") if part.strip()),
+            LORAS[loras],
+        )
+        quantized, report = quantize_native(model, settings, calibration)
+        return io.NodeOutput(quantized, ui=ui.PreviewText(f"{report.summary()}\n\n{report.table()}"))

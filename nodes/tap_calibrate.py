@@ -1,16 +1,17 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 from comfy_api.v0_0_2 import io
 
-from ..qandc_core.calibration.file import Calibration, load_calibration
+from ..qandc_core.calibration.file import load_calibration
 from .comfyui import types
-from .comfyui.calibration import SELECTIONS, Plan, calibrate, calibration_steps
-from .comfyui.files import NEW, calibration_files, calibration_path, file_state, next_path
+from .comfyui.calibration import SELECTIONS, Plan, calibrate, digest_of, empty_latent
+from .comfyui.files import NEW, calibration_files, calibration_path, file_state, next_path, partial_path
 from .comfyui.runs import details
-from .comfyui.sampling import Progress, Settings, empty_latents
+from .comfyui.sampling import Settings
 from .comfyui.weights import fingerprint_of
 
 log = logging.getLogger(__name__)
@@ -25,7 +26,7 @@ class TAPCalibrate(io.ComfyNode):
             category=types.CATEGORY,
             description="Samples with the model as it is wired, cache included, chooses varied samples by "
             "temporal-aware parallel clustering (TAP), and notes what every layer sees, for Quantize. Saved in "
-            "output/qandc.",
+            "output/qandc; goes on where it stopped if it is cancelled.",
             search_aliases=["calibration", "ptq", "gptq", "statistics", "tap"],
             inputs=[
                 io.Model.Input("model", tooltip="The full-precision model, with the cache that will be used."),
@@ -65,12 +66,25 @@ class TAPCalibrate(io.ComfyNode):
                     tooltip="Choose only from steps that the cache computes: cached layers see no others.",
                 ),
                 io.Boolean.Input(
-                    "hessians", default=False, advanced=True,
-                    tooltip="Also gather what GPTQ rounding in Quantize needs (memory: width squared for each layer).",
+                    "hessians", default=True, advanced=True,
+                    tooltip="Keep how the inputs of every layer go together, so that Quantize can round weights to "
+                    "errors that cancel (GPTQ). Off takes little memory.",
                 ),
                 io.String.Input(
                     "filename_prefix", default="calibration", advanced=True,
                     tooltip="New files are named with this and a number.",
+                ),
+                io.Float.Input(
+                    "memory_gb", default=4.0, min=0.1, max=1024.0, step=0.1, optional=True,
+                    tooltip="Memory that statistics may take, in GiB; less keeps fewer inputs of each layer.",
+                ),
+                io.Int.Input(
+                    "tokens", default=4096, min=64, max=1048576, optional=True, advanced=True,
+                    tooltip="How many inputs of a layer are kept at most where they take less than width squared.",
+                ),
+                io.Int.Input(
+                    "held_out", default=8, min=0, max=256, optional=True, advanced=True,
+                    tooltip="Model calls of the last image kept aside for Quantize to measure its error on; 0: none.",
                 ),
             ],
             outputs=[types.Calibration.Output("calibration", display_name="calibration", tooltip="Statistics of "
@@ -90,7 +104,7 @@ class TAPCalibrate(io.ComfyNode):
         cls, model: io.Model.Type, file: str, trajectories: int, samples: int, steps: int, cfg: float,
         sampler_name: str, scheduler: str, calibration_seed: int, batch_size: int, selection: str, clusters: int,
         time_scale: float, computed_steps_only: bool, hessians: bool, filename_prefix: str, positive=None,
-        negative=None, latent_image=None,
+        negative=None, latent_image=None, memory_gb: float = 4.0, tokens: int = 4096, held_out: int = 8,
     ) -> io.NodeOutput:  # fmt: skip
         path = next_path(filename_prefix) if file == NEW else calibration_path(file)
         if path.is_file():
@@ -105,12 +119,14 @@ class TAPCalibrate(io.ComfyNode):
         settings = Settings(positive, negative, steps, cfg, sampler_name, scheduler)
         plan = Plan(
             trajectories, min(batch_size, trajectories), samples, selection, clusters, time_scale,
-            computed_steps_only, hessians, calibration_seed,
+            computed_steps_only, hessians, calibration_seed, memory_gb, tokens, held_out,
         )  # fmt: skip
-        identity, progress = fingerprint_of(model), Progress(model, calibration_steps(plan, steps))
-        statistics, distances = calibrate(model, settings, empty_latents(model, latent_image, 1), plan, progress)
-        calibration = Calibration(identity, statistics, distances=distances, notes=describe(model, settings, plan))
+        latent = empty_latent(model, latent_image)
+        partial = partial_path(filename_prefix, digest_of(model, settings, latent, plan))
+        found = calibrate(model, settings, latent, plan, partial)
+        calibration = replace(found, notes=describe(model, settings, plan))
         calibration.save(path)
+        partial.unlink(missing_ok=True)
         log.info("Calibration saved: %s", path)
         return io.NodeOutput(calibration)
 

@@ -2,187 +2,215 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+import hashlib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
+import comfy.samplers
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...qandc_core.calibration.distances import prediction_distances
-from ...qandc_core.calibration.selection import random_select, stratified_select
-from ...qandc_core.calibration.statistics import LayerStatistics, merge_rows, observed
-from ...qandc_core.calibration.tap import tap_select
-from ...qandc_core.quantization.model import DIT_SKIP, named_linears
-from .caching import is_reused
-from .compensation import preserved_scale
+from ...qandc_core.calibration.calls import ModelCall
+from ...qandc_core.calibration.file import Calibration, load_calibration
+from ...qandc_core.calibration.memory import StatisticsPlan, plan_statistics
+from ...qandc_core.calibration.statistics import LayerStatistics, observed
+from .candidates import SELECTIONS, Candidates, Choice, Collecting, Plan
 from .dit_model import is_dit
-from .runs import WRAPPERS, is_flow, replace_wrapper, scalar, step_at
-from .sampling import Progress, Settings, sample_new
+from .layers import quantizable
+from .observing import HELD_OUT_ROWS, Observing
+from .runs import WRAPPERS, details, replace_wrapper
+from .sampling import Progress, Settings, fitted_latent, sample_new
+from .weights import fingerprint_of
 
+__all__ = ["SELECTIONS", "Plan", "calibrate", "digest_of", "empty_latent"]
 KEY = "qandc_calibration"
-FEATURES = 16384  # values of a sample that TAP clusters; larger latents are averaged down to this
-SELECTIONS = ("tap", "stratified", "random")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How much to sample and how to choose from it."""
-
-    trajectories: int = 32
-    batch_size: int = 16
-    samples: int = 400
-    selection: str = "tap"
-    clusters: int = 50
-    time_scale: float = 5.0
-    computed_only: bool = True
-    hessians: bool = False
-    seed: int = 501
-
-    def batches(self) -> Iterator[tuple[int, int, int]]:
-        """Seed, size and number of the first image of every sampling run."""
-        for number, first in enumerate(range(0, self.trajectories, self.batch_size)):
-            yield self.seed + number, min(self.batch_size, self.trajectories - first), first
+VERSION = 1  # of what a partial file notes
+log = logging.getLogger(__name__)
+Layers = Sequence[tuple[str, nn.Module]]
 
 
 @dataclass
-class Candidates:
-    """Every sample of every model call: features (N, D), step indices (N,), whether the call computed (N,), and
-    where it came from, (N, 3): run, call within the run, image within the batch.
+class Standing:
+    """How far a calibration has come: what was chosen, and what `runs` sampling runs of the second pass found."""
+
+    choice: Choice
+    distances: Tensor | None
+    statistics: dict[str, LayerStatistics]
+    held_out: tuple[ModelCall, ...] = ()
+    runs: int = 0
+
+    def result(self, model: str) -> Calibration:
+        """As a calibration, with notes on what is not found in one."""
+        places = {"samples": self.choice.samples.tolist(), "held_out": self.choice.held_out.tolist()}
+        notes = {**places, "runs": self.runs}
+        return Calibration(model, self.statistics, distances=self.distances, notes=notes, held_out=self.held_out)
+
+
+def calibrate(patcher, settings: Settings, latent: Tensor, plan: Plan, partial: Path | None = None) -> Calibration:
+    """Statistics of every linear layer's input, distances between steps, and calls that are held out.
+
+    latent is as `empty_latent` gives it. The same trajectories are sampled twice, first to find candidates and then to
+    observe the chosen, so that a layer sees exactly what it sees in use: nothing on steps where the cache skips it.
+    Works on any MODEL. The file `partial` keeps what is done; a later call with the same arguments goes on from there.
     """
+    return Calibrating(patcher, settings, latent, plan, partial).run()
 
-    features: list[Tensor] = field(default_factory=list)
-    steps: list[Tensor] = field(default_factory=list)
-    computed: list[Tensor] = field(default_factory=list)
-    origin: list[Tensor] = field(default_factory=list)
-    predictions: list[dict[int, Tensor]] = field(default_factory=list)
-    sigmas: Tensor | None = None
 
-    def distances(self) -> Tensor | None:
-        """How much each step's prediction differs from earlier ones; None where a cache left some out."""
-        if self.sigmas is None or not all(bool(part.all()) for part in self.computed):
-            return None
-        steps = range(len(self.sigmas) - 1)
-        if any(step not in run for run in self.predictions for step in steps):
-            return None
-        rows = [torch.cat([run[step] for run in self.predictions]) for step in steps]
-        return prediction_distances(torch.stack(rows), self.sigmas)
+class Calibrating:
+    """Both passes over one model's trajectories."""
 
-    def choose(self, plan: Plan) -> Tensor:
-        """Origins (n, 3) of the chosen samples."""
-        features, steps = torch.cat(self.features), torch.cat(self.steps)
-        kept = torch.cat(self.computed).nonzero().flatten() if plan.computed_only else torch.arange(len(steps))
-        if plan.selection == "tap":
-            clusters = min(plan.clusters, plan.samples, len(kept))
-            chosen = tap_select(
-                features[kept], steps[kept], plan.samples, clusters, time_scale=plan.time_scale, seed=plan.seed
-            ).indices
-        elif plan.selection == "stratified":
-            chosen = stratified_select(steps[kept], plan.samples, plan.seed)
+    def __init__(self, patcher, settings: Settings, latent: Tensor, plan: Plan, partial: Path | None):
+        self.patcher, self.settings, self.latent, self.plan, self.partial = patcher, settings, latent, plan, partial
+        self.layers = quantizable(patcher.model.diffusion_model)
+        if not self.layers:
+            raise ValueError(
+                "This model has no linear layer in full precision to calibrate; wire the unquantized model."
+            )
+        self.space = planned(self.layers, plan)
+        self.model, self.progress = fingerprint_of(patcher), Progress(patcher, 0)
+
+    def run(self) -> Calibration:
+        if self.partial is not None and self.partial.is_file():
+            standing = resumed(load_calibration(self.partial), dict(self.layers), self.space)
+            log.info("Q&C calibration: goes on from %s.", self.partial.name)
         else:
-            chosen = random_select(len(kept), plan.samples, plan.seed)
-        return torch.cat(self.origin)[kept[chosen]]
+            standing = self.first_pass()
+            self.keep(standing)
+        self.second_pass(standing)
+        leave_out_unseen(standing.statistics, all_run=is_dit(self.patcher))
+        return standing.result(self.model)
+
+    def first_pass(self) -> Standing:
+        """Samples all trajectories and chooses; layers that never run are left out."""
+        candidates, ran, batches = Candidates(), set[str](), list(self.plan.batches())
+        self.progress.total = 2 * self.settings.steps * len(batches)
+        for run, batch in enumerate(batches):
+            with observed(self.layers, lambda name, _: ran.add(name)):
+                self.sample(Collecting(candidates, run), batch)
+        unused = [name for name, _ in self.layers if name not in ran]
+        if unused:
+            log.info("Q&C calibration: %d layers never run, such as %s; they are left out.", len(unused), unused[0])
+        statistics = {name: empty_statistics(layer, self.space) for name, layer in self.layers if name in ran}
+        return Standing(candidates.choose(self.plan), candidates.distances(), statistics)
+
+    def second_pass(self, standing: Standing) -> None:
+        """Samples the runs that are left once more and observes what was chosen; `standing` takes it up."""
+        batches, statistics = enumerate(self.plan.batches()), standing.statistics
+        left = [(run, batch) for run, batch in batches if run >= standing.runs and run in standing.choice]
+        self.progress.total = self.progress.done + self.settings.steps * len(left)
+        layers = [(name, layer) for name, layer in self.layers if name in statistics]
+        for run, batch in left:
+            observing = Observing(layers, statistics, standing.choice, run, self.space.tokens, self.plan.seed)
+            self.sample(observing, batch)
+            standing.held_out, standing.runs = (*standing.held_out, *observing.calls), run + 1
+            self.keep(standing)
+
+    def sample(self, watch: Collecting | Observing, batch: tuple[int, int, int]) -> None:
+        """One sampling run whose predictions and model calls pass through `watch`."""
+        seed, size, first = batch
+        watched, latent = self.patcher.clone(), self.latent[[0] * size]
+        replace_wrapper(watched, WRAPPERS.PREDICT_NOISE, KEY, watch.predict_noise)
+        replace_wrapper(watched, WRAPPERS.APPLY_MODEL, KEY, watch.apply_model)
+        sample_new(watched, self.settings, latent, seed, self.progress.step, first)
+
+    def keep(self, standing: Standing) -> None:
+        if self.partial is not None:
+            standing.result(self.model).save(self.partial)
 
 
-def features_of(x: Tensor) -> Tensor:
-    """A sample as TAP sees it (N, D), float32 on CPU."""
-    values = x[0].numel()
-    if values > FEATURES and x.ndim >= 4:
-        side = max(1, int((FEATURES / (values / (x.shape[-1] * x.shape[-2]))) ** 0.5))
-        x = F.adaptive_avg_pool2d(x.flatten(1, -3).float(), side)
-    return x.flatten(1).float().cpu()
+def empty_latent(patcher, latent: dict[str, Any]) -> Tensor:
+    """One empty latent of the LATENT's shape; a nested one of video and sound stays nested."""
+    return fitted_latent(patcher, {**latent, "samples": latent["samples"] * 0})[:1].float()
 
 
-class Collecting:
-    """PREDICT_NOISE: notes every candidate."""
-
-    def __init__(self, candidates: Candidates, run: int):
-        self.candidates, self.run, self.call = candidates, run, 0
-        candidates.predictions.append({})
-
-    def __call__(self, executor, x, timestep, model_options, seed):
-        options, sigma = model_options["transformer_options"], scalar(timestep)
-        scale = preserved_scale(sigma, is_flow(executor.class_obj.inner_model))
-        features = features_of(x * scale)
-        out = executor(x, timestep, model_options, seed)
-        found, count, step = self.candidates, len(x), step_at(options["sample_sigmas"].tolist(), sigma)
-        found.sigmas = options["sample_sigmas"]
-        found.predictions[-1].setdefault(step, features_of(out).flatten())
-        found.features.append(features)
-        found.steps.append(torch.full((count,), step))
-        found.computed.append(torch.full((count,), not is_reused(options)))
-        image = torch.arange(count)
-        found.origin.append(
-            torch.stack([torch.full_like(image, self.run), torch.full_like(image, self.call), image], dim=1)
-        )
-        self.call += 1
-        return out
+def planned(layers: Layers, plan: Plan) -> StatisticsPlan:
+    """What each layer's statistics keep. Raises ValueError where the plan's memory does not hold them."""
+    widths, budget = [layer.in_features for _, layer in layers], int(plan.memory_gb * 2**30)
+    tokens, held_out = plan.tokens if plan.hessians else 0, HELD_OUT_ROWS if plan.held_out else 0
+    space = plan_statistics(widths, budget, tokens, held_out)
+    blocks = {block_of(name) for name, _ in layers} - {""}
+    kept = f", {space.tokens} tokens each" if plan.hessians else ""
+    log.info(
+        "Q&C calibration: %d blocks, %d layers: %.2f GiB of statistics%s", len(blocks), len(layers),
+        space.bytes / 2**30, kept,
+    )  # fmt: skip
+    return space
 
 
-class Observing:
-    """PREDICT_NOISE and APPLY_MODEL of the second pass: gathers the inputs of the layers that run on chosen samples."""
-
-    def __init__(self, layers: Sequence[tuple[str, nn.Linear]], statistics: dict[str, LayerStatistics], chosen: Tensor):
-        self.layers, self.statistics, self.chosen = layers, statistics, chosen
-        self.call, self.images = 0, torch.empty(0, dtype=torch.long)
-
-    def predict_noise(self, executor, x, timestep, model_options, seed):
-        self.images = self.chosen[self.chosen[:, 1] == self.call, 2]
-        self.call += 1
-        return executor(x, timestep, model_options, seed)
-
-    def apply_model(self, executor, x, *args, **kwargs):
-        if not len(self.images):
-            return executor(x, *args, **kwargs)
-        conditions = len(args[4].get("uuids", (None,)))
-        count = len(x) // conditions
-        rows = torch.cat([self.images + i * count for i in range(conditions)]).to(x.device)
-
-        def observe(name: str, inputs: Tensor) -> None:
-            if len(inputs) % len(x) == 0:
-                inputs = inputs.reshape(len(x), -1, inputs.shape[-1])[rows]
-            if not torch.isfinite(inputs).all():
-                raise ValueError(f"The inputs of {name} are not finite on the calibration samples; use another seed.")
-            self.statistics[name].update(merge_rows(inputs))
-
-        with observed(self.layers, observe):
-            return executor(x, *args, **kwargs)
+def block_of(name: str) -> str:
+    """double_blocks.3 of double_blocks.3.img_attn.qkv."""
+    parts = name.split(".")
+    return next((".".join(parts[: i + 1]) for i, part in enumerate(parts) if part.isdecimal()), "")
 
 
-def calibration_steps(plan: Plan, steps: int) -> int:
-    """Sampling steps of both passes together."""
-    return 2 * steps * len(list(plan.batches()))
+def empty_statistics(layer: nn.Module, space: StatisticsPlan) -> LayerStatistics:
+    width = layer.in_features
+    return LayerStatistics.empty(width, space.hessian(width), space.rows(width), space.held_out)
 
 
-def calibrate(
-    patcher, settings: Settings, latent: Tensor, plan: Plan, progress: Progress
-) -> tuple[dict[str, LayerStatistics], Tensor | None]:
-    """Statistics of every linear layer's input, and the distances between steps; latent (1, ...) gives the shape.
+def resumed(found: Calibration, layers: Mapping[str, nn.Module], space: StatisticsPlan) -> Standing:
+    """What an interrupted calibration came to; its statistics have room for more."""
+    statistics = {}
+    for name in list(found.statistics):
+        # Taken out one by one: all of them twice would not fit the budget.
+        layer, room = found.statistics.pop(name), empty_statistics(layers[name], space)
+        if layer.rows is not None:
+            room.keep_rows(layer.rows)
+        if layer.held_out is not None:
+            room.keep_held_out(layer.held_out)
+        statistics[name] = replace(layer, rows=room.rows, held_out=room.held_out)
+    samples, held_out = (torch.tensor(found.notes[key]).long().reshape(-1, 4) for key in ("samples", "held_out"))
+    return Standing(Choice(samples, held_out), found.distances, statistics, found.held_out, found.notes["runs"])
 
-    The same trajectories are sampled twice, first to find candidates and then to observe the chosen, so that a layer
-    sees exactly what it sees in use: nothing on steps where the cache skips it. Works on any MODEL.
+
+def leave_out_unseen(statistics: dict[str, LayerStatistics], all_run: bool) -> None:
+    """Takes out layers without inputs: experts to which no token went, and what a network runs once and remembers.
+
+    Raises ValueError where none is left, or on any in a network whose calls run all of its layers.
     """
-    layers = list(named_linears(patcher.model.diffusion_model, DIT_SKIP if is_dit(patcher) else ()))
-    if not layers:
-        raise ValueError("This model has no linear layer in full precision to calibrate; wire the unquantized model.")
-    candidates = Candidates()
-    for run, (seed, size, first) in enumerate(plan.batches()):
-        collecting = patcher.clone()
-        replace_wrapper(collecting, WRAPPERS.PREDICT_NOISE, KEY, Collecting(candidates, run))
-        sample_new(collecting, settings, latent.expand(size, *latent.shape[1:]), seed, progress.step, first)
-    chosen = candidates.choose(plan)
-    statistics = {name: LayerStatistics.empty(layer.in_features, plan.hessians) for name, layer in layers}
-    for run, (seed, size, first) in enumerate(plan.batches()):
-        part = chosen[chosen[:, 0] == run]
-        if not len(part):
-            continue
-        observing, watched = Observing(layers, statistics, part), patcher.clone()
-        replace_wrapper(watched, WRAPPERS.PREDICT_NOISE, KEY, observing.predict_noise)
-        replace_wrapper(watched, WRAPPERS.APPLY_MODEL, KEY, observing.apply_model)
-        sample_new(watched, settings, latent.expand(size, *latent.shape[1:]), seed, progress.step, first)
-    unseen = [name for name, s in statistics.items() if s.count == 0]
-    if unseen:
+    unseen = [name for name, layer in statistics.items() if layer.count == 0]
+    if unseen and (all_run or len(unseen) == len(statistics)):
         raise ValueError(
             f"No chosen sample lies on a step that runs {unseen[0]} ({len(unseen)} layers in all); choose more samples."
         )
-    return statistics, candidates.distances()
+    if unseen:
+        log.warning(
+            "Q&C calibration: the chosen samples run %s on no input; %d such layers get no statistics.", unseen[0],
+            len(unseen),
+        )  # fmt: skip
+    for name in unseen:
+        del statistics[name]
+
+
+def digest_of(patcher, settings: Settings, latent: Tensor, plan: Plan) -> str:
+    """8 hex digits that are equal only for equal inputs of `calibrate`: weights, LoRAs, conditions, cache, schedule,
+    plan.
+    """
+    found, sampling = hashlib.sha256(), patcher.get_model_object("model_sampling")
+    sigmas = comfy.samplers.calculate_sigmas(sampling, settings.scheduler, settings.steps)
+    shapes = [tuple(part.shape) for part in (latent.unbind() if latent.is_nested else [latent])]
+    given = (VERSION, settings.describe(), settings.positive, settings.negative, shapes, repr(plan))
+    for part in leaves((fingerprint_of(patcher), patcher.patches, details(patcher), sigmas, *given)):
+        found.update(part)
+    return found.hexdigest()[:8]
+
+
+def leaves(value: Any) -> Iterator[bytes]:
+    """What tells a nested value from others; of objects the class and, where they are LoRAs, the weights."""
+    if isinstance(value, Tensor):
+        yield f"{value.dtype}{tuple(value.shape)}".encode()
+        yield value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    elif isinstance(value, Mapping):
+        yield from leaves([part for item in value.items() for part in item])
+    elif isinstance(value, (list, tuple)):
+        yield f"[{len(value)}".encode()
+        for part in value:
+            yield from leaves(part)
+    elif value is None or isinstance(value, (bool, int, float, str)):
+        yield repr(value).encode()
+    else:
+        yield type(value).__name__.encode()
+        yield from leaves(getattr(value, "weights", None))

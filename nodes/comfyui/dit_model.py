@@ -20,12 +20,16 @@ from comfy.ldm.common_dit import pad_to_patch_size
 from torch import Tensor
 
 from ...qandc_core.calibration.file import FINGERPRINT, fingerprint_tensors
-from ...qandc_core.models.checkpoints import dit_metadata, locate, read_dit
+from ...qandc_core.models.checkpoints import dit_metadata, locate, read_dit, read_tensors, strip_prefix
 from ...qandc_core.models.dit import DiT, DiTConfig
-from ...qandc_core.models.metadata import KEY, metadata_tensor
+from ...qandc_core.models.metadata import KEY, metadata_tensor, pop_metadata
 from ...qandc_core.quantization.files import is_quantized, load_codes, quantized_metadata, read_quantized
 from ...qandc_core.quantization.model import quantized_layers
+from ...qandc_core.quantization.native import FORMATS, layer_config
+from ...qandc_core.quantization.native_files import holds_quantized, quantized_names
 from ...qandc_core.sampling.process import check_labels
+from .native_formats import check_supported, prepare
+from .rebuild import rebuilt
 
 LATENT_FORMATS = {3: comfy.latent_formats.ChromaRadiance, 4: comfy.latent_formats.SD15}
 
@@ -76,6 +80,9 @@ class ModelConfig(comfy.supported_models_base.BASE):
         self.latent_format = LATENT_FORMATS[dit_config.in_channels]
         super().__init__({"dit_config": dit_config})
 
+    def get_model(self, state_dict, prefix="", device=None):
+        return DiTModel(self, device)
+
 
 class DiTModel(comfy.model_base.BaseModel):
     def __init__(self, model_config: ModelConfig, device=None):
@@ -96,6 +103,8 @@ class DiTModel(comfy.model_base.BaseModel):
     def state_dict_for_saving(self, unet_state_dict, *args, **kwargs):
         model = self.diffusion_model
         metadata = quantized_metadata(model) if quantized_layers(model) else dit_metadata(model.config)
+        if hasattr(model, FINGERPRINT):
+            metadata = {**metadata, FINGERPRINT: getattr(model, FINGERPRINT)}
         return super().state_dict_for_saving({**unet_state_dict, KEY: metadata_tensor(metadata)}, *args, **kwargs)
 
 
@@ -118,9 +127,26 @@ def load_dit_patcher(
         tensors, config = read_dit(source, num_heads, input_size)
         patcher = new_patcher(config, dtype, tensors, disable_dynamic)
         setattr(patcher.model.diffusion_model, FINGERPRINT, fingerprint_tensors(tensors))
-        patcher.model.load_model_weights(tensors, "", assign=patcher.is_dynamic())
+        if holds_quantized(path):
+            patcher = native_dit(patcher.model, read_tensors(path)[0], disable_dynamic)
+        else:
+            patcher.model.load_model_weights(tensors, "", assign=patcher.is_dynamic())
     patcher.cached_patcher_init = (load_dit_patcher, (source, dtype, input_size, num_heads))
     return patcher
+
+
+def native_dit(model: DiTModel, packed: dict[str, Tensor], disable_dynamic: bool):
+    """A patcher of a model like the empty one given, from a file in ComfyUI's quantized formats."""
+    metadata, tensors = pop_metadata(packed), strip_prefix(packed)
+    marks = [{"comfy_quant": tensors[f"{name}.comfy_quant"]} for name in quantized_names(tensors)]
+    formats = {layer_config(mark)["format"] for mark in marks}
+    for format in FORMATS:
+        if FORMATS[format] in formats:
+            check_supported(format)
+    prepare(formats)
+    if FINGERPRINT in metadata:
+        setattr(model.diffusion_model, FINGERPRINT, metadata[FINGERPRINT])
+    return rebuilt(model, tensors, disable_dynamic)
 
 
 def quantized_dit(

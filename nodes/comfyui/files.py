@@ -29,11 +29,19 @@ def calibration_path(name: str) -> Path:
 
 def next_path(prefix: str) -> Path:
     """The first free numbered name."""
-    stem = re.sub(r"[^\w-]+", "_", prefix).strip("_") or "calibration"
-    number = 1
+    stem, number = stem_of(prefix), 1
     while (path := calibration_folder() / f"{stem}_{number:05}.safetensors").exists():
         number += 1
     return path
+
+
+def partial_path(prefix: str, digest: str) -> Path:
+    """Where an interrupted calibration of the inputs with this digest goes on; not listed."""
+    return calibration_folder() / f"{stem_of(prefix)}-{digest}.partial"
+
+
+def stem_of(prefix: str) -> str:
+    return re.sub(r"[^\w-]+", "_", prefix).strip("_") or "calibration"
 
 
 def file_state(name: str) -> str:

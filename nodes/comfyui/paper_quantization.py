@@ -1,4 +1,4 @@
-"""A quantized copy of a MODEL: weights are built anew, never swapped in a model that others share."""
+"""The paper's quantization of a class-conditional DiT: static activations, in layers of our own."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import logging
 import uuid
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from ...qandc_core.calibration.file import FINGERPRINT, Calibration
@@ -20,6 +19,7 @@ from ...qandc_core.quantization.model import (
     quantized_layers,
 )
 from .dit_model import is_dit, new_patcher, quantized_dit, resized
+from .pictures import error_bars
 from .runs import note
 from .sampling import Progress
 from .weights import fingerprint_of, patched_tensors
@@ -35,8 +35,8 @@ def quantized_patcher(
     source = patcher.model.diffusion_model
     if not is_dit(patcher):
         raise ValueError(
-            f"Quantize takes class-conditional DiTs so far, this is {type(patcher.model).__name__}; load one with "
-            f"Load DiT."
+            f"The method paper takes class-conditional DiTs, this is {type(patcher.model).__name__}; choose the method "
+            f"native."
         )
     if quantized_layers(source):
         raise ValueError("This model is quantized already; wire the model that Load DiT gives for the original file.")
@@ -77,15 +77,3 @@ def weight_errors(model: nn.Module, tensors: dict[str, Tensor], progress: Progre
         progress.advance(error_bars(errors))
     return errors
 
-
-def error_bars(errors: dict[str, float]) -> Image.Image:
-    """The relative weight error of every layer so far, shown while the node runs."""
-    width, height = 512, 256
-    picture = Image.new("RGB", (width, height), (250, 250, 252))
-    draw, highest = ImageDraw.Draw(picture), max(errors.values()) or 1.0
-    for i, error in enumerate(errors.values()):
-        left, right = width * i // len(errors), max(width * i // len(errors), width * (i + 1) // len(errors) - 2)
-        draw.rectangle((left, height - round((height - 24) * error / highest), right, height), fill=(38, 110, 190))
-    title = f"relative weight error of {len(errors)} layers, largest {highest:.4f}"
-    draw.text((8, 4), title, (32, 36, 44), ImageFont.load_default(14))
-    return picture

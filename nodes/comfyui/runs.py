@@ -12,6 +12,7 @@ import torch
 
 KEY = "qandc"
 REPORT = "qandc_report"  # where a run finds the report that it fills in
+QUANTIZATION = "qandc_quantization"  # where a model's options hold what Quantize measured
 WRAPPERS = comfy.patcher_extension.WrappersMP
 
 

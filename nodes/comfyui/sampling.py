@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...qandc_core.sampling.generate import synchronize
 from ...qandc_core.sampling.report import RunReport, peak_memory, reset_peak_memory
-from .runs import REPORT, WRAPPERS, labels, replace_wrapper
+from .runs import QUANTIZATION, REPORT, WRAPPERS, labels, replace_wrapper
 
 
 @dataclass(frozen=True)
@@ -141,6 +141,7 @@ def measured_sample(
     device = patcher.load_device
     report = RunReport(f"{settings.sampler_name}, {settings.scheduler}", 0, len(latent), settings.cfg, str(device))
     report.label = label or labels(patcher) or "full precision, no cache"
+    report.quantization = patcher.model_options["transformer_options"].get(QUANTIZATION)
     watch, progress = Stopwatch(device), Progress(patcher, settings.steps)
     run = patcher.clone()
     run.model_options["transformer_options"][REPORT] = report

@@ -27,7 +27,7 @@ class Template:
         return [(model["directory"], model["name"]) for model in self.models.values()]
 
 
-def node(type: str, inputs: dict[str, tuple[str, int]] | None = None, title: str = "", **widgets: Any) -> Node:
+def node(type: str, inputs: dict[str, tuple[str, int]] | None = None, title: str = "", /, **widgets: Any) -> Node:
     return {"type": type, "inputs": inputs or {}, "title": title, "widgets": widgets}
 
 
@@ -66,7 +66,7 @@ def chain(
     return {
         "cache": node("QandC_ApplyCache", {"model": ("load", 0)}, **cache),
         "calibrate": node("QandC_TAPCalibrate", wires(("cache", 0)), **settings, **calibration),
-        "quantize": node("QandC_Quantize", {"model": ("cache", 0), "calibration": ("calibrate", 0)}),
+        "quantize": node("QandC_Quantize", {"model": ("cache", 0), "calibration": ("calibrate", 0)}, method="paper"),
         "compensate": node(
             "QandC_VarianceCompensate", wires(("quantize", 0), reference=("load", 0)), pairs=pairs, **settings
         ),
@@ -77,7 +77,7 @@ def sampled(runs: dict[str, tuple[tuple[str, int], str, dict[str, Any]]]) -> dic
     """A Sample and a VAE Decode for every run, and the Compare of all."""
     nodes, inputs = {}, {}
     for i, (key, (model, label, settings)) in enumerate(runs.items()):
-        nodes[f"sample_{key}"] = node("QandC_Sample", wires(model), title=f"Sample: {label}", label=label, **settings)
+        nodes[f"sample_{key}"] = node("QandC_Sample", wires(model), f"Sample: {label}", label=label, **settings)
         nodes[f"decode_{key}"] = node("VAEDecode", {"samples": (f"sample_{key}", 0), "vae": ("vae", 0)})
         inputs |= {f"images.image{i}": (f"decode_{key}", 0)}
     for i, key in enumerate(runs):
@@ -141,7 +141,8 @@ ABLATION = Template(
         **DEMO_SOURCES,
         **chain(DEMO, CALIBRATION, 64),
         "quantize_only": node(
-            "QandC_Quantize", {"model": ("load", 0), "calibration": ("calibrate", 0)}, "Quantize, no cache"
+            "QandC_Quantize", {"model": ("load", 0), "calibration": ("calibrate", 0)}, "Quantize, no cache",
+            method="paper",
         ),
         **sampled({
             "full": (("load", 0), "full precision", DEMO),
@@ -212,21 +213,25 @@ DIT_XL = Template(
     runs_here=False,
 )  # fmt: skip
 
-CHECKPOINT = Template(
-    "quantized_checkpoint",
+QUANTIZE = Template(
+    "quantize_your_model",
     {
         "note": note(
-            "## Make a quantized checkpoint\n\nCalibrates the model on its own samples, with the cache on, quantizes "
-            "it and saves it with the stock node **ModelSave**.\n\nThe file lands in output/diffusion_models. Press "
-            "**R**, and **Load DiT** lists it: no calibration is needed to use it.",
-            240,
+            "## Quantize your model\n\nSamples with the cache on, chooses weights by what every layer then sees, and "
+            "saves the quantized model with the stock node **ModelSave**.\n\nThe file lands in "
+            "output/diffusion_models. Press **R**, and **Load DiT** lists it. In place of Load DiT any loader and any "
+            "model may stand; see the template quantize_wan. Then ComfyUI's own loader loads the file, with or "
+            "without this pack.\n\nQuantize shows the error of every layer and of the whole model.",
+            320,
         ),
         **DEMO_SOURCES,
-        **{key: n for key, n in chain(DEMO, CALIBRATION, 64).items() if key != "compensate"},
+        "cache": node("QandC_ApplyCache", {"model": ("load", 0)}, policy="speedup"),
+        "calibrate": node("QandC_TAPCalibrate", wires(("cache", 0)), **SMOOTH, **CALIBRATION),
+        "quantize": node("QandC_Quantize", {"model": ("cache", 0), "calibration": ("calibrate", 0)}),
         "save": node("ModelSave", {"model": ("quantize", 0)}, filename_prefix="diffusion_models/digits_w8a8"),
         **sampled({
-            "full": (("load", 0), "full precision", DEMO),
-            "fast": (("quantize", 0), "quantized and cached", DEMO),
+            "full": (("load", 0), "full precision", SMOOTH),
+            "fast": (("quantize", 0), "quantized and cached", SMOOTH),
         }),
     },
     [
@@ -245,4 +250,88 @@ CHECKPOINT = Template(
     ],
 )  # fmt: skip
 
-TEMPLATES = [QUICKSTART, ABLATION, DIT_XL, CHECKPOINT]
+WAN_FILES = {
+    "UNETLoader": ("diffusion_models", "wan2.1_t2v_1.3B_fp16.safetensors"),
+    "CLIPLoader": ("text_encoders", "umt5_xxl_fp8_e4m3fn_scaled.safetensors"),
+    "VAELoader": ("vae", "wan_2.1_vae.safetensors"),
+}
+WAN_SETTINGS = {"steps": 30, "cfg": 6.0, "sampler_name": "uni_pc", "scheduler": "simple"}
+
+
+def wan_sample(label: str, model: tuple[str, int]) -> Node:
+    inputs = {
+        "model": model, "positive": ("positive", 0), "negative": ("negative", 0), "latent_image": ("latent", 0),
+    }  # fmt: skip
+    return node("QandC_Sample", inputs, f"Sample: {label}", label=label, **WAN_SETTINGS)
+
+
+WAN = Template(
+    "quantize_wan",
+    {
+        "note": note(
+            "## Quantize a model of a stock loader\n\nWan 2.1 (1.3B) as the example; Flux, Qwen-Image, Z-Image and "
+            "other models go the same way: put their loaders on the left.\n\nNeeds three files (Apache-2.0); the "
+            "frontend offers to download them:\n\n"
+            + "".join(f"- models/{folder}/{name}\n" for folder, name in WAN_FILES.values())
+            + "\nCalibration samples a few videos, with the prompts that are wired: write some of your own. The saved "
+            "file, in output/diffusion_models, is for **Load Diffusion Model**.",
+            400,
+        ),
+        "load": node("UNETLoader", unet_name=WAN_FILES["UNETLoader"][1]),
+        "clip": node("CLIPLoader", clip_name=WAN_FILES["CLIPLoader"][1], type="wan"),
+        "vae": node("VAELoader", vae_name=WAN_FILES["VAELoader"][1]),
+        "shift": node("ModelSamplingSD3", {"model": ("load", 0)}, shift=8.0),
+        "positive": node("CLIPTextEncode", {"clip": ("clip", 0)}, text="a fox runs through fresh snow, morning light"),
+        "negative": node("CLIPTextEncode", {"clip": ("clip", 0)}, text="blurry, low quality"),
+        "latent": node("EmptyHunyuanLatentVideo", width=832, height=480, length=33),
+        "cache": node("QandC_ApplyCache", {"model": ("shift", 0)}, policy="speedup"),
+        "calibrate": node(
+            "QandC_TAPCalibrate",
+            {
+                "model": ("cache", 0), "positive": ("positive", 0), "negative": ("negative", 0),
+                "latent_image": ("latent", 0),
+            },
+            **WAN_SETTINGS, trajectories=4, samples=40, batch_size=1,
+        ),
+        "quantize": node("QandC_Quantize", {"model": ("cache", 0), "calibration": ("calibrate", 0)}),
+        "save": node("ModelSave", {"model": ("quantize", 0)}, filename_prefix="diffusion_models/wan2.1_t2v_1.3B_w8a8"),
+        "sample_full": wan_sample("16 bits", ("shift", 0)),
+        "sample_fast": wan_sample("quantized and cached", ("quantize", 0)),
+        "decode_full": node("VAEDecode", {"samples": ("sample_full", 0), "vae": ("vae", 0)}),
+        "decode_fast": node("VAEDecode", {"samples": ("sample_fast", 0), "vae": ("vae", 0)}),
+        "compare": {
+            **node("QandC_Compare", {
+                "images.image0": ("decode_full", 0), "images.image1": ("decode_fast", 0),
+                "reports.report0": ("sample_full", 1), "reports.report1": ("sample_fast", 1),
+            }),
+            "size": [1000, 840],
+        },
+    },
+    [
+        ["note", "load", "clip", "vae"],
+        ["shift", "positive", "negative", "latent"],
+        ["cache", "calibrate"],
+        ["quantize", "save"],
+        ["sample_full", "sample_fast"],
+        ["decode_full", "decode_fast"],
+        ["compare"],
+    ],
+    [
+        group("Model, text and video size", BLUE, "load", "clip", "vae", "shift", "positive", "negative", "latent"),
+        group("Cache and calibrate", GREEN, "cache", "calibrate"),
+        group("Quantize and save", AMBER, "quantize", "save"),
+        group("Check it", VIOLET, "sample_full", "sample_fast"),
+    ],
+    {
+        type: {
+            "name": name,
+            "url": "https://huggingface.co/Comfy-Org/Wan_2.1_ComfyUI_repackaged/resolve/main/split_files/"
+            f"{folder}/{name}",
+            "directory": folder,
+        }
+        for type, (folder, name) in WAN_FILES.items()
+    },
+    runs_here=False,
+)  # fmt: skip
+
+TEMPLATES = [QUICKSTART, ABLATION, DIT_XL, QUANTIZE, WAN]

@@ -46,7 +46,10 @@ class Graph(dict):
         return self.add("QandC_TAPCalibrate", model=model, **{**wires, **SAMPLING, **defaults, **inputs})
 
     def quantize(self, model: Link, calibration: Link | None = None, **inputs: Any) -> Link:
-        defaults = {"format": "W8A8", "activations": "auto", "rounding": "nearest"}
+        defaults = {
+            "format": "W8A8", "method": "paper", "max_layer_error": 0.1, "max_size_mb": 0, "skip": "",
+            "loras": "bake in", "rounding": "auto",
+        }  # fmt: skip
         wires = {} if calibration is None else {"calibration": calibration}
         return self.add("QandC_Quantize", model=model, **wires, **{**defaults, **inputs})
 

@@ -143,7 +143,7 @@ def calibrating_a_quantized_model():
 def gptq_without_hessians():
     graph = Graph()
     model = graph.load()
-    graph.picture(graph.quantize(model, graph.calibrate(model), rounding="gptq"))
+    graph.picture(graph.quantize(model, graph.calibrate(model, hessians=False), rounding="gptq"))
     return graph
 
 
@@ -151,13 +151,6 @@ def gptq_without_hessians():
 def gptq_without_calibration():
     graph = Graph()
     graph.picture(graph.quantize(graph.load(), rounding="gptq"))
-    return graph
-
-
-@bad_input("QandC_Quantize", "calibration")
-def static_without_calibration():
-    graph = Graph()
-    graph.picture(graph.quantize(graph.load(), activations="static"))
     return graph
 
 

@@ -42,9 +42,18 @@ def provide_models(server: Server, prompt: dict) -> None:
             write_dit(server.models / name, channels, num_classes=1000)
 
 
+def check_runnable(server: Server, prompt: dict) -> None:
+    """Skips what this ComfyUI cannot run, or what needs a text encoder of several gigabytes."""
+    if any(node["class_type"] == "CLIPLoader" for node in prompt.values()):
+        pytest.skip("needs a text encoder; tests/browser opens it and tests/comfyui/test_quantized_families.py runs Wan")
+    if server.checkout.version < (0, 27) and any(node["inputs"].get("method") == "native" for node in prompt.values()):
+        pytest.skip("this ComfyUI is older than 0.27, which has W8A8")
+
+
 @pytest.mark.parametrize("path", API, ids=lambda path: path.stem)
 def test_workflow_runs(server, path: Path):
     prompt = shortened(json.loads(path.read_text(encoding="utf-8")))
+    check_runnable(server, prompt)
     provide_models(server, prompt)
     run = server.succeed(prompt)
     assert run.executed | set(run.cached) == set(prompt)

@@ -10,7 +10,8 @@ ROOT = Path(__file__).parents[2]
 CONTRACT = json.loads(Path(__file__).with_name("object_info.json").read_text(encoding="utf-8"))
 NOTES = {"MarkdownNote", "Note"}
 CORE = {
-    "EmptyLatentImage", "KSampler", "ModelSave", "PreviewAny", "PreviewImage", "SaveImage", "VAEDecode", "VAELoader",
+    "CLIPLoader", "CLIPTextEncode", "EmptyHunyuanLatentVideo", "EmptyLatentImage", "KSampler", "ModelSamplingSD3",
+    "ModelSave", "PreviewAny", "PreviewImage", "SaveImage", "UNETLoader", "VAEDecode", "VAELoader",
 }  # fmt: skip
 # Choices that depend on what lies in the folders of a machine.
 FILES = {("QandC_LoadDiT", "model_name"), ("QandC_TAPCalibrate", "file"), ("QandC_VarianceCompensate", "file")}

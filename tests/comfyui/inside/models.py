@@ -180,7 +180,7 @@ def second_copies(host: Host) -> dict[str, bool]:
     found = {}
     config = host.module("qandc_core.quantization.model").QuantizationConfig()
     plain = load(host, "demo")
-    made, _ = host.module("nodes.comfyui.quantization").quantized_patcher(plain, 8, 8, None, config)
+    made, _ = host.module("nodes.comfyui.paper_quantization").quantized_patcher(plain, 8, 8, None, config)
     for name, patcher in {"demo": plain, "quantized file": load(host, quantized_file(host)), "quantized": made}.items():
         function, arguments = patcher.cached_patcher_init
         copy = function(*arguments, disable_dynamic=True)
@@ -193,7 +193,7 @@ def bypass_lora_is_refused(host: Host) -> str:
     patcher.injections["bypass_lora"] = [object()]
     config = host.module("qandc_core.quantization.model").QuantizationConfig()
     try:
-        host.module("nodes.comfyui.quantization").quantized_patcher(patcher, 8, 8, None, config)
+        host.module("nodes.comfyui.paper_quantization").quantized_patcher(patcher, 8, 8, None, config)
     except ValueError as error:
         return str(error)
     return ""

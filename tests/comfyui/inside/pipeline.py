@@ -9,6 +9,7 @@ from host import Host, main, relative
 from sampling import CFG, LABELS, STEPS, cache_policy, conditioning, demo, engine, ksampler, noise, schedule
 
 SETTINGS = (STEPS, CFG, "ddpm", "normal")
+PAPER = "W8A8", "paper", 0.0, 0, "", "bake in"  # what Quantize takes before rounding
 
 
 def cached_demo(host: Host, interval: int = 3):
@@ -17,20 +18,27 @@ def cached_demo(host: Host, interval: int = 3):
 
 
 def calibrate(host: Host, patcher, **plan):
-    """Runs the node's function; every sample of every computed step unless the plan says otherwise."""
+    """Runs the node's function; all samples of computed steps, none held out, unless the plan says otherwise."""
     calibration, sampling = host.module("nodes.comfyui.calibration"), host.module("nodes.comfyui.sampling")
     settings = sampling.Settings(*conditioning(host), *SETTINGS)
     full = calibration.Plan(
-        **{"trajectories": 6, "batch_size": 4, "samples": 10**6, "selection": "random", "seed": 3, **plan}
+        **{
+            "trajectories": 6,
+            "batch_size": 4,
+            "samples": 10**6,
+            "selection": "random",
+            "seed": 3,
+            "held_out": 0,
+            **plan,
+        }
     )
-    progress = sampling.Progress(patcher, calibration.calibration_steps(full, STEPS))
-    return calibration.calibrate(patcher, settings, torch.zeros(1, 3, 32, 32), full, progress)
+    return calibration.calibrate(patcher, settings, torch.zeros(1, 3, 32, 32), full)
 
 
 def statistics_equal_brute_force(host: Host) -> dict[str, float]:
     """All candidates chosen: counts, bounds, means and Hessians of plain hooks over the same sampling runs."""
     patcher = cached_demo(host)
-    found, _ = calibrate(host, patcher, hessians=True)
+    found = calibrate(host, patcher, hessians=True).statistics
     sampling = host.module("nodes.comfyui.sampling")
     settings = sampling.Settings(*conditioning(host), *SETTINGS)
     seen: dict[str, list[torch.Tensor]] = {name: [] for name in found}
@@ -60,7 +68,7 @@ def statistics_equal_brute_force(host: Host) -> dict[str, float]:
 
 def cached_layers_see_computed_steps_only(host: Host) -> dict[str, int]:
     """With all steps allowed, a layer in a cached branch still counts 4 of 12 steps, the embedder all of them."""
-    found, _ = calibrate(host, cached_demo(host), trajectories=2, batch_size=2, computed_only=False)
+    found = calibrate(host, cached_demo(host), trajectories=2, batch_size=2, computed_only=False).statistics
     tokens = 16
     return {
         "branch": found["blocks.0.mlp.fc1"].count // (2 * 2 * tokens),
@@ -72,7 +80,7 @@ def distances_between_steps(host: Host) -> dict[str, float | bool]:
     """Against predictions that a callback saw; and a model with a cache has none."""
     sampling = host.module("nodes.comfyui.sampling")
     patcher, seen = demo(host), []
-    _, found = calibrate(host, patcher, trajectories=2, batch_size=2)
+    found = calibrate(host, patcher, trajectories=2, batch_size=2).distances
     settings = sampling.Settings(*conditioning(host), *SETTINGS)
     sampling.sample_new(
         patcher, settings, torch.zeros(2, 3, 32, 32), 3, lambda step, denoised, x, total: seen.append(denoised.double())
@@ -82,7 +90,8 @@ def distances_between_steps(host: Host) -> dict[str, float | bool]:
         for j in range(i + 1, STEPS):
             expected = relative(seen[i], seen[j]) * float(1 - sigmas[j + 1] / sigmas[j])
             worst = max(worst, abs(float(found[i, j]) - expected))
-    return {"error": worst, "with a cache": calibrate(host, cached_demo(host), trajectories=1, batch_size=1)[1] is None}
+    cached = calibrate(host, cached_demo(host), trajectories=1, batch_size=1)
+    return {"error": worst, "with a cache": cached.distances is None}
 
 
 def calibrated_steps_are_computed(host: Host) -> bool:
@@ -120,7 +129,7 @@ def pipeline(host: Host, gptq: bool = False) -> dict[str, float]:
         .args
     )
     rounding = "gptq" if gptq else "nearest"
-    (quantized,) = host.node("QandC_Quantize").execute(cached, "W8A8", "auto", rounding, calibration).args
+    (quantized,) = host.node("QandC_Quantize").execute(cached, *PAPER, rounding, calibration).args
     (compensated,) = (
         host.node("QandC_VarianceCompensate")
         .execute(quantized, reference, "new", 8, *SETTINGS, 502, "variance_match", 0.0, 1.0, "inside_vc", **wires)
@@ -163,7 +172,7 @@ def inputs_stay_as_they_are(host: Host) -> dict[str, bool]:
     """Weights, options, wrappers and output of the models given to Quantize and Variance Compensate."""
     reference, cached = demo(host), cached_demo(host)
     before, images = snapshot(cached), ksampler(host, cached, "ddpm")
-    (quantized,) = host.node("QandC_Quantize").execute(cached, "W8A8", "auto", "nearest").args
+    (quantized,) = host.node("QandC_Quantize").execute(cached, *PAPER, "nearest").args
     wires = dict(zip(("positive", "negative"), conditioning(host)))
     wires["latent_image"] = host.nodes.EmptyLatentImage().generate(32, 32, 1)[0]
     host.node("QandC_VarianceCompensate").execute(

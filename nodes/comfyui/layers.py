@@ -1,0 +1,26 @@
+"""Which layers of a network Quantize and TAP Calibrate are about."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ...qandc_core.models.dit import DiT
+from ...qandc_core.quantization.model import DIT_SKIP, named_linears
+
+
+def quantizable(network: nn.Module) -> list[tuple[str, nn.Module]]:
+    """ComfyUI's linear layers within the network's lists of blocks; what embeds and what ends the network is not."""
+    if isinstance(network, DiT):
+        return list(named_linears(network, DIT_SKIP))
+    return [(name, module) for name, module in network.named_modules() if is_linear(module) and in_blocks(name)]
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Layers of plain torch, which some networks have a few of, cannot hold ComfyUI's quantized weights."""
+    return hasattr(module, "comfy_cast_weights") and hasattr(module, "in_features")
+
+
+def in_blocks(name: str) -> bool:
+    """Whether a part of the name counts the entries of a list, as in double_blocks.3.img_attn.qkv."""
+    first, *rest = name.split(".")
+    return any(part.isdecimal() for part in rest[:-1])
