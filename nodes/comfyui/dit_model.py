@@ -128,15 +128,15 @@ def load_dit_patcher(
         patcher = new_patcher(config, dtype, tensors, disable_dynamic)
         setattr(patcher.model.diffusion_model, FINGERPRINT, fingerprint_tensors(tensors))
         if holds_quantized(path):
-            patcher = native_dit(patcher.model, read_tensors(path)[0], disable_dynamic)
+            patcher = native_dit(patcher, read_tensors(path)[0], disable_dynamic)
         else:
             patcher.model.load_model_weights(tensors, "", assign=patcher.is_dynamic())
     patcher.cached_patcher_init = (load_dit_patcher, (source, dtype, input_size, num_heads))
     return patcher
 
 
-def native_dit(model: DiTModel, packed: dict[str, Tensor], disable_dynamic: bool):
-    """A patcher of a model like the empty one given, from a file in ComfyUI's quantized formats."""
+def native_dit(empty, packed: dict[str, Tensor], disable_dynamic: bool):
+    """A patcher like that of the empty model, from a file in ComfyUI's quantized formats."""
     metadata, tensors = pop_metadata(packed), strip_prefix(packed)
     marks = [{"comfy_quant": tensors[f"{name}.comfy_quant"]} for name in quantized_names(tensors)]
     formats = {layer_config(mark)["format"] for mark in marks}
@@ -145,8 +145,8 @@ def native_dit(model: DiTModel, packed: dict[str, Tensor], disable_dynamic: bool
             check_supported(format)
     prepare(formats)
     if FINGERPRINT in metadata:
-        setattr(model.diffusion_model, FINGERPRINT, metadata[FINGERPRINT])
-    return rebuilt(model, tensors, disable_dynamic)
+        setattr(empty.model.diffusion_model, FINGERPRINT, metadata[FINGERPRINT])
+    return rebuilt(empty, tensors, disable_dynamic)
 
 
 def quantized_dit(

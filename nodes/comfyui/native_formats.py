@@ -56,37 +56,57 @@ def backend(format: str, device: torch.device) -> str:
 
 @cache
 def compile_w4a8() -> None:
-    """Gives comfy-kitchen's W4A8 product an operator of torch, without which torch.compile cannot trace it."""
-    from comfy_kitchen.tensor import w4a8_int8
-    from comfy_kitchen.tensor.base import _LAYOUT_DISPATCH_TABLE, QuantizedTensor, register_layout_op
+    """Makes comfy-kitchen's W4A8 product and decoder operators of torch, without which torch.compile cannot trace them.
 
-    linear, layout = torch.ops.aten.linear.default, w4a8_int8.AsymW4A8Int8Layout
-    stock = _LAYOUT_DISPATCH_TABLE[linear][layout]
+    In W4A8 with a correction, which no file of ComfyUI's has, they stay as they are.
+    """
+    from comfy_kitchen.tensor import w4a8_int8
+
+    linear, dequantize = w4a8_int8.w4a8_int8_linear, w4a8_int8.dequantize_w4a8_int8_weight
 
     @torch.library.custom_op("qandc::w4a8_int8_linear", mutates_args=())
-    def product(
+    def traced_linear(
         x: Tensor, qdata: Tensor, s_rel: Tensor, s_channel: Tensor, codebook: Tensor | None, bias: Tensor | None,
         group_size: int, convrot_groupsize: int, out_dtype: torch.dtype,
     ) -> Tensor:  # fmt: skip
-        return w4a8_int8.w4a8_int8_linear(
-            x, qdata, s_rel, s_channel, codebook=codebook, bias=bias, group_size=group_size,
-            convrot_groupsize=convrot_groupsize, out_dtype=out_dtype,
+        return linear(
+            x, qdata, s_rel, s_channel, codebook, None, bias, group_size, convrot_groupsize, out_dtype
         )  # fmt: skip
 
-    @product.register_fake
+    @traced_linear.register_fake
     def _(x, qdata, s_rel, s_channel, codebook, bias, group_size, convrot_groupsize, out_dtype):
         return x.new_empty(*x.shape[:-1], len(qdata), dtype=out_dtype)
 
-    @register_layout_op(linear, layout)
-    def linear_of(qt, args, kwargs):
-        x, weight, bias = (*args, None)[:3]
-        held = weight._params if isinstance(weight, QuantizedTensor) else None
-        if held is None or held.transposed or held.correction is not None or isinstance(x, QuantizedTensor):
-            return stock(qt, args, kwargs)
-        return product(
-            x, weight._qdata, held.scale, held.s_channel, held.codebook, bias, held.group_size,
-            held.convrot_groupsize, kwargs.get("out_dtype", held.orig_dtype),
-        )  # fmt: skip
+    @torch.library.custom_op("qandc::dequantize_w4a8_int8_weight", mutates_args=())
+    def traced_dequantize(
+        qdata: Tensor, s_rel: Tensor, s_channel: Tensor, codebook: Tensor | None, group_size: int,
+        convrot_groupsize: int, output_dtype: torch.dtype,
+    ) -> Tensor:  # fmt: skip
+        return dequantize(qdata, s_rel, s_channel, codebook, None, group_size, convrot_groupsize, output_dtype)
+
+    @traced_dequantize.register_fake
+    def _(qdata, s_rel, s_channel, codebook, group_size, convrot_groupsize, output_dtype):
+        return qdata.new_empty(len(qdata), 2 * qdata.shape[1], dtype=output_dtype)
+
+    def linear_of(
+        x, qdata, s_rel, s_channel, codebook=None, correction=None, bias=None, group_size=16, convrot_groupsize=256,
+        out_dtype=torch.bfloat16,
+    ):  # fmt: skip
+        layout = group_size, convrot_groupsize, out_dtype
+        if correction is not None:
+            return linear(x, qdata, s_rel, s_channel, codebook, correction, bias, *layout)
+        return traced_linear(x, qdata, s_rel, s_channel, codebook, bias, *layout)
+
+    def dequantize_of(
+        qdata, s_rel, s_channel, codebook=None, correction=None, group_size=16, convrot_groupsize=256,
+        output_dtype=torch.bfloat16,
+    ):  # fmt: skip
+        layout = group_size, convrot_groupsize, output_dtype
+        if correction is not None:
+            return dequantize(qdata, s_rel, s_channel, codebook, correction, *layout)
+        return traced_dequantize(qdata, s_rel, s_channel, codebook, *layout)
+
+    w4a8_int8.w4a8_int8_linear, w4a8_int8.dequantize_w4a8_int8_weight = linear_of, dequantize_of
 
 
 def prepare(formats: set[str]) -> None:

@@ -76,4 +76,3 @@ def weight_errors(model: nn.Module, tensors: dict[str, Tensor], progress: Progre
         errors[name] = error
         progress.advance(error_bars(errors))
     return errors
-

@@ -129,7 +129,14 @@ def quantized_weights(
 
     config = NativeConfig(settings.format, settings.rounding)
     statistics = calibration.statistics if calibration is not None else {}
+    mm.free_memory(max(working_memory(patcher, name) for name in names), device)
     return quantize_layers([source(name) for name in names], config, statistics, settings.budget, shown)
+
+
+def working_memory(patcher, name: str) -> int:
+    """Bytes that rounding one layer takes: X^T X and its factor, and the weight a few times, in float32."""
+    module = patcher.model.diffusion_model.get_submodule(name)
+    return 4 * module.in_features * (3 * module.in_features + 6 * module.out_features)
 
 
 def layer_bytes(patcher, names: Collection[str]) -> dict[str, int]:
@@ -162,13 +169,16 @@ def assembled(patcher, quantized: dict[str, NativeLayer | None], bake: bool):
     for name, layer in layers.items():
         tensors |= {f"{name}.{key}": value.cpu() for key, value in layer.tensors.items()}
     prepare({layer.format for layer in layers.values()})
-    fresh = rebuilt(patcher.model, tensors)
+    fresh = rebuilt(patcher, tensors)
     setattr(fresh.model.diffusion_model, FINGERPRINT, fingerprint_of(patcher))
     fresh.cached_patcher_init = (again, (fresh,))
     model = patcher.clone(model_override=fresh.get_clone_model_override())
     model.cached_patcher_init = fresh.cached_patcher_init
     if bake:
         model.patches, model.patches_uuid = {}, uuid.uuid4()
+    replaced = [key for key in patcher.object_patches if key.startswith("diffusion_model.")]
+    if replaced:
+        log.warning("Parts that another node put into the model stay in full precision: %s", ", ".join(replaced))
     compiled_again(model, patcher)
     model.size = 0  # counted for the source
     model.model_size()

@@ -51,11 +51,12 @@ def quantized_config(model_config) -> Any:
     return config
 
 
-def rebuilt(model, tensors: dict[str, Tensor], disable_dynamic: bool = False):
-    """A patcher of a fresh model like `model` with quantized `tensors` of its network.
+def rebuilt(source, tensors: dict[str, Tensor], disable_dynamic: bool = False):
+    """A patcher of a fresh model like that of the patcher `source`, with quantized `tensors` of its network.
 
     Raises ValueError where ComfyUI cannot build the family from its configuration.
     """
+    model = source.model
     config, device, offload = quantized_config(model.model_config), mm.get_torch_device(), mm.unet_offload_device()
     said_in_files = model.state_dict_for_saving({})
     try:
@@ -65,7 +66,8 @@ def rebuilt(model, tensors: dict[str, Tensor], disable_dynamic: bool = False):
             f"ComfyUI cannot build a second {type(model).__name__} from its configuration ({error}); "
             "models of this loader cannot be quantized."
         ) from error
-    fresh.model_sampling = model.model_sampling
+    # A clone that was sampled last may have left its own, such as another shift, on the model that they share.
+    fresh.model_sampling = source.object_patches_backup.get("model_sampling", model.model_sampling)
     patcher_class = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
     patcher = patcher_class(fresh, load_device=device, offload_device=offload)
     fresh.diffusion_model.load_state_dict(tensors, strict=False, assign=patcher.is_dynamic())
@@ -78,7 +80,7 @@ def rebuilt(model, tensors: dict[str, Tensor], disable_dynamic: bool = False):
 def again(patcher, disable_dynamic: bool = False):
     """Another patcher of the same quantized model, without patches: ComfyUI asks for one for hooks and compilation."""
     tensors = {name: value.cpu() for name, value in base_tensors(patcher).items()}
-    copy = rebuilt(patcher.model, tensors, disable_dynamic)
+    copy = rebuilt(patcher, tensors, disable_dynamic)
     copy.cached_patcher_init = patcher.cached_patcher_init
     return copy
 

@@ -83,6 +83,20 @@ def test_quantize_says_what_it_did(chain):
     assert "layers in W8A8" in run.outputs[names["quantize"]]["text"][0]
 
 
+def test_native_quantization_is_measured_and_compared(server):
+    if server.checkout.version < (0, 27):
+        pytest.skip("this ComfyUI is older than 0.27, which has W8A8")
+    graph = Graph()
+    model = graph.load()
+    cached = graph.cache(model)
+    quantized = graph.quantize(cached, graph.calibrate(cached, hessians=True), method="native")
+    comparison = graph.compare(graph.sample(model), graph.sample(quantized))
+    run = server.succeed(graph)
+    said = run.outputs[quantized[0]]["text"][0]
+    assert "layers W8A8" in said and "held-out samples" in said and "worst layer blocks." in said
+    assert said.partition(";")[0] in run.outputs[comparison[0]]["text"][0]
+
+
 def test_acceleration_changes_the_picture_a_little(server, chain):
     prompt, _, run = chain
     reference, accelerated = latents(server, run, prompt)
@@ -154,7 +168,7 @@ def test_interval_one_and_all_steps_chosen_change_no_bit(server):
 
 
 def cancelled_prompt(name: str) -> tuple[Graph, str]:
-    """A run of minutes of one node."""
+    """A run of one node, of minutes or, of Quantize, 26 layers."""
     graph = Graph(batch_size=256)
     model = graph.cache(graph.load())
     if name == "calibrate":
@@ -163,14 +177,19 @@ def cancelled_prompt(name: str) -> tuple[Graph, str]:
     elif name == "compensate":
         node = graph.compensate(model, model, pairs=256, steps=500)
         graph.picture(node)
+    elif name == "quantize":
+        node = graph.quantize(model, method="native")
+        graph.picture(node)
     else:
         node = graph.sample(model, steps=500)
         graph.save(node)
     return graph, node[0]
 
 
-@pytest.mark.parametrize("name", ["calibrate", "compensate", "sample"])
+@pytest.mark.parametrize("name", ["calibrate", "quantize", "compensate", "sample"])
 def test_cancelling_stops_within_a_few_steps_and_leaves_nothing_behind(server, chain, name):
+    if name == "quantize" and server.checkout.version < (0, 27):
+        pytest.skip("this ComfyUI is older than 0.27, which has W8A8")
     prompt, _, before = chain
     files = set(server.calibrations.iterdir())
     cancelled, node = cancelled_prompt(name)
