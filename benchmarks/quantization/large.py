@@ -1,0 +1,71 @@
+"""Time and memory of TAP Calibrate and Quantize on DiT-XL/2 with random weights, through the nodes in real ComfyUI:
+
+    python -m benchmarks.quantization.large
+
+Writes quantization-large.json and quantization-large.md into benchmarks/results. Each phase has a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from tests.comfyui.inside_programs import install_pack
+
+from .start import RESULTS, run_inside
+
+PHASES = ("make", "calibrate", "W8A8", "W4A8")
+TEXT = """DiT of {depth} blocks of width {width} (random weights, {model:.2f} GiB in float32), 256 px, {threads} threads
+of {machine}, ComfyUI {comfyui}: TAP Calibrate with {samples} samples of {trajectories} trajectories,
+{steps} steps, guidance {cfg:g}, Apply Cache with interval {interval}, memory_gb {memory_gb:g}, takes {calibrate};
+Quantize takes {W8A8} to W8A8 and {W4A8} to W4A8, its own model
+included. Made by `python -m benchmarks.quantization.large`.
+"""
+
+
+def measure(options: dict[str, Any], threads: int) -> dict[str, Any]:
+    found: dict[str, Any] = {"phases": {}}
+    with tempfile.TemporaryDirectory() as base:
+        install_pack(Path(base))
+        for phase in PHASES:
+            result = run_inside("large", {**options, "phase": phase}, threads, Path(base))
+            found["phases"][phase] = result.pop("measured")
+            print(phase, found["phases"][phase], file=sys.stderr, flush=True)
+    del result["phase"]
+    return {**result, **found}
+
+
+def words(phase: dict[str, float]) -> str:
+    return f"{phase['seconds']:.0f} s and {phase['beyond'] / 2**30:.2f} GiB beyond the model"
+
+
+def report(data: dict[str, Any]) -> str:
+    phases = {name: words(phase) for name, phase in data["phases"].items() if name != "make"}
+    return TEXT.format(**{**data, **phases, "model": data["phases"]["calibrate"]["model"] / 2**30})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--width", type=int, default=1152)
+    parser.add_argument("--depth", type=int, default=28)
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--trajectories", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=28)
+    parser.add_argument("--cfg", type=float, default=1.5)
+    parser.add_argument("--memory-gb", type=float, default=4.0)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = vars(parser.parse_args())
+    out, threads = options.pop("out"), options.pop("threads")
+    data = measure(options, threads)
+    (out / "quantization-large.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    (out / "quantization-large.md").write_text(report(data), encoding="utf-8")
+    print(report(data))
+
+
+if __name__ == "__main__":
+    main()

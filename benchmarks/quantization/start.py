@@ -1,0 +1,36 @@
+"""Starts the programs inside_*.py in a ComfyUI checkout's own Python, with the pack as its only custom node."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from qandc_core.evaluation.experiment import cpu_name
+from tests.comfyui.checkouts import checkouts
+from tests.comfyui.inside_programs import PROGRAMS, install_pack
+
+HERE = Path(__file__).parent
+RESULTS = HERE.parent / "results"
+
+
+def run_inside(program: str, options: dict[str, Any], threads: int, base: Path | None = None) -> dict[str, Any]:
+    """What inside_<program>.py makes of the options; `base` is a ComfyUI base directory with the pack in it."""
+    if base is None:
+        with tempfile.TemporaryDirectory() as made:
+            install_pack(Path(made))
+            return run_inside(program, options, threads, Path(made))
+    checkout = checkouts()[0]
+    folders = map(str, (HERE.parent / "caching", PROGRAMS))
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(folders)}
+    command = [checkout.python, HERE / f"inside_{program}.py", checkout.path, base, json.dumps(options)]
+    done = subprocess.run(
+        [str(part) for part in command], env=environment, stdout=subprocess.PIPE, text=True, check=True
+    )
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("RESULTS "))
+    found = json.loads(line.removeprefix("RESULTS "))
+    kept = {key: value for key, value in options.items() if key != "flow"}  # a path of this machine
+    return {"comfyui": checkout.name, "machine": cpu_name(), "threads": threads, **kept, **found}

@@ -1,0 +1,68 @@
+"""The two trained models, their calibrations and held-out inputs, for the programs that run in ComfyUI's Python."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import fidelity
+import torch
+
+if TYPE_CHECKING:
+    from host import Host
+
+INTERVAL = 3
+SAMPLES, TRAJECTORIES = 128, 32
+HELD_OUT_SEED, HELD_OUT_RUNS, HELD_OUT = 9000, 4, 8  # calls of the last image of each run
+
+
+@dataclass
+class Study:
+    """A model with its cache, and inputs that no calibration of it has seen."""
+
+    host: Host
+    subject: fidelity.Subject
+    cached: Any
+
+    def __post_init__(self) -> None:
+        self.layers, self.calls = self.held_out()
+
+    def calibration(self, patcher, seed: int, **plan):
+        """A Calibration of samples of other noise for every seed."""
+        module, sampling = (self.host.module(f"nodes.comfyui.{name}") for name in ("calibration", "sampling"))
+        s = self.subject
+        settings = sampling.Settings(s.positive, s.negative, s.steps, s.cfg, s.sampler, s.scheduler)
+        wanted = {"trajectories": TRAJECTORIES, "samples": SAMPLES, "hessians": True, "held_out": 0, **plan}
+        chosen = module.Plan(seed=seed, batch_size=fidelity.IMAGES, **wanted)
+        return module.calibrate(patcher, settings, s.latent[:1], chosen)
+
+    def held_out(self) -> tuple[dict[str, torch.Tensor], tuple]:
+        """Inputs of every layer, and calls of the model, of images with other labels."""
+        found = [
+            self.calibration(self.cached, HELD_OUT_SEED + 10 * run, trajectories=run + 2, held_out=HELD_OUT)
+            for run in range(HELD_OUT_RUNS)
+        ]
+        names = found[0].statistics
+        layers = {name: torch.cat([part.statistics[name].held_out for part in found]) for name in names}
+        return layers, tuple(call for part in found for call in part.held_out)
+
+    def judged(self, calibration):
+        """The calibration with the held-out inputs that all are judged by."""
+        statistics = {
+            name: replace(layer, held_out=self.layers[name]) for name, layer in calibration.statistics.items()
+        }
+        return replace(calibration, statistics=statistics, held_out=self.calls)
+
+
+def studies(host: Host, flow: str, tier: str = "automatic") -> dict[str, Study]:
+    import comfy.utils
+
+    comfy.utils.PROGRESS_BAR_ENABLED = False
+    subjects = {
+        "built-in, ddim, 50 steps": fidelity.built_in(host, "ddim"),
+        "flow, euler, 30 steps": fidelity.flow(host, flow, "euler", 30),
+    }
+    return {
+        name: Study(host, subject, fidelity.ours(host, subject.patcher, tier, 1, INTERVAL))
+        for name, subject in subjects.items()
+    }
