@@ -22,7 +22,8 @@ COLUMNS = {
     "same_cache": "images, same cache",
     "no_cache": "images, no cache",
 }
-PAIRS = [("GPTQ, TAP", other) for other in ("GPTQ, random", "GPTQ, TAP, no cache", "GPTQ, noise")]
+OTHERS = ("GPTQ, random", "GPTQ, TAP, no cache", "GPTQ, noise", "GPTQ, TAP, biases as they are")
+PAIRS = [*(("GPTQ, TAP", other) for other in OTHERS), ("nearest, corrected biases", "nearest")]
 TEXT = """# Errors of quantized models by what chose their integers
 
 Mean and standard error over {seeds} seeds of calibration and of images, {images} images each; Apply Cache with interval

@@ -30,6 +30,7 @@ METHODS = {
     "GPTQ, stratified": ("gptq", True, "GPTQ, stratified"),
     "GPTQ, TAP": ("gptq", True, "GPTQ, TAP"),
     "GPTQ, TAP, no cache": ("gptq", True, "GPTQ, TAP, no cache"),
+    "GPTQ, TAP, biases as they are": ("gptq", False, "GPTQ, TAP"),
 }
 
 

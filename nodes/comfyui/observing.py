@@ -98,14 +98,16 @@ class Observing:
         draw_apart, wanted_apart = Draw(self.generator), self.held_out_rows.take(len(apart)) if len(apart) else 0
 
         def observe(name: str, inputs: Tensor) -> None:
-            if not torch.isfinite(inputs).all():
-                raise ValueError(f"The inputs of {name} are not finite on the calibration samples; use another seed.")
             if not inputs.numel():
                 return  # an expert to which no token went
             layer = self.statistics[name]
             if len(rows):
                 x = of_samples(inputs, batch, rows)
                 layer.update(x)
+                if not (layer.low.isfinite() & layer.high.isfinite()).all():
+                    raise ValueError(
+                        f"The inputs of {name} are not finite on the calibration samples; use another seed."
+                    )
                 if layer.rows is not None:
                     layer.keep_rows(draw(x, wanted))
             if len(apart):

@@ -124,8 +124,12 @@ def quantized_weights(
     errors: dict[str, float] = {}
 
     def shown(name: str, error: float) -> None:
+        counted = name in errors  # a layer that gets a finer format comes twice
         errors[name] = error
-        progress.advance(error_bars(errors, "relative error"))
+        if counted:
+            mm.throw_exception_if_processing_interrupted()
+        else:
+            progress.advance(error_bars(errors, "relative error"))
 
     config = NativeConfig(settings.format, settings.rounding)
     statistics = calibration.statistics if calibration is not None else {}
