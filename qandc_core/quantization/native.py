@@ -30,14 +30,15 @@ SAMPLING_DAMPING = 0.06
 class NativeConfig:
     """Format W8A8 or W4A8; rounding nearest, gptq, which needs X^T X, or auto: gptq where that is known.
 
-    `clip_search` is of int8 scales only. `bias_correction` is done where the mean input is known. `damping` is relative
-    to the mean of the Hessian's diagonal; the fewer inputs that comes from, the more is added.
+    `clip_search` is of int8 scales only. `bias_correction` is done where the mean input is known; None: where gptq chose
+    the codes, since after rounding to nearest it brings the layers closer and may take the images further away.
+    `damping` is relative to the mean of the Hessian's diagonal; the fewer inputs that comes from, the more is added.
     """
 
     format: str = "W8A8"
     rounding: str = "auto"
     clip_search: bool = True
-    bias_correction: bool = True
+    bias_correction: bool | None = None
     damping: float = 0.01
 
     def __post_init__(self) -> None:
@@ -109,8 +110,9 @@ def rounded_layer(
         raise ValueError(f"The held-out inputs of {name} hold values that are not finite; calibrate again.")
     if statistics is not None and hessian is not None:
         config = replace(config, damping=config.damping + SAMPLING_DAMPING * inputs / max(statistics.samples, 1))
+    guide = None if config.rounding == "nearest" else hessian
     try:
-        tensors = weight_tensors(weight, format, config, None if config.rounding == "nearest" else hessian)
+        tensors = weight_tensors(weight, format, config, guide)
     except torch.linalg.LinAlgError as cause:
         raise ValueError(
             f"The Hessian of {name} has no inverse with damping {config.damping:.2g}; raise it."
@@ -118,7 +120,8 @@ def rounded_layer(
     shift = None
     if bias is not None:
         tensors["bias"] = bias = bias.detach()
-        if config.bias_correction and statistics is not None:
+        corrects = guide is not None if config.bias_correction is None else config.bias_correction
+        if corrects and statistics is not None:
             tensors["bias"] = corrected_bias(name, weight, bias, tensors, statistics)
             shift = tensors["bias"].float() - bias.float()
     if held_out is not None and len(held_out):
