@@ -1,12 +1,10 @@
 from __future__ import annotations
 
-import numpy as np
-import torch
 from comfy_api.v0_0_2 import io, ui
-from PIL import Image
 from torch import Tensor
 
 from .comfyui import types
+from .comfyui.pictures import to_image
 
 
 class Compare(io.ComfyNode):
@@ -72,7 +70,3 @@ class Compare(io.ComfyNode):
 def from_image(batch: Tensor) -> Tensor:
     """IMAGE (N, H, W, C) in [0, 1] -> (N, 3, H, W) in [-1, 1]."""
     return batch[..., :3].movedim(-1, 1) * 2 - 1
-
-
-def to_image(figure: Image.Image) -> Tensor:
-    return torch.from_numpy(np.asarray(figure).astype(np.float32) / 255)[None]

@@ -7,6 +7,7 @@ from ..qandc_core.quantization.checkpoint import Budget
 from ..qandc_core.quantization.model import QuantizationConfig
 from .comfyui import types
 from .comfyui.paper_quantization import quantized_patcher
+from .comfyui.pictures import report_picture, to_image
 from .comfyui.quantization import NativeSettings, quantize_native
 
 BITS = {"W8A8": (8, 8), "W4A8": (4, 8)}
@@ -84,4 +85,5 @@ class Quantize(io.ComfyNode):
             LORAS[loras],
         )
         quantized, report = quantize_native(model, settings, calibration)
-        return io.NodeOutput(quantized, ui=ui.PreviewText(f"{report.summary()}\n\n{report.table()}"))
+        shown = ui.PreviewImage(to_image(report_picture(report)), cls=cls).as_dict()
+        return io.NodeOutput(quantized, ui={**shown, "text": (f"{report.summary()}\n\n{report.table()}",)})

@@ -1,18 +1,48 @@
-"""Pictures that nodes show while they run."""
+"""Pictures that nodes show while they run and when they are done."""
 
 from __future__ import annotations
 
+import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from ...qandc_core.quantization.report import SHORT, QuantizationReport
+
+PAPER, INK = (250, 250, 252), (32, 36, 44)
+COLORS = {"W8A8": (38, 110, 190), "W4A8": (214, 126, 40), "float": (150, 150, 156)}
 
 
 def error_bars(errors: dict[str, float], measure: str = "relative weight error") -> Image.Image:
     """The error of every layer so far."""
     width, height = 512, 256
-    picture = Image.new("RGB", (width, height), (250, 250, 252))
+    picture = Image.new("RGB", (width, height), PAPER)
     draw, highest = ImageDraw.Draw(picture), max(errors.values()) or 1.0
     for i, error in enumerate(errors.values()):
         left, right = width * i // len(errors), max(width * i // len(errors), width * (i + 1) // len(errors) - 2)
-        draw.rectangle((left, height - round((height - 24) * error / highest), right, height), fill=(38, 110, 190))
+        draw.rectangle((left, height - round((height - 24) * error / highest), right, height), fill=COLORS["W8A8"])
     title = f"{measure} of {len(errors)} layers, largest {highest:.4f}"
-    draw.text((8, 4), title, (32, 36, 44), ImageFont.load_default(14))
+    draw.text((8, 4), title, INK, ImageFont.load_default(14))
     return picture
+
+
+def report_picture(report: QuantizationReport) -> Image.Image:
+    """What quantizing did: the error of every layer in the colour of its format, and the report in words."""
+    width, bars, line, font = 560, 200, 19, ImageFont.load_default(14)
+    lines = report.summary().split("; ")
+    picture = Image.new("RGB", (width, bars + line * (len(lines) + 1)), PAPER)
+    draw, highest = ImageDraw.Draw(picture), report.worst.error or 1.0
+    for i, layer in enumerate(report.layers):
+        left, right = (8 + (width - 16) * j // len(report.layers) for j in (i, i + 1))
+        top = bars - max(2, round((bars - 12) * layer.error / highest))
+        color = COLORS[SHORT.get(layer.format, layer.format)]
+        draw.rectangle((left, top, max(left, right - 2), bars), fill=color)
+    for i, text in enumerate(lines):
+        color = COLORS[report.format] if i == 0 else INK
+        draw.text((8, bars + 8 + line * i), text, color, font)
+    return picture
+
+
+def to_image(figure: Image.Image) -> Tensor:
+    """As an IMAGE (1, H, W, 3)."""
+    return torch.from_numpy(np.asarray(figure).astype(np.float32) / 255)[None]

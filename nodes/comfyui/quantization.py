@@ -22,7 +22,7 @@ from ...qandc_core.quantization.native import NativeConfig, NativeLayer
 from ...qandc_core.quantization.report import FLOAT, LayerReport, QuantizationReport
 from .layers import quantizable
 from .native_formats import backend, check_supported, prepare
-from .pictures import error_bars
+from .pictures import error_bars, report_picture
 from .rebuild import again, compiled_again, rebuilt, shapes_read_by_detection
 from .runs import QUANTIZATION, note
 from .sampling import Progress
@@ -74,6 +74,7 @@ def quantize_native(
             f"The model in {settings.format} is {error[0]:.2f} away from full precision on held-out samples, the worst "
             f"layer is {report.worst.name}; set max_layer_error, skip layers, or use W8A8."
         )
+    progress.show(report_picture(report))
     log.info("Q&C quantization: %s", report.summary())
     note(model, "quantization", settings.format, f"{settings} {calibration.notes if calibration else ''}")
     model.model_options["transformer_options"][QUANTIZATION] = report

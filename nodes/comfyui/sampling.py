@@ -57,7 +57,11 @@ class Progress:
         """One unit of work that is no sampling step."""
         comfy.model_management.throw_exception_if_processing_interrupted()
         self.done += 1
-        self.bar.update_absolute(self.done, self.total, None if picture is None else ("JPEG", picture, 512))
+        self.show(picture)
+
+    def show(self, picture) -> None:
+        """Where the work stands, with a picture that stays until the next."""
+        self.bar.update_absolute(self.done, self.total, None if picture is None else ("JPEG", picture, 560))
 
 
 def fitted_latent(patcher, latent: dict[str, Any]) -> Tensor:

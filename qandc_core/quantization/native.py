@@ -30,8 +30,8 @@ SAMPLING_DAMPING = 0.06
 class NativeConfig:
     """Format W8A8 or W4A8; rounding nearest, gptq, which needs X^T X, or auto: gptq where that is known.
 
-    `clip_search` is of int8 scales only. `bias_correction` is done where the mean input is known; None: where gptq chose
-    the codes, since after rounding to nearest it brings the layers closer and may take the images further away.
+    `clip_search` is of int8 scales only. `bias_correction` is done where the mean input is known; None: where gptq
+    chose the codes, since after rounding to nearest it brings layers closer and may take images further away.
     `damping` is relative to the mean of the Hessian's diagonal; the fewer inputs that comes from, the more is added.
     """
 
