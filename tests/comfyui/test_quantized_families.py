@@ -48,7 +48,7 @@ def found(run, checkout, formats):
     def result(program: str, family: str, key: str) -> dict:
         if key.split(",")[0] not in formats:
             pytest.skip(f"ComfyUI {checkout.name} has no {key.split(',')[0]}")
-        if program == "quantized_use" and not is_wanted_in_full(checkout):
+        if not is_wanted_in_full(checkout):
             pytest.skip("long: on the newest version, or where QANDC_COMFYUI_VERSIONS names it")
         run("quantized_families" if program == "stock_load" else program)  # it saves what stock_load loads
         values = run(program)
