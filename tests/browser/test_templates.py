@@ -27,7 +27,9 @@ def server(request, tmp_path_factory) -> Iterator[Server]:
     with Server(checkout, tmp_path_factory.mktemp("browser")) as running:
         for template in TEMPLATES:
             for folder, name in template.files():
-                (running.base / "models" / folder / name).touch()
+                path = running.base / "models" / folder / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.touch()
         yield running
 
 
