@@ -14,7 +14,7 @@ demo: $(VENV)/.demo
 	$(RUN) -m qandc_core demo
 
 test: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2
 
 lint: $(VENV)/.test
 	$(RUN) -m ruff check .

@@ -1,19 +1,29 @@
-"""Which tests must run in one process, where several share the work (pytest -n 2 --dist loadgroup)."""
+"""Which tests run in one process, where several share the work (pytest -n 2)."""
 
 from __future__ import annotations
 
+import re
+from pathlib import PurePosixPath
+
 import pytest
 
-
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group(item)))
+# Tests of these files share a ComfyUI server.
+SERVED = {"test_errors", "test_files", "test_loading", "test_running", "test_workflows"}
 
 
-def group(item: pytest.Item) -> str:
-    """Those of one server, or of one file and one ComfyUI, so that each is started once."""
-    parameters = item.callspec.params if hasattr(item, "callspec") else {}
-    versions = [parameters[name].name for name in ("server", "checkout", "old_server") if parameters.get(name)]
-    shared = "server" in parameters and item.path.parent.name == "comfyui"
-    return " ".join(["server" if shared else item.path.stem, *versions])
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByServer(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group(nodeid)
+
+    return ByServer(config, log)
+
+
+def group(nodeid: str) -> str:
+    """Tests of one file, of one version of ComfyUI where they have several, so that each is started once."""
+    path, _, test = nodeid.partition("::")
+    version, name = re.search(r"\[(\d+\.\d+\.\d+)", test), PurePosixPath(path).stem
+    return f"{'server' if name in SERVED else path} {version[1] if version else ''}"
