@@ -19,7 +19,7 @@ from ...qandc_core.calibration.memory import StatisticsPlan, plan_statistics
 from ...qandc_core.calibration.statistics import LayerStatistics, observed
 from .candidates import SELECTIONS, Candidates, Choice, Collecting, Plan
 from .dit_model import is_dit
-from .layers import quantizable
+from .layers import check_not_quantized, quantizable
 from .observing import HELD_OUT_ROWS, Observing
 from .runs import WRAPPERS, details, replace_wrapper
 from .sampling import Progress, Settings, fitted_latent, sample_new
@@ -64,10 +64,11 @@ class Calibrating:
 
     def __init__(self, patcher, settings: Settings, latent: Tensor, plan: Plan, partial: Path | None):
         self.patcher, self.settings, self.latent, self.plan, self.partial = patcher, settings, latent, plan, partial
+        check_not_quantized(patcher.model.diffusion_model)
         self.layers = quantizable(patcher.model.diffusion_model)
         if not self.layers:
             raise ValueError(
-                "This model has no linear layer in full precision to calibrate; wire the unquantized model."
+                "This model has no linear layer of ComfyUI's within blocks, so there is nothing to calibrate."
             )
         self.space = planned(self.layers, plan)
         self.model, self.progress = fingerprint_of(patcher), Progress(patcher, 0)

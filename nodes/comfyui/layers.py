@@ -5,7 +5,9 @@ from __future__ import annotations
 from torch import nn
 
 from ...qandc_core.models.dit import DiT
-from ...qandc_core.quantization.model import DIT_SKIP, named_linears
+from ...qandc_core.quantization.model import DIT_SKIP, named_linears, quantized_layers
+
+INTEGERS = ("TensorWiseINT8Layout", "AsymW4A8Int8Layout", "TensorCoreConvRotW4A4Layout")  # comfy-kitchen's names
 
 
 def quantizable(network: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -13,6 +15,19 @@ def quantizable(network: nn.Module) -> list[tuple[str, nn.Module]]:
     if isinstance(network, DiT):
         return list(named_linears(network, DIT_SKIP))
     return [(name, module) for name, module in network.named_modules() if is_linear(module) and in_blocks(name)]
+
+
+def check_not_quantized(network: nn.Module) -> None:
+    """Raises ValueError on a network with integer weights, ours or ComfyUI's; float8 may be rounded once more."""
+    weights = (getattr(module, "weight", None) for module in network.modules())
+    if quantized_layers(network) or any(getattr(weight, "_layout_cls", None) in INTEGERS for weight in weights):
+        raise ValueError("This model is quantized already; wire the one of its original file, in full precision.")
+
+
+def check_loras(patcher) -> None:
+    """Raises ValueError on LoRAs that are no part of the weights while the model runs."""
+    if patcher.injections or patcher.weight_wrapper_patches:
+        raise ValueError("A LoRA in bypass mode cannot become part of the weights; load it without bypass.")
 
 
 def is_linear(module: nn.Module) -> bool:

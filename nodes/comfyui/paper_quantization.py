@@ -18,14 +18,15 @@ from ...qandc_core.quantization.model import (
     quantize_model,
     quantized_layers,
 )
+from ...qandc_core.quantization.native import COLLAPSE
 from .dit_model import is_dit, new_patcher, quantized_dit, resized
+from .layers import check_loras, check_not_quantized
 from .pictures import error_bars
 from .runs import note
 from .sampling import Progress
 from .weights import fingerprint_of, patched_tensors
 
 log = logging.getLogger(__name__)
-COLLAPSED = 0.5  # relative weight error no usable quantization reaches
 
 
 def quantized_patcher(
@@ -38,10 +39,8 @@ def quantized_patcher(
             f"The method paper takes class-conditional DiTs, this is {type(patcher.model).__name__}; choose the method "
             f"native."
         )
-    if quantized_layers(source):
-        raise ValueError("This model is quantized already; wire the model that Load DiT gives for the original file.")
-    if patcher.injections or patcher.weight_wrapper_patches:
-        raise ValueError("A LoRA in bypass mode cannot become part of the weights; load it without bypass.")
+    check_not_quantized(source)
+    check_loras(patcher)
     tensors = patched_tensors(patcher)
     fresh = new_patcher(source.config, source.dtype, tensors)
     model = fresh.model.diffusion_model
@@ -71,7 +70,7 @@ def weight_errors(model: nn.Module, tensors: dict[str, Tensor], progress: Progre
     for name, layer in quantized_layers(model).items():
         weight = tensors[f"{name}.weight"].float()
         error = float((layer.weight.float().cpu() - weight).norm() / weight.norm().clamp(min=1e-12))
-        if not error < COLLAPSED:
+        if not error < COLLAPSE:
             raise ValueError(f"Quantizing {name} lost its weights (relative error {error:.2f}); use W8A8.")
         errors[name] = error
         progress.advance(error_bars(errors))

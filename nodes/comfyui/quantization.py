@@ -16,11 +16,10 @@ from torch import Tensor
 
 from ...qandc_core.calibration.calls import ModelCall
 from ...qandc_core.calibration.file import FINGERPRINT, Calibration
-from ...qandc_core.quantization.checkpoint import Budget, LayerSource, quantize_layers
-from ...qandc_core.quantization.model import quantized_layers
-from ...qandc_core.quantization.native import NativeConfig, NativeLayer
-from ...qandc_core.quantization.report import FLOAT, LayerReport, QuantizationReport
-from .layers import quantizable
+from ...qandc_core.quantization.checkpoint import FLOAT, Budget, LayerSource, quantize_layers, stored_bytes
+from ...qandc_core.quantization.native import COLLAPSE, NativeConfig, NativeLayer
+from ...qandc_core.quantization.report import LayerReport, QuantizationReport
+from .layers import check_loras, check_not_quantized, quantizable
 from .native_formats import backend, check_supported, prepare
 from .pictures import error_bars, report_picture
 from .rebuild import again, compiled_again, rebuilt, shapes_read_by_detection
@@ -29,8 +28,6 @@ from .sampling import Progress
 from .weights import base_tensors, base_weight, fingerprint_of, is_quantized, patched
 
 log = logging.getLogger(__name__)
-INTEGERS = ("TensorWiseINT8Layout", "AsymW4A8Int8Layout", "TensorCoreConvRotW4A4Layout")
-COLLAPSED = 0.5  # relative error of the prediction that no usable model reaches
 
 
 @dataclass(frozen=True)
@@ -69,7 +66,7 @@ def quantize_native(
         backend(settings.format, model.load_device),
         error,
     )
-    if error is not None and not error[0] < COLLAPSED:
+    if error is not None and not error[0] < COLLAPSE:
         raise ValueError(
             f"The model in {settings.format} is {error[0]:.2f} away from full precision on held-out samples, the worst "
             f"layer is {report.worst.name}; set max_layer_error, skip layers, or use W8A8."
@@ -84,11 +81,9 @@ def quantize_native(
 def chosen_layers(patcher, skip: tuple[str, ...]) -> list[str]:
     """Names of the layers to quantize. Raises ValueError where there is none, or on weights that are no floats."""
     network = patcher.model.diffusion_model
+    check_not_quantized(network)
+    check_loras(patcher)
     found = quantizable(network)
-    if quantized_layers(network) or any(getattr(m.weight, "_layout_cls", None) in INTEGERS for _, m in found):
-        raise ValueError("This model is quantized already; wire the model that its original file gives.")
-    if patcher.injections or patcher.weight_wrapper_patches:
-        raise ValueError("A LoRA in bypass mode cannot become part of the weights; load it without bypass.")
     for name, module in found:
         if not (is_quantized(module.weight) or module.weight.is_floating_point()):
             raise ValueError(
@@ -159,7 +154,7 @@ def layer_reports(patcher, quantized: dict[str, NativeLayer | None]) -> list[Lay
     return [
         LayerReport(name, FLOAT, 0.0, before[name], before[name])
         if layer is None
-        else LayerReport(name, layer.format, layer.error, before[name], sum(t.nbytes for t in layer.tensors.values()))
+        else LayerReport(name, layer.format, layer.error, before[name], stored_bytes(layer))
         for name, layer in quantized.items()
     ]
 

@@ -12,6 +12,7 @@ import comfy.utils
 from torch import Tensor
 
 from ...qandc_core.calibration.file import FINGERPRINT
+from .runs import WRAPPERS
 from .weights import base_tensors
 
 
@@ -89,7 +90,7 @@ def compiled_again(patcher, source) -> None:
     """torch.compile wrappers hold the network that they compiled: compiles the same parts of the new one."""
     from comfy_api.torch_helpers.torch_compile import COMPILE_KEY, TORCH_COMPILE_KWARGS, set_torch_compile_wrapper
 
-    found = source.get_wrappers(comfy.patcher_extension.WrappersMP.APPLY_MODEL, COMPILE_KEY)
+    found = source.get_wrappers(WRAPPERS.APPLY_MODEL, COMPILE_KEY)
     if not found:
         return
     held = inspect.getclosurevars(found[0]).nonlocals["compiled_module_dict"]

@@ -124,14 +124,14 @@ def calibration_file_of_another_model():
     return graph
 
 
-@bad_input("QandC_Quantize", "quantized already", "Load DiT")
+@bad_input("QandC_Quantize", "quantized already", "original file")
 def quantized_twice():
     graph = Graph()
     graph.picture(graph.quantize(graph.quantize(graph.load())))
     return graph
 
 
-@bad_input("QandC_TAPCalibrate", "full precision", "unquantized model")
+@bad_input("QandC_TAPCalibrate", "quantized already", "full precision")
 def calibrating_a_quantized_model():
     graph = Graph()
     model = graph.load()

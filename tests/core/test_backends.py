@@ -41,13 +41,7 @@ EXACT = [
 FORMATS = [(8, 8), (7, 8), (4, 8), (4, 4)]
 
 
-@pytest.fixture(autouse=True)
-def single_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.no_grad():
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def random_codes(rows, width, low=-128, high=127, seed=0):

@@ -31,14 +31,6 @@ parts = st.tuples(st.floats(0, 1), st.floats(0, 1))
 seeds = st.integers(0, 2**31)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def single_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def computed_by(plan):
     return {step for step in range(plan.total) if plan.computes(step)}
 

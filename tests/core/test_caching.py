@@ -31,13 +31,7 @@ SCHEDULES = [{"cache_interval": 3}, {"cache_interval": 2}, {"steps": [0, 1, 4]}]
 ALL_MODES = [(mode, order) for mode in ("branch", "block") for order in (0, 1)]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def single_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.no_grad():
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def tiny_dit(**overrides):

@@ -27,13 +27,7 @@ TINY = DiTConfig(input_size=8, hidden_size=32, depth=2, num_heads=4, num_classes
 TOKENS = 16
 
 
-@pytest.fixture(autouse=True)
-def single_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.no_grad():
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def dit(seed=0):

@@ -13,13 +13,7 @@ FORMATS = {"int8_tensorwise": "W8A8", "asym_w4a8_int8": "W4A8"}
 NEAREST = NativeConfig("W4A8", "nearest")
 
 
-@pytest.fixture(autouse=True)
-def single_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.no_grad():
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def seeded(seed):

@@ -15,13 +15,7 @@ from qandc_core.models.diffusers_layout import from_diffusers
 CONFIG = DiTConfig(input_size=8, hidden_size=32, depth=2, num_heads=4, num_classes=10)
 
 
-@pytest.fixture(autouse=True)
-def single_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.inference_mode():
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 @pytest.fixture

@@ -33,14 +33,6 @@ SAMPLING = ["--steps", "5", "--cfg", "2"]
 CLASSES = [0, 3, 4]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def single_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def saved(path, seed=0, **changes):
     torch.manual_seed(seed)
     save_dit(DiT(replace(CONFIG, **changes)), path)

@@ -20,14 +20,6 @@ needs_model = pytest.mark.skipif(not DEMO.is_file(), reason=f"{DEMO.name} is not
 DIGITS = 200
 
 
-@pytest.fixture(autouse=True, scope="module")
-def single_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 # --- the classifier that judges ---------------------------------------------------------------------------------------
 
 

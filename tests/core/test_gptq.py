@@ -7,14 +7,7 @@ import torch
 from qandc_core.quantization.gptq import gptq, gptq_codes, reversed_factor
 from qandc_core.quantization.quantizer import Grid, dequantize, quantize, weight_grid
 
-
-@pytest.fixture(autouse=True)
-def single_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.no_grad():
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def seeded(seed):

@@ -19,13 +19,7 @@ TINY = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2, "sa
 CLASS_IDS = [0, 257, 417, 999, 1000]
 
 
-@pytest.fixture(autouse=True)
-def single_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.inference_mode():
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def diffusers_model(**overrides):

@@ -31,13 +31,7 @@ SHAPES = ((24, 1152), (32, 256), (16, 48), (12, 16), (8, 320))
 LAYOUTS = {"int8_tensorwise": TensorWiseINT8Layout, "asym_w4a8_int8": AsymW4A8Int8Layout}
 
 
-@pytest.fixture(autouse=True)
-def single_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.no_grad():
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def seeded(seed):

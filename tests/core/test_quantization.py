@@ -45,13 +45,7 @@ BITS = st.integers(2, 8)
 VALUES = st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=40)
 
 
-@pytest.fixture(autouse=True)
-def single_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.no_grad():
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def dit(config=TINY, seed=0):

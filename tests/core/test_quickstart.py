@@ -12,14 +12,6 @@ from qandc_core.caching.attach import feature_cache
 from qandc_core.quantization.model import quantized_layers
 
 
-@pytest.fixture(autouse=True)
-def single_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def pipe():
     torch.manual_seed(0)

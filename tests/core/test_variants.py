@@ -37,14 +37,6 @@ FORA = replace(FULL, name="cache", interval=3)
 BOTH = replace(FORA, name="both", bits=(8, 8))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def single_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
