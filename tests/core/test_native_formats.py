@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from qandc_core.calibration.statistics import LayerStatistics
-from qandc_core.quantization.hadamard import ROTATIONS, hadamard, rotate, rotate_hessian, rotation_group
+from qandc_core.quantization.hadamard import ROTATIONS, hadamard, rotate, rotate_fast, rotate_hessian, rotation_group
 from qandc_core.quantization.native import (
     SAMPLING_DAMPING,
     NativeConfig,
@@ -107,6 +107,7 @@ def test_rotation_is_symmetric_and_orthogonal(group):
     assert torch.equal(matrix @ matrix, torch.eye(group))
     x = torch.randn(5, 2 * group, generator=seeded(0))
     assert torch.allclose(rotate(rotate(x, group), group), x, atol=1e-5)
+    assert torch.allclose(rotate_fast(x, group), rotate(x, group), atol=1e-5)
 
 
 @pytest.mark.parametrize("group", ROTATIONS)

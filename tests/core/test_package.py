@@ -175,6 +175,7 @@ def test_torch_is_pinned_in_the_extras_alone():
 def test_what_is_imported_is_declared():
     declared = {Requirement(r).name for r in pyproject()["project"]["dependencies"]} | {"matplotlib"}
     declared |= {"sklearn", "PIL", "comfy_kitchen", "numpy"}  # numpy comes with scipy and scikit-learn
+    declared |= {"triton"}  # comes with torch where it has CUDA
     imported = set()
     for _, tree in trees():
         for node in ast.walk(tree):
