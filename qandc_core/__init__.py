@@ -10,6 +10,7 @@ from .compensation.apply import VarianceCompensation
 from .compensation.factors import variance_factors
 from .compensation.fit import fit_variance_compensation
 from .models import DiT, DiTConfig, load_dit, save_dit
+from .models.fused_dit import FusedDiT, fuse_dit
 from .quantization.model import QuantizationConfig, quantize_model
 from .sampling.generate import StepInfo, generate
 from .sampling.process import SamplingConfig
@@ -21,6 +22,7 @@ __all__ = [
     "Calibration",
     "DiT",
     "DiTConfig",
+    "FusedDiT",
     "QuantizationConfig",
     "RunReport",
     "SamplingConfig",
@@ -29,6 +31,7 @@ __all__ = [
     "VarianceCompensation",
     "apply_cache_to_dit",
     "fit_variance_compensation",
+    "fuse_dit",
     "generate",
     "load_calibration",
     "load_dit",

@@ -96,6 +96,8 @@ def add_generate(commands) -> None:
     command.add_argument("--seed", type=at_least(0), default=0, help="seed of the noise (default 0)")
     command.add_argument("--calibration", type=Path, help="calibration file; brings its variance compensation")
     command.add_argument("--vae", help="folder of a diffusers VAE, for models that sample latents")
+    command.add_argument("--fused", action="store_true",
+                         help="sample with fused layers, on a GPU from CUDA graphs")  # fmt: skip
     command.add_argument("--out", type=Path, default=Path("out/images.png"), help="picture to write")
     command.set_defaults(run=generate.run)
 

@@ -8,12 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+MODES = ("branch", "block", "prediction")
+
 
 @dataclass(frozen=True)
 class CacheConfig:
     """Reuse policy. `steps` lists the computed steps and replaces `interval`; step 0 always computes.
 
-    `mode` "branch" keeps attention and MLP outputs before the gate (FORA), "block" keeps each block's residual.
+    `mode` "branch" keeps attention and MLP outputs before the gate (FORA), "block" what each block adds, "prediction"
+    the predicted clean image, which needs a FusedDiT: only its loop sees predictions.
     `order` 1 extrapolates linearly over the last two computed steps instead of holding the last.
     """
 
@@ -25,8 +28,8 @@ class CacheConfig:
     def __post_init__(self) -> None:
         if self.interval < 1:
             raise ValueError(f"cache_interval must be 1 (no reuse) or more, got {self.interval}.")
-        if self.mode not in ("branch", "block"):
-            raise ValueError(f"cache mode must be 'branch' or 'block', got {self.mode!r}.")
+        if self.mode not in MODES:
+            raise ValueError(f"cache mode must be one of {', '.join(MODES)}, got {self.mode!r}.")
         if self.order not in (0, 1):
             raise ValueError(f"forecast order must be 0 or 1, got {self.order}.")
 

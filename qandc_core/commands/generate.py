@@ -12,6 +12,7 @@ def run(args: argparse.Namespace) -> None:
     from ..caching.attach import apply_cache_to_dit
     from ..evaluation.figure import to_pil
     from ..evaluation.judges import decode, load_vae
+    from ..models.fused_dit import fuse_dit
     from ..sampling.generate import generate
 
     check_picture(args.out)
@@ -24,10 +25,11 @@ def run(args: argparse.Namespace) -> None:
     if calibration is not None:
         calibration.check_model(model)
         check_run(calibration, config, args.cache_interval)
-    apply_cache_to_dit(model, args.cache_interval, steps=calibration.schedule if calibration else None)
+    sampled = fuse_dit(model) if args.fused else model
+    apply_cache_to_dit(sampled, args.cache_interval, steps=calibration.schedule if calibration else None)
     compensation = calibration.variance if calibration else None
     x, report = generate(
-        model, args.classes, config.steps, config.cfg_scale, config.sampler, args.seed,
+        sampled, args.classes, config.steps, config.cfg_scale, config.sampler, args.seed,
         compensation=compensation, progress=True,
     )  # fmt: skip
     images = x if vae is None else decode(vae, x)

@@ -156,7 +156,29 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
-class DiT(nn.Module):
+class PatchGrid(nn.Module):
+    """A model of tokens that are patches of a latent; `pos_embed` (1, T, D) holds the positions of its own size."""
+
+    config: DiTConfig
+    pos_embed: Tensor
+
+    @property
+    def null_class(self) -> int:
+        return self.config.num_classes
+
+    def positions(self, rows: int, cols: int) -> Tensor:
+        side = self.config.input_size // self.config.patch_size
+        if (rows, cols) == (side, side):
+            return self.pos_embed
+        return sincos_positions(self.config.hidden_size, rows, cols, side).to(self.pos_embed)
+
+    def unpatchify(self, x: Tensor, rows: int, cols: int) -> Tensor:
+        p = self.config.patch_size
+        x = x.unflatten(1, (rows, cols)).unflatten(-1, (p, p, -1))
+        return torch.einsum("nhwpqc->nchpwq", x).reshape(len(x), -1, rows * p, cols * p)
+
+
+class DiT(PatchGrid):
     """Class-conditional DiT with adaLN-Zero blocks (arXiv 2212.09748, section 3.2).
 
     Layer classes come from `operations` (default torch.nn), so a host can pass its own.
@@ -180,17 +202,6 @@ class DiT(nn.Module):
         self.final_layer = FinalLayer(config, operations, **factory)
         side = config.input_size // config.patch_size
         self.register_buffer("pos_embed", sincos_positions(config.hidden_size, side, side, side).to(**factory))
-        self.pos_embed: Tensor
-
-    @property
-    def null_class(self) -> int:
-        return self.config.num_classes
-
-    def positions(self, rows: int, cols: int) -> Tensor:
-        side = self.config.input_size // self.config.patch_size
-        if (rows, cols) == (side, side):
-            return self.pos_embed
-        return sincos_positions(self.config.hidden_size, rows, cols, side).to(self.pos_embed)
 
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor) -> Tensor:
         """Predicts the noise (or the clean image), and with `learn_sigma` the variance channels after it.
@@ -204,11 +215,6 @@ class DiT(nn.Module):
         for block in self.blocks:
             x = block(x, c)
         return self.unpatchify(self.final_layer(x, c), rows, cols)
-
-    def unpatchify(self, x: Tensor, rows: int, cols: int) -> Tensor:
-        p = self.config.patch_size
-        x = x.unflatten(1, (rows, cols)).unflatten(-1, (p, p, -1))
-        return torch.einsum("nhwpqc->nchpwq", x).reshape(len(x), -1, rows * p, cols * p)
 
 
 def initialize_weights(model: DiT) -> None:

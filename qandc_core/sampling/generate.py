@@ -12,7 +12,9 @@ from torch import Tensor
 from ..caching.attach import feature_cache
 from ..compensation.apply import VarianceCompensation
 from ..models.dit import DiT
-from .process import ReverseProcess, SamplingConfig
+from ..models.fused_dit import FusedDiT
+from .device_loop import DeviceLoop, sample_on_device
+from .process import NoiseSource, ReverseProcess, SamplingConfig
 from .report import RunReport, peak_memory, reset_peak_memory
 
 
@@ -30,7 +32,7 @@ class StepInfo:
 
 @torch.inference_mode()
 def generate(
-    model: DiT,
+    model: DiT | FusedDiT,
     class_labels: Sequence[int] | Tensor,
     steps: int = 50,
     cfg_scale: float = 4.0,
@@ -60,16 +62,28 @@ def generate(
     process = ReverseProcess(model, class_labels, config)
     if compensation is not None:
         compensation.check(process.schedule.sigmas[:-1])
-    count, device = len(process.labels), process.device
-    source = process.noise_source(seed, range(first_index, first_index + count), noise)
-    cache = feature_cache(model)
+    first = range(first_index, first_index + len(process.labels))
+    run = generate_on_device if isinstance(model, FusedDiT) else generate_by_steps
+    return run(process, process.noise_source(seed, first, noise), compensation, callback, progress)
+
+
+def generate_by_steps(
+    process: ReverseProcess,
+    source: NoiseSource,
+    compensation: VarianceCompensation | None,
+    callback: Callable[[StepInfo], None] | None,
+    progress: bool,
+) -> tuple[Tensor, RunReport]:
+    device, cache = process.device, feature_cache(process.model)
     if cache is not None:
         cache.reset()
-    report = RunReport(sampler, len(process), count, cfg_scale, str(device))
+    report = RunReport(
+        process.config.sampler, len(process), len(process.labels), process.config.cfg_scale, str(device)
+    )  # fmt: skip
     reset_peak_memory(device)
     x = source.draw().to(device, torch.float32)
     try:
-        for i in progress_bar(len(process), progress):
+        for i in progress_bar(range(len(process)), progress):
             started = time.perf_counter()
             step_noise = source.draw().to(device) if process.needs_noise(i) else None
             if compensation is not None:
@@ -91,12 +105,35 @@ def generate(
     return x, report
 
 
-def progress_bar(steps: int, shown: bool):
-    if not shown:
-        return range(steps)
+def generate_on_device(
+    process: ReverseProcess,
+    source: NoiseSource,
+    compensation: VarianceCompensation | None,
+    callback: Callable[[StepInfo], None] | None,
+    progress: bool,
+) -> tuple[Tensor, RunReport]:
+    """A run of a FusedDiT; a callback or a progress bar makes the host wait for every step."""
+    bar = progress_bar(range(len(process)), progress)
+    began = [time.perf_counter()]
+
+    def after_step(i: int, loop: DeviceLoop) -> None:
+        synchronize(process.device)
+        began.append(time.perf_counter())
+        bar.update()
+        if callback is not None:
+            x, denoised, seconds = loop.x.clone(), loop.denoised.clone(), began[-1] - began[-2]
+            callback(StepInfo(i, process.schedule.timesteps[i], x, denoised, loop.computed[i], seconds))
+
+    noise = [source.draw() for _ in range(1 + sum(map(process.needs_noise, range(len(process)))))]
+    with bar:
+        watched = callback is not None or progress
+        return sample_on_device(process, noise, compensation, after_step if watched else None)
+
+
+def progress_bar(steps: range, shown: bool):
     from tqdm import tqdm
 
-    return tqdm(range(steps), unit="step")
+    return tqdm(steps, unit="step", disable=not shown)
 
 
 def synchronize(device: torch.device) -> None:

@@ -29,8 +29,15 @@ def guided_prediction(
         conditional, unconditional = both.chunk(2)
     else:
         conditional, unconditional = model(x, t, y), model(x, t, null)
-    eps, v = split_variance(conditional, x.shape[1])
-    eps_null, _ = split_variance(unconditional, x.shape[1])
+    return guide(conditional, unconditional, x.shape[1], scale, channels)
+
+
+def guide(
+    conditional: Tensor, unconditional: Tensor, width: int, scale: float, channels: int | None
+) -> tuple[Tensor, Tensor | None]:
+    """Both predictions (N, width or 2 width, H, W) -> guided noise and the conditional variance output."""
+    eps, v = split_variance(conditional, width)
+    eps_null, _ = split_variance(unconditional, width)
     guided = eps_null + scale * (eps - eps_null)
     if channels is not None:
         guided = torch.cat([guided[:, :channels], eps[:, channels:]], dim=1)

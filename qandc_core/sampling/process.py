@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..caching.attach import feature_cache
 from ..models.dit import DiT
+from ..models.fused_dit import FusedDiT
 from .guidance import guided_prediction
 from .noise import GivenNoise, ImageNoise
 from .samplers import SAMPLERS, ddim_step, ddpm_step, denoised_image, implied_noise
@@ -52,7 +53,7 @@ class NoiseSource(Protocol):
 class ReverseProcess:
     """Denoises one batch with one model; `step(i, x, noise)` is the whole state machine."""
 
-    def __init__(self, model: DiT, class_labels: Sequence[int] | Tensor, config: SamplingConfig):
+    def __init__(self, model: DiT | FusedDiT, class_labels: Sequence[int] | Tensor, config: SamplingConfig):
         self.model, self.config = model, config
         self.schedule = config.schedule()
         parameter = next(model.parameters())

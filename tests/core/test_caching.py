@@ -653,7 +653,7 @@ def test_bypass_nests_and_survives_exceptions(model):
     "kwargs, message",
     [
         ({"cache_interval": 0}, "cache_interval must be 1"),
-        ({"mode": "layer"}, "cache mode must be 'branch' or 'block', got 'layer'"),
+        ({"mode": "layer"}, "cache mode must be one of branch, block, prediction, got 'layer'"),
         ({"order": 2}, "forecast order must be 0 or 1, got 2"),
     ],
 )
