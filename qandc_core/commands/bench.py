@@ -6,7 +6,7 @@ from typing import Any
 
 from .common import log
 
-PARTS = ("cache", "linear", "model", "import", "end-to-end", "tap")
+PARTS = ("speed", "cache", "linear", "model", "import", "end-to-end", "tap")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -15,12 +15,14 @@ def run(args: argparse.Namespace) -> None:
     try:
         from ..evaluation import benchmark
         from ..evaluation.benchmark_tap import benchmark_tap
+        from ..evaluation.speed.table import bench_speed
     except ImportError as error:
         raise ValueError("The benchmarks are left out of the registry archive; run them in a clone.") from error
     from ..evaluation.experiment import hardware
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parts: dict[str, Any] = {
+        "speed": lambda: bench_speed(device, log),
         "cache": lambda: benchmark.bench_cache(device),
         "linear": lambda: benchmark.bench_linear(device),
         "model": lambda: benchmark.bench_model(device),
@@ -35,5 +37,13 @@ def run(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"bench-{device}.json"
     path.write_text(json.dumps(result, indent=1))
-    print(json.dumps(result, indent=1))
+    for name in args.parts:
+        print(words(name, result[name]))
     print(path)
+
+
+def words(part: str, result: Any) -> str:
+    """Sentences where the part has them, else its numbers."""
+    if part == "speed":
+        return "\n\n".join("\n".join(step["words"]) for step in result["steps"])
+    return f"{part}: {json.dumps(result, indent=1)}"

@@ -25,6 +25,7 @@ from qandc_core.cli import main, parser
 from qandc_core.commands.bench import PARTS
 from qandc_core.evaluation.demo import RECOMMENDED
 from qandc_core.evaluation.figure import to_pil
+from qandc_core.evaluation.speed import table
 from qandc_core.quantization.model import DIT_SKIP, quantized_layers
 
 COMMANDS = ("demo", "generate", "calibrate", "quantize", "experiment", "bench")
@@ -307,6 +308,14 @@ def test_the_same_command_twice_writes_the_same_picture(folder, tmp_path):
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes() != (tmp_path / "c.png").read_bytes()
 
 
+def test_fused_sampling_draws_the_same_picture(folder, tmp_path):
+    for interval in ("1", "3"):
+        for name, options in {"plain": [], "fused": ["--fused"]}.items():
+            assert sample(folder, tmp_path / f"{name}.png", "--cache-interval", interval, *options) == 0
+        plain, fused = (picture(tmp_path / f"{name}.png").astype(int) for name in ("plain", "fused"))
+        assert abs(fused - plain).max() <= 1
+
+
 def test_generate_decodes_latents_with_the_vae(folder, tmp_path):
     from diffusers import AutoencoderKL
 
@@ -412,4 +421,12 @@ def test_bench_writes_the_part_asked_for(tmp_path, monkeypatch, capsys):
     assert main(["bench", "--parts", "import", "--out", str(tmp_path / "out")]) == 0
     assert '"seconds": 0.125' in (tmp_path / "out" / "bench-cpu.json").read_text()
     assert "bench-cpu.json" in capsys.readouterr().out
-    assert set(PARTS) == {"cache", "linear", "model", "import", "end-to-end", "tap"}
+    assert set(PARTS) == {"speed", "cache", "linear", "model", "import", "end-to-end", "tap"}
+
+
+def test_bench_says_where_the_time_goes_in_words(tmp_path, monkeypatch, capsys):
+    sentences = ["A computed step takes 8 ms.", "A reused step takes 1 % of a computed one."]
+    measured = {"steps": [{"words": sentences}], "rows": []}
+    monkeypatch.setattr(table, "speed_table", lambda *_: measured)
+    assert main(["bench", "--parts", "speed", "--out", str(tmp_path)]) == 0
+    assert "\n".join(sentences) in capsys.readouterr().out

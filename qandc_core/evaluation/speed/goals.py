@@ -1,0 +1,95 @@
+"""What we set out to reach on one GPU, computed from a speed table; what was not measured leaves its goal open."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .models import PAPER, QANDC
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Goal:
+    """`value` None: not measured. `least`: at least the bound, else at most."""
+
+    text: str
+    bound: float
+    value: float | None
+    least: bool = True
+
+    @property
+    def met(self) -> bool | None:
+        if self.value is None:
+            return None
+        return self.value >= self.bound if self.least else self.value <= self.bound
+
+
+def goals(table: Mapping[str, Any]) -> list[Goal]:
+    """Of the table's first setting, and of batches 1 and 32 at the same size where they were measured."""
+    rows: Sequence[Row] = [row for row in table["rows"] if not row["problem"]]
+    main = table["rows"][0]["setting"]
+    here = [row for row in rows if row["setting"] == main]
+    wide = [row for row in rows if row["setting"] == main.split(",")[0] + ", batch 32"]
+    fast, base, paper = find(here, QANDC, "chosen steps"), fastest(here), find(here, PAPER)
+    fewer = next((row for row in here if row["schedule"].endswith("steps in its time")), None)
+    return [
+        Goal("times as fast as fp32 eager with 250 steps", 100, ratio(paper, fast, "total")),
+        Goal("times as fast as compiled full precision, same steps", 4, ratio(base, fast, "total")),
+        Goal("error / error of as many steps as fit its time", 1, ratio(fast, fewer, "error"), least=False),
+        Goal("a computed W8A8 step at batch 32: times as fast as compiled", 1.4,
+             ratio(fastest(wide), find(wide, QANDC), "computed")),
+        Goal("int8 products / measured ceiling, the model's four largest", 0.7, product_share(table)),
+        Goal("a reused step / a computed one", 0.02, reused_share(fast), least=False),
+        Goal("batch 1: a computed step / its floor", 1.3, table.get("batch 1 over floor"), least=False),
+        Goal("W8A8 bytes / full precision's", 0.55, bytes_share(here, f"{QANDC}, adaLN too"), least=False),
+        Goal("W4A8 bytes / full precision's", 0.32, bytes_share(here, "W4A8, adaLN too"), least=False),
+    ]  # fmt: skip
+
+
+def find(rows: Iterable[Row], subject: str, schedule: str = "all steps") -> Row | None:
+    return next((row for row in rows if (row["subject"], row["schedule"]) == (subject, schedule)), None)
+
+
+def is_baseline(row: Row) -> bool:
+    """Full precision without a cache and with nothing of ours."""
+    plain = row["subject"].startswith(("bf16", "fp32")) and row["subject"] != PAPER and "fused" not in row["subject"]
+    return plain and row["schedule"] == "all steps" and not row["problem"] and row["total"] is not None
+
+
+def fastest(rows: Iterable[Row]) -> Row | None:
+    """The baseline as fast as torch makes it."""
+    return min((row for row in rows if is_baseline(row)), key=lambda row: row["total"], default=None)
+
+
+def ratio(above: Row | None, below: Row | None, key: str) -> float | None:
+    if above is None or below is None or above[key] is None or not below[key]:
+        return None
+    return above[key] / below[key]
+
+
+def reused_share(row: Row | None) -> float | None:
+    return None if row is None or row["reused"] is None else row["reused"] / row["computed"]
+
+
+def bytes_share(rows: Sequence[Row], subject: str) -> float | None:
+    full = next((row for row in rows if is_baseline(row)), None)
+    return ratio(find(rows, subject), full, "weights")
+
+
+def product_share(table: Mapping[str, Any]) -> float | None:
+    """The lowest share of the int8 ceiling among the products of the blocks, each by its fastest kernel."""
+    shares = [
+        fastest_product(row["methods"]) for row in table.get("gemms", []) if min(row["columns"], row["inner"]) > 64
+    ]
+    return min((share for share in shares if share is not None), default=None) if None not in shares else None
+
+
+def fastest_product(methods: Mapping[str, Any]) -> float | None:
+    """Share of the ceiling that the product with scales reaches; rounding inputs is another row."""
+    found = [
+        measured["share"] for name, measured in methods.items() if name.endswith("int8_matmul") and measured is not None
+    ]
+    return max((share for share in found if share is not None), default=None)

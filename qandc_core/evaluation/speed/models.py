@@ -1,0 +1,170 @@
+"""The models of the speed table: one DiT with random weights, as it is, compiled, fused and in every integer format."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import nn
+
+from ...calibration.statistics import LayerStatistics, observed
+from ...models.dit import DiT, DiTConfig, initialize_weights, sincos_positions
+from ...models.fused_dit import FusedDiT, fuse_dit
+from ...quantization.linear import LinearFormat
+from ...quantization.model import DIT_SKIP, QuantizationConfig, named_linears, quantize_linear
+from ...quantization.native import NativeConfig, NativeLayer, quantize_weight
+
+EMBEDDERS = ("t_embedder",)  # FusedDiT keeps them float
+
+
+PAPER = "fp32 eager, 250 steps"  # the paper's 1x
+QANDC = "W8A8 rotated"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A way to run the model; `format` is that of the products, as speed.work names it. `graph`: as CUDA graphs."""
+
+    name: str
+    format: str
+    make: Callable[[DiT], DiT | FusedDiT]
+    graph: bool = True
+    steps: int | None = None  # instead of the setting's
+
+
+def random_dit(config: DiTConfig, seed: int = 0) -> DiT:
+    """Float32 weights of the paper's initialisation, with random values where that has zeros, so that every layer acts
+    and activations keep their size.
+    """
+    torch.manual_seed(seed)
+    model = DiT(config)
+    initialize_weights(model)
+    for name, parameter in model.named_parameters():
+        if "adaLN_modulation" in name or name.startswith("final_layer.linear"):
+            nn.init.normal_(parameter, std=0.02)
+    return model.eval()
+
+
+def resize(model: DiT | FusedDiT, input_size: int) -> None:
+    """Latents of another size, whose positions come from the same formula."""
+    side = input_size // model.config.patch_size
+    model.config = replace(model.config, input_size=input_size)
+    model.pos_embed = sincos_positions(model.config.hidden_size, side, side, side).to(model.pos_embed)
+
+
+def half_precision(device: torch.device) -> torch.dtype:
+    """What everything but integers is in: CPUs multiply bfloat16 no faster."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def float_subjects(device: torch.device) -> list[Subject]:
+    """The paper's baseline, and full precision from torch's plain loop to our fused one; the first plain one is what
+    errors are against.
+    """
+    dtype = half_precision(device)
+    name, format = ("bf16", "bfloat16") if dtype == torch.bfloat16 else ("fp32", "float32")
+
+    def plain(model: DiT) -> DiT:
+        return copy.deepcopy(model).to(dtype)
+
+    def blocks_compiled(model: DiT) -> DiT:
+        made = plain(model)
+        for block in made.blocks:
+            block.compile(dynamic=False)
+        return made
+
+    rows = [
+        Subject(f"{name} eager", format, plain, graph=False),
+        Subject(f"{name} compiled", format, blocks_compiled, graph=False),
+    ]
+    if device.type == "cuda":
+        rows += [
+            Subject(f"{name} CUDA graph", format, plain),
+            Subject(f"{name} compiled, CUDA graph", format, blocks_compiled),
+            Subject(PAPER, "float32", copy.deepcopy, graph=False, steps=250),
+        ]
+    return [*rows, Subject(f"{name} fused", format, lambda model: fuse_dit(plain(model), "reference", compile=True))]
+
+
+def integer_subjects(device: torch.device, kernels: str) -> list[Subject]:
+    """Per token, rotated in ComfyUI's format, static; W4A8, whose kernels are comfy-kitchen's; with modulations too."""
+    made, packed = Maker(device, kernels), Maker(device, "kitchen")
+    static = Maker(device, "reference" if kernels == "kitchen" else kernels)  # comfy-kitchen has no static grids
+    return [
+        Subject("W8A8 dynamic", "W8A8", made.per_token),
+        Subject(QANDC, "W8A8", lambda model: made.native(model, "W8A8", DIT_SKIP)),
+        Subject("W8A8 static", "W8A8", static.static),
+        Subject("W4A8", "W4A8", lambda model: packed.native(model, "W4A8", DIT_SKIP)),
+        Subject(f"{QANDC}, adaLN too", "W8A8", lambda model: made.native(model, "W8A8", EMBEDDERS)),
+        Subject("W4A8, adaLN too", "W4A8", lambda model: packed.native(model, "W4A8", EMBEDDERS)),
+    ]
+
+
+def kernel_subjects(device: torch.device, kernels: Sequence[str]) -> list[Subject]:
+    """W8A8 with rotation on each set of kernels."""
+    makers = {name: partial(Maker(device, name).native, format="W8A8", skip=DIT_SKIP) for name in kernels}
+    return [Subject(f"{QANDC}, {name} kernels", "W8A8", make) for name, make in makers.items()]
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Fused models on one set of kernels; the reference kernels are compiled."""
+
+    device: torch.device
+    kernels: str
+
+    def half(self, model: DiT) -> DiT:
+        return copy.deepcopy(model).to(half_precision(self.device))
+
+    def fuse(self, model: DiT, layers: dict[str, NativeLayer | None] | None = None) -> FusedDiT:
+        return fuse_dit(model, self.kernels, layers, compile=self.kernels == "reference")
+
+    def per_token(self, model: DiT) -> FusedDiT:
+        return self.fuse(rounded(self.half(model), {}))
+
+    def static(self, model: DiT) -> FusedDiT:
+        half = self.half(model)
+        return self.fuse(rounded(half, input_statistics(half)))
+
+    @torch.no_grad()
+    def native(self, model: DiT, format: str, skip: tuple[str, ...]) -> FusedDiT:
+        """Layers in ComfyUI's format, rounded to nearest."""
+        half, config = self.half(model), NativeConfig(format=format, clip_search=False)
+        linears = named_linears(half, skip)
+        layers = {name: quantize_weight(name, linear.weight, linear.bias, config) for name, linear in linears}
+        return self.fuse(half, layers)
+
+
+@torch.no_grad()
+def rounded(model: DiT, statistics: dict[str, LayerStatistics]) -> DiT:
+    """W8A8 in place: per token, or with static grids where there are statistics."""
+    static = bool(statistics)
+    for name, linear in list(named_linears(model, DIT_SKIP)):
+        parent, _, attribute = name.rpartition(".")
+        layer = quantize_linear(
+            name, linear, LinearFormat(static=static), QuantizationConfig(static=static), statistics.get(name)
+        )
+        setattr(model.get_submodule(parent), attribute, layer)
+    return model
+
+
+@torch.no_grad()
+def input_statistics(model: DiT) -> dict[str, LayerStatistics]:
+    """The bounds of every layer's inputs on a few random latents."""
+    layers = dict(named_linears(model, DIT_SKIP))
+    statistics = {name: LayerStatistics.empty(layer.in_features) for name, layer in layers.items()}
+    config, like = model.config, model.pos_embed
+    x = torch.randn(4, config.in_channels, config.input_size, config.input_size).to(like)
+    t = torch.tensor([999, 700, 400, 100], device=like.device)
+    with observed(layers.items(), lambda name, seen: statistics[name].update(seen.flatten(0, -2))):
+        model(x, t, t % config.num_classes)
+    return statistics
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Of parameters and buffers, each once."""
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return sum(t.nbytes for t in tensors.values())

@@ -1,0 +1,148 @@
+"""The speed table on a model small enough for a CPU, its goals and its Markdown."""
+
+import copy
+import json
+from dataclasses import asdict
+
+import pytest
+import torch
+
+from qandc_core.evaluation.speed.ceilings import Ceilings
+from qandc_core.evaluation.speed.goals import QANDC, goals
+from qandc_core.evaluation.speed.models import (
+    PAPER,
+    Maker,
+    float_subjects,
+    input_statistics,
+    integer_subjects,
+    model_bytes,
+    random_dit,
+    resize,
+    rounded,
+)
+from qandc_core.evaluation.speed.report import markdown
+from qandc_core.evaluation.speed.runs import Bench, Measured, Setting, schedules
+from qandc_core.models import DiTConfig
+from qandc_core.quantization.model import DIT_SKIP
+
+CPU = torch.device("cpu")
+CONFIG = DiTConfig(input_size=16, hidden_size=64, depth=2, num_heads=2)
+SETTING = Setting(pixels=64, images=2, steps=6)
+
+pytestmark = pytest.mark.usefixtures("no_grad")
+
+
+@pytest.fixture(scope="module")
+def source():
+    return random_dit(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def subjects():
+    return {subject.name: subject for subject in (*float_subjects(CPU), *integer_subjects(CPU, "kitchen"))}
+
+
+def test_random_weights_keep_activations_their_size(source):
+    x = torch.randn(8, 4, 16, 16)
+    seen = []
+    hooks = [block.register_forward_hook(lambda _, __, out: seen.append(out.std())) for block in source.blocks]
+    out = source(x, torch.full((8,), 500), torch.arange(8))
+    for hook in hooks:
+        hook.remove()
+    assert all(0.1 < float(std) < 10 for std in seen) and 1e-3 < float(out.std()) < 10
+
+
+def test_a_model_takes_other_sizes(source):
+    model = copy.deepcopy(source)
+    resize(model, 8)
+    assert model.pos_embed.shape == (1, 16, 64)
+    assert model(torch.randn(1, 4, 8, 8), torch.tensor([5]), torch.tensor([1])).shape == (1, 8, 8, 8)
+
+
+def test_rows_of_a_setting(source, subjects):
+    bench = Bench(CPU, SETTING, repeats=1)
+    rows = {}
+    for name in ("fp32 eager", "W8A8 rotated", "W4A8", "W8A8 rotated, adaLN too"):
+        model = subjects[name].make(source)
+        for schedule, cache in schedules(SETTING.steps).items():
+            rows[name, schedule] = bench.measure(subjects[name], model, schedule, cache)
+    assert not any(row.problem for row in rows.values())
+    assert rows["fp32 eager", "all steps"].error == 0
+    assert [rows["W4A8", schedule].computed_steps for schedule in schedules(6)] == [6, 2, 2]
+    w8, w4 = (rows[name, "all steps"].error for name in ("W8A8 rotated", "W4A8"))
+    assert 0 < w8 < w4 < 0.2
+    assert rows["fp32 eager", "interval 3"].reused < 0.5 * rows["fp32 eager", "interval 3"].computed
+    assert rows["W8A8 rotated, adaLN too", "all steps"].weights < rows["W8A8 rotated", "all steps"].weights
+    extrapolated = Bench(CPU, SETTING, longest=0.0)
+    extrapolated.reference = bench.reference
+    row = extrapolated.measure(subjects["fp32 eager"], subjects["fp32 eager"].make(source), "all steps", None)
+    assert row.extrapolated and row.total == pytest.approx(6 * row.computed) and not row.totals
+
+
+def test_a_subject_that_fails_says_why(source, subjects):
+    def broken(*_):
+        raise RuntimeError("no kernel image\nis available")
+
+    model = subjects["fp32 eager"].make(source)
+    model.forward = broken
+    row = Bench(CPU, SETTING).measure(subjects["fp32 eager"], model, "all steps", None)
+    assert row.problem == "RuntimeError: no kernel image" and row.total is None
+
+
+def test_static_layers_meet_codes_of_the_whole_range(source):
+    model = Maker(CPU, "kitchen").half(source)
+    quantized = rounded(model, input_statistics(model))
+    layer = quantized.blocks[0].attn.qkv
+    assert layer.format.static and float(layer.input_scale) > 0
+
+
+def test_bytes_count_every_tensor_once(source):
+    expected = sum(p.numel() * 4 for p in source.parameters()) + source.pos_embed.nbytes
+    assert model_bytes(source) == expected
+    quantized = Maker(CPU, "kitchen").native(source, "W8A8", DIT_SKIP)
+    assert model_bytes(quantized) < 0.7 * expected
+
+
+def row(subject, schedule="all steps", setting="256 px, batch 8", **values):
+    plain = {"computed": 0.02, "reused": None, "total": 1.0, "error": 0.0, "weights": 100}
+    return asdict(Measured(subject, setting, schedule, 50, 50, **{**plain, **values}))
+
+
+def table(rows):
+    ceilings = asdict(Ceilings(1e13, None, 2e14, 4e14, 1e12, None))
+    product = {"seconds": 1e-4, "rate": 3e14, "share": 0.75}
+    gemms = [
+        {"rows": 4096, "columns": 3456, "inner": 1152, "methods": {"triton_int8_matmul": product, "int_mm": None},
+         "error": {"int_mm": "RuntimeError: no"}}
+    ]  # fmt: skip
+    return {
+        "name": "DiT-XL/2", "command": "python -m benchmarks.gpu", "hardware": {"device": "card", "torch": "2"},
+        "versions": {"torch": "2"}, "kernels": "triton", "ceilings": ceilings, "rows": rows, "gemms": gemms,
+    }  # fmt: skip
+
+
+def test_goals_come_from_rows_and_stay_open_without():
+    rows = [
+        row("bf16 eager"), row("bf16 compiled", total=0.8, computed=0.016), row("bf16 fused", total=0.1),
+        row(PAPER, total=30.0), row(QANDC, "chosen steps", total=0.2, computed=0.01, reused=1e-4, error=0.02),
+        row("bf16 compiled", "10 steps in its time", error=0.05), row(f"{QANDC}, adaLN too", weights=52),
+        row(QANDC, setting="256 px, batch 32", problem="RuntimeError: out of memory"),
+    ]  # fmt: skip
+    values = [goal.value for goal in goals(table(rows))]
+    assert values[:3] == [pytest.approx(150), pytest.approx(4), pytest.approx(0.4)]
+    assert values[3] is None and values[4] == 0.75 and values[5] == pytest.approx(0.01)
+    assert values[6] is None and values[7] == pytest.approx(0.52) and values[8] is None
+    assert [goal.met for goal in goals(table(rows))] == [True, True, True, None, True, True, None, True, None]
+    assert all(goal.value is None for goal in goals({**table(rows[:1]), "gemms": []}))
+
+
+def test_markdown_says_what_was_not_measured_and_what_failed():
+    rows = [row("bf16 eager", memory=2 * 10**9, totals=[0.9, 1.1]), row("W4A8", problem="RuntimeError: no kernel")]
+    text = markdown(table(rows))
+    assert "| W4A8 | all steps | fails: RuntimeError: no kernel |" in text and "not measured" in text
+    assert "| 4096 x 3456 x 1152 | 100 (75 %) | fails |" in text and "int_mm: RuntimeError: no" in text
+    assert "0.900-1.100" in text and "2.00 |" in text
+    for block in text.split("\n\n"):
+        lines = [line for line in block.splitlines() if line.startswith("|")]
+        assert len({line.count("|") for line in lines}) <= 1
+    json.dumps(table(rows))
