@@ -1,0 +1,101 @@
+"""Times of one model in ComfyUI, as it is, through core's nodes and through ours:
+
+    python -m benchmarks.comfyui --model demo --batch 16 --steps 30
+    python -m benchmarks.comfyui --model dit --width 1152 --depth 28
+
+Runs on a GPU where ComfyUI's Python has one, in bfloat16, else on CPU in float32. Adds the run to
+comfyui-speed-cpu.json and comfyui-speed-cpu.md in benchmarks/results, or to those of the GPU. The model "flow" needs
+out/digits_flow.safetensors, which `python -m benchmarks.caching` trains.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from qandc_core.evaluation.experiment import cpu_name
+from tests.comfyui.checkouts import Checkout, checkouts
+from tests.comfyui.inside_programs import PROGRAMS, install_pack
+
+from .tables import report
+
+HERE = Path(__file__).parent
+RESULTS = HERE.parent / "results"
+PATHS = (HERE.parent / "caching", HERE.parent / "quantization", PROGRAMS)
+
+
+def measure(checkout: Checkout, options: dict[str, Any], threads: int) -> dict[str, Any]:
+    """What inside_speed.py finds; torch.compile begins with an empty cache."""
+    with tempfile.TemporaryDirectory() as base:
+        install_pack(Path(base))
+        environment = {
+            **os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(map(str, PATHS)),
+            "TORCHINDUCTOR_CACHE_DIR": str(Path(base, "inductor")), "TRITON_CACHE_DIR": str(Path(base, "triton")),
+        }  # fmt: skip
+        command = [checkout.python, HERE / "inside_speed.py", checkout.path, base, json.dumps(options)]
+        done = subprocess.run(
+            [str(part) for part in command], env=environment, stdout=subprocess.PIPE, text=True, check=True
+        )
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("RESULTS "))
+    found = json.loads(line.removeprefix("RESULTS "))
+    kept = {key: value for key, value in options.items() if key != "flow"}  # a path of this machine
+    machine = f"{threads} threads of {cpu_name()}" if found["device_name"] == "cpu" else found["device_name"]
+    return {"comfyui": checkout.name, "machine": machine, "threads": threads, **kept, **found}
+
+
+def slug(device_name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", device_name.lower().removeprefix("nvidia ")).strip("-")
+
+
+def write(file: Path, runs: dict[str, dict[str, Any]]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(runs, indent=1) + "\n", encoding="utf-8")
+    file.with_suffix(".md").write_text(report(runs), encoding="utf-8")
+    print(f"wrote {file.with_suffix('.*')}", file=sys.stderr)
+
+
+def read(file: Path) -> dict[str, dict[str, Any]]:
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="python -m benchmarks.comfyui", description=__doc__.splitlines()[0])
+    made.add_argument("--model", choices=["demo", "dit", "flow"], default="demo")
+    made.add_argument("--width", type=int, default=1152, help="of the model dit, a multiple of 72; 1152 is DiT-XL/2's")
+    made.add_argument("--depth", type=int, default=28, help="blocks of the model dit")
+    made.add_argument("--flow", type=Path, default=Path("out/digits_flow.safetensors"))
+    made.add_argument("--batch", type=int, default=1)
+    made.add_argument("--steps", type=int, default=30)
+    made.add_argument("--cfg", type=float, default=1.5)
+    made.add_argument("--rounds", type=int, default=5)
+    made.add_argument("--threads", type=int, default=2)
+    made.add_argument("--device", choices=["auto", "cpu"], default="auto")
+    made.add_argument("--only", default="", help="parts of the rows' names, separated by semicolons")
+    made.add_argument("--no-compile", dest="compiles", action="store_false", help="leave out TorchCompileModel")
+    made.add_argument("--arguments", default="", help="for ComfyUI on a GPU, such as '--enable-triton-backend'")
+    made.add_argument("--out", type=Path, default=RESULTS)
+    made.add_argument("--redraw", type=Path, metavar="JSON", help="only write the Markdown of this file again")
+    return made
+
+
+def main() -> None:
+    options = vars(parser().parse_args())
+    out, threads, redraw = options.pop("out"), options.pop("threads"), options.pop("redraw")
+    if redraw:
+        return write(redraw, read(redraw))
+    command = shlex.join(["python", "-m", "benchmarks.comfyui", *sys.argv[1:]])
+    found = measure(checkouts()[0], {**options, "flow": str(options["flow"].resolve())}, threads)
+    file = out / f"comfyui-speed-{slug(found['device_name'])}.json"
+    write(file, {**read(file), f"{found['title']}, batch {found['batch']}": {**found, "command": command}})
+
+
+if __name__ == "__main__":
+    main()
