@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from ..caching.schedules import CacheConfig
 from ..compensation.apply import VarianceCompensation
 from ..models.dit import DiT
 from ..models.fused_dit import FusedDiT
+from .attention import fastest_attention
 from .coefficients import forecast_weights, step_coefficients
 from .guidance import guide, split_variance
 from .process import ReverseProcess, SamplingConfig
@@ -34,6 +36,9 @@ class PlainPredictor:
 
     def prepare(self, labels: Tensor) -> None:
         self.labels.copy_(labels[self.rows])
+
+    def attention(self, loop: DeviceLoop) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def __call__(self, x: Tensor, index: Tensor, reuse: bool) -> Tensor:
         return self.model(x, self.timesteps.index_select(0, index).expand(len(x)), self.labels)
@@ -63,6 +68,12 @@ class FusedPredictor:
         for timesteps, table in zip(self.timesteps.split(at_once), self.table.split(at_once)):
             found = self.model.modulations(timesteps.repeat_interleave(len(labels)), labels.repeat(len(timesteps)))
             table.copy_(found.view_as(table))
+
+    def attention(self, loop: DeviceLoop) -> AbstractContextManager[None]:
+        config = loop.model.config
+        tokens = (config.input_size // config.patch_size) ** 2
+        width = config.hidden_size // config.num_heads
+        return fastest_attention(len(loop.rows), config.num_heads, tokens, width, self.table)
 
     def __call__(self, x: Tensor, index: Tensor, reuse: bool) -> Tensor:
         modulations = self.table.index_select(0, self.slots.index_select(0, index))[0]
@@ -193,7 +204,8 @@ class DeviceLoop:
 
     def program(self, reuse: bool) -> Callable[[], None]:
         if reuse not in self.programs:
-            self.programs[reuse] = self.captured(reuse) if self.graphs else lambda: self.step(reuse)
+            with self.predictor.attention(self):
+                self.programs[reuse] = self.captured(reuse) if self.graphs else lambda: self.step(reuse)
         return self.programs[reuse]
 
     @torch.inference_mode()

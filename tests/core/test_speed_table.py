@@ -125,14 +125,15 @@ def test_goals_come_from_rows_and_stay_open_without():
     rows = [
         row("bf16 eager"), row("bf16 compiled", total=0.8, computed=0.016), row("bf16 fused", total=0.1),
         row(PAPER, total=30.0), row(QANDC, "chosen steps", total=0.2, computed=0.01, reused=1e-4, error=0.02),
+        row(QANDC, computed=0.0098, total=0.5),
         row("bf16 compiled", "10 steps in its time", error=0.05), row(f"{QANDC}, adaLN too", weights=52),
         row(QANDC, setting="256 px, batch 32", problem="RuntimeError: out of memory"),
     ]  # fmt: skip
     values = [goal.value for goal in goals(table(rows))]
     assert values[:3] == [pytest.approx(150), pytest.approx(4), pytest.approx(0.4)]
     assert values[3] is None and values[4] == 0.75 and values[5] == pytest.approx(0.01)
-    assert values[6] is None and values[7] == pytest.approx(0.52) and values[8] is None
-    assert [goal.met for goal in goals(table(rows))] == [True, True, True, None, True, True, None, True, None]
+    assert values[6] == pytest.approx(0.02) and values[7] is None and values[8] == pytest.approx(0.52)
+    assert [goal.met for goal in goals(table(rows))] == [True, True, True, None, True, True, False, None, True, None]
     assert all(goal.value is None for goal in goals({**table(rows[:1]), "gemms": []}))
 
 

@@ -43,6 +43,7 @@ def goals(table: Mapping[str, Any]) -> list[Goal]:
              ratio(fastest(wide), find(wide, QANDC), "computed")),
         Goal("int8 products / measured ceiling, the model's four largest", 0.7, product_share(table)),
         Goal("a reused step / a computed one", 0.02, reused_share(fast), least=False),
+        Goal("of a run, outside its steps", 0.01, outside(find(here, QANDC)), least=False),
         Goal("batch 1: a computed step / its floor", 1.3, table.get("batch 1 over floor"), least=False),
         Goal("W8A8 bytes / full precision's", 0.55, bytes_share(here, f"{QANDC}, adaLN too"), least=False),
         Goal("W4A8 bytes / full precision's", 0.32, bytes_share(here, "W4A8, adaLN too"), least=False),
@@ -72,6 +73,13 @@ def ratio(above: Row | None, below: Row | None, key: str) -> float | None:
 
 def reused_share(row: Row | None) -> float | None:
     return None if row is None or row["reused"] is None else row["reused"] / row["computed"]
+
+
+def outside(row: Row | None) -> float | None:
+    """What a run takes beyond its steps: modulations, noise and Python."""
+    if row is None or row["extrapolated"] or row["reused"] is not None:
+        return None
+    return max(0.0, 1 - row["steps"] * row["computed"] / row["total"])
 
 
 def bytes_share(rows: Sequence[Row], subject: str) -> float | None:
