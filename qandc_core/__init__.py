@@ -10,8 +10,8 @@ from .compensation.apply import VarianceCompensation
 from .compensation.factors import variance_factors
 from .compensation.fit import fit_variance_compensation
 from .models import DiT, DiTConfig, load_dit, save_dit
-from .models.fused_dit import FusedDiT, fuse_dit
 from .quantization.model import QuantizationConfig, quantize_model
+from .sampling.fused_dit import FusedDiT, fuse_dit
 from .sampling.generate import StepInfo, generate
 from .sampling.process import SamplingConfig
 from .sampling.report import RunReport

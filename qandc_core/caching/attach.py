@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import nn
 
-from ..models.fused_dit import FusedDiT
 from .schedules import CacheConfig, step_set
 from .state import CachedBranch, FeatureCache
 
@@ -49,11 +48,12 @@ def apply_cache_to_dit(
     `steps` lists the computed steps instead of every `cache_interval`-th; see CacheConfig for `mode` and `order`.
     """
     config = CacheConfig(cache_interval, step_set(steps), mode, order)
-    if isinstance(model, FusedDiT):
-        model.cache = config
+    own: Any = getattr(model, "set_cache", None)
+    if own is not None:  # a FusedDiT, whose loop follows the configuration itself
+        own(config)
         return model
     if mode == "prediction":
-        raise ValueError("mode='prediction' is for a FusedDiT (fuse_dit); use 'branch' or 'block' here.")
+        raise ValueError("mode='prediction' needs our own DiT made ready by fuse_dit(); use 'branch' or 'block' here.")
     remove_cache(model)
     cache = FeatureCache(config, mode)
     wrap_branches(model, cache)
@@ -101,8 +101,9 @@ def reset_all_caches(model: nn.Module) -> None:
 
 def remove_cache(model: nn.Module) -> nn.Module:
     """Takes the cache off; the model computes exactly what it did before."""
-    if isinstance(model, FusedDiT):
-        model.cache = None
+    own: Any = getattr(model, "set_cache", None)
+    if own is not None:
+        own(None)
     cache = feature_cache(model)
     if cache is not None:
         unwrap_branches(cache)

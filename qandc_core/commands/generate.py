@@ -12,7 +12,7 @@ def run(args: argparse.Namespace) -> None:
     from ..caching.attach import apply_cache_to_dit
     from ..evaluation.figure import to_pil
     from ..evaluation.judges import decode, load_vae
-    from ..models.fused_dit import fuse_dit
+    from ..sampling.fused_dit import fuse_dit
     from ..sampling.generate import generate
 
     check_picture(args.out)

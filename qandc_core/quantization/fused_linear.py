@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..models.dit import modulate
 from .linear import QuantizedLinear
 from .native import INT8, NativeLayer, rotation_of, stored_values
 from .quantizer import Grid
@@ -43,8 +44,7 @@ class FusedLinear(Protocol):
 
 
 def modulated(x: Tensor, by: Modulation) -> Tensor:
-    normal = F.layer_norm(x, x.shape[-1:], eps=by.eps)
-    return normal * (1 + by.scale[:, None]) + by.shift[:, None]
+    return modulate(F.layer_norm(x, x.shape[-1:], eps=by.eps), by.shift, by.scale)
 
 
 def gated(y: Tensor, after: GatedResidual | None) -> Tensor:
@@ -176,7 +176,7 @@ def fused_linear(layer: nn.Linear | QuantizedLinear | NativeLayer, kernels: str,
     if layer.format.static:
         return static_linear(layer, kernels, dtype)
     if layer.format.a_bits != 8:
-        raise ValueError(f"Fused layers take 8-bit activations, this one has {layer.format.a_bits}.")
+        raise ValueError(f"Fused layers round inputs to 8 bits, not {layer.format.a_bits}; quantize with a_bits=8.")
     codes, scale = layer.weight_codes(), layer.weight_scale
     if kernels == "kitchen":
         tensors = {"weight": codes, "weight_scale": scale[:, None]}
@@ -214,6 +214,6 @@ def kernel_module(name: str) -> ModuleType:
 
         reference.prepare()
         return reference
-    from .kernels import fused
+    from .kernels import triton_ops
 
-    return fused
+    return triton_ops

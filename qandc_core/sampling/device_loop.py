@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,9 +14,9 @@ from torch import Tensor
 from ..caching.schedules import CacheConfig
 from ..compensation.apply import VarianceCompensation
 from ..models.dit import DiT
-from ..models.fused_dit import FusedDiT
 from .attention import fastest_attention
 from .coefficients import forecast_weights, step_coefficients
+from .fused_dit import FusedDiT
 from .guidance import guide, split_variance
 from .process import ReverseProcess, SamplingConfig
 from .report import RunReport, peak_memory, reset_peak_memory
@@ -29,7 +31,7 @@ class PlainPredictor:
 
     def __init__(self, loop: DeviceLoop):
         if loop.cache.mode != "prediction":
-            raise ValueError("A plain DiT reuses predictions only in the device loop; fuse_dit it for other modes.")
+            raise ValueError("On the device a DiT reuses predictions only; make it a FusedDiT for other modes.")
         self.model, self.rows = loop.model, loop.rows
         self.timesteps = torch.tensor(loop.schedule.timesteps, device=loop.device)
         self.labels = torch.zeros_like(loop.rows)
@@ -101,15 +103,13 @@ class DeviceLoop:
         compensated: bool = False,
         graphs: bool | None = None,
     ):
-        if config.variance != "fixed_small":
-            raise ValueError("The device loop samples with variance='fixed_small' only.")
+        if config.variance != "fixed_small" or not config.batched_guidance:
+            raise ValueError("A FusedDiT samples with variance='fixed_small' and batched_guidance=True only.")
         self.model, self.config, self.compensated = model, config, compensated
         self.schedule = config.schedule()
         self.cache = cache or EVERY_STEP
         if all(map(self.cache.computes, range(len(self.schedule)))):
             self.cache = EVERY_STEP
-        elif self.cache.order and self.cache.mode != "prediction":
-            raise ValueError("The device loop forecasts predictions only; use mode='prediction' with order 1.")
         self.device, self.dtype = model.pos_embed.device, model.pos_embed.dtype
         self.graphs = self.device.type == "cuda" if graphs is None else graphs
         self.computed = [self.cache.computes(i) for i in range(len(self.schedule))]
@@ -118,7 +118,7 @@ class DeviceLoop:
             self.rows = torch.cat([self.rows, torch.full_like(self.rows, images)])
         self.predictor = predictor_of(self)
         self.allocate(images)
-        self.programs: dict[bool, Callable[[], None]] = {}
+        self.programs: dict[bool, Callable[[], Any]] = {}
         # Nothing of a step outlives it but the buffers above, so both graphs may use the same memory.
         self.pool = torch.cuda.graph_pool_handle() if self.graphs else None
 
@@ -158,7 +158,8 @@ class DeviceLoop:
         if reuse and self.cache.mode == "prediction":
             x0 = torch.lerp(self.older, self.denoised, weight) if self.cache.order else self.denoised
         else:
-            x0 = self.predicted(x, signal, noise_part, reuse)
+            with self.predictor.attention(self):
+                x0 = self.predicted(x, signal, noise_part, reuse)
             self.older.copy_(self.denoised)
             self.denoised.copy_(x0)
         following = keep * x + denoise * x0
@@ -183,14 +184,19 @@ class DeviceLoop:
         return out if self.model.config.prediction == "sample" else (x - noise_part * out) / signal
 
     @torch.inference_mode()
-    def prepare(self, labels: Tensor, noise: Sequence[Tensor], compensation: VarianceCompensation | None) -> None:
-        """Everything that a run's steps read."""
+    def prepare(self, labels: Tensor, noise: Iterable[Tensor], compensation: VarianceCompensation | None) -> None:
+        """Everything that a run's steps read. Raises ValueError on noise of another size."""
+        start, *fresh = noise
+        if start.shape != self.x.shape:
+            raise ValueError(f"This model samples {tuple(self.x.shape)} here, but the noise is {tuple(start.shape)}.")
         if self.config.cfg_scale != 1:
             labels = torch.cat([labels, labels.new_full((1,), self.model.null_class)])
         self.predictor.prepare(labels)
-        self.x.copy_(noise[0])
+        self.x.copy_(start)
         self.rewind()
-        for i, drawn in enumerate(noise[1:]):
+        for kept in (self.denoised, self.older):
+            kept.zero_()  # what a broken run left would spread
+        for i, drawn in enumerate(fresh):
             self.noise[i].copy_(drawn)
         if compensation is not None:
             found = [compensation.find(sigma) for sigma in self.schedule.sigmas[:-1]]
@@ -202,10 +208,9 @@ class DeviceLoop:
         """The next step is the first."""
         self.index.zero_()
 
-    def program(self, reuse: bool) -> Callable[[], None]:
+    def program(self, reuse: bool) -> Callable[[], Any]:
         if reuse not in self.programs:
-            with self.predictor.attention(self):
-                self.programs[reuse] = self.captured(reuse) if self.graphs else lambda: self.step(reuse)
+            self.programs[reuse] = self.captured(reuse) if self.graphs else partial(self.step, reuse)
         return self.programs[reuse]
 
     @torch.inference_mode()
@@ -230,30 +235,35 @@ class DeviceLoop:
     def run(
         self,
         labels: Tensor,
-        noise: Sequence[Tensor],
+        noise: Iterable[Tensor],
         compensation: VarianceCompensation | None = None,
         after_step: Callable[[int, DeviceLoop], None] | None = None,
     ) -> list[float]:
-        """Seconds of each step; the images are in `x`. `noise` is the start and, for ddpm, each step's."""
-        self.prepare(labels, noise, compensation)
+        """Seconds of each step, the first with what all need; the images are in `x`.
+
+        `noise` is the start and, for ddpm, each step's. The first run also captures, which is not counted.
+        """
         programs = [self.program(not computes) for computes in self.computed]
-        clock = CallTimes()
-        marks = [clock.mark(self.device)]
+        self.started = time.perf_counter()
+        marks = [self.mark()]
+        self.prepare(labels, noise, compensation)
         for i, program in enumerate(programs):
             program()
-            marks.append(clock.mark(self.device))
+            marks.append(self.mark())
             if after_step is not None:
                 after_step(i, self)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
         return [span(begun, ended) for begun, ended in zip(marks, marks[1:])]
+
+    def mark(self) -> Any:
+        moment = CallTimes().mark(self.device)
+        return time.perf_counter() if moment is None else moment
 
 
 def device_loop(
     model: FusedDiT, images: int, config: SamplingConfig, compensated: bool, cache: CacheConfig | None
 ) -> DeviceLoop:
     """The loop of the model's latest run where it fits this one; its graphs and buffers are the costly part."""
-    key = images, config, compensated, cache
+    key = images, config, compensated, cache, model.pos_embed.device
     if key not in model.loops:
         model.loops = {key: DeviceLoop(model, images, config, cache, compensated)}
     return model.loops[key]
@@ -261,7 +271,7 @@ def device_loop(
 
 def sample_on_device(
     process: ReverseProcess,
-    noise: Sequence[Tensor],
+    noise: Iterable[Tensor],
     compensation: VarianceCompensation | None,
     after_step: Callable[[int, DeviceLoop], None] | None = None,
 ) -> tuple[Tensor, RunReport]:

@@ -12,8 +12,8 @@ from torch import Tensor
 from ..caching.attach import feature_cache
 from ..compensation.apply import VarianceCompensation
 from ..models.dit import DiT
-from ..models.fused_dit import FusedDiT
 from .device_loop import DeviceLoop, sample_on_device
+from .fused_dit import FusedDiT
 from .process import NoiseSource, ReverseProcess, SamplingConfig
 from .report import RunReport, peak_memory, reset_peak_memory
 
@@ -114,17 +114,18 @@ def generate_on_device(
 ) -> tuple[Tensor, RunReport]:
     """A run of a FusedDiT; a callback or a progress bar makes the host wait for every step."""
     bar = progress_bar(range(len(process)), progress)
-    began = [time.perf_counter()]
+    ended: list[float] = []
 
     def after_step(i: int, loop: DeviceLoop) -> None:
         synchronize(process.device)
-        began.append(time.perf_counter())
+        seconds = time.perf_counter() - (ended[-1] if ended else loop.started)
         bar.update()
         if callback is not None:
-            x, denoised, seconds = loop.x.clone(), loop.denoised.clone(), began[-1] - began[-2]
+            x, denoised = loop.x.clone(), loop.denoised.clone()
             callback(StepInfo(i, process.schedule.timesteps[i], x, denoised, loop.computed[i], seconds))
+        ended.append(time.perf_counter())
 
-    noise = [source.draw() for _ in range(1 + sum(map(process.needs_noise, range(len(process)))))]
+    noise = (source.draw() for _ in range(1 + sum(map(process.needs_noise, range(len(process))))))
     with bar:
         watched = callback is not None or progress
         return sample_on_device(process, noise, compensation, after_step if watched else None)

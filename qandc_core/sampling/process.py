@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..caching.attach import feature_cache
 from ..models.dit import DiT
-from ..models.fused_dit import FusedDiT
+from .fused_dit import FusedDiT
 from .guidance import guided_prediction
 from .noise import GivenNoise, ImageNoise
 from .samplers import SAMPLERS, ddim_step, ddpm_step, denoised_image, implied_noise

@@ -11,7 +11,7 @@ import sys
 
 import torch
 
-from qandc_core.quantization.kernels import fused, reference
+from qandc_core.quantization.kernels import reference, triton_ops
 from qandc_core.quantization.quantizer import Grid
 
 B, T = 3, 5
@@ -52,7 +52,7 @@ def quantizer_cases():
             "rows gelu": (x.flatten(0, 1) * signs / 5, group, True, GRIDS[kind]),
         }.items():
             function = "quantize_rows" if name == "rows gelu" else name
-            ours, expected = getattr(fused, function)(*arguments), getattr(reference, function)(*arguments)
+            ours, expected = getattr(triton_ops, function)(*arguments), getattr(reference, function)(*arguments)
             yield f"{name}, {width}, {group}, {dtype}, {kind}", codes_apart(ours, expected)
 
 
@@ -69,7 +69,7 @@ def exact_cases():
         for extreme in (False, True):
             a, b = random_codes(rows, width, extreme), random_codes(columns, width, extreme)
             expected = (a.numpy().astype("int64") @ b.numpy().astype("int64").T).astype("float32")
-            ours = fused.int8_matmul(a, None, b, torch.ones(columns), None, torch.float32)
+            ours = triton_ops.int8_matmul(a, None, b, torch.ones(columns), None, torch.float32)
             error = (ours - torch.from_numpy(expected)).abs().max().item()
             yield f"exact, {rows}, {columns}, {width}, {'extreme' if extreme else 'random'}", {"error": error}
 
@@ -96,7 +96,7 @@ def product_cases():
         }.items():
             for scales, offset in [(row_scale, bias), (None, None)]:
                 arguments = (a, scales, b, column_scale if scales is not None else column_scale / 500, offset, dtype)
-                ours, expected = (module.int8_matmul(*arguments, **options) for module in (fused, reference))
+                ours, expected = (module.int8_matmul(*arguments, **options) for module in (triton_ops, reference))
                 assert ours.dtype == expected.dtype and ours.shape == expected.shape
                 case = f"{name}, {rows}, {columns}, {width}, {dtype}, {'rows' if scales is not None else 'no rows'}"
                 if "grid" in options:
@@ -111,21 +111,21 @@ def check_operators():
     x, shift, scale = inputs(192, torch.float32)
     tests = ("test_schema", "test_faketensor")
     for grid in (None, SYMMETRIC):
-        given = (x.flatten(0, 1), shift, scale, 1e-6, 3, False, *fused.flat(grid))
-        torch.library.opcheck(fused.quantize_op, given, test_utils=tests)
+        given = (x.flatten(0, 1), shift, scale, 1e-6, 3, False, *triton_ops.flat(grid))
+        torch.library.opcheck(triton_ops.quantize_op, given, test_utils=tests)
         a, b = random_codes(20, 64), random_codes(72, 64)
-        given = (a, None, b, torch.ones(72), None, torch.bfloat16, True, *fused.flat(grid), None, None)
-        torch.library.opcheck(fused.int8_matmul_op, given, test_utils=tests)
+        given = (a, None, b, torch.ones(72), None, torch.bfloat16, True, *triton_ops.flat(grid), None, None)
+        torch.library.opcheck(triton_ops.int8_matmul_op, given, test_utils=tests)
 
 
 def check_compiled():
     """The functions stay in one graph of torch.compile, with a grid and without."""
 
     def layer(x, shift, scale, weight, residual, gate, grid):
-        codes, rows = fused.quantize_modulated(x, shift, scale, 1e-6, 64)
-        hidden = fused.int8_matmul(codes, rows, weight, ones, None, x.dtype, gelu=True, grid=grid)
-        codes, rows = fused.quantize_rows(hidden.float(), 64)
-        return fused.int8_matmul(codes, rows, weight, ones, None, x.dtype, gate=gate, residual=residual)
+        codes, rows = triton_ops.quantize_modulated(x, shift, scale, 1e-6, 64)
+        hidden = triton_ops.int8_matmul(codes, rows, weight, ones, None, x.dtype, gelu=True, grid=grid)
+        codes, rows = triton_ops.quantize_rows(hidden.float(), 64)
+        return triton_ops.int8_matmul(codes, rows, weight, ones, None, x.dtype, gate=gate, residual=residual)
 
     x, shift, scale = inputs(192, torch.float32)
     weight, ones = random_codes(192, 192), torch.full((192,), 1e-3)

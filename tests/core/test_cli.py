@@ -427,6 +427,6 @@ def test_bench_writes_the_part_asked_for(tmp_path, monkeypatch, capsys):
 def test_bench_says_where_the_time_goes_in_words(tmp_path, monkeypatch, capsys):
     sentences = ["A computed step takes 8 ms.", "A reused step takes 1 % of a computed one."]
     measured = {"steps": [{"words": sentences}], "rows": []}
-    monkeypatch.setattr(table, "speed_table", lambda *_: measured)
+    monkeypatch.setattr(table, "speed_table", lambda *_, **__: measured)
     assert main(["bench", "--parts", "speed", "--out", str(tmp_path)]) == 0
     assert "\n".join(sentences) in capsys.readouterr().out

@@ -170,7 +170,7 @@ def test_refuses_what_it_cannot_run():
     model = random_dit()
     with pytest.raises(ValueError, match="kernels must be auto or one of"):
         fuse_dit(model, "cuda")
-    with pytest.raises(ValueError, match="no layer blocks.9.attn.qkv"):
+    with pytest.raises(ValueError, match="blocks.9.attn.qkv is no layer"):
         fuse_dit(model, native={"blocks.9.attn.qkv": None})
     with pytest.raises(ValueError, match="remove_cache"):
         fuse_dit(apply_cache_to_dit(copy.deepcopy(model), 3))
@@ -179,7 +179,13 @@ def test_refuses_what_it_cannot_run():
     )
     with pytest.raises(ValueError, match="zero point"):
         fuse_dit(zero_point)
-    with pytest.raises(ValueError, match="FusedDiT"):
+    with pytest.raises(ValueError, match="NVIDIA GPU"):
+        fuse_dit(model, "triton")
+    with pytest.raises(ValueError, match="takes this package's DiT"):
+        fuse_dit(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="forecasts predictions only"):
+        apply_cache_to_dit(fuse_dit(model), 3, order=1)
+    with pytest.raises(ValueError, match="fuse_dit"):
         apply_cache_to_dit(model, 3, mode="prediction")
 
 

@@ -12,7 +12,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from qandc_core.quantization.kernels import fused  # noqa: E402
+from qandc_core.quantization.kernels import triton_ops  # noqa: E402
 from qandc_core.quantization.kernels.triton_matmul import (  # noqa: E402
     INTERPRETED,
     TILES,
@@ -193,12 +193,12 @@ def launches(monkeypatch):
 def test_functions_launch_what_compiles(launches):
     grid = Grid(torch.tensor(0.03), torch.tensor(-5.0), -128, 127)
     x, modulation = torch.randn(2, 8, 192).bfloat16(), torch.randn(2, 6, 192).bfloat16()
-    codes, rows = fused.quantize_modulated(x, modulation[:, 1], modulation[:, 4], 1e-6, 64)
-    static, nothing = fused.quantize_rows(x.flatten(0, 1), 64, True, grid)
+    codes, rows = triton_ops.quantize_modulated(x, modulation[:, 1], modulation[:, 4], 1e-6, 64)
+    static, nothing = triton_ops.quantize_rows(x.flatten(0, 1), 64, True, grid)
     weight, scale, bias = torch.zeros(192, 192, dtype=torch.int8), torch.ones(192), torch.zeros(192)
     given = (weight, scale, bias, torch.bfloat16)
-    y = fused.int8_matmul(codes, rows, *given, gate=modulation[:, 2], residual=x.flatten(0, 1))
-    hidden = fused.int8_matmul(static, nothing, *given, gelu=True, grid=grid)
+    y = triton_ops.int8_matmul(codes, rows, *given, gate=modulation[:, 2], residual=x.flatten(0, 1))
+    hidden = triton_ops.int8_matmul(static, nothing, *given, gelu=True, grid=grid)
     assert [name for name, _ in launches] == ["quantize_kernel"] * 2 + ["int8_matmul_kernel"] * 2
     assert all("sm_90" in kernel.asm["ptx"] for _, kernels in launches for kernel in kernels)
     assert [len(kernels) for _, kernels in launches] == [2, 2, 1, 1], "tiles for 16 rows are one"

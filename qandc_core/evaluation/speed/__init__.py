@@ -1,1 +1,1 @@
-"""What a machine can do, what a DiT step asks of it, where the time of a step goes, and all that in words."""
+"""Roofline of a DiT step: what the machine reaches, what a step asks of it, what it takes, in numbers and words."""

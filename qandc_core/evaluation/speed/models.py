@@ -12,16 +12,16 @@ from torch import nn
 
 from ...calibration.statistics import LayerStatistics, observed
 from ...models.dit import DiT, DiTConfig, initialize_weights, sincos_positions
-from ...models.fused_dit import FusedDiT, fuse_dit
 from ...quantization.linear import LinearFormat
 from ...quantization.model import DIT_SKIP, QuantizationConfig, named_linears, quantize_linear
 from ...quantization.native import NativeConfig, NativeLayer, quantize_weight
+from ...sampling.fused_dit import FusedDiT, fuse_dit
 
 EMBEDDERS = ("t_embedder",)  # FusedDiT keeps them float
 
 
 PAPER = "fp32 eager, 250 steps"  # the paper's 1x
-QANDC = "W8A8 rotated"
+QANDC, PACKED = "W8A8 rotated", "W4A8"
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Subject:
     make: Callable[[DiT], DiT | FusedDiT]
     graph: bool = True
     steps: int | None = None  # instead of the setting's
+    baseline: bool = False  # full precision as torch runs it
 
 
 def random_dit(config: DiTConfig, seed: int = 0) -> DiT:
@@ -77,35 +78,37 @@ def float_subjects(device: torch.device) -> list[Subject]:
         return made
 
     rows = [
-        Subject(f"{name} eager", format, plain, graph=False),
-        Subject(f"{name} compiled", format, blocks_compiled, graph=False),
+        Subject(f"{name} eager", format, plain, graph=False, baseline=True),
+        Subject(f"{name} compiled", format, blocks_compiled, graph=False, baseline=True),
     ]
     if device.type == "cuda":
         rows += [
-            Subject(f"{name} CUDA graph", format, plain),
-            Subject(f"{name} compiled, CUDA graph", format, blocks_compiled),
+            Subject(f"{name} CUDA graph", format, plain, baseline=True),
+            Subject(f"{name} compiled, CUDA graph", format, blocks_compiled, baseline=True),
             Subject(PAPER, "float32", copy.deepcopy, graph=False, steps=250),
         ]
     return [*rows, Subject(f"{name} fused", format, lambda model: fuse_dit(plain(model), "reference", compile=True))]
 
 
 def integer_subjects(device: torch.device, kernels: str) -> list[Subject]:
-    """Per token, rotated in ComfyUI's format, static; W4A8, whose kernels are comfy-kitchen's; with modulations too."""
+    """Per token, in ComfyUI's rotated format as Quantize makes it, static; W4A8, whose kernels are comfy-kitchen's; and
+    both formats with modulations left in full precision.
+    """
     made, packed = Maker(device, kernels), Maker(device, "kitchen")
     static = Maker(device, "reference" if kernels == "kitchen" else kernels)  # comfy-kitchen has no static grids
     return [
         Subject("W8A8 dynamic", "W8A8", made.per_token),
-        Subject(QANDC, "W8A8", lambda model: made.native(model, "W8A8", DIT_SKIP)),
+        Subject(QANDC, "W8A8", partial(made.native, format="W8A8")),
         Subject("W8A8 static", "W8A8", static.static),
-        Subject("W4A8", "W4A8", lambda model: packed.native(model, "W4A8", DIT_SKIP)),
-        Subject(f"{QANDC}, adaLN too", "W8A8", lambda model: made.native(model, "W8A8", EMBEDDERS)),
-        Subject("W4A8, adaLN too", "W4A8", lambda model: packed.native(model, "W4A8", EMBEDDERS)),
+        Subject(PACKED, "W4A8", partial(packed.native, format="W4A8")),
+        Subject(f"{QANDC}, float modulations", "W8A8", partial(made.native, format="W8A8", skip=DIT_SKIP)),
+        Subject(f"{PACKED}, float modulations", "W4A8", partial(packed.native, format="W4A8", skip=DIT_SKIP)),
     ]
 
 
 def kernel_subjects(device: torch.device, kernels: Sequence[str]) -> list[Subject]:
     """W8A8 with rotation on each set of kernels."""
-    makers = {name: partial(Maker(device, name).native, format="W8A8", skip=DIT_SKIP) for name in kernels}
+    makers = {name: partial(Maker(device, name).native, format="W8A8") for name in kernels}
     return [Subject(f"{QANDC}, {name} kernels", "W8A8", make) for name, make in makers.items()]
 
 
@@ -130,7 +133,7 @@ class Maker:
         return self.fuse(rounded(half, input_statistics(half)))
 
     @torch.no_grad()
-    def native(self, model: DiT, format: str, skip: tuple[str, ...]) -> FusedDiT:
+    def native(self, model: DiT, format: str, skip: tuple[str, ...] = EMBEDDERS) -> FusedDiT:
         """Layers in ComfyUI's format, rounded to nearest."""
         half, config = self.half(model), NativeConfig(format=format, clip_search=False)
         linears = named_linears(half, skip)

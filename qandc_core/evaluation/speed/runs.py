@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -13,13 +13,17 @@ from torch import Tensor
 
 from ...caching.schedules import CacheConfig, spaced_steps
 from ...models.dit import DiT
-from ...models.fused_dit import FusedDiT
 from ...sampling.device_loop import DeviceLoop
+from ...sampling.fused_dit import FusedDiT
 from ...sampling.noise import ImageNoise
 from ...sampling.process import SamplingConfig
 from ...sampling.report import peak_memory, reset_peak_memory
 from .models import Subject, model_bytes, resize
 
+Row = Mapping[str, Any]  # a Measured, as JSON has it
+ALL_STEPS, CHOSEN = "all steps", "chosen steps"
+Note = Callable[[str], None]
+ModelOf = Callable[[Subject], "DiT | FusedDiT"]
 BURST = 5  # steps timed together, so that waiting for the device between them is not counted
 
 
@@ -45,7 +49,7 @@ def schedules(steps: int) -> dict[str, CacheConfig | None]:
     """Without a cache, every third step computed and held, and as many steps where Apply Cache would put them."""
     third = -(-steps // 3)
     spaced = CacheConfig(steps=frozenset(spaced_steps(steps, third)), mode="prediction", order=1)
-    return {"all steps": None, "interval 3": CacheConfig(3, mode="prediction"), "chosen steps": spaced}
+    return {ALL_STEPS: None, "interval 3": CacheConfig(3, mode="prediction"), CHOSEN: spaced}
 
 
 @dataclass
@@ -69,6 +73,7 @@ class Measured:
     memory: int | None = None
     weights: int | None = None
     problem: str = ""
+    baseline: bool = False  # full precision without a cache or anything of ours
 
     def line(self) -> str:
         name = f"{self.setting}, {self.subject}, {self.schedule}"
@@ -81,9 +86,11 @@ class Measured:
 class Bench:
     """Runs subjects in one setting with the same noise and classes."""
 
-    def __init__(self, device: torch.device, setting: Setting, repeats: int = 3, longest: float = 4.0):
+    def __init__(
+        self, device: torch.device, setting: Setting, note: Note, repeats: int = 3, longest: float = 4.0
+    ):  # fmt: skip
         """Runs that would take more than `longest` seconds in all repeats are repeated less, or extrapolated."""
-        self.device, self.setting, self.repeats, self.longest = device, setting, repeats, longest
+        self.device, self.setting, self.note, self.repeats, self.longest = device, setting, note, repeats, longest
         size = setting.pixels // 8
         self.noise = ImageNoise(0, range(setting.images), (4, size, size)).draw()
         self.labels = torch.arange(setting.images, device=device)
@@ -92,21 +99,24 @@ class Bench:
     def measure(
         self,
         subject: Subject,
-        model: DiT | FusedDiT,
+        model_of: ModelOf,
         schedule: str,
         cache: CacheConfig | None,
         steps: int | None = None,
-    ) -> Measured:
+    ) -> Row:
         """A row; a subject that fails says why in `problem`."""
         config = self.setting.config(steps)
         row = Measured(subject.name, self.setting.label, schedule, config.steps, config.steps)
-        row.weights = model_bytes(model)
-        resize(model, self.setting.pixels // 8)
+        row.baseline = subject.baseline and cache is None and steps is None
         try:
+            model = model_of(subject)
+            row.weights = model_bytes(model)
+            resize(model, self.setting.pixels // 8)
             self.fill(row, subject, model, config, cache)
         except (RuntimeError, ValueError, NotImplementedError, ImportError) as error:
             row.problem = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        return row
+        self.note(row.line())
+        return asdict(row)
 
     def fill(
         self, row: Measured, subject: Subject, model: DiT | FusedDiT, config: SamplingConfig, cache: CacheConfig | None
@@ -117,38 +127,40 @@ class Bench:
         loop = DeviceLoop(model, self.setting.images, config, cache, graphs=graphs)
         row.computed_steps = sum(loop.computed)
         loop.prepare(self.labels, [self.noise], None)
-        row.computed = self.step_seconds(loop, False)
-        if not all(loop.computed):
-            row.reused = self.step_seconds(loop, True)
-        expected = row.computed * sum(loop.computed) + (row.reused or 0.0) * (config.steps - sum(loop.computed))
+        for reuse in {not computes for computes in loop.computed}:
+            self.burst(loop, reuse, 2)  # compiles, tunes and captures
+        expected = self.burst(loop, False, 1) * sum(loop.computed)
         runs = min(self.repeats, int(self.longest / expected))
         if runs or self.reference is None:
             row.totals = [self.run_seconds(loop) for _ in range(max(1, runs))]
             row.total = statistics.median(row.totals)
             row.error = self.error(loop.x)
-        else:
-            row.total, row.extrapolated = expected, True
+        row.computed = self.step_seconds(loop, False)
+        if not all(loop.computed):
+            row.reused = self.step_seconds(loop, True)
+        if row.total is None:
+            reused = (row.reused or 0.0) * (config.steps - sum(loop.computed))
+            row.total, row.extrapolated = row.computed * sum(loop.computed) + reused, True
         if self.device.type == "cuda":
             peak = peak_memory(self.device)
             assert peak is not None
             row.memory = peak - before + model_bytes(model)
 
     def step_seconds(self, loop: DeviceLoop, reuse: bool) -> float:
-        """Median of a step's share of a burst of steps, waiting for the device before and after."""
+        """Median over bursts of a step's share."""
+        steps = BURST if self.burst(loop, reuse, 1) < 1.0 else 1
+        return statistics.median(self.burst(loop, reuse, steps) for _ in range(self.repeats if steps > 1 else 1))
+
+    def burst(self, loop: DeviceLoop, reuse: bool, steps: int) -> float:
+        """Seconds of one of several steps, waiting for the device before and after all."""
         program = loop.program(reuse)
-
-        def burst(steps: int) -> float:
-            self.wait()
-            began = time.perf_counter()
-            for _ in range(steps):
-                loop.rewind()
-                program()
-            self.wait()
-            return (time.perf_counter() - began) / steps
-
-        first = min(burst(1) for _ in range(2))
-        steps = BURST if first < 1.0 else 1
-        return statistics.median(burst(steps) for _ in range(self.repeats if steps > 1 else 1))
+        self.wait()
+        began = time.perf_counter()
+        for _ in range(steps):
+            loop.rewind()
+            program()
+        self.wait()
+        return (time.perf_counter() - began) / steps
 
     def run_seconds(self, loop: DeviceLoop) -> float:
         self.wait()
@@ -167,28 +179,28 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def fewer_steps(self, subject: Subject, model: DiT | FusedDiT, seconds: float, computed: float) -> Measured:
-        """As many steps without a cache as take the given time."""
-        steps = max(1, int(seconds / computed))
-        return self.measure(subject, model, f"{steps} steps", None, steps)
-
 
 def measure_setting(
-    bench: Bench,
-    rows: Sequence[Subject],
-    model_of: Callable[[Subject], Any],
-    more_time: Callable[[], bool],
-    note: Callable[[str], None],
-) -> list[Measured]:
+    bench: Bench, rows: Sequence[Subject], model_of: ModelOf, more_time: Callable[[], bool]
+) -> list[Row]:  # fmt: skip
     """Every subject with every schedule for as long as there is time; one with steps of its own has no cache."""
-    found: list[Measured] = []
+    found: list[Row] = []
     for subject in rows:
         torch.compiler.reset()
-        plans = schedules(bench.setting.steps) if subject.steps is None else {"all steps": None}
+        plans = schedules(bench.setting.steps) if subject.steps is None else {ALL_STEPS: None}
         for name, cache in plans.items():
             if not more_time():
-                note(f"{bench.setting.label}: no time left for {subject.name}, {name}")
+                bench.note(f"{bench.setting.label}: no time left for {subject.name}, {name}")
                 continue
-            found.append(bench.measure(subject, model_of(subject), name, cache, subject.steps))
-            note(found[-1].line())
+            found.append(bench.measure(subject, model_of, name, cache, subject.steps))
     return found
+
+
+def find(rows: Iterable[Row], subject: str, schedule: str = ALL_STEPS) -> Row | None:
+    return next((row for row in rows if (row["subject"], row["schedule"]) == (subject, schedule)), None)
+
+
+def fastest(rows: Iterable[Row]) -> Row | None:
+    """Full precision as fast as torch makes it."""
+    able = (row for row in rows if row["baseline"] and not row["problem"])
+    return min(able, key=lambda row: row["total"], default=None)

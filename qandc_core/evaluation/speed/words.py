@@ -22,8 +22,8 @@ LEAST_SHARE = 0.005  # of the step; less is not worth a word
 @dataclass(frozen=True)
 class StepProfile:
     """Seconds of a computed and of a reused step and by group (profile_step); operations/s that the matrix products
-    achieve and their ceiling; the least seconds of the step (floor_seconds); how many times faster than the format
-    `against` products alone and the whole step are. None or empty: not measured.
+    achieve and their ceiling; the least seconds of the step (floor_seconds); how many times faster than
+    `against` the whole step is. None or empty: not measured.
     """
 
     label: str
@@ -34,7 +34,6 @@ class StepProfile:
     ceiling: float | None = None
     floor: float | None = None
     against: str = "float32"
-    product_gain: float | None = None
     step_gain: float | None = None
 
     def share(self, *groups: str) -> float:
@@ -92,20 +91,14 @@ def floor_sentence(result: StepProfile) -> str | None:
         return None
     return (
         f"Computing a step takes this machine at least {duration(result.floor)}, with arithmetic and memory at their "
-        f"measured best; it takes {times(result.computed / result.floor)} that."
+        f"measured best; the measured step is {times(result.computed / result.floor)} as long."
     )
 
 
 def gain_sentence(result: StepProfile) -> str | None:
-    parts = []
-    if result.product_gain is not None:
-        parts.append(f"int8 multiplies {compared(result.product_gain)} {result.against} here")
-    if result.step_gain is not None:
-        whole = "the whole step is" if parts else f"Against {result.against} the whole step is"
-        parts.append(f"{whole} {compared(result.step_gain, '')}")
-    if not parts:
+    if result.step_gain is None:
         return None
-    return "; ".join(parts) + "."
+    return f"Against {result.against} the whole step is {compared(result.step_gain)}."
 
 
 def help_sentence(result: StepProfile) -> str | None:
@@ -142,11 +135,11 @@ def savings(result: StepProfile) -> dict[str, float]:
     return shares
 
 
-def compared(gain: float, than: str = " than") -> str:
-    """1.9 -> "1.9x faster than", 0.8 -> "1.2x slower than"."""
+def compared(gain: float) -> str:
+    """1.9 -> "1.9x faster", 0.8 -> "1.2x slower"."""
     if 0.95 < gain < 1.05:
-        return "as fast as" if than else "as fast"
-    return f"{times(gain if gain > 1 else 1 / gain)} {'faster' if gain > 1 else 'slower'}{than}"
+        return "as fast"
+    return f"{times(gain if gain > 1 else 1 / gain)} {'faster' if gain > 1 else 'slower'}"
 
 
 def times(ratio: float) -> str:

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from .goals import Goal, fastest, goals
+from qandc_core.evaluation.speed.runs import fastest
+
+from .goals import Goal, goals
 
 MISSING = "not measured"
+GPU_GOALS = "The goals are of one GPU: not measured."
 
 
 def markdown(table: Mapping[str, Any]) -> str:
-    parts = [header(table), *words(table), goal_table(goals(table))]
+    parts = [header(table), *words(table), goal_table(goals(table)) if table["hardware"]["cuda"] else GPU_GOALS]
     for setting in dict.fromkeys(row["setting"] for row in table["rows"]):
         rows = [row for row in table["rows"] if row["setting"] == setting]
         parts += [f"## {setting}", row_table(rows)]
@@ -28,9 +31,10 @@ def header(table: Mapping[str, Any]) -> str:
     )  # fmt: skip
     versions = ", ".join(f"{package} {number}" for package, number in table["versions"].items())
     return (
-        f"# Speed on {hardware['device']}\n\n{table['name']}, random weights, guidance, DDIM; {versions}. "
-        f"Integer rows run on the {table['kernels']} kernels, W4A8 on comfy-kitchen's. Best rates measured here: "
-        f"{reached}. Made by `{table['command']}`."
+        f"# Speed on {hardware['device']}\n\n{table['name']}, random weights, guidance, DDIM, {hardware['threads']} "
+        f"threads; {versions}. Times are medians, of runs with their range; errors are relative L2 distances to the "
+        f"first row's latents. Integer rows run on the {table['kernels']} kernels, W4A8 on comfy-kitchen's. Best rates "
+        f"measured here: {reached}. Made by `{table['command']}`."
     )
 
 

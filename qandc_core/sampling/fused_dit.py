@@ -9,8 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..caching.attach import feature_cache
+from ..models.dit import DiT, DiTBlock, PatchGrid
 from ..quantization.fused_linear import KERNELS, GatedResidual, Int8Linear, Modulation, fused_linear
-from .dit import DiT, DiTBlock, PatchGrid
+from ..quantization.kernels import available
+from ..quantization.linear import QuantizedLinear
 
 if TYPE_CHECKING:
     from ..caching.schedules import CacheConfig
@@ -52,7 +55,7 @@ class FusedBlock(nn.Module):
 
 
 class FusedDiT(PatchGrid):
-    """Predicts as the DiT that it was made of; layers are shared with it where they are float and of its dtype.
+    """Predicts as the DiT that it was made of, with which it shares the embedders and the weights of float layers.
 
     `cache` says which steps of a run reuse what.
     """
@@ -70,6 +73,12 @@ class FusedDiT(PatchGrid):
         self.final, self.final_eps = layers["final_layer.linear"], model.final_layer.norm_final.eps
         self.register_buffer("pos_embed", model.pos_embed)
         self.loops: dict[Any, Any] = {}  # of sampling.device_loop, by what they were made for
+
+    def set_cache(self, config: CacheConfig | None) -> None:
+        """Raises ValueError on a forecast of features."""
+        if config is not None and config.order and config.mode != "prediction":
+            raise ValueError("A FusedDiT forecasts predictions only; use mode='prediction' with order 1.")
+        self.cache = config
 
     def modulations(self, timesteps: Tensor, labels: Tensor) -> Tensor:
         """Shifts, scales and gates of R conditions at once: timesteps, labels (R,) -> (R, 6 depth + 2, D)."""
@@ -119,10 +128,10 @@ def fuse_dit(
 
     `kernels`: reference (torch's operations), kitchen (comfy-kitchen) or triton (this package's); auto: triton on GPUs
     that have it. `compile` fuses the operations of each block with torch.compile; blocks share the result.
-    Raises ValueError on a model with an attached cache and on layers that the kernels cannot run.
+    Raises ValueError on other models than our DiT, on one with a cache and on layers that the kernels cannot run.
     """
-    from ..caching.attach import feature_cache
-
+    if not isinstance(model, DiT):
+        raise ValueError(f"fuse_dit takes this package's DiT (load_dit), got {type(model).__name__}.")
     if feature_cache(model) is not None:
         raise ValueError("Take the cache off first (remove_cache) and apply one to the fused model.")
     chosen = pick_kernels(kernels, model.pos_embed.device)
@@ -136,19 +145,17 @@ def fuse_dit(
 
 
 def pick_kernels(kernels: str, device: torch.device) -> str:
-    from ..quantization.kernels import available
-
     if kernels == "auto":
         return "triton" if available(device) else "reference"
     if kernels not in KERNELS:
         raise ValueError(f"kernels must be auto or one of {', '.join(KERNELS)}, got {kernels!r}.")
+    if kernels == "triton" and not available(device):
+        raise ValueError(f"The Triton kernels need Triton and an NVIDIA GPU of capability 8.0, not {device}; use auto.")
     return kernels
 
 
 def source_layers(model: DiT, native: Mapping[str, NativeLayer | None]) -> dict[str, Any]:
     """The linear layers outside the embedders, in their native format where there is one."""
-    from ..quantization.linear import QuantizedLinear
-
     layers = {
         name: layer
         for name, layer in model.named_modules()
@@ -156,7 +163,7 @@ def source_layers(model: DiT, native: Mapping[str, NativeLayer | None]) -> dict[
     }
     unknown = set(native) - set(layers)
     if unknown:
-        raise ValueError(f"The model has no layer {sorted(unknown)[0]}.")
+        raise ValueError(f"{sorted(unknown)[0]} is no layer of the blocks or after them; leave it out of `native`.")
     return {name: native.get(name) or layer for name, layer in layers.items()}
 
 

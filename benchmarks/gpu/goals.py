@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .models import PAPER, QANDC
-
-Row = Mapping[str, Any]
+from qandc_core.evaluation.speed.models import PACKED, PAPER, QANDC
+from qandc_core.evaluation.speed.runs import CHOSEN, Row, fastest, find
+from qandc_core.evaluation.speed.table import EQUAL_TIME, per_step
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ def goals(table: Mapping[str, Any]) -> list[Goal]:
     main = table["rows"][0]["setting"]
     here = [row for row in rows if row["setting"] == main]
     wide = [row for row in rows if row["setting"] == main.split(",")[0] + ", batch 32"]
-    fast, base, paper = find(here, QANDC, "chosen steps"), fastest(here), find(here, PAPER)
-    fewer = next((row for row in here if row["schedule"].endswith("steps in its time")), None)
+    fast, base, paper = find(here, QANDC, CHOSEN), fastest(here), find(here, PAPER)
+    fewer = next((row for row in here if row["schedule"].endswith(EQUAL_TIME)), None)
     return [
         Goal("times as fast as fp32 eager with 250 steps", 100, ratio(paper, fast, "total")),
         Goal("times as fast as compiled full precision, same steps", 4, ratio(base, fast, "total")),
@@ -44,25 +44,10 @@ def goals(table: Mapping[str, Any]) -> list[Goal]:
         Goal("int8 products / measured ceiling, the model's four largest", 0.7, product_share(table)),
         Goal("a reused step / a computed one", 0.02, reused_share(fast), least=False),
         Goal("of a run, outside its steps", 0.01, outside(find(here, QANDC)), least=False),
-        Goal("batch 1: a computed step / its floor", 1.3, table.get("batch 1 over floor"), least=False),
-        Goal("W8A8 bytes / full precision's", 0.55, bytes_share(here, f"{QANDC}, adaLN too"), least=False),
-        Goal("W4A8 bytes / full precision's", 0.32, bytes_share(here, "W4A8, adaLN too"), least=False),
+        Goal("batch 1: a computed step / its floor", 1.3, over_floor(table, main), least=False),
+        Goal("W8A8 bytes / full precision's", 0.55, bytes_share(here, QANDC), least=False),
+        Goal("W4A8 bytes / full precision's", 0.32, bytes_share(here, PACKED), least=False),
     ]  # fmt: skip
-
-
-def find(rows: Iterable[Row], subject: str, schedule: str = "all steps") -> Row | None:
-    return next((row for row in rows if (row["subject"], row["schedule"]) == (subject, schedule)), None)
-
-
-def is_baseline(row: Row) -> bool:
-    """Full precision without a cache and with nothing of ours."""
-    plain = row["subject"].startswith(("bf16", "fp32")) and row["subject"] != PAPER and "fused" not in row["subject"]
-    return plain and row["schedule"] == "all steps" and not row["problem"] and row["total"] is not None
-
-
-def fastest(rows: Iterable[Row]) -> Row | None:
-    """The baseline as fast as torch makes it."""
-    return min((row for row in rows if is_baseline(row)), key=lambda row: row["total"], default=None)
 
 
 def ratio(above: Row | None, below: Row | None, key: str) -> float | None:
@@ -79,12 +64,19 @@ def outside(row: Row | None) -> float | None:
     """What a run takes beyond its steps: modulations, noise and Python."""
     if row is None or row["extrapolated"] or row["reused"] is not None:
         return None
-    return max(0.0, 1 - row["steps"] * row["computed"] / row["total"])
+    return 1 - row["steps"] * row["computed"] / row["total"]
+
+
+def over_floor(table: Mapping[str, Any], main: str) -> float | None:
+    """A step of one image over the least that memory, arithmetic and launches allow."""
+    label = main.split(",")[0] + ", batch 1"
+    row = find((row for row in table["rows"] if row["setting"] == label and not row["problem"]), QANDC)
+    floor = table.get("floors", {}).get(label)
+    return None if row is None or not floor else per_step(row) / floor
 
 
 def bytes_share(rows: Sequence[Row], subject: str) -> float | None:
-    full = next((row for row in rows if is_baseline(row)), None)
-    return ratio(find(rows, subject), full, "weights")
+    return ratio(find(rows, subject), fastest(rows), "weights")
 
 
 def product_share(table: Mapping[str, Any]) -> float | None:
