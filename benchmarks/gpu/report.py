@@ -88,6 +88,13 @@ def product_table(table: Mapping[str, Any]) -> str:
     for row in rows:
         cells = [product_cell(row["methods"][name]) for name in names]
         lines.append(f"| {row['rows']} x {row['columns']} x {row['inner']} | " + " | ".join(cells) + " |")
+    apart = [row["differences"] for row in rows if "differences" in row]
+    if apart:
+        worst = ", ".join(f"{name} {max(each[name] for each in apart):.2g}" for name in apart[0])
+        lines += [
+            "",
+            f"Largest differences of the Triton kernels from torch's (codes in units, values relative): {worst}.",
+        ]
     errors = {f"{name}: {message}" for row in rows for name, message in row["error"].items()}
     return "\n".join([*lines, *(f"\n{error}" for error in sorted(errors))])
 

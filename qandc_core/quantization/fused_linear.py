@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Protocol
@@ -182,6 +183,17 @@ def fused_linear(layer: nn.Linear | QuantizedLinear | NativeLayer, kernels: str,
         tensors = {"weight": codes, "weight_scale": scale[:, None]}
         return KitchenLinear(tensors, {"format": INT8, "convrot": False}, layer.bias, dtype)
     return Int8Linear(codes, scale, layer.bias, kernel_module(kernels), dtype)
+
+
+def stacked(layers: Sequence[nn.Module]) -> nn.ModuleList:
+    """Layers of one input, as a single one with all their outputs where all are int8 with a scale for each token."""
+    able = [layer for layer in layers if isinstance(layer, Int8Linear) and layer.inputs is None]
+    if len(able) < len(layers) or len({layer.group for layer in able}) > 1 or any(layer.bias is None for layer in able):
+        return nn.ModuleList(layers)
+    codes, scale, bias = (
+        torch.cat([getattr(layer, part) for layer in able]) for part in ("codes", "column_scale", "bias")
+    )
+    return nn.ModuleList([Int8Linear(codes, scale, bias, able[0].kernels, able[0].dtype, able[0].group)])
 
 
 def native_linear(layer: NativeLayer, kernels: str, dtype: torch.dtype) -> nn.Module:

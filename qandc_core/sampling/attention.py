@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 FUSED = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
 AGREES = 0.02  # relative difference from the plain formula, above which a kernel is not trusted
 REPEATS = 20
+SPIN = 5_000_000  # cycles
 
 
 @contextmanager
@@ -51,8 +52,9 @@ def measured_attention(
 
 
 def elapsed(qkv: Tensor) -> float:
-    """Milliseconds of some calls."""
+    """Milliseconds of some calls; the device spins while they are queued, or Python's time would be measured."""
     begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(SPIN)
     begun.record()
     for _ in range(REPEATS):
         F.scaled_dot_product_attention(*qkv)

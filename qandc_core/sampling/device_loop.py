@@ -59,7 +59,7 @@ class FusedPredictor:
         self.slots = slots.to(loop.device)
         conditions = int(loop.rows.max()) + 1
         tensor: dict[str, Any] = {"dtype": loop.dtype, "device": loop.device}
-        self.table = torch.empty(len(needed), conditions, 6 * config.depth + 2, config.hidden_size, **tensor)
+        self.table = torch.zeros(len(needed), conditions, 6 * config.depth + 2, config.hidden_size, **tensor)
         tokens = (len(loop.rows), (config.input_size // config.patch_size) ** 2, config.hidden_size)
         shapes = {"branch": (config.depth, 2, *tokens), "block": tokens}
         mode = loop.cache.mode

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..caching.attach import feature_cache
 from ..models.dit import DiT, DiTBlock, PatchGrid
-from ..quantization.fused_linear import KERNELS, GatedResidual, Int8Linear, Modulation, fused_linear
+from ..quantization.fused_linear import KERNELS, GatedResidual, Int8Linear, Modulation, fused_linear, stacked
 from ..quantization.kernels import available
 from ..quantization.linear import QuantizedLinear
 
@@ -38,20 +38,20 @@ class FusedBlock(nn.Module):
     def mlp(self, x: Tensor, shift: Tensor, scale: Tensor, after: GatedResidual | None = None) -> Tensor:
         return self.fc2(self.fc1(x, Modulation(shift, scale, self.eps[1])), gelu=True, after=after)
 
-    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
-        """x (N, T, D), modulation (N, 6, D)."""
+    def forward(self, x: Tensor, modulation: Tensor, kept: Tensor | None = None, reuse: bool = False) -> Tensor:
+        """x (N, T, D), modulation (N, 6, D). FORA's two branches before their gates are written into kept
+        (2, N, T, D), or read from there to reuse them.
+        """
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.unbind(1)
-        x = self.attention(x, shift_a, scale_a, GatedResidual(x, gate_a))
-        return self.mlp(x, shift_m, scale_m, GatedResidual(x, gate_m))
-
-    def keeping(self, x: Tensor, modulation: Tensor, kept: Tensor) -> Tensor:
-        """As forward, and writes what FORA reuses, the two branches before their gates, into kept (2, N, T, D)."""
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.unbind(1)
-        x = x + gate_a[:, None] * kept[0].copy_(self.attention(x, shift_a, scale_a))
-        return x + gate_m[:, None] * kept[1].copy_(self.mlp(x, shift_m, scale_m))
-
-    def reusing(self, x: Tensor, modulation: Tensor, kept: Tensor) -> Tensor:
-        return x + modulation[:, 2, None] * kept[0] + modulation[:, 5, None] * kept[1]
+        if kept is None:
+            x = self.attention(x, shift_a, scale_a, GatedResidual(x, gate_a))
+            return self.mlp(x, shift_m, scale_m, GatedResidual(x, gate_m))
+        if not reuse:
+            kept[0].copy_(self.attention(x, shift_a, scale_a))
+        x = x + gate_a[:, None] * kept[0]
+        if not reuse:
+            kept[1].copy_(self.mlp(x, shift_m, scale_m))
+        return x + gate_m[:, None] * kept[1]
 
 
 class FusedDiT(PatchGrid):
@@ -69,7 +69,7 @@ class FusedDiT(PatchGrid):
             FusedBlock(block, below(layers, f"blocks.{i}.")) for i, block in enumerate(model.blocks)  # type: ignore[arg-type]
         )  # fmt: skip
         names = [f"blocks.{i}.adaLN_modulation.1" for i in range(model.config.depth)]
-        self.adaln = nn.ModuleList(layers[name] for name in [*names, "final_layer.adaLN_modulation.1"])
+        self.adaln = stacked([layers[name] for name in [*names, "final_layer.adaLN_modulation.1"]])
         self.final, self.final_eps = layers["final_layer.linear"], model.final_layer.norm_final.eps
         self.register_buffer("pos_embed", model.pos_embed)
         self.loops: dict[Any, Any] = {}  # of sampling.device_loop, by what they were made for
@@ -107,12 +107,9 @@ class FusedDiT(PatchGrid):
         parts = modulation[:, :-2].unflatten(1, (-1, 6))
         if kept is not None and kept.ndim == 3 and reuse:
             return self.output(start + kept, modulation, x)
+        branches = kept if kept is not None and kept.ndim == 5 else None
         for i, block in enumerate(self.blocks):
-            step: Any = block
-            if kept is None or kept.ndim == 3:
-                tokens = step(tokens, parts[:, i])
-            else:
-                tokens = (step.reusing if reuse else step.keeping)(tokens, parts[:, i], kept[i])
+            tokens = block(tokens, parts[:, i], None if branches is None else branches[i], reuse)
         if kept is not None and kept.ndim == 3:
             kept.copy_(tokens - start)
         return self.output(tokens, modulation, x)
@@ -140,7 +137,7 @@ def fuse_dit(
     fused = FusedDiT(model, layers, dtype).to(model.pos_embed.device).eval()
     if compile:
         for block in fused.blocks:
-            block.compile()
+            block.compile(dynamic=False)
     return fused
 
 

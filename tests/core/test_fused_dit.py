@@ -53,11 +53,23 @@ def prediction(fused, x, t, y, *rest):
     return fused(x, fused.modulations(t, y), *rest)
 
 
-def native_layers(model, format):
+def native_layers(model, format, skip=DIT_SKIP):
     return {
         name: quantize_weight(name, layer.weight, layer.bias, NativeConfig(format))
-        for name, layer in named_linears(model, DIT_SKIP)
+        for name, layer in named_linears(model, skip)
     }
+
+
+def test_rounded_modulations_come_from_one_layer():
+    model = random_dit()
+    layers = native_layers(model, "W8A8", ("t_embedder",))
+    stacked = fuse_dit(model, "reference", layers)
+    (adaln,) = stacked.adaln
+    assert adaln.codes.shape == (6 * 64 * 3 + 2 * 64, 64)
+    separate = fuse_dit(model, "kitchen", layers)
+    assert len(separate.adaln) == 4
+    _, t, y = inputs(model)
+    assert relative(stacked.modulations(t, y), separate.modulations(t, y)) < ROUNDED
 
 
 @pytest.mark.parametrize("overrides", [{}, {"patch_size": 4}, {"learn_sigma": False}, {"norm2_eps": 1e-5}])

@@ -8,6 +8,7 @@ import torch
 
 from benchmarks.gpu.goals import goals
 from benchmarks.gpu.report import GPU_GOALS, markdown
+from qandc_core.evaluation.speed import gemms
 from qandc_core.evaluation.speed import table as table_module
 from qandc_core.evaluation.speed.ceilings import Ceilings
 from qandc_core.evaluation.speed.models import (
@@ -25,6 +26,7 @@ from qandc_core.evaluation.speed.models import (
 )
 from qandc_core.evaluation.speed.runs import Bench, Measured, Setting, schedules
 from qandc_core.models import DiTConfig
+from qandc_core.quantization.kernels import reference
 
 CPU = torch.device("cpu")
 CONFIG = DiTConfig(input_size=16, hidden_size=64, depth=2, num_heads=2)
@@ -145,6 +147,51 @@ def test_goals_come_from_rows_and_stay_open_without():
     assert all(goal.value is None for goal in goals({**table(rows[:1]), "gemms": []}))
 
 
+def test_other_settings_begin_with_what_matters_and_end_with_what_may_fail():
+    benches = {name: name for name in ("main", "second", "third")}
+    subjects = [*float_subjects(CPU), *integer_subjects(CPU, "reference")]
+    order = [(bench, subject.name) for bench, subject in table_module.ordered(benches, subjects, [])]
+    assert len(order) == len(set(order)) == 3 * len(subjects)
+    own = [subject.name for subject in subjects if not subject.library]
+    assert order[: len(own)] == [("main", name) for name in own]
+    assert order[len(own)] == ("second", QANDC) and {bench for bench, _ in order[-2:]} == {"third"}
+    packed = [order.index((bench, PACKED)) for bench in benches]
+    assert min(packed) > max(order.index((bench, name)) for bench in benches for name in own)
+
+
+def test_an_exception_of_a_part_loses_nothing(monkeypatch):
+    def fails(*_):
+        raise AssertionError("profiler")
+
+    monkeypatch.setattr(table_module, "float_subjects", lambda device: float_subjects(device)[:1])
+    monkeypatch.setattr(table_module, "integer_subjects", lambda *_: [])
+    monkeypatch.setattr(table_module, "kernel_subjects", lambda *_: [])
+    for part in ("extras", "products", "step_profiles"):
+        monkeypatch.setattr(table_module, part, fails)
+    monkeypatch.setattr(table_module, "measure_ceilings", lambda *_: Ceilings(1e11, None, 2e11, 4e11, 2e10, None))
+    notes = []
+    found = table_module.speed_table(CONFIG, [SETTING], CPU, 600.0, notes.append)
+    assert len(found["rows"]) == 3 and "gemms: AssertionError: profiler" in notes
+    assert "not measured" in markdown({**table([]), **found, "gemms": []})
+
+
+def test_differences_find_a_wrong_kernel():
+    problem = gemms.Problem(34, 48, 64, CPU)
+    right = gemms.differences(problem, reference, reference)
+    assert set(right.values()) == {0.0}
+
+    class Wrong:
+        quantize_modulated, quantize_rows = reference.quantize_modulated, reference.quantize_rows
+
+        @staticmethod
+        def int8_matmul(codes, *rest, **options):
+            return reference.int8_matmul(codes.roll(1, 0), *rest, **options)
+
+    wrong = gemms.differences(problem, Wrong, reference)
+    assert wrong["product"] > 0.5 and wrong["gated product"] > 0.1 and wrong["product to codes"] > 1
+    assert wrong["codes"] == 0
+
+
 def test_markdown_says_what_was_not_measured_and_what_failed():
     rows = [row("bf16 eager", memory=2 * 10**9, totals=[0.9, 1.1]), row("W4A8", problem="RuntimeError: no kernel")]
     text = markdown(table(rows))
@@ -169,7 +216,7 @@ def test_the_whole_table_of_a_tiny_model(monkeypatch):
     assert not [row for row in found["rows"] if row["problem"]]
     here = {(row["subject"], row["schedule"]): row for row in found["rows"] if row["setting"] == SETTING.label}
     names = {subject.name for subject in (*float_subjects(CPU), *integer_subjects(CPU, "reference"))}
-    assert names <= {name for name, _ in here} and saved[-1] == len(found["rows"]) > saved[0] == len(here)
+    assert names <= {name for name, _ in here} and saved[-1] == len(found["rows"]) and saved == sorted(saved)
     base = min((row for row in here.values() if row["baseline"]), key=lambda row: row["total"])
     (fewer,) = (row for row in here.values() if "in the time" in row["schedule"])
     in_time = here[QANDC, "chosen steps"]["total"] / (base["total"] / base["steps"])

@@ -16,6 +16,7 @@ from ...quantization.backends import int_mm, int_mm_is_fast
 from ...quantization.hadamard import rotation_group
 from ...quantization.native import INT8, W4A8, NativeConfig, weight_tensors
 from ...quantization.native_grids import GROUP
+from ...quantization.quantizer import Grid
 from .ceilings import Ceilings, float32_products, random_codes
 from .clock import median_seconds
 
@@ -92,8 +93,10 @@ class Method:
 def gemm_table(
     shapes: Iterable[tuple[int, int, int]], ceilings: Ceilings, device: torch.device | str, repeats: int = 20
 ) -> list[dict[str, Any]]:
-    """One row for each (M, N, K) = (rows, columns, inner): of each method median seconds with cold caches, the rate
-    (operations/s, bytes/s for quantizers) and its share of the ceiling; None, its message in `error`, if it raised.
+    """One row for each (M, N, K) = (rows, columns, inner): of each method median seconds, the rate (operations/s,
+    bytes/s for quantizers) and its share of the ceiling; None, its message in `error`, if it raised. On CUDA of ten
+    calls after each other, whose inputs stay in the cache as a model's do, and whose weights do too; else caches are
+    cold. Where Triton's kernels run, `differences` says how far they are from the reference.
     """
     device = torch.device(device)
     methods = all_methods(device)
@@ -110,14 +113,52 @@ def gemm_row(problem: Problem, methods: Mapping[str, Method], ceilings: Ceilings
         except Exception as error:
             measured[name], errors[name] = None, f"{type(error).__name__}: {error}"
     size = {"rows": problem.rows, "columns": problem.columns, "inner": problem.inner}
-    return {**size, "methods": measured, "error": errors}
+    row = {**size, "methods": measured, "error": errors}
+    if "triton_int8_matmul" in methods:
+        modules = implementations(problem.device)
+        row["differences"] = differences(problem, modules["triton"], modules["reference"])
+    return row
+
+
+def differences(problem: Problem, module: ModuleType, reference: ModuleType) -> dict[str, float]:
+    """How far apart two implementations are on this device: codes in units, values relative to the second's."""
+    images = 2 if problem.rows % 2 == 0 else 1
+    x = problem.inputs.view(images, -1, problem.inner)
+    shift, scale = torch.randn(2, images, problem.inner, device=problem.device, dtype=problem.dtype)
+    residual = torch.randn(problem.rows, problem.columns, device=problem.device, dtype=problem.dtype)
+    gate = torch.randn(images, problem.columns, device=problem.device, dtype=problem.dtype)
+    weight, columns = problem.int8["weight"], problem.int8["weight_scale"].flatten()
+    given = (problem.codes, problem.row_scale / 127, weight, columns, columns, problem.dtype)
+    grid = Grid(problem.row_scale[0] + 0.01, torch.zeros((), device=problem.device), -128, 127)
+
+    def apart(call: Callable[[ModuleType], Tensor]) -> float:
+        ours, theirs = call(module), call(reference)
+        gap = (ours.double() - theirs.double()).abs()
+        return float(gap.max() if ours.dtype == torch.int8 else gap.norm() / theirs.double().norm())
+
+    return {
+        "modulated codes": apart(lambda m: m.quantize_modulated(x, shift, scale, EPS, problem.group)[0]),
+        "codes": apart(lambda m: m.quantize_rows(problem.inputs, problem.group, True)[0]),
+        "product": apart(lambda m: m.int8_matmul(*given)),
+        "gated product": apart(lambda m: m.int8_matmul(*given, gate=gate, residual=residual)),
+        "product to codes": apart(lambda m: m.int8_matmul(*given, gelu=True, grid=grid)),
+    }
 
 
 def measure(problem: Problem, method: Method, ceilings: Ceilings, repeats: int) -> dict[str, float | None]:
-    seconds = median_seconds(method.build(problem), problem.device, repeats, cold=True)
+    calls = 10 if problem.device.type == "cuda" else 1
+    seconds = median_seconds(several(method.build(problem), calls), problem.device, repeats, cold=calls == 1) / calls
     rate = (problem.rounding_bytes if method.ceiling == "bandwidth" else problem.flops) / seconds
     ceiling = getattr(ceilings, method.ceiling)
     return {"seconds": seconds, "rate": rate, "share": None if ceiling is None else rate / ceiling}
+
+
+def several(call: Call, calls: int) -> Call:
+    def repeated() -> None:
+        for _ in range(calls):
+            call()
+
+    return repeated
 
 
 def all_methods(device: torch.device) -> dict[str, Method]:

@@ -34,14 +34,16 @@ class Subject:
     graph: bool = True
     steps: int | None = None  # instead of the setting's
     baseline: bool = False  # full precision as torch runs it
+    library: bool = False  # comfy-kitchen's kernels in CUDA graphs: a failed capture spoils what comes after
+    essential: bool = False  # first in every setting
 
 
-def random_dit(config: DiTConfig, seed: int = 0) -> DiT:
+def random_dit(config: DiTConfig, device: torch.device | str = "cpu", seed: int = 0) -> DiT:
     """Float32 weights of the paper's initialisation, with random values where that has zeros, so that every layer acts
     and activations keep their size.
     """
     torch.manual_seed(seed)
-    model = DiT(config)
+    model = DiT(config, device=device)
     initialize_weights(model)
     for name, parameter in model.named_parameters():
         if "adaLN_modulation" in name or name.startswith("final_layer.linear"):
@@ -83,8 +85,8 @@ def float_subjects(device: torch.device) -> list[Subject]:
     ]
     if device.type == "cuda":
         rows += [
-            Subject(f"{name} CUDA graph", format, plain, baseline=True),
-            Subject(f"{name} compiled, CUDA graph", format, blocks_compiled, baseline=True),
+            Subject(f"{name} CUDA graph", format, plain, baseline=True, essential=True),
+            Subject(f"{name} compiled, CUDA graph", format, blocks_compiled, baseline=True, essential=True),
             Subject(PAPER, "float32", copy.deepcopy, graph=False, steps=250),
         ]
     return [*rows, Subject(f"{name} fused", format, lambda model: fuse_dit(plain(model), "reference", compile=True))]
@@ -98,18 +100,22 @@ def integer_subjects(device: torch.device, kernels: str) -> list[Subject]:
     static = Maker(device, "reference" if kernels == "kitchen" else kernels)  # comfy-kitchen has no static grids
     return [
         Subject("W8A8 dynamic", "W8A8", made.per_token),
-        Subject(QANDC, "W8A8", partial(made.native, format="W8A8")),
+        Subject(QANDC, "W8A8", partial(made.native, format="W8A8"), essential=True),
         Subject("W8A8 static", "W8A8", static.static),
-        Subject(PACKED, "W4A8", partial(packed.native, format="W4A8")),
+        Subject(PACKED, "W4A8", partial(packed.native, format="W4A8"), library=True),
         Subject(f"{QANDC}, float modulations", "W8A8", partial(made.native, format="W8A8", skip=DIT_SKIP)),
-        Subject(f"{PACKED}, float modulations", "W4A8", partial(packed.native, format="W4A8", skip=DIT_SKIP)),
+        Subject(
+            f"{PACKED}, float modulations", "W4A8", partial(packed.native, format="W4A8", skip=DIT_SKIP), library=True
+        ),
     ]
 
 
 def kernel_subjects(device: torch.device, kernels: Sequence[str]) -> list[Subject]:
     """W8A8 with rotation on each set of kernels."""
     makers = {name: partial(Maker(device, name).native, format="W8A8") for name in kernels}
-    return [Subject(f"{QANDC}, {name} kernels", "W8A8", make) for name, make in makers.items()]
+    return [
+        Subject(f"{QANDC}, {name} kernels", "W8A8", make, library=name == "kitchen") for name, make in makers.items()
+    ]
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -113,7 +113,7 @@ class Bench:
             row.weights = model_bytes(model)
             resize(model, self.setting.pixels // 8)
             self.fill(row, subject, model, config, cache)
-        except (RuntimeError, ValueError, NotImplementedError, ImportError) as error:
+        except Exception as error:  # of any library: the other rows are still worth measuring
             row.problem = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         self.note(row.line())
         return asdict(row)
@@ -180,19 +180,17 @@ class Bench:
             torch.cuda.synchronize(self.device)
 
 
-def measure_setting(
-    bench: Bench, rows: Sequence[Subject], model_of: ModelOf, more_time: Callable[[], bool]
+def measure_subject(
+    bench: Bench, subject: Subject, model_of: ModelOf, more_time: Callable[[], bool]
 ) -> list[Row]:  # fmt: skip
-    """Every subject with every schedule for as long as there is time; one with steps of its own has no cache."""
+    """A subject with every schedule for as long as there is time; one with steps of its own has no cache."""
+    torch.compiler.reset()
     found: list[Row] = []
-    for subject in rows:
-        torch.compiler.reset()
-        plans = schedules(bench.setting.steps) if subject.steps is None else {ALL_STEPS: None}
-        for name, cache in plans.items():
-            if not more_time():
-                bench.note(f"{bench.setting.label}: no time left for {subject.name}, {name}")
-                continue
+    for name, cache in (schedules(bench.setting.steps) if subject.steps is None else {ALL_STEPS: None}).items():
+        if more_time():
             found.append(bench.measure(subject, model_of, name, cache, subject.steps))
+        else:
+            bench.note(f"{bench.setting.label}: no time left for {subject.name}, {name}")
     return found
 
 

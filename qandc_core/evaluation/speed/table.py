@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -25,9 +25,10 @@ from .models import (
     integer_subjects,
     kernel_subjects,
     random_dit,
+    resize,
 )
 from .profile import PRODUCTS, profile_step
-from .runs import ALL_STEPS, CHOSEN, Bench, Note, Row, Setting, fastest, find, measure_setting
+from .runs import ALL_STEPS, CHOSEN, Bench, Note, Row, Setting, fastest, find, measure_subject
 from .words import StepProfile, explain
 from .work import StepWork, floor_seconds, product_ceiling, step_work
 
@@ -46,7 +47,7 @@ class Machine:
     quick: bool
 
     def __post_init__(self) -> None:
-        self.source = random_dit(self.config).to(self.device)
+        self.source = random_dit(self.config, self.device)
         self.models: dict[str, DiT | FusedDiT] = {}
         self.ceilings = measure_ceilings(self.device, self.quick)
         self.note(f"ceilings: {self.ceilings}")
@@ -84,46 +85,61 @@ def speed_table(
     config: DiTConfig, settings: Sequence[Setting], device: torch.device, seconds: float, note: Note,
     save: Save = lambda result: None, quick: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """JSON of everything, the first setting in full; save(result) after each. After `seconds` nothing new begins."""
+    """JSON of everything, save(result) as it grows; after `seconds` no further row begins."""
     machine = Machine(device, config, note, time.perf_counter() + seconds, quick)
     subjects = [*float_subjects(device), *integer_subjects(device, machine.kernels)]
-    rows: list[Row] = []
+    benches = {setting: Bench(device, setting, note, longest=3.0 if i else 15.0) for i, setting in enumerate(settings)}
+    main, rows = benches[settings[0]], list[Row]()
     result: dict[str, Any] = {"ceilings": asdict(machine.ceilings), "kernels": machine.kernels, "rows": rows}
-    for number, setting in enumerate(settings):
-        bench = Bench(device, setting, note, longest=3.0 if number else 40.0)
-        rows += measure_setting(bench, subjects, machine.model_of, machine.more_time)
-        if number == 0:
-            result["gemms"] = products(machine, setting)
-            rows += extras(machine, bench, subjects, rows)
-            result["steps"] = step_profiles(machine, bench, subjects, rows)
-        floor = machine.floor(setting, "W8A8")
-        result.setdefault("floors", {})[setting.label] = floor
+    result["floors"] = {setting.label: machine.floor(setting, "W8A8") for setting in settings}
+    for bench, subject in ordered(benches, subjects, kernel_subjects(device, machine.all_kernels)):
+        rows += measure_subject(bench, subject, machine.model_of, machine.more_time)
+        save(result)
+    parts: dict[str, Callable[..., list]] = {"extras": extras, "gemms": products, "steps": step_profiles}
+    for part, measure in parts.items():
+        try:
+            found = measure(machine, main, subjects, rows)
+        except Exception as error:  # of any library: what was measured before must not be lost
+            note(f"{part}: {type(error).__name__}: {error}")
+            continue
+        if part == "extras":
+            rows += found
+        else:
+            result[part] = found
         save(result)
     return result
 
 
-def products(machine: Machine, setting: Setting) -> list[dict[str, Any]]:
-    if not machine.more_time():
-        return []
-    return gemm_table(machine.work(setting).shapes, machine.ceilings, machine.device, 5 if machine.quick else 20)
+def ordered(
+    benches: dict[Setting, Bench], subjects: Sequence[Subject], others: Sequence[Subject]
+) -> Iterator[tuple[Bench, Subject]]:
+    """The first setting, then what matters most in the others, then the rest; comfy-kitchen's in graphs last."""
+    main, *more = benches.values()
+    own = [subject for subject in subjects if not subject.library]
+    yield from ((main, subject) for subject in [*own, *others] if not subject.library)
+    for essential in (True, False):
+        yield from ((bench, subject) for bench in more for subject in own if subject.essential == essential)
+    yield from ((main, subject) for subject in [*subjects, *others] if subject.library)
+    yield from ((bench, subject) for bench in more for subject in subjects if subject.library)
+
+
+def products(
+    machine: Machine, bench: Bench, subjects: Sequence[Subject], rows: Sequence[Row]
+) -> list[dict[str, Any]]:  # fmt: skip
+    repeats = 5 if machine.quick else 20
+    return gemm_table(machine.work(bench.setting).shapes, machine.ceilings, machine.device, repeats)
 
 
 def extras(machine: Machine, bench: Bench, subjects: Sequence[Subject], rows: Sequence[Row]) -> list[Row]:
-    """In the first setting: each set of kernels, FORA, and full precision with the steps that fit Q&C's time."""
-    others = kernel_subjects(machine.device, machine.all_kernels)
-    found = measure_setting(bench, others, machine.model_of, machine.more_time)
+    """FORA, and full precision with the steps that fit Q&C's time."""
     fused = next(subject for subject in subjects if "fused" in subject.name)
-    wanted: list[tuple[Subject, str, CacheConfig | None, int | None]] = [
-        (fused, "interval 3, FORA", CacheConfig(3, mode="branch"), None)
-    ]
-    baseline, fast = fastest(rows), find(rows, QANDC, CHOSEN)
+    found = [bench.measure(fused, machine.model_of, "interval 3, FORA", CacheConfig(3, mode="branch"))]
+    here = [row for row in rows if row["setting"] == bench.setting.label]
+    baseline, fast = fastest(here), find(here, QANDC, CHOSEN)
     if baseline is not None and fast is not None and not fast["problem"]:
         fewer = max(1, int(fast["total"] / per_step(baseline)))
         subject = next(subject for subject in subjects if subject.name == baseline["subject"])
-        wanted.append((subject, f"{fewer} {EQUAL_TIME}", None, fewer))
-    for subject, name, cache, steps in wanted:
-        if machine.more_time():
-            found.append(bench.measure(subject, machine.model_of, name, cache, steps))
+        found.append(bench.measure(subject, machine.model_of, f"{fewer} {EQUAL_TIME}", None, fewer))
     return found
 
 
@@ -131,10 +147,11 @@ def step_profiles(
     machine: Machine, bench: Bench, subjects: Sequence[Subject], rows: Sequence[Row]
 ) -> list[dict[str, Any]]:
     """Where a computed step spends its time, in the fastest full precision and in W8A8."""
+    rows = [row for row in rows if row["setting"] == bench.setting.label]
     baseline, found = fastest(rows), []
     for name in dict.fromkeys([baseline["subject"] if baseline else QANDC, QANDC]):
         row = find(rows, name)
-        if row is not None and not row["problem"] and machine.more_time():
+        if row is not None and not row["problem"]:
             subject = next(subject for subject in subjects if subject.name == name)
             profile = step_profile(machine, bench, subject, row, baseline)
             cached = find(rows, name, CHOSEN)
@@ -146,6 +163,7 @@ def step_profiles(
 def step_profile(machine: Machine, bench: Bench, subject: Subject, row: Row, base: Row | None) -> StepProfile:
     setting, model = bench.setting, machine.model_of(subject)
     graphs = subject.graph and machine.device.type == "cuda"
+    resize(model, setting.pixels // 8)
     loop = DeviceLoop(model, setting.images, setting.config(), graphs=graphs)
     loop.prepare(bench.labels, [bench.noise], None)
     groups = profile_step(in_place(loop), machine.device)
@@ -191,5 +209,5 @@ def default_run(device: torch.device) -> tuple[str, list[Setting]]:
 def bench_speed(device: str, note: Note) -> dict[str, Any]:
     """The first setting alone."""
     name, settings = default_run(torch.device(device))
-    found = speed_table(preset(name), settings[:1], torch.device(device), 450.0, note, quick=device == "cpu")
+    found = speed_table(preset(name), settings[:1], torch.device(device), 420.0, note, quick=device == "cpu")
     return {"name": name, **found}

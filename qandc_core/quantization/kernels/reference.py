@@ -74,7 +74,8 @@ def int8_matmul(
 def integer_product(a: Tensor, b: Tensor) -> Tensor:
     """a (M, K) int8 times b (N, K) int8 transposed, exact in int32; on CUDA K and N are multiples of 8."""
     if a.is_cuda:
-        return int_mm(F.pad(a, (0, 0, 0, max(0, INT_MM_ROWS - len(a)))), b)[: len(a)]
+        missing = INT_MM_ROWS - len(a)
+        return int_mm(a, b) if missing <= 0 else int_mm(F.pad(a, (0, 0, 0, missing)), b)[: len(a)]
     return int_mm(a, b) if CPU["int_mm"] else simulated_matmul(a, b)
 
 

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .triton_quantize import INTERPRETED, tanh_gelu, to_codes
+from .triton_quantize import INTERPRETED, quick_bench, tanh_gelu, to_codes
 
 
 def tile(m: int, n: int, k: int, warps: int, stages: int) -> triton.Config:
@@ -18,18 +18,17 @@ def tile(m: int, n: int, k: int, warps: int, stages: int) -> triton.Config:
 # wgmma multiplies 64 rows at a time with 4 warps; the tiles below 64 rows are for a few rows against a large weight.
 TILES = [
     tile(128, 256, 128, 8, 4),
-    tile(128, 256, 128, 8, 3),
     tile(256, 128, 128, 8, 4),
     tile(128, 128, 256, 8, 3),
-    tile(128, 128, 128, 8, 4),
     tile(128, 128, 128, 8, 3),
-    tile(128, 64, 128, 4, 4),
-    tile(64, 128, 128, 4, 4),
+    tile(128, 64, 128, 4, 3),
+    tile(64, 128, 128, 4, 3),
     tile(64, 64, 256, 4, 3),
     tile(64, 64, 128, 4, 4),
     tile(32, 64, 128, 4, 4),
     tile(16, 64, 256, 4, 4),
 ]
+FEWEST, MOST = 32, 1024  # programs that are worth a try: fewer leave processors idle, more begin too often
 if INTERPRETED:
     TILES = [tile(64, 256, 64, 4, 1)]
 
@@ -59,16 +58,23 @@ def fitting_tiles(tiles: list[triton.Config], rows: int, shared: int, wgmma: boo
 
 
 def prune(tiles: list[triton.Config], arguments: dict[str, Any], **_: Any) -> list[triton.Config]:
-    device = arguments["a"].device
+    device, rows, columns = arguments["a"].device, arguments["M"], arguments["N"]
     shared = triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
-    return fitting_tiles(tiles, arguments["M"], shared, wgmma=torch.cuda.get_device_capability(device)[0] == 9)
+    able = fitting_tiles(tiles, rows, shared, wgmma=torch.cuda.get_device_capability(device)[0] == 9)
+    return [tile for tile in able if FEWEST <= programs_of(tile, rows, columns) <= MOST] or able
 
 
-@triton.autotune(configs=TILES, key=["M", "N", "K", "GELU"], prune_configs_by={"early_config_prune": prune})
+def programs_of(tile: triton.Config, rows: int, columns: int) -> int:
+    return triton.cdiv(rows, tile.kwargs["BLOCK_M"]) * triton.cdiv(columns, tile.kwargs["BLOCK_N"])
+
+
+@triton.autotune(
+    configs=TILES, key=["M", "N", "K", "GELU"], prune_configs_by={"early_config_prune": prune}, do_bench=quick_bench
+)
 @triton.heuristics(
     {
         "EVEN_K": lambda arguments: arguments["K"] % arguments["BLOCK_K"] == 0,
-        "ONE_IMAGE": lambda arguments: arguments["tokens"] % arguments["BLOCK_M"] == 0,
+        "ONE_IMAGE": lambda arguments: arguments["gate"] is None or arguments["tokens"] % arguments["BLOCK_M"] == 0,
     }
 )
 @triton.jit(do_not_specialize=["M", "tokens"])
