@@ -97,7 +97,7 @@ def add_generate(commands) -> None:
     command.add_argument("--calibration", type=Path, help="calibration file; brings its variance compensation")
     command.add_argument("--vae", help="folder of a diffusers VAE, for models that sample latents")
     command.add_argument("--fused", action="store_true",
-                         help="sample with fused layers, on a GPU from CUDA graphs")  # fmt: skip
+                         help="sample with fuse_dit(): the same pictures, on a GPU from CUDA graphs")  # fmt: skip
     command.add_argument("--out", type=Path, default=Path("out/images.png"), help="picture to write")
     command.set_defaults(run=generate.run)
 
@@ -156,7 +156,9 @@ def add_experiment(commands) -> None:
 
 
 def add_bench(commands) -> None:
-    command = add_command(commands, "bench", "speed and memory of every part, as ratios within one run")
+    command = add_command(
+        commands, "bench", "speed and memory of every part, and in words where the time of a step goes"
+    )
     command.add_argument("--parts", nargs="+", choices=bench.PARTS, default=list(bench.PARTS),
                          help="what to measure (default all)")  # fmt: skip
     command.add_argument("--out", type=Path, default=Path("out/bench"), help="folder for JSON and table")

@@ -6,7 +6,7 @@ from typing import Any
 
 from .common import log
 
-PARTS = ("speed", "cache", "linear", "model", "import", "end-to-end", "tap")
+PARTS = ("speed", "fused", "cache", "linear", "model", "import", "end-to-end", "tap")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -23,6 +23,7 @@ def run(args: argparse.Namespace) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parts: dict[str, Any] = {
         "speed": lambda: bench_speed(device, log),
+        "fused": lambda: benchmark.bench_fused(device),
         "cache": lambda: benchmark.bench_cache(device),
         "linear": lambda: benchmark.bench_linear(device),
         "model": lambda: benchmark.bench_model(device),

@@ -22,6 +22,8 @@ from ..quantization.backends import pick_backend
 from ..quantization.linear import LinearFormat, QuantizedLinear
 from ..quantization.model import DIT_SKIP, linear_weight_bytes, quantize_model
 from ..quantization.quantizer import quantize, weight_grid
+from ..sampling.fused_dit import fuse_dit
+from ..sampling.generate import generate
 
 SHAPES = ((768, 2304), (768, 768), (768, 3072), (3072, 768))
 
@@ -129,6 +131,30 @@ def bench_model(device: str) -> dict[str, Any]:
             "weight_bytes_ratio": (linear_weight_bytes(model) - skipped) / full,
         }
         for name, model in quantized.items()
+    }
+
+
+def bench_fused(device: str) -> dict[str, Any]:
+    """Runs of the built-in model, 50 steps, 8 images: each as its loop does them, and made ready by fuse_dit."""
+    from ..models import load_dit
+
+    def rounded() -> Any:
+        return quantize_model(load_dit("demo", device=device), 8, 8, DIT_SKIP)
+
+    def plain() -> Any:
+        return load_dit("demo", device=device)
+
+    runs: dict[str, Callable[[], Any]] = {}
+    for name, make, interval in (("float32", plain, 1), ("float32, FORA, N = 3", plain, 3), ("W8A8", rounded, 1),
+                                 ("W8A8, FORA, N = 3", rounded, 3)):  # fmt: skip
+        for kind, model in (("", make()), (", fused", fuse_dit(make()))):
+            cached: Any = apply_cache_to_dit(model, interval)
+            runs[name + kind] = partial(generate, cached, list(range(8)), 50, 1.5, "ddim")
+    seconds = interleaved(runs, repeats=7)
+    return {
+        name: {"seconds": statistics.median(seconds[name]), "speedup": ratio(seconds, name, f"{name}, fused")}
+        for name in runs
+        if not name.endswith("fused")
     }
 
 

@@ -421,7 +421,7 @@ def test_bench_writes_the_part_asked_for(tmp_path, monkeypatch, capsys):
     assert main(["bench", "--parts", "import", "--out", str(tmp_path / "out")]) == 0
     assert '"seconds": 0.125' in (tmp_path / "out" / "bench-cpu.json").read_text()
     assert "bench-cpu.json" in capsys.readouterr().out
-    assert set(PARTS) == {"speed", "cache", "linear", "model", "import", "end-to-end", "tap"}
+    assert set(PARTS) == {"speed", "fused", "cache", "linear", "model", "import", "end-to-end", "tap"}
 
 
 def test_bench_says_where_the_time_goes_in_words(tmp_path, monkeypatch, capsys):

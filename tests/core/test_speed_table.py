@@ -10,7 +10,7 @@ from benchmarks.gpu.goals import goals
 from benchmarks.gpu.report import GPU_GOALS, markdown
 from qandc_core.evaluation.speed import gemms
 from qandc_core.evaluation.speed import table as table_module
-from qandc_core.evaluation.speed.ceilings import Ceilings
+from qandc_core.evaluation.speed.ceilings import Ceilings, best_of
 from qandc_core.evaluation.speed.models import (
     PACKED,
     PAPER,
@@ -173,6 +173,11 @@ def test_an_exception_of_a_part_loses_nothing(monkeypatch):
     found = table_module.speed_table(CONFIG, [SETTING], CPU, 600.0, notes.append)
     assert len(found["rows"]) == 3 and "gemms: AssertionError: profiler" in notes
     assert "not measured" in markdown({**table([]), **found, "gemms": []})
+
+
+def test_a_busy_moment_does_not_lower_a_ceiling():
+    first, second = Ceilings(2.0, None, 3.0, 4.0, 5.0, 0.2), Ceilings(1.0, None, 6.0, None, 5.0, 0.1)
+    assert best_of(first, second) == best_of(second, first) == Ceilings(2.0, None, 6.0, 4.0, 5.0, 0.1)
 
 
 def test_differences_find_a_wrong_kernel():

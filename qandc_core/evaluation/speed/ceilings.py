@@ -38,6 +38,15 @@ class Ceilings:
         return getattr(self, format)
 
 
+def best_of(first: Ceilings, second: Ceilings) -> Ceilings:
+    """The better of two measurements: a busy moment hides what a machine can do."""
+    better = {}
+    for name, a in vars(first).items():
+        found = [value for value in (a, getattr(second, name)) if value is not None]
+        better[name] = (min if name == "launch" else max)(found, default=None)
+    return Ceilings(**better)
+
+
 @torch.no_grad()
 def measure_ceilings(device: torch.device | str, quick: bool = False) -> Ceilings:
     """Seconds to minutes; `quick` takes smaller matrices and fewer repeats, and finds slightly lower rates."""
