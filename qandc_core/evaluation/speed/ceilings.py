@@ -40,7 +40,7 @@ class Ceilings:
 
 def best_of(first: Ceilings, second: Ceilings) -> Ceilings:
     """The better of two measurements: a busy moment hides what a machine can do."""
-    better = {}
+    better: dict[str, Any] = {}
     for name, a in vars(first).items():
         found = [value for value in (a, getattr(second, name)) if value is not None]
         better[name] = (min if name == "launch" else max)(found, default=None)
