@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import shlex
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -23,29 +21,21 @@ from typing import Any
 
 from qandc_core.evaluation.experiment import cpu_name
 from tests.comfyui.checkouts import Checkout, checkouts
-from tests.comfyui.inside_programs import PROGRAMS, install_pack
+from tests.comfyui.inside_programs import install_pack
 
+from ..quantization.start import results_of
 from .tables import report
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results"
-PATHS = (HERE.parent / "caching", HERE.parent / "quantization", PROGRAMS)
 
 
 def measure(checkout: Checkout, options: dict[str, Any], threads: int) -> dict[str, Any]:
     """What inside_speed.py finds; torch.compile begins with an empty cache."""
     with tempfile.TemporaryDirectory() as base:
         install_pack(Path(base))
-        environment = {
-            **os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(map(str, PATHS)),
-            "TORCHINDUCTOR_CACHE_DIR": str(Path(base, "inductor")), "TRITON_CACHE_DIR": str(Path(base, "triton")),
-        }  # fmt: skip
-        command = [checkout.python, HERE / "inside_speed.py", checkout.path, base, json.dumps(options)]
-        done = subprocess.run(
-            [str(part) for part in command], env=environment, stdout=subprocess.PIPE, text=True, check=True
-        )
-    (line,) = (line for line in done.stdout.splitlines() if line.startswith("RESULTS "))
-    found = json.loads(line.removeprefix("RESULTS "))
+        caches = {f"{name}_CACHE_DIR": str(Path(base, name.lower())) for name in ("TORCHINDUCTOR", "TRITON")}
+        found = results_of(HERE / "inside_speed.py", checkout, Path(base), options, threads, **caches)
     kept = {key: value for key, value in options.items() if key != "flow"}  # a path of this machine
     machine = f"{threads} threads of {cpu_name()}" if found["device_name"] == "cpu" else found["device_name"]
     return {"comfyui": checkout.name, "machine": machine, "threads": threads, **kept, **found}

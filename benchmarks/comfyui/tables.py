@@ -21,7 +21,7 @@ it would find the graphs of other rows, in which it is not.
 - step: median seconds of a prediction that was computed, and of one that was reused;
 - error: relative L2 distance of the latents to those of the stock row from the same noise, mean over images and rounds;
 - memory: the model, and in brackets with the most that a run held beyond what the process held before it, MiB;
-- first run: seconds of the first run, where it compiled; rows without find the graphs of one above.
+- first run: seconds of the first run, where it compiled; rows without one reuse the graphs of a row above.
 
 {gpu}
 Made by the command of each section.

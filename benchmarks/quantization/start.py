@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qandc_core.evaluation.experiment import cpu_name
-from tests.comfyui.checkouts import checkouts
+from tests.comfyui.checkouts import Checkout, checkouts
 from tests.comfyui.inside_programs import PROGRAMS, install_pack
 
 HERE = Path(__file__).parent
@@ -24,13 +24,24 @@ def run_inside(program: str, options: dict[str, Any], threads: int, base: Path |
             install_pack(Path(made))
             return run_inside(program, options, threads, Path(made))
     checkout = checkouts()[0]
-    folders = map(str, (HERE.parent / "caching", PROGRAMS))
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(folders)}
-    command = [checkout.python, HERE / f"inside_{program}.py", checkout.path, base, json.dumps(options)]
-    done = subprocess.run(
-        [str(part) for part in command], env=environment, stdout=subprocess.PIPE, text=True, check=True
-    )
-    (line,) = (line for line in done.stdout.splitlines() if line.startswith("RESULTS "))
-    found = json.loads(line.removeprefix("RESULTS "))
+    found = results_of(HERE / f"inside_{program}.py", checkout, base, options, threads)
     kept = {key: value for key, value in options.items() if key != "flow"}  # a path of this machine
     return {"comfyui": checkout.name, "machine": cpu_name(), "threads": threads, **kept, **found}
+
+
+def results_of(
+    program: Path, checkout: Checkout, base: Path, options: dict[str, Any], threads: int, **environment: str
+) -> dict[str, Any]:
+    """What a program prints, run by the checkout's Python with the helpers of all benchmarks at hand."""
+    folders = [program.parent, HERE, HERE.parent / "caching", PROGRAMS]
+    environment |= {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(map(str, folders))}
+    command = [checkout.python, program, checkout.path, base, json.dumps(options)]
+    done = subprocess.run(
+        [str(part) for part in command],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("RESULTS "))
+    return json.loads(line.removeprefix("RESULTS "))

@@ -39,6 +39,11 @@ def test_every_row_is_measured(rows):
     assert all(len(row["rounds"]) == 1 and row["rounds"][0]["seconds"] > 0 for row in rows.values())
 
 
+def test_modulations_are_quantized_too(rows):
+    """Four layers of the block, its modulation, the last layer and its modulation."""
+    assert rows["W8A8"]["layers"] == {"W8A8": 7} and rows["W4A8"]["layers"] == {"W4A8": 7}
+
+
 def test_only_stock_has_no_error(rows):
     errors = {name: row["rounds"][0]["error"] for name, row in rows.items()}
     assert errors.pop("stock") == 0 and all(0 < error < 1 for error in errors.values())

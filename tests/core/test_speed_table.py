@@ -152,7 +152,7 @@ def test_other_settings_begin_with_what_matters_and_end_with_what_may_fail():
     subjects = [*float_subjects(CPU), *integer_subjects(CPU, "reference")]
     order = [(bench, subject.name) for bench, subject in table_module.ordered(benches, subjects, [])]
     assert len(order) == len(set(order)) == 3 * len(subjects)
-    own = [subject.name for subject in subjects if not subject.library]
+    own = [subject.name for subject in subjects if not subject.kitchen]
     assert order[: len(own)] == [("main", name) for name in own]
     assert order[len(own)] == ("second", QANDC) and {bench for bench, _ in order[-2:]} == {"third"}
     packed = [order.index((bench, PACKED)) for bench in benches]

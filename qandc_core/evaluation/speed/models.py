@@ -34,7 +34,7 @@ class Subject:
     graph: bool = True
     steps: int | None = None  # instead of the setting's
     baseline: bool = False  # full precision as torch runs it
-    library: bool = False  # comfy-kitchen's kernels in CUDA graphs: a failed capture spoils what comes after
+    kitchen: bool = False  # comfy-kitchen's kernels in CUDA graphs: a failed capture spoils what comes after
     essential: bool = False  # first in every setting
 
 
@@ -102,10 +102,10 @@ def integer_subjects(device: torch.device, kernels: str) -> list[Subject]:
         Subject("W8A8 dynamic", "W8A8", made.per_token),
         Subject(QANDC, "W8A8", partial(made.native, format="W8A8"), essential=True),
         Subject("W8A8 static", "W8A8", static.static),
-        Subject(PACKED, "W4A8", partial(packed.native, format="W4A8"), library=True),
+        Subject(PACKED, "W4A8", partial(packed.native, format="W4A8"), kitchen=True),
         Subject(f"{QANDC}, float modulations", "W8A8", partial(made.native, format="W8A8", skip=DIT_SKIP)),
         Subject(
-            f"{PACKED}, float modulations", "W4A8", partial(packed.native, format="W4A8", skip=DIT_SKIP), library=True
+            f"{PACKED}, float modulations", "W4A8", partial(packed.native, format="W4A8", skip=DIT_SKIP), kitchen=True
         ),
     ]
 
@@ -114,7 +114,7 @@ def kernel_subjects(device: torch.device, kernels: Sequence[str]) -> list[Subjec
     """W8A8 with rotation on each set of kernels."""
     makers = {name: partial(Maker(device, name).native, format="W8A8") for name in kernels}
     return [
-        Subject(f"{QANDC}, {name} kernels", "W8A8", make, library=name == "kitchen") for name, make in makers.items()
+        Subject(f"{QANDC}, {name} kernels", "W8A8", make, kitchen=name == "kitchen") for name, make in makers.items()
     ]
 
 

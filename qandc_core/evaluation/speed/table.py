@@ -117,12 +117,12 @@ def ordered(
 ) -> Iterator[tuple[Bench, Subject]]:
     """The first setting, then what matters most in the others, then the rest; comfy-kitchen's in graphs last."""
     main, *more = benches.values()
-    own = [subject for subject in subjects if not subject.library]
-    yield from ((main, subject) for subject in [*own, *others] if not subject.library)
+    own = [subject for subject in subjects if not subject.kitchen]
+    yield from ((main, subject) for subject in [*own, *others] if not subject.kitchen)
     for essential in (True, False):
         yield from ((bench, subject) for bench in more for subject in own if subject.essential == essential)
-    yield from ((main, subject) for subject in [*subjects, *others] if subject.library)
-    yield from ((bench, subject) for bench in more for subject in subjects if subject.library)
+    yield from ((main, subject) for subject in [*subjects, *others] if subject.kitchen)
+    yield from ((bench, subject) for bench in more for subject in subjects if subject.kitchen)
 
 
 def products(
