@@ -19,7 +19,8 @@ it would find the graphs of other rows, in which it is not.
 - speedup: against the stock row of the same round, median and range of the ratios;
 - computed: steps for which the model ran, of all; a range where rounds differ;
 - step: median seconds of a prediction that was computed, and of one that was reused;
-- error: relative L2 distance of the latents to those of the stock row from the same noise, mean over images and rounds;
+- error: relative L2 distance of the latents to those of the stock row from the same noise, mean over images, with its
+  standard error over the rounds;
 - memory: the model, and in brackets with the most that a run held beyond what the process held before it, MiB;
 - first run: seconds of the first run, where it compiled; rows without one reuse the graphs of a row above.
 
@@ -50,6 +51,12 @@ def spread(values: list[float], digits: str) -> str:
     return middle if low == high else f"{middle} ({low}-{high})"
 
 
+def mean_error(values: list[float]) -> str:
+    if len(values) < 2:
+        return f"{statistics.mean(values):.4f}"
+    return f"{statistics.mean(values):.4f} +- {statistics.stdev(values) / len(values) ** 0.5:.4f}"
+
+
 def known(row: Row, key: str) -> list[float]:
     return [found[key] for found in row["rounds"] if found[key] is not None]
 
@@ -78,7 +85,7 @@ def line(row: Row) -> list[str]:
         computed(row),
         median_of(row, "computed_step"),
         median_of(row, "reused_step"),
-        f"{statistics.mean(known(row, 'error')):.4f}",
+        mean_error(known(row, "error")),
         memory(row),
         f"{row['first_seconds']:.3g}" if row["first_graphs"] else "-",
     ]

@@ -70,7 +70,8 @@ def row_table(rows: Sequence[Mapping[str, Any]]) -> str:
     for row in rows:
         if row["problem"]:
             lines.append(
-                f"| {row['subject']} | {row['schedule']} | fails: {row['problem']} |" + " |" * (len(columns) - 3)
+                f"| {row['subject']} | {row['schedule']} | fails: {row['problem'].replace('|', '/')} |"
+                + " |" * (len(columns) - 3)
             )
         else:
             lines.append("| " + " | ".join(cell(row) for cell in columns.values()) + " |")

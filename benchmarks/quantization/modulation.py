@@ -14,19 +14,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from qandc_core import DiT, fuse_dit, generate, load_dit
-from qandc_core.calibration.statistics import LayerStatistics, observed
+from qandc_core import DiT, SamplingConfig, fuse_dit, generate, load_dit
+from qandc_core.calibration.pool import collect_pool, collect_statistics
+from qandc_core.calibration.statistics import LayerStatistics
 from qandc_core.evaluation.experiment import hardware
 from qandc_core.evaluation.speed.work import step_weight_bytes, step_work
 from qandc_core.models.presets import preset
-from qandc_core.quantization.model import DIT_SKIP, named_linears
+from qandc_core.quantization.model import DIT_SKIP, NATIVE_SKIP, named_linears
 from qandc_core.quantization.native import FORMATS, NativeConfig, NativeLayer, quantize_weight
 
 RESULTS = Path(__file__).parents[1] / "results"
-KEPT = {"float": DIT_SKIP, "quantized": ("t_embedder",)}
+KEPT = {"float": DIT_SKIP, "quantized": NATIVE_SKIP}
 STEPS, CFG, IMAGES, SEED = 50, 1.5, 16, 1000
 TEXT = """# Quantizing the modulation layers
 
@@ -40,14 +40,10 @@ seeds x {images} images, mean and standard error; "difference" is paired by seed
 """
 
 
-@torch.no_grad()
 def calibrated(model: DiT, seed: int) -> dict[str, LayerStatistics]:
     """X^T X of every layer over a run of each class."""
-    layers = dict(named_linears(model, KEPT["quantized"]))
-    found = {name: LayerStatistics.empty(layer.in_features, hessian=True) for name, layer in layers.items()}
-    with observed(layers.items(), lambda name, x: found[name].update(x.flatten(0, -2))):
-        generate(model, list(range(10)), STEPS, CFG, "ddim", seed)
-    return found
+    pool = collect_pool(model, list(range(10)), SamplingConfig(STEPS, CFG, "ddim"), seed=seed)
+    return collect_statistics(model, pool, cfg_scale=CFG, skip_patterns=NATIVE_SKIP, hessians=True)
 
 
 def quantized(

@@ -5,20 +5,19 @@ from __future__ import annotations
 from torch import nn
 
 from ...qandc_core.models.dit import DiT
-from ...qandc_core.quantization.model import named_linears, quantized_layers
+from ...qandc_core.quantization.model import NATIVE_SKIP, named_linears, quantized_layers
 
-EMBEDDERS = ("t_embedder",)  # of our DiT, which keep their precision
 INTEGERS = ("TensorWiseINT8Layout", "AsymW4A8Int8Layout", "TensorCoreConvRotW4A4Layout")  # comfy-kitchen's names
 
 
 def quantizable(network: nn.Module) -> list[tuple[str, nn.Module]]:
     """ComfyUI's linear layers within the network's lists of blocks, not what embeds and what ends the network.
 
-    Of our DiT all but the timestep's embedding: its modulations are a third of the weights, and rounding them costs
-    nothing measurable after GPTQ (benchmarks/results/quantization-modulation.md).
+    Of our DiT all but the timestep's embedding: rounding its modulations, a third of the weights, costs 1 to 3 % more
+    error after GPTQ (benchmarks/results/quantization-modulation.md).
     """
     if isinstance(network, DiT):
-        return list(named_linears(network, EMBEDDERS))
+        return list(named_linears(network, NATIVE_SKIP))
     return [(name, module) for name, module in network.named_modules() if is_linear(module) and in_blocks(name)]
 
 

@@ -1,11 +1,15 @@
-"""Linear layers that take over the work around them: normalisation and modulation before, gate and residual after."""
+"""Linear layers that take over the work around them: normalisation and modulation before, gate and residual after.
+
+All are called as layer(x, before, gelu, after), x (B, T, K) -> (B, T, N): `before` is done to x, then GELU where asked
+for, then the product, then `after`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,14 +38,6 @@ class GatedResidual:
 
     x: Tensor
     gate: Tensor
-
-
-class FusedLinear(Protocol):
-    """x (B, T, K) -> (B, T, N): `before` is done to x, then GELU where asked for, then the product, then `after`."""
-
-    def __call__(
-        self, x: Tensor, before: Modulation | None = None, gelu: bool = False, after: GatedResidual | None = None
-    ) -> Tensor: ...
 
 
 def modulated(x: Tensor, by: Modulation) -> Tensor:

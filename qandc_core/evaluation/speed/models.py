@@ -10,15 +10,13 @@ from functools import partial
 import torch
 from torch import nn
 
-from ...calibration.statistics import LayerStatistics, observed
+from ...calibration.file import Calibration, fingerprint
+from ...calibration.pool import collect_pool, collect_statistics
 from ...models.dit import DiT, DiTConfig, initialize_weights, sincos_positions
-from ...quantization.linear import LinearFormat
-from ...quantization.model import DIT_SKIP, QuantizationConfig, named_linears, quantize_linear
+from ...quantization.model import DIT_SKIP, NATIVE_SKIP, named_linears, quantize_model
 from ...quantization.native import NativeConfig, NativeLayer, quantize_weight
 from ...sampling.fused_dit import FusedDiT, fuse_dit
-
-EMBEDDERS = ("t_embedder",)  # FusedDiT keeps them float
-
+from ...sampling.process import SamplingConfig
 
 PAPER = "fp32 eager, 250 steps"  # the paper's 1x
 QANDC, PACKED = "W8A8 rotated", "W4A8"
@@ -132,45 +130,25 @@ class Maker:
         return fuse_dit(model, self.kernels, layers, compile=self.kernels == "reference")
 
     def per_token(self, model: DiT) -> FusedDiT:
-        return self.fuse(rounded(self.half(model), {}))
+        half = self.half(model)
+        quantize_model(half, 8, 8, DIT_SKIP)
+        return self.fuse(half)
 
     def static(self, model: DiT) -> FusedDiT:
+        """Grids of the bounds that inputs have in a short run."""
         half = self.half(model)
-        return self.fuse(rounded(half, input_statistics(half)))
+        pool = collect_pool(half, [0, 1], SamplingConfig(steps=4, sampler="ddim"))
+        statistics = collect_statistics(half, pool, skip_patterns=DIT_SKIP)
+        quantize_model(half, 8, 8, DIT_SKIP, Calibration(fingerprint(half), statistics))
+        return self.fuse(half)
 
     @torch.no_grad()
-    def native(self, model: DiT, format: str, skip: tuple[str, ...] = EMBEDDERS) -> FusedDiT:
+    def native(self, model: DiT, format: str, skip: tuple[str, ...] = NATIVE_SKIP) -> FusedDiT:
         """Layers in ComfyUI's format, rounded to nearest."""
         half, config = self.half(model), NativeConfig(format=format, clip_search=False)
         linears = named_linears(half, skip)
         layers = {name: quantize_weight(name, linear.weight, linear.bias, config) for name, linear in linears}
         return self.fuse(half, layers)
-
-
-@torch.no_grad()
-def rounded(model: DiT, statistics: dict[str, LayerStatistics]) -> DiT:
-    """W8A8 in place: per token, or with static grids where there are statistics."""
-    static = bool(statistics)
-    for name, linear in list(named_linears(model, DIT_SKIP)):
-        parent, _, attribute = name.rpartition(".")
-        layer = quantize_linear(
-            name, linear, LinearFormat(static=static), QuantizationConfig(static=static), statistics.get(name)
-        )
-        setattr(model.get_submodule(parent), attribute, layer)
-    return model
-
-
-@torch.no_grad()
-def input_statistics(model: DiT) -> dict[str, LayerStatistics]:
-    """The bounds of every layer's inputs on a few random latents."""
-    layers = dict(named_linears(model, DIT_SKIP))
-    statistics = {name: LayerStatistics.empty(layer.in_features) for name, layer in layers.items()}
-    config, like = model.config, model.pos_embed
-    x = torch.randn(4, config.in_channels, config.input_size, config.input_size).to(like)
-    t = torch.tensor([999, 700, 400, 100], device=like.device)
-    with observed(layers.items(), lambda name, seen: statistics[name].update(seen.flatten(0, -2))):
-        model(x, t, t % config.num_classes)
-    return statistics
 
 
 def model_bytes(model: nn.Module) -> int:
