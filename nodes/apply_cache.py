@@ -3,10 +3,10 @@ from __future__ import annotations
 from comfy_api.v0_0_2 import io
 
 from ..qandc_core.caching.policies import CachePolicy
-from ..qandc_core.caching.schedules import CacheConfig
-from .comfyui import types
-from .comfyui.caching import TIERS, CacheSettings, apply_cache
-from .comfyui.weights import fingerprint_of
+from ..qandc_core.caching.schedule import CacheConfig
+from . import schema
+from .comfyui.cache.attach import TIERS, CacheSettings, apply_cache
+from .comfyui.quantize.weights import fingerprint_of
 
 POLICIES = [
     io.DynamicCombo.Option("speedup", [
@@ -54,7 +54,7 @@ class ApplyCache(io.ComfyNode):
         return io.Schema(
             node_id="QandC_ApplyCache",
             display_name="Apply Cache",
-            category=types.CATEGORY,
+            category=schema.CATEGORY,
             description="Computes the model only on some steps and reuses what it found on the others. Works on any "
             "MODEL; every other step is enough for 2x.",
             search_aliases=["fora", "teacache", "easycache", "feature cache", "speed up"],
@@ -82,7 +82,7 @@ class ApplyCache(io.ComfyNode):
                     "offload", default=False, optional=True, advanced=True,
                     tooltip="Keep features in main memory instead of on the GPU: slower, for blocks of large models.",
                 ),
-                types.Calibration.Input(
+                schema.Calibration.Input(
                     "calibration", optional=True,
                     tooltip="From TAP Calibrate on the model without cache: places the number of steps best.",
                 ),
@@ -95,7 +95,7 @@ class ApplyCache(io.ComfyNode):
         cls, model: io.Model.Type, policy: dict, order: int, start_percent: float = 0.0, end_percent: float = 1.0,
         reuse: str = TIERS[0], offload: bool = False, calibration=None,
     ) -> io.NodeOutput:  # fmt: skip
-        steps = frozenset(types.parse_numbers(policy["computed_steps"])) if "computed_steps" in policy else None
+        steps = frozenset(schema.parse_numbers(policy["computed_steps"])) if "computed_steps" in policy else None
         distances = None
         if calibration is not None and "computed" in policy:
             calibration.check_fingerprint(fingerprint_of(model))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from comfy_api.v0_0_2 import io
 
-from .comfyui.types import CATEGORY, parse_numbers
+from .schema import CATEGORY, parse_numbers
 
 NONE = "none"
 

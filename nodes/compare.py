@@ -3,7 +3,7 @@ from __future__ import annotations
 from comfy_api.v0_0_2 import io, ui
 from torch import Tensor
 
-from .comfyui import types
+from . import schema
 from .comfyui.pictures import to_image
 
 
@@ -13,7 +13,7 @@ class Compare(io.ComfyNode):
         return io.Schema(
             node_id="QandC_Compare",
             display_name="Compare",
-            category=types.CATEGORY,
+            category=schema.CATEGORY,
             description="Puts runs side by side: images, difference from the first, which steps were computed or "
             "reused, the "
             "factors K_t, and a table of measured time, PSNR and SSIM.",
@@ -31,7 +31,7 @@ class Compare(io.ComfyNode):
                 io.Autogrow.Input(
                     "reports",
                     template=io.Autogrow.TemplatePrefix(
-                        types.Report.Input("report", optional=True, tooltip="Report of the run of the same number, "
+                        schema.Report.Input("report", optional=True, tooltip="Report of the run of the same number, "
                         "from Sample."),
                         prefix="report", min=0, max=8,
                     ),

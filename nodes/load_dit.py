@@ -6,9 +6,9 @@ import folder_paths
 import torch
 from comfy_api.v0_0_2 import io
 
-from ..qandc_core.models.checkpoints import locate
-from .comfyui.dit_model import load_dit_patcher
-from .comfyui.types import CATEGORY
+from ..qandc_core.checkpoints.dit import locate
+from .comfyui.model.dit import load_dit_patcher
+from .schema import CATEGORY
 
 DEMO = "built-in demo"
 FOLDERS = ("diffusion_models", "checkpoints")

@@ -3,12 +3,12 @@ from __future__ import annotations
 from comfy_api.v0_0_2 import io, ui
 
 from ..qandc_core.calibration.file import Calibration
-from ..qandc_core.quantization.checkpoint import Budget
+from ..qandc_core.quantization.budget import Budget
 from ..qandc_core.quantization.model import QuantizationConfig
-from .comfyui import types
-from .comfyui.paper_quantization import quantized_patcher
+from . import schema
 from .comfyui.pictures import report_picture, to_image
-from .comfyui.quantization import NativeSettings, quantize_native
+from .comfyui.quantize.native import NativeSettings, quantize_native
+from .comfyui.quantize.paper import quantized_patcher
 
 BITS = {"W8A8": (8, 8), "W4A8": (4, 8)}
 METHODS = ("native", "paper")
@@ -21,14 +21,14 @@ class Quantize(io.ComfyNode):
         return io.Schema(
             node_id="QandC_Quantize",
             display_name="Quantize",
-            category=types.CATEGORY,
+            category=schema.CATEGORY,
             description="Makes an integer copy of any diffusion model: 8- or 4-bit weights, 8-bit activations, chosen "
             "by what TAP Calibrate saw. What was attached, such as a cache, stays on. Save it with the stock node "
             "ModelSave: ComfyUI loads the file without this pack.",
             search_aliases=["int8", "w8a8", "w4a8", "convrot", "ptq", "gptq", "quantization", "convert"],
             inputs=[
                 io.Model.Input("model", tooltip="A model in full precision, LoRAs included; it stays as it is."),
-                types.Calibration.Input(
+                schema.Calibration.Input(
                     "calibration", optional=True,
                     tooltip="From TAP Calibrate on this model. Without it weights are rounded to nearest.",
                 ),

@@ -3,7 +3,7 @@ from __future__ import annotations
 import comfy.sample
 from comfy_api.v0_0_2 import io
 
-from .comfyui import types
+from . import schema
 from .comfyui.sampling import Settings, fitted_latent, measured_sample
 
 
@@ -13,20 +13,20 @@ class Sample(io.ComfyNode):
         return io.Schema(
             node_id="QandC_Sample",
             display_name="Sample",
-            category=types.CATEGORY,
+            category=schema.CATEGORY,
             description="KSampler with a report of the run: the time of every step, which steps were computed or "
             "reused, "
             "memory. Gives the same images as KSampler.",
             search_aliases=["ksampler", "report", "benchmark", "timing"],
             inputs=[
                 io.Model.Input("model", tooltip="The model that denoises."),
-                *types.conditioning(),
-                types.latent("The latent to denoise: empty, or an encoded image."),
+                *schema.conditioning(),
+                schema.latent("The latent to denoise: empty, or an encoded image."),
                 io.Int.Input(
-                    "seed", default=0, min=0, max=types.MAX_SEED, control_after_generate=True,
+                    "seed", default=0, min=0, max=schema.MAX_SEED, control_after_generate=True,
                     tooltip="The noise. Equal seeds give comparable images.",
                 ),
-                *types.sampler_settings("of the run"),
+                *schema.sampler_settings("of the run"),
                 io.Float.Input(
                     "denoise", default=1.0, min=0.0, max=1.0, step=0.01,
                     tooltip="Below 1 the latent keeps part of its image.",
@@ -35,7 +35,7 @@ class Sample(io.ComfyNode):
             ],
             outputs=[
                 io.Latent.Output(display_name="latent", tooltip="The denoised latent."),
-                types.Report.Output("report", display_name="report", tooltip="What the run measured, for Compare."),
+                schema.Report.Output("report", display_name="report", tooltip="What the run measured, for Compare."),
             ],
         )  # fmt: skip
 

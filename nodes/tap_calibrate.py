@@ -7,12 +7,12 @@ from pathlib import Path
 from comfy_api.v0_0_2 import io
 
 from ..qandc_core.calibration.file import load_calibration
-from .comfyui import types
-from .comfyui.calibration import SELECTIONS, Plan, calibrate, digest_of, empty_latent
+from . import schema
+from .comfyui.calibrate.run import SELECTIONS, Plan, calibrate, digest_of, empty_latent
 from .comfyui.files import NEW, calibration_files, calibration_path, file_state, next_path, partial_path
-from .comfyui.runs import details
+from .comfyui.quantize.weights import fingerprint_of
 from .comfyui.sampling import Settings
-from .comfyui.weights import fingerprint_of
+from .comfyui.wrappers import details
 
 log = logging.getLogger(__name__)
 
@@ -23,15 +23,15 @@ class TAPCalibrate(io.ComfyNode):
         return io.Schema(
             node_id="QandC_TAPCalibrate",
             display_name="TAP Calibrate",
-            category=types.CATEGORY,
+            category=schema.CATEGORY,
             description="Samples with the model as it is wired, cache included, chooses varied samples by "
             "temporal-aware parallel clustering (TAP), and notes what every layer sees, for Quantize. Saved in "
             "output/qandc; goes on where it stopped if it is cancelled.",
             search_aliases=["calibration", "ptq", "gptq", "statistics", "tap"],
             inputs=[
                 io.Model.Input("model", tooltip="The full-precision model, with the cache that will be used."),
-                *types.conditioning(optional=True),
-                types.latent("An empty latent of the size to calibrate for; its batch size does not matter.", True),
+                *schema.conditioning(optional=True),
+                schema.latent("An empty latent of the size to calibrate for; its batch size does not matter.", True),
                 io.Combo.Input(
                     "file", options=calibration_files(), default=NEW,
                     tooltip="new calibrates; or take a calibration made before, from output/qandc.",
@@ -41,9 +41,9 @@ class TAPCalibrate(io.ComfyNode):
                     "samples", default=400, min=1, max=100000,
                     tooltip="How many of the images' intermediate steps are chosen.",
                 ),
-                *types.sampler_settings("of the calibration, the same as in the Sample node"),
+                *schema.sampler_settings("of the calibration, the same as in the Sample node"),
                 io.Int.Input(
-                    "calibration_seed", default=501, min=0, max=types.MAX_SEED - 4096,
+                    "calibration_seed", default=501, min=0, max=schema.MAX_SEED - 4096,
                     tooltip="Noise of the first batch.",
                 ),
                 io.Int.Input(
@@ -87,7 +87,7 @@ class TAPCalibrate(io.ComfyNode):
                     tooltip="Model calls of the last image kept aside for Quantize to measure its error on; 0: none.",
                 ),
             ],
-            outputs=[types.Calibration.Output("calibration", display_name="calibration", tooltip="Statistics of "
+            outputs=[schema.Calibration.Output("calibration", display_name="calibration", tooltip="Statistics of "
             "every layer.")],
         )  # fmt: skip
 

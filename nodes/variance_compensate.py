@@ -7,13 +7,13 @@ from comfy_api.v0_0_2 import io
 
 from ..qandc_core.calibration.file import Calibration, load_calibration
 from ..qandc_core.compensation.factors import METHODS
-from .comfyui import types
-from .comfyui.caching import steps_vary
+from . import schema
+from .comfyui.cache.attach import steps_vary
 from .comfyui.compensation import attach_compensation, fit_compensation
 from .comfyui.files import NEW, calibration_files, calibration_path, file_state, next_path
-from .comfyui.runs import details, labels, sampler_function_name
+from .comfyui.quantize.weights import fingerprint_of
 from .comfyui.sampling import Progress, Settings, empty_latents
-from .comfyui.weights import fingerprint_of
+from .comfyui.wrappers import details, labels, sampler_function_name
 from .tap_calibrate import require_wires
 
 log = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ class VarianceCompensate(io.ComfyNode):
         return io.Schema(
             node_id="QandC_VarianceCompensate",
             display_name="Variance Compensate",
-            category=types.CATEGORY,
+            category=schema.CATEGORY,
             description="Corrects the drift in variance that quantization and caching cause together: samples the "
             "same noise "
             "with both models and fits one factor for each step and channel (Q&C, Eq. 9-12). Saved in output/qandc.",
@@ -33,8 +33,8 @@ class VarianceCompensate(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The accelerated model: quantized, cached, or both."),
                 io.Model.Input("reference", tooltip="The untouched full-precision model."),
-                *types.conditioning(optional=True),
-                types.latent("An empty latent of the size to fit for; its batch size does not matter.", True),
+                *schema.conditioning(optional=True),
+                schema.latent("An empty latent of the size to fit for; its batch size does not matter.", True),
                 io.Combo.Input(
                     "file", options=calibration_files(), default=NEW,
                     tooltip="new fits; or take a compensation fitted before, from output/qandc.",
@@ -43,8 +43,10 @@ class VarianceCompensate(io.ComfyNode):
                     "pairs", default=64, min=2, max=4096,
                     tooltip="Images sampled by both models, all at once. More are steadier and take more memory.",
                 ),
-                *types.sampler_settings("of the fit, the same as in the Sample node"),
-                io.Int.Input("calibration_seed", default=502, min=0, max=types.MAX_SEED, tooltip="Noise of the pairs."),
+                *schema.sampler_settings("of the fit, the same as in the Sample node"),
+                io.Int.Input(
+                    "calibration_seed", default=502, min=0, max=schema.MAX_SEED, tooltip="Noise of the pairs."
+                ),
                 io.Combo.Input(
                     "method", options=list(METHODS), default=METHODS[0], advanced=True,
                     tooltip="variance_match: match the standard deviation. paper: the paper's objective. "

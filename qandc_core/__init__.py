@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from .caching.attach import apply_cache_to_dit, remove_cache, reset_all_caches
-from .caching.schedules import optimal_schedule
+from .caching.schedule import optimal_schedule
 from .calibration.file import Calibration, load_calibration
 from .calibration.tap import TapSelection, tap_select
-from .compensation.apply import VarianceCompensation
+from .checkpoints import load_dit, save_dit
+from .compensation.correction import VarianceCompensation
 from .compensation.factors import variance_factors
 from .compensation.fit import fit_variance_compensation
-from .models import DiT, DiTConfig, load_dit, save_dit
+from .diffusion.process import SamplingConfig
+from .fused.dit import FusedDiT, fuse_dit
+from .models import DiT, DiTConfig
 from .quantization.model import QuantizationConfig, quantize_model
-from .sampling.fused_dit import FusedDiT, fuse_dit
 from .sampling.generate import StepInfo, generate
-from .sampling.process import SamplingConfig
 from .sampling.report import RunReport
 
 __version__ = "0.1.0"

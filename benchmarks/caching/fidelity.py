@@ -60,7 +60,7 @@ class Subject:
 
 
 def built_in(host: Host, sampler: str) -> Subject:
-    patcher = host.module("nodes.comfyui.dit_model").load_dit_patcher("demo")
+    patcher = host.module("nodes.comfyui.model.dit").load_dit_patcher("demo")
     labels = ",".join(str(i % 10) for i in range(IMAGES))
     positive, negative = host.module("nodes.class_label").ClassLabel.execute(labels, "none").args
     attention = patcher.model.diffusion_model.blocks[0].attn
@@ -102,9 +102,9 @@ def copied_input(patcher):
 
 
 def ours(host: Host, patcher, tier: str, order: int, interval: int = 1, **choices):
-    config = host.module("qandc_core.caching.schedules").CacheConfig(interval, order=order)
+    config = host.module("qandc_core.caching.schedule").CacheConfig(interval, order=order)
     policy = host.module("qandc_core.caching.policies").CachePolicy(config, **choices)
-    caching = host.module("nodes.comfyui.caching")
+    caching = host.module("nodes.comfyui.cache.attach")
     return caching.apply_cache(patcher, caching.CacheSettings(policy, tier))
 
 
@@ -132,7 +132,7 @@ def methods(host: Host, subject: Subject, order: int) -> dict[str, dict[float, C
         return {t: run(node.execute(start, t, 0.15, 0.95, False).args[0]) for t in thresholds}
 
     tiers = {"whole prediction": "prediction", "blocks": "blocks"}
-    flowing = host.module("nodes.comfyui.runs").is_flow(patcher.model)
+    flowing = host.module("nodes.comfyui.wrappers").is_flow(patcher.model)
     if not flowing:
         tiers["attention and MLP"] = "FORA"
     found: dict[str, dict[float, Callable]] = {
@@ -167,7 +167,7 @@ def main() -> None:
     from host import Host
 
     host = Host(checkout, base)
-    run = host.module("nodes.comfyui.cache_run")
+    run = host.module("nodes.comfyui.cache.run")
     adds_noise, run.adds_noise = run.adds_noise, lambda sampler: False  # to measure also what Apply Cache refuses
     subjects = {
         "built-in, ddim, 50 steps": built_in(host, "ddim"),

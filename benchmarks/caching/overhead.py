@@ -57,7 +57,7 @@ def main() -> None:
     host = Host(checkout, base)
     patcher = patcher_of({**flow_model.CONFIG, **WIDE})
     policies, schedules = (host.module(f"qandc_core.caching.{name}") for name in ("policies", "schedules"))
-    caching = host.module("nodes.comfyui.caching")
+    caching = host.module("nodes.comfyui.cache.attach")
 
     def cached(tier: str, **choices):
         config = schedules.CacheConfig(1, choices.pop("steps", None), order=1)

@@ -49,8 +49,8 @@ class Watch:
     """PREDICT_NOISE: the time of every prediction of the sampler, and whether a cache answered it."""
 
     def __init__(self, host: Host, device: torch.device):
-        self.times = host.module("qandc_core.sampling.timing").CallTimes()
-        self.is_reused = host.module("nodes.comfyui.caching").is_reused
+        self.times = host.module("qandc_core.sampling.clock").CallTimes()
+        self.is_reused = host.module("nodes.comfyui.cache.attach").is_reused
         self.device = device
         self.computed: list[bool] = []
 
@@ -81,7 +81,7 @@ class Bench:
     def __init__(self, host: Host, subject: speed_models.Subject, options: dict[str, Any]):
         self.host, self.subject, self.options = host, subject, options
         self.synchronize = host.module("qandc_core.sampling.generate").synchronize
-        self.report_key = host.module("nodes.comfyui.runs").REPORT
+        self.report_key = host.module("nodes.comfyui.wrappers").REPORT
         self.given_up = GivenUp()
 
     def steps(self, variant: Variant) -> int:

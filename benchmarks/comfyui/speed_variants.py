@@ -99,7 +99,7 @@ class Workshop:
         """At the node's defaults. On flow models in float32 it writes into the sampler's tensor, so that is copied."""
         from comfy_extras.nodes_easycache import EasyCacheNode
 
-        if self.host.module("nodes.comfyui.runs").is_flow(patcher.model):
+        if self.host.module("nodes.comfyui.wrappers").is_flow(patcher.model):
             patcher = fidelity.copied_input(patcher)
         return EasyCacheNode.execute(patcher, 0.2, 0.15, 0.95, False).args[0]
 

@@ -59,7 +59,7 @@ def noise(study: Study, seed: int, like):
 
 def native(study: Study, format: str, rounding: str, corrected: bool, calibration) -> tuple[Any, dict[str, float]]:
     """The quantized model with its cache, and its errors on held-out inputs."""
-    module = study.host.module("nodes.comfyui.quantization")
+    module = study.host.module("nodes.comfyui.quantize.native")
     config = study.host.module("qandc_core.quantization.native").NativeConfig
     module.NativeConfig = partial(config, bias_correction=corrected)  # no input of Quantize
     patcher, report = module.quantize_native(
@@ -98,7 +98,7 @@ def rows(study: Study, name: str, seed: int, only: list[str]) -> list[dict]:
         "same_cache": subject.images(study.cached, IMAGE_SEED + seed)[0],
         "no_cache": subject.images(subject.patcher, IMAGE_SEED + seed)[0],
     }
-    methods = [*METHODS, *([PAPER] if study.host.module("nodes.comfyui.dit_model").is_dit(subject.patcher) else [])]
+    methods = [*METHODS, *([PAPER] if study.host.module("nodes.comfyui.model.dit").is_dit(subject.patcher) else [])]
     for format in ("W8A8", "W4A8"):
         for method in methods:
             if only and not any(part in f"{name}, {format}, {method}" for part in only):

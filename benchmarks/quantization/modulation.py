@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from qandc_core import DiT, SamplingConfig, fuse_dit, generate, load_dit
-from qandc_core.calibration.pool import collect_pool, collect_statistics
+from qandc_core.calibration.candidates import collect_pool, collect_statistics
 from qandc_core.calibration.statistics import LayerStatistics
 from qandc_core.evaluation.experiment import hardware
 from qandc_core.evaluation.speed.work import step_weight_bytes, step_work

@@ -7,9 +7,10 @@ import logging
 import torch
 from torch import Tensor
 
-from ...qandc_core.compensation.apply import VarianceCompensation, compensate
+from ...qandc_core.compensation.correction import VarianceCompensation, compensate
 from ...qandc_core.compensation.factors import VarianceMoments
-from .runs import (
+from .sampling import Progress, Settings, sample_new
+from .wrappers import (
     REPORT,
     WRAPPERS,
     is_flow,
@@ -20,7 +21,6 @@ from .runs import (
     scalar,
     step_at,
 )
-from .sampling import Progress, Settings, sample_new
 
 KEY = "qandc_compensation"
 log = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...qandc_core.sampling.generate import synchronize
 from ...qandc_core.sampling.report import RunReport, peak_memory, reset_peak_memory
-from .runs import QUANTIZATION, REPORT, WRAPPERS, labels, replace_wrapper
+from .wrappers import QUANTIZATION, REPORT, WRAPPERS, labels, replace_wrapper
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from .schedules import CacheConfig, step_set
-from .state import CachedBranch, FeatureCache
+from .features import CachedBranch, FeatureCache
+from .schedule import CacheConfig, step_set
 
 ATTRIBUTE = "feature_cache"
 

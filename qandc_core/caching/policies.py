@@ -7,7 +7,7 @@ from math import ceil, hypot, log2, prod
 
 from torch import Tensor
 
-from .schedules import CacheConfig, optimal_schedule, spaced_steps
+from .schedule import CacheConfig, optimal_schedule, spaced_steps
 
 WARM_UP = 3  # steps that an error budget computes first: a curvature needs three
 NEGLIGIBLE = 1 / 64  # of a computed step; a reused one below it counts as nothing

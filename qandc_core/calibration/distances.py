@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..caching.attach import cache_bypassed
+from ..diffusion.process import ReverseProcess, SamplingConfig
 from ..models.dit import DiT
-from ..sampling.process import ReverseProcess, SamplingConfig
 
 
 def prediction_distances(denoised: Tensor, sigmas: Tensor) -> Tensor:

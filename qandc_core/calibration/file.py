@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -12,11 +11,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..compensation.apply import VarianceCompensation
-from ..sampling.process import SamplingConfig
+from ..compensation.correction import VarianceCompensation
+from ..diffusion.process import SamplingConfig
+from ..files import save_tensors
 from .calls import ModelCall, pack_calls, unpack_calls
 from .statistics import LayerStatistics
 
@@ -91,7 +90,6 @@ class Calibration:
 
     def save(self, path: str | Path) -> None:
         """Writes the file under a temporary name, then renames it."""
-        path = Path(path)
         tensors, held_out = pack_calls(self.held_out)
         for name, layer in self.statistics.items():
             for key in TENSORS:
@@ -115,13 +113,7 @@ class Calibration:
             "notes": self.notes,
             "held_out": held_out,
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        try:
-            save_file(tensors or {"empty": torch.zeros(1)}, temporary, {"qandc": json.dumps(header)})
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        save_tensors(tensors or {"empty": torch.zeros(1)}, path, {"qandc": json.dumps(header)})
 
 
 def load_calibration(path: str | Path) -> Calibration:

@@ -108,7 +108,7 @@ class LayerStatistics:
 
     def clipping_error(self, low: float, high: float, bits: int, symmetric: bool) -> float:
         """Squared error of quantizing the histogram on the grid from low to high."""
-        from ..quantization.quantizer import affine_grid, dequantize, quantize, symmetric_grid
+        from ..quantization.grids import affine_grid, dequantize, quantize, symmetric_grid
 
         if symmetric:
             grid = symmetric_grid(torch.tensor(max(-low, high)), bits)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from ..caching.attach import cache_bypassed, feature_cache
-from ..caching.state import CacheRun
+from ..caching.features import CacheRun
+from ..diffusion.process import ReverseProcess, SamplingConfig
 from ..models.dit import DiT
-from ..sampling.process import ReverseProcess, SamplingConfig
-from .apply import VarianceCompensation, compensate
+from .correction import VarianceCompensation, compensate
 from .factors import METHODS, VarianceMoments
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from ..models.checkpoints import save_dit
+from ..checkpoints.dit import save_dit
 from ..models.dit import DiT, DiTConfig, initialize_weights
 from .data import split_digits
 

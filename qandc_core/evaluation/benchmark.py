@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..caching.attach import apply_cache_to_dit, feature_cache
+from ..fused.dit import fuse_dit
 from ..models import DiT, preset
 from ..models.dit import initialize_weights
-from ..quantization.backends import pick_backend
+from ..quantization.grids import quantize, weight_grid
 from ..quantization.linear import LinearFormat, QuantizedLinear
+from ..quantization.matmul import pick_backend
 from ..quantization.model import DIT_SKIP, linear_weight_bytes, quantize_model
-from ..quantization.quantizer import quantize, weight_grid
-from ..sampling.fused_dit import fuse_dit
 from ..sampling.generate import generate
 
 SHAPES = ((768, 2304), (768, 768), (768, 3072), (3072, 768))
@@ -136,7 +136,7 @@ def bench_model(device: str) -> dict[str, Any]:
 
 def bench_fused(device: str) -> dict[str, Any]:
     """Runs of the built-in model, 50 steps, 8 images: each as its loop does them, and made ready by fuse_dit."""
-    from ..models import load_dit
+    from ..checkpoints import load_dit
 
     def rounded() -> Any:
         return quantize_model(load_dit("demo", device=device), 8, 8, DIT_SKIP)
@@ -170,7 +170,7 @@ def bench_import() -> dict[str, float]:
 
 def bench_end_to_end(device: str) -> dict[str, Any]:
     """The built-in model, 50 steps: full precision, Q&C, its parts, and fewer steps, interleaved."""
-    from ..models import load_dit
+    from ..checkpoints import load_dit
     from .demo import DEMO_PLAN, DEMO_SAMPLING, RECOMMENDED
     from .experiment import measure_time
     from .variants import Variant, Workbench

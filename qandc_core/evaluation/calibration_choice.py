@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calibration.pool import CandidatePool, collect_pool, is_cached_layer
+from ..calibration.candidates import CandidatePool, collect_pool, is_cached_layer
 from ..models.dit import DiT
 from ..quantization.model import named_linears, quantized_layers
 from ..sampling.generate import generate

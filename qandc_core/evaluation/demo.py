@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from ..caching.attach import remove_cache
-from ..models import load_dit
+from ..checkpoints import load_dit
+from ..diffusion.process import SamplingConfig
 from ..sampling.generate import generate
-from ..sampling.process import SamplingConfig
 from ..sampling.report import RunReport
 from .experiment import hardware
 from .figure import FigureRow, comparison_figure

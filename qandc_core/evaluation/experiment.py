@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compensation.apply import VarianceCompensation
+from ..compensation.correction import VarianceCompensation
+from ..diffusion.process import SamplingConfig
 from ..models.dit import DiT
 from ..sampling.generate import generate
-from ..sampling.process import SamplingConfig
 from .judges import Judge
 from .metrics import (
     FeatureStatistics,

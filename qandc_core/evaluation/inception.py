@@ -220,7 +220,7 @@ class Inception(nn.Module):
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
-    from ..models.checkpoints import read_pickle, read_safetensors
+    from ..files import read_pickle, read_safetensors
 
     path = Path(path)
     if not path.is_file():

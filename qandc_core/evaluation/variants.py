@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 from ..caching.attach import apply_cache_to_dit
-from ..caching.schedules import optimal_schedule
+from ..caching.schedule import optimal_schedule
+from ..calibration.candidates import CandidatePool, collect_pool, collect_statistics
 from ..calibration.distances import feature_distances
 from ..calibration.file import Calibration, fingerprint
-from ..calibration.pool import CandidatePool, collect_pool, collect_statistics
 from ..calibration.selection import random_select, stratified_select
 from ..calibration.tap import tap_select
-from ..compensation.apply import VarianceCompensation
+from ..compensation.correction import VarianceCompensation
 from ..compensation.fit import fit_variance_compensation
+from ..diffusion.process import SamplingConfig
 from ..models.dit import DiT
 from ..quantization.model import DIT_SKIP, QuantizationConfig, quantize_model
-from ..sampling.process import SamplingConfig
 
 # Seeds of calibration and fitting lie apart from those of the images that are judged.
 CALIBRATION_SEED, FIT_SEED = 501, 502

@@ -1,7 +1,6 @@
-"""Class-conditional diffusion transformers and their checkpoints."""
+"""Class-conditional diffusion transformers."""
 
-from .checkpoints import load_dit, save_dit
 from .dit import DiT, DiTConfig
 from .presets import PRESETS, preset
 
-__all__ = ["PRESETS", "DiT", "DiTConfig", "load_dit", "preset", "save_dit"]
+__all__ = ["PRESETS", "DiT", "DiTConfig", "preset"]

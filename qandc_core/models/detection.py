@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .diffusers_layout import count_blocks
 from .dit import DiT, DiTConfig
+from .layouts import count_blocks
 from .presets import HEADS
 
 # What a DiTConfig holds and tensor shapes do not tell.

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .quantizer import Grid, quantize
+from .grids import Grid, quantize
 
 # Column k and its values (N,) -> codes and the values that they stand for, both (N,).
 RoundColumn = Callable[[int, Tensor], tuple[Tensor, Tensor]]

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .backends import PackedWeight, int_mm, kitchen_mm, pick_backend, simulated_matmul
-from .quantizer import Grid, pack_int4, quantize, token_grid, unpack_int4
+from .grids import Grid, pack_int4, quantize, token_grid, unpack_int4
+from .matmul import PackedWeight, int_mm, kitchen_mm, pick_backend, simulated_matmul
 
 # Temporaries of this many values stay in the CPU's cache; those of a whole batch are paged in anew at every call.
 CPU_BLOCK = 2**19

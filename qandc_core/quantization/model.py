@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration.file import FINGERPRINT, fingerprint
-from ..models.diffusers_layout import diffusers_names
-from .backends import BACKENDS
+from ..models.layouts import diffusers_names
 from .gptq import gptq_codes
+from .grids import Grid, affine_grid, quantize, symmetric_grid, weight_grid
 from .linear import LinearFormat, QuantizedLinear
-from .quantizer import Grid, affine_grid, quantize, symmetric_grid, weight_grid
+from .matmul import BACKENDS
 
 if TYPE_CHECKING:
     from ..calibration.file import Calibration

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .hadamard import rotate, rotate_hessian, rotation_group
+from .grids import dequantize as grid_values
+from .grids import pack_int4, quantize, token_grid, unpack_int4
 from .native_grids import GROUP, CodebookGrid, codebook_codes, int8_codes, int8_grid, stock_grid
-from .quantizer import dequantize as grid_values
-from .quantizer import pack_int4, quantize, token_grid, unpack_int4
+from .rotation import rotate, rotate_hessian, rotation_group
 
 if TYPE_CHECKING:
     from ..calibration.statistics import LayerStatistics

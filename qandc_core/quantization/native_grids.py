@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .gptq import gptq, gptq_codes
-from .quantizer import Grid, quantize, symmetric_grid
-from .quantizer import dequantize as grid_values
+from .grids import Grid, quantize, symmetric_grid
+from .grids import dequantize as grid_values
 
 GROUP = 16  # W4A8: weights that share a relative scale
 # Rounding costs a row K (absmax / 127)^2 / 12: cutting its one outlier pays up to K / (12 * 127^2), 6 % at K = 12288.

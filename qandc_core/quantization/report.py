@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .checkpoint import FLOAT
+from .budget import FLOAT
 from .native import FORMATS
 
 SHORT = {name: short for short, name in FORMATS.items()}

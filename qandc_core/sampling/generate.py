@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ..caching.attach import feature_cache
-from ..compensation.apply import VarianceCompensation
+from ..compensation.correction import VarianceCompensation
+from ..diffusion.process import NoiseSource, ReverseProcess, SamplingConfig
+from ..fused.dit import FusedDiT
+from ..fused.loop import DeviceLoop, sample_on_device
 from ..models.dit import DiT
-from .device_loop import DeviceLoop, sample_on_device
-from .fused_dit import FusedDiT
-from .process import NoiseSource, ReverseProcess, SamplingConfig
 from .report import RunReport, peak_memory, reset_peak_memory
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
-from qandc_core.models import DiT, DiTConfig, save_dit
-from qandc_core.models.checkpoints import DEMO
+from qandc_core.checkpoints import save_dit
+from qandc_core.checkpoints.dit import DEMO
+from qandc_core.models import DiT, DiTConfig
 
 from .checkouts import Checkout
 

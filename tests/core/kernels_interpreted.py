@@ -11,8 +11,8 @@ import sys
 
 import torch
 
-from qandc_core.quantization.kernels import reference, triton_ops
-from qandc_core.quantization.quantizer import Grid
+from qandc_core.fused.kernels import reference, triton_ops
+from qandc_core.quantization.grids import Grid
 
 B, T = 3, 5
 ASYMMETRIC = Grid(torch.tensor(0.021), torch.tensor(-37.0), -128, 127)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend
 
-from qandc_core.sampling import attention
+from qandc_core.fused import attention
 
 CUDNN, FLASH, EFFICIENT = attention.FUSED
 SIZES = (2, 2, 8, 4, torch.float32, torch.device("cpu"))

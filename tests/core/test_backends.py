@@ -13,8 +13,10 @@ import pytest
 import torch
 from torch import nn
 
-from qandc_core.quantization import backends
-from qandc_core.quantization.backends import (
+from qandc_core.quantization import matmul as backends
+from qandc_core.quantization.grids import affine_grid, quantize, weight_grid
+from qandc_core.quantization.linear import LinearFormat, QuantizedLinear
+from qandc_core.quantization.matmul import (
     PackedWeight,
     int_mm,
     kitchen_mm,
@@ -23,9 +25,7 @@ from qandc_core.quantization.backends import (
     simulated_matmul,
     worst_case_codes,
 )
-from qandc_core.quantization.linear import LinearFormat, QuantizedLinear
 from qandc_core.quantization.model import quantize_model
-from qandc_core.quantization.quantizer import affine_grid, quantize, weight_grid
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 needs_int_mm = pytest.mark.skipif(not backends.int_mm_is_fast(), reason="no exact int_mm on this CPU")
@@ -265,7 +265,7 @@ RESTRICTED = """
 import json, torch
 torch.set_num_threads(1)
 from torch import nn
-from qandc_core.quantization import backends
+from qandc_core.quantization import matmul as backends
 from qandc_core.quantization.model import QuantizationConfig, quantize_model
 
 def error(bits, backend):

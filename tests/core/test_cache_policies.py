@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from numpy.polynomial import Polynomial
 from scipy.interpolate import KroghInterpolator, interp1d
 
+from qandc_core.caching.features import NEAREST, FeatureCache
 from qandc_core.caching.policies import (
     NEGLIGIBLE,
     WARM_UP,
@@ -22,9 +23,8 @@ from qandc_core.caching.policies import (
     divided_difference,
     newton_term,
 )
-from qandc_core.caching.schedules import CacheConfig, optimal_schedule, spaced_steps
-from qandc_core.caching.state import NEAREST, FeatureCache
-from qandc_core.sampling.timing import CallTimes
+from qandc_core.caching.schedule import CacheConfig, optimal_schedule, spaced_steps
+from qandc_core.sampling.clock import CallTimes
 
 LINEAR, HELD = CacheConfig(order=1), CacheConfig(order=0)
 parts = st.tuples(st.floats(0, 1), st.floats(0, 1))

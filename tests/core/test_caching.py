@@ -18,8 +18,8 @@ from qandc_core.caching.attach import (
     remove_cache,
     reset_all_caches,
 )
-from qandc_core.caching.schedules import CacheConfig, optimal_schedule
-from qandc_core.caching.state import FeatureCache
+from qandc_core.caching.features import FeatureCache
+from qandc_core.caching.schedule import CacheConfig, optimal_schedule
 from qandc_core.models import DiT, DiTConfig
 from qandc_core.models.dit import timestep_embedding
 from qandc_core.sampling.generate import generate

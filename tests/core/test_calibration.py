@@ -12,16 +12,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from qandc_core.caching.attach import apply_cache_to_dit, feature_cache
-from qandc_core.calibration import file as calibration_file
+from qandc_core.calibration.candidates import CandidatePool, collect_pool, collect_statistics, is_cached_layer
 from qandc_core.calibration.file import Calibration, fingerprint, load_calibration
-from qandc_core.calibration.pool import CandidatePool, collect_pool, collect_statistics, is_cached_layer
 from qandc_core.calibration.statistics import BINS, LayerStatistics
-from qandc_core.compensation.apply import VarianceCompensation
-from qandc_core.models import DiT, DiTConfig, save_dit
+from qandc_core.checkpoints import save_dit
+from qandc_core.compensation.correction import VarianceCompensation
+from qandc_core.diffusion.noise import image_seed
+from qandc_core.diffusion.process import SamplingConfig
+from qandc_core.models import DiT, DiTConfig
 from qandc_core.quantization.model import QuantizationConfig, named_linears, quantize_model
 from qandc_core.sampling.generate import generate
-from qandc_core.sampling.noise import image_seed
-from qandc_core.sampling.process import SamplingConfig
 
 TINY = DiTConfig(input_size=8, hidden_size=32, depth=2, num_heads=4, num_classes=10)
 TOKENS = 16
@@ -419,7 +419,7 @@ def test_failed_save_keeps_the_old_file_and_leaves_nothing_behind(tmp_path, monk
         filename.write_bytes(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(calibration_file, "save_file", full_disk)
+    monkeypatch.setattr("qandc_core.files.save_file", full_disk)
     with pytest.raises(OSError, match="no space left"):
         calibration.save(path)
     assert path.read_bytes() == before and os.listdir(tmp_path) == [path.name]

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from qandc_core.calibration.statistics import LayerStatistics
-from qandc_core.quantization import checkpoint
-from qandc_core.quantization.checkpoint import Budget, LayerSource, Step, quantize_layers, upgrades
+from qandc_core.quantization import budget as checkpoint
+from qandc_core.quantization.budget import Budget, LayerSource, Step, quantize_layers, upgrades
 from qandc_core.quantization.native import NativeConfig, quantize_weight
 
 FORMATS = {"int8_tensorwise": "W8A8", "asym_w4a8_int8": "W4A8"}

@@ -8,9 +8,12 @@ import torch
 from diffusers import DiTTransformer2DModel
 from safetensors.torch import load_file, save_file
 
-from qandc_core.models import DiT, DiTConfig, checkpoints, load_dit, save_dit
-from qandc_core.models.checkpoints import detect_config, read_dit
-from qandc_core.models.diffusers_layout import from_diffusers
+from qandc_core import files
+from qandc_core.checkpoints import dit as checkpoints
+from qandc_core.checkpoints import load_dit, save_dit
+from qandc_core.checkpoints.dit import detect_config, read_dit
+from qandc_core.models import DiT, DiTConfig
+from qandc_core.models.layouts import from_diffusers
 
 CONFIG = DiTConfig(input_size=8, hidden_size=32, depth=2, num_heads=4, num_classes=10)
 
@@ -78,7 +81,7 @@ def test_failed_save_keeps_the_old_file(tmp_path, model, monkeypatch):
         filename.write_bytes(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(checkpoints, "save_file", full_disk)
+    monkeypatch.setattr(files, "save_file", full_disk)
     with pytest.raises(OSError, match="no space left"):
         save_dit(model, path)
     assert path.read_bytes() == before

@@ -21,8 +21,8 @@ from qandc_core import (
     quantize_model,
     save_dit,
 )
-from qandc_core.cli import main, parser
-from qandc_core.commands.bench import PARTS
+from qandc_core.cli.bench import PARTS
+from qandc_core.cli.main import main, parser
 from qandc_core.evaluation.demo import RECOMMENDED
 from qandc_core.evaluation.figure import to_pil
 from qandc_core.evaluation.speed import table
@@ -269,7 +269,7 @@ def test_a_refusal_comes_before_the_sampling(folder, capsys, monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("sampled before checking")
 
-    for module in ("sampling.generate", "calibration.pool"):
+    for module in ("sampling.generate", "calibration.candidates"):
         monkeypatch.setattr(f"qandc_core.{module}.ReverseProcess", never)
     model, latents = (["--model", f"{folder}/{name}.safetensors"] for name in ("model", "latents"))
     out = ["--out", f"{folder}/never.safetensors"]

@@ -10,12 +10,12 @@ from scipy.optimize import minimize_scalar
 from torch import nn
 
 from qandc_core.caching.attach import apply_cache_to_dit, feature_cache, remove_cache
-from qandc_core.compensation.apply import VarianceCompensation, compensate
+from qandc_core.compensation.correction import VarianceCompensation, compensate
 from qandc_core.compensation.factors import METHODS, VarianceMoments, variance_factors
 from qandc_core.compensation.fit import fit_variance_compensation
+from qandc_core.diffusion.process import SamplingConfig
 from qandc_core.models import DiT, DiTConfig
 from qandc_core.sampling.generate import generate
-from qandc_core.sampling.process import SamplingConfig
 
 CONFIG = DiTConfig(input_size=8, in_channels=4, hidden_size=32, depth=2, num_heads=2, num_classes=10)
 LABELS = [i % 10 for i in range(12)]

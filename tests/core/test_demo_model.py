@@ -8,13 +8,13 @@ from safetensors import safe_open
 
 from qandc_core import generate, load_dit
 from qandc_core.caching.attach import feature_cache
-from qandc_core.cli import main
+from qandc_core.checkpoints.dit import DEMO
+from qandc_core.cli.main import main
 from qandc_core.demo.classifier import WEIGHTS, classify, load_classifier
 from qandc_core.evaluation import demo
 from qandc_core.evaluation.calibration_choice import METHODS
 from qandc_core.evaluation.demo import DEMO_SAMPLING, NAIVE, RECOMMENDED, run_demo
 from qandc_core.evaluation.variants import CalibrationPlan, balanced_labels
-from qandc_core.models.checkpoints import DEMO
 
 needs_model = pytest.mark.skipif(not DEMO.is_file(), reason=f"{DEMO.name} is not trained yet: qandc_core.demo.train")
 DIGITS = 200
@@ -180,7 +180,7 @@ def test_the_demo_command_says_where_its_results_are(tmp_path, monkeypatch, caps
 
 
 def test_a_missing_built_in_model_is_one_sentence(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("qandc_core.models.checkpoints.DEMO", tmp_path / "digits_dit.safetensors")
+    monkeypatch.setattr("qandc_core.checkpoints.dit.DEMO", tmp_path / "digits_dit.safetensors")
     assert main(["demo", "--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err.strip()
     assert said.startswith("qandc_core demo: no DiT checkpoint at") and said.endswith("install the package again")

@@ -13,14 +13,14 @@ from qandc_core import (
     generate,
     load_dit,
 )
-from qandc_core.caching.schedules import CacheConfig, spaced_steps
-from qandc_core.sampling.coefficients import forecast_weights, step_coefficients
-from qandc_core.sampling.device_loop import DeviceLoop
-from qandc_core.sampling.fused_dit import FusedDiT
-from qandc_core.sampling.guidance import guided_prediction
-from qandc_core.sampling.process import ReverseProcess
-from qandc_core.sampling.samplers import ddim_step, ddpm_step, implied_noise
-from qandc_core.sampling.schedule import respaced
+from qandc_core.caching.schedule import CacheConfig, spaced_steps
+from qandc_core.diffusion.coefficients import forecast_weights, step_coefficients
+from qandc_core.diffusion.guidance import guided_prediction
+from qandc_core.diffusion.process import ReverseProcess
+from qandc_core.diffusion.samplers import ddim_step, ddpm_step, implied_noise
+from qandc_core.diffusion.schedule import respaced
+from qandc_core.fused.dit import FusedDiT
+from qandc_core.fused.loop import DeviceLoop
 
 LABELS = [3, 7]
 

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 
 import qandc_core
 from qandc_core import DiT, DiTConfig, RunReport, SamplingConfig, generate, quantize_model, save_dit
-from qandc_core.calibration.pool import CandidatePool
-from qandc_core.cli import main
+from qandc_core.calibration.candidates import CandidatePool
+from qandc_core.cli.main import main
 from qandc_core.evaluation import calibration_choice as choice
 from qandc_core.evaluation import experiment as module
 from qandc_core.evaluation import inception
@@ -632,7 +632,7 @@ def test_faulty_files_stop_the_experiment_with_one_sentence(imagenet, tmp_path, 
 WORKER = """
 import os, sys
 import torch
-from qandc_core.cli import main
+from qandc_core.cli.main import main
 from qandc_core.evaluation import experiment, inception
 
 def measure_time(bench, variants, batch, repeats):

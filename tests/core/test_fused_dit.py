@@ -18,8 +18,8 @@ from qandc_core import (
 )
 from qandc_core.calibration.file import Calibration, fingerprint
 from qandc_core.calibration.statistics import LayerStatistics, observed
+from qandc_core.fused.linear import FloatLinear, Int8Linear, KitchenLinear, Modulation
 from qandc_core.models import DiT, DiTConfig
-from qandc_core.quantization.fused_linear import FloatLinear, Int8Linear, KitchenLinear, Modulation
 from qandc_core.quantization.model import DIT_SKIP, QuantizationConfig, named_linears
 from qandc_core.quantization.native import FORMATS, NativeConfig, dequantize, quantize_weight
 

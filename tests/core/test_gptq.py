@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from qandc_core.quantization.gptq import gptq, gptq_codes, reversed_factor
-from qandc_core.quantization.quantizer import Grid, dequantize, quantize, weight_grid
+from qandc_core.quantization.grids import Grid, dequantize, quantize, weight_grid
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 

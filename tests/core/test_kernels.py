@@ -11,13 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from qandc_core.fused import kernels
+from qandc_core.fused.kernels import reference
 from qandc_core.models.dit import modulate
-from qandc_core.quantization import kernels
-from qandc_core.quantization.backends import kitchen_is_available
-from qandc_core.quantization.hadamard import rotate
-from qandc_core.quantization.kernels import reference
-from qandc_core.quantization.linear import LinearFormat, QuantizedLinear
-from qandc_core.quantization.quantizer import (
+from qandc_core.quantization.grids import (
     Grid,
     affine_grid,
     dequantize,
@@ -26,6 +23,9 @@ from qandc_core.quantization.quantizer import (
     token_grid,
     weight_grid,
 )
+from qandc_core.quantization.linear import LinearFormat, QuantizedLinear
+from qandc_core.quantization.matmul import kitchen_is_available
+from qandc_core.quantization.rotation import rotate
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -219,7 +219,7 @@ def test_triton_product_ends_in_the_references_codes(interpreted, end):
 @needs_triton
 def test_triton_functions_have_the_references_signatures():
     code = (
-        "from inspect import signature; from qandc_core.quantization.kernels import triton_ops, reference; "
+        "from inspect import signature; from qandc_core.fused.kernels import triton_ops, reference; "
         "print(all(signature(getattr(triton_ops, n)) == signature(getattr(reference, n)) "
         "for n in ('quantize_modulated', 'quantize_rows', 'int8_matmul')))"
     )
@@ -245,7 +245,7 @@ def test_kernels_need_capability_8(monkeypatch, capability, expected):
 
 
 def test_importing_the_package_and_the_reference_loads_no_triton():
-    code = "import sys; import qandc_core.quantization.kernels.reference; print('triton' in sys.modules)"
+    code = "import sys; import qandc_core.fused.kernels.reference; print('triton' in sys.modules)"
     clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=clean, capture_output=True, text=True)
     assert done.stdout.strip() == "False", done.stderr

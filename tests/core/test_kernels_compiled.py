@@ -12,16 +12,16 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from qandc_core.quantization.kernels import triton_ops  # noqa: E402
-from qandc_core.quantization.kernels.triton_matmul import (  # noqa: E402
+from qandc_core.fused.kernels import triton_ops  # noqa: E402
+from qandc_core.fused.kernels.triton_matmul import (  # noqa: E402
     INTERPRETED,
     TILES,
     fitting_tiles,
     int8_matmul_kernel,
     shared_bytes,
 )
-from qandc_core.quantization.kernels.triton_quantize import halves, quantize_kernel  # noqa: E402
-from qandc_core.quantization.quantizer import Grid  # noqa: E402
+from qandc_core.fused.kernels.triton_quantize import halves, quantize_kernel  # noqa: E402
+from qandc_core.quantization.grids import Grid  # noqa: E402
 
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes that one program may take

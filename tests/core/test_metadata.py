@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import save_file
 
 from qandc_core import DiT, DiTConfig, load_dit, quantize_model
-from qandc_core.models.checkpoints import dit_metadata
+from qandc_core.checkpoints.dit import dit_metadata
+from qandc_core.checkpoints.quantized import is_quantized, quantized_metadata
+from qandc_core.files import METADATA_KEY, metadata_tensor, pop_metadata, read_metadata_tensor
 from qandc_core.models.dit import initialize_weights
-from qandc_core.models.metadata import KEY, metadata_tensor, pop_metadata, read_metadata_tensor
-from qandc_core.quantization.files import is_quantized, quantized_metadata
 from qandc_core.quantization.model import quantized_layers
 
 CONFIG = DiTConfig(input_size=8, hidden_size=40, depth=1, num_heads=5, num_classes=3, prediction="sample")
@@ -28,7 +28,7 @@ def random_dit(config: DiTConfig) -> DiT:
 
 
 def saved_by_comfyui(model: DiT, metadata: dict[str, str], path):
-    tensors = {**model.state_dict(), KEY: metadata_tensor(metadata)}
+    tensors = {**model.state_dict(), METADATA_KEY: metadata_tensor(metadata)}
     save_file({f"model.diffusion_model.{key}": value.contiguous() for key, value in tensors.items()}, path)
     return path
 
@@ -45,7 +45,7 @@ def test_bytes_come_back():
 
 
 def test_it_is_found_under_any_prefix_and_taken_out():
-    tensors = {f"model.diffusion_model.{KEY}": metadata_tensor({"a": "b"}), "x": torch.zeros(1)}
+    tensors = {f"model.diffusion_model.{METADATA_KEY}": metadata_tensor({"a": "b"}), "x": torch.zeros(1)}
     assert pop_metadata(tensors) == {"a": "b"} and list(tensors) == ["x"]
     assert pop_metadata(tensors) == {}
 

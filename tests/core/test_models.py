@@ -11,8 +11,8 @@ from diffusers.models.embeddings import PatchEmbed, Timesteps
 from torch import nn
 
 from qandc_core.models import PRESETS, DiT, DiTConfig, preset
-from qandc_core.models.diffusers_layout import diffusers_names, from_diffusers, parameter_names
 from qandc_core.models.dit import timestep_embedding
+from qandc_core.models.layouts import diffusers_names, from_diffusers, parameter_names
 from qandc_core.models.presets import HEADS
 
 TINY = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2, "sample_size": 8}

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from qandc_core.calibration.statistics import LayerStatistics
-from qandc_core.quantization.hadamard import ROTATIONS, hadamard, rotate, rotate_fast, rotate_hessian, rotation_group
+from qandc_core.quantization.grids import quantize, unpack_int4
 from qandc_core.quantization.native import (
     SAMPLING_DAMPING,
     NativeConfig,
@@ -24,7 +24,7 @@ from qandc_core.quantization.native import (
     quantize_weight,
 )
 from qandc_core.quantization.native_grids import CodebookGrid, int8_grid, nearest_level, row_errors, stock_grid
-from qandc_core.quantization.quantizer import quantize, unpack_int4
+from qandc_core.quantization.rotation import ROTATIONS, hadamard, rotate, rotate_fast, rotate_hessian, rotation_group
 
 FORMATS = ("W8A8", "W4A8")
 SHAPES = ((24, 1152), (32, 256), (16, 48), (12, 16), (8, 320))

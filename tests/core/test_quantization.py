@@ -15,19 +15,11 @@ from torch import nn
 
 from qandc_core.calibration.file import Calibration, fingerprint
 from qandc_core.calibration.statistics import CLIPPINGS, LayerStatistics
-from qandc_core.models import DiT, DiTConfig, load_dit, preset, save_dit
-from qandc_core.quantization import files
-from qandc_core.quantization.files import load_quantized, save_quantized
+from qandc_core.checkpoints import load_dit, save_dit
+from qandc_core.checkpoints.quantized import load_quantized, save_quantized
+from qandc_core.models import DiT, DiTConfig, preset
 from qandc_core.quantization.gptq import gptq_codes
-from qandc_core.quantization.linear import LinearFormat, QuantizedLinear
-from qandc_core.quantization.model import (
-    QuantizationConfig,
-    linear_weight_bytes,
-    named_linears,
-    quantize_model,
-    quantized_layers,
-)
-from qandc_core.quantization.quantizer import (
+from qandc_core.quantization.grids import (
     affine_grid,
     dequantize,
     pack_int4,
@@ -36,6 +28,14 @@ from qandc_core.quantization.quantizer import (
     token_grid,
     unpack_int4,
     weight_grid,
+)
+from qandc_core.quantization.linear import LinearFormat, QuantizedLinear
+from qandc_core.quantization.model import (
+    QuantizationConfig,
+    linear_weight_bytes,
+    named_linears,
+    quantize_model,
+    quantized_layers,
 )
 
 SKIP = ["pos_embed", "norm"]
@@ -530,7 +530,7 @@ def test_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
         filename.write_bytes(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(files, "save_file", full_disk)
+    monkeypatch.setattr("qandc_core.files.save_file", full_disk)
     with pytest.raises(OSError, match="no space left"):
         save_quantized(model, path)
     assert path.read_bytes() == before and os.listdir(path.parent) == ["model.safetensors"]

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qandc_core.caching.attach import apply_cache_to_dit, cache_bypassed, feature_cache
+from qandc_core.diffusion.guidance import guided_prediction
+from qandc_core.diffusion.noise import ImageNoise
+from qandc_core.diffusion.schedule import from_sigmas, respaced
 from qandc_core.models import DiT, DiTConfig
 from qandc_core.sampling.generate import generate
-from qandc_core.sampling.guidance import guided_prediction
-from qandc_core.sampling.noise import ImageNoise
-from qandc_core.sampling.schedule import from_sigmas, respaced
 
 CONFIG = DiTConfig(input_size=8, in_channels=4, hidden_size=32, depth=2, num_heads=2, num_classes=10)
 LABELS = [3, 7]

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import qandc_core
+from qandc_core.diffusion.noise import ImageNoise, image_seed
 from qandc_core.evaluation.metrics import FeatureStatistics
 from qandc_core.evaluation.sharding import (
     Distributed,
@@ -16,7 +17,6 @@ from qandc_core.evaluation.sharding import (
     distributed,
     shard_range,
 )
-from qandc_core.sampling.noise import ImageNoise, image_seed
 
 TOTAL, BATCH, SEED = 37, 4, 11
 
@@ -31,7 +31,7 @@ import sys
 import torch
 from qandc_core.evaluation.metrics import FeatureStatistics
 from qandc_core.evaluation.sharding import all_gather_tensors, distributed
-from qandc_core.sampling.noise import ImageNoise
+from qandc_core.diffusion.noise import ImageNoise
 
 def evaluate(run, total, batch, seed):
     weight = torch.randn(48, 6, generator=torch.Generator().manual_seed(0))

@@ -44,7 +44,7 @@ from qandc_core.evaluation.speed.work import (
     weight_bytes,
 )
 from qandc_core.models import DiT, DiTConfig, preset
-from qandc_core.quantization.backends import int_mm_is_fast, kitchen_is_available
+from qandc_core.quantization.matmul import int_mm_is_fast, kitchen_is_available
 from qandc_core.quantization.model import DIT_SKIP, linear_weight_bytes, named_linears, quantize_model
 from qandc_core.quantization.native import NativeConfig, quantize_weight, stored_values
 

@@ -23,8 +23,8 @@ from qandc_core.evaluation.speed.models import (
     resize,
 )
 from qandc_core.evaluation.speed.runs import Bench, Measured, Setting, schedules
+from qandc_core.fused.kernels import reference
 from qandc_core.models import DiTConfig
-from qandc_core.quantization.kernels import reference
 
 CPU = torch.device("cpu")
 CONFIG = DiTConfig(input_size=16, hidden_size=64, depth=2, num_heads=2)

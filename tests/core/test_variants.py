@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from qandc_core import DiT, DiTConfig, SamplingConfig, apply_cache_to_dit, generate
 from qandc_core.caching.attach import feature_cache
 from qandc_core.compensation.factors import METHODS as VC_METHODS
+from qandc_core.diffusion.noise import image_seed
 from qandc_core.evaluation import calibration_choice, experiment, variants
 from qandc_core.evaluation.calibration_choice import METHODS
 from qandc_core.evaluation.variants import (
@@ -24,7 +25,6 @@ from qandc_core.evaluation.variants import (
 )
 from qandc_core.models.dit import modulate
 from qandc_core.quantization.model import quantized_layers
-from qandc_core.sampling.noise import image_seed
 
 CONFIG = DiTConfig(
     input_size=8, in_channels=3, hidden_size=32, depth=2, num_heads=2, num_classes=5, learn_sigma=False

@@ -11,8 +11,7 @@ ROOT = Path(__file__).parents[2]
 COMFYUI = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "comfyui_version", "folder_paths", "nodes"}
 # What `python -m` runs: the commands, and the scripts that trained the built-in model and its judge.
 COMMAND_LINE = (
-    "qandc_core/commands/",
-    "qandc_core/cli.py",
+    "qandc_core/cli/",
     "qandc_core/demo/train.py",
     "qandc_core/demo/classifier.py",
 )

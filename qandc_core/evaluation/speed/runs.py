@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...caching.schedules import CacheConfig, spaced_steps
+from ...caching.schedule import CacheConfig, spaced_steps
+from ...diffusion.noise import ImageNoise
+from ...diffusion.process import SamplingConfig
+from ...fused.dit import FusedDiT
+from ...fused.loop import DeviceLoop
 from ...models.dit import DiT
-from ...sampling.device_loop import DeviceLoop
-from ...sampling.fused_dit import FusedDiT
-from ...sampling.noise import ImageNoise
-from ...sampling.process import SamplingConfig
 from ...sampling.report import peak_memory, reset_peak_memory
 from .models import Subject, model_bytes, resize
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from ...caching.schedules import CacheConfig
+from ...caching.schedule import CacheConfig
+from ...fused.dit import FusedDiT
+from ...fused.kernels import available
+from ...fused.loop import DeviceLoop
 from ...models.dit import DiT, DiTConfig
 from ...models.presets import preset
-from ...quantization.kernels import available
-from ...sampling.device_loop import DeviceLoop
-from ...sampling.fused_dit import FusedDiT
 from .ceilings import best_of, measure_ceilings
 from .gemms import gemm_table
 from .models import (

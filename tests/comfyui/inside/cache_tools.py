@@ -71,7 +71,7 @@ def sample(
 
 def cached(host: Host, patcher, tier: str, interval: int = INTERVAL, order: int = 0, **choices):
     """A caching clone, and the report that its runs fill in."""
-    fast = host.module("nodes.comfyui.caching").apply_cache(
+    fast = host.module("nodes.comfyui.cache.attach").apply_cache(
         patcher, cache_policy(host, interval, order, tier=tier, **choices)
     )
     return fast, reported(host, fast)
@@ -79,7 +79,7 @@ def cached(host: Host, patcher, tier: str, interval: int = INTERVAL, order: int 
 
 def reported(host: Host, patcher) -> SimpleNamespace:
     report = SimpleNamespace(warnings=[], timeline={}, tier="", computed=[], cache_bytes=0, cache_speedup=None)
-    patcher.model_options["transformer_options"][host.module("nodes.comfyui.runs").REPORT] = report
+    patcher.model_options["transformer_options"][host.module("nodes.comfyui.wrappers").REPORT] = report
     return report
 
 

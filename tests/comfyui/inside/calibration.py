@@ -31,10 +31,10 @@ class Case:
 
     def plan(self, **changes):
         small = {"trajectories": 5, "batch_size": 2, "samples": 12, "clusters": 4, "seed": 3, "tokens": 100}
-        return self.host.module("nodes.comfyui.calibration").Plan(**{**small, **changes})
+        return self.host.module("nodes.comfyui.calibrate.run").Plan(**{**small, **changes})
 
     def calibrate(self, partial: Path | None = None, patcher=None, **plan):
-        calibrate = self.host.module("nodes.comfyui.calibration").calibrate
+        calibrate = self.host.module("nodes.comfyui.calibrate.run").calibrate
         return calibrate(patcher or self.patcher, self.settings, self.latent, self.plan(**plan), partial)
 
     def sample(self, watch, **plan) -> None:
@@ -55,12 +55,12 @@ def family_case(host: Host, name: str) -> Case:
     conditions = (family_conditioning(family, 1), family_conditioning(family, 2))
     settings = host.module("nodes.comfyui.sampling").Settings(*conditions, STEPS, 2.0, "euler", "simple")
     patcher, empty = build(family), {"samples": empty_latent(family)}
-    return Case(host, patcher, settings, host.module("nodes.comfyui.calibration").empty_latent(patcher, empty))
+    return Case(host, patcher, settings, host.module("nodes.comfyui.calibrate.run").empty_latent(patcher, empty))
 
 
 def demo_case(host: Host, tier: str = "attention and MLP") -> Case:
     """The built-in model with a cache, on four classes in turn."""
-    patcher = host.module("nodes.comfyui.caching").apply_cache(demo(host), cache_policy(host, 2, tier=tier))
+    patcher = host.module("nodes.comfyui.cache.attach").apply_cache(demo(host), cache_policy(host, 2, tier=tier))
     settings = host.module("nodes.comfyui.sampling").Settings(*class_labels(host), STEPS, 1.5, "ddpm", "normal")
     return Case(host, patcher, settings, torch.zeros(1, 3, 32, 32))
 
@@ -176,7 +176,7 @@ def size_in_memory(calibration) -> int:
 
 def memory(case: Case) -> dict[str, int]:
     """Statistics under a budget halfway between the least and what they would take."""
-    layers = case.host.module("nodes.comfyui.layers").quantizable(case.patcher.model.diffusion_model)
+    layers = case.host.module("nodes.comfyui.quantize.layers").quantizable(case.patcher.model.diffusion_model)
     plan_statistics = case.host.module("qandc_core.calibration.memory").plan_statistics
     widths = [layer.in_features for _, layer in layers]
     least, most = (plan_statistics(widths, 2**40, tokens, 256).bytes for tokens in (64, 4096))
@@ -267,14 +267,14 @@ def digests(host: Host) -> dict[str, int]:
     """Names of partial files of equal inputs, built anew, and of such as differ in one thing each."""
     from comfy_extras.nodes_model_advanced import ModelSamplingFlux
 
-    digest_of = host.module("nodes.comfyui.calibration").digest_of
+    digest_of = host.module("nodes.comfyui.calibrate.run").digest_of
 
     def digest(case: Case, **plan) -> str:
         return digest_of(case.patcher, case.settings, case.latent, case.plan(**plan))
 
     case, again = family_case(host, "Flux"), family_case(host, "Flux")
     (shifted,) = ModelSamplingFlux().patch(case.patcher, 2.0, 0.5, 64, 64)
-    cached = host.module("nodes.comfyui.caching").apply_cache(case.patcher, cache_policy(host, 2, tier="blocks"))
+    cached = host.module("nodes.comfyui.cache.attach").apply_cache(case.patcher, cache_policy(host, 2, tier="blocks"))
     prompt = replace(case.settings, positive=family_conditioning(FAMILIES["Flux"], 4))
     lora = case.patcher.clone()
     lora.add_patches({"diffusion_model.double_blocks.0.img_attn.proj.weight": ("diff", (torch.ones(64, 64),))}, 0.1)

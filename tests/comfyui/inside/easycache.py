@@ -128,7 +128,7 @@ def core(patcher, node: str = "EasyCache", threshold: float = ALWAYS, start: flo
 
 
 def ours(host: Host, patcher):
-    return host.module("nodes.comfyui.caching").apply_cache(patcher, cache_policy(host, INTERVAL))
+    return host.module("nodes.comfyui.cache.attach").apply_cache(patcher, cache_policy(host, INTERVAL))
 
 
 def in_bfloat16(patcher):
@@ -345,7 +345,7 @@ def reports(host: Host, sampler: str) -> dict[str, dict]:
     evaluations = len(watch.run(watch.patcher, FLUX, sampler=sampler))
     found = {node: reported_by_core(watch, core(watch.patcher, node), sampler) for node in ("EasyCache", "LazyCache")}
     fast, report = ours(host, watch.patcher), SimpleNamespace(warnings=[])
-    fast.model_options["transformer_options"][host.module("nodes.comfyui.runs").REPORT] = report
+    fast.model_options["transformer_options"][host.module("nodes.comfyui.wrappers").REPORT] = report
     ran = len(watch.run(fast, FLUX, sampler=sampler)) - len(skips(watch.calls))
     found["ours"] = {"skipped": report.computed.count(False), "steps": len(report.computed), "ran": ran}
     return {"evaluations": evaluations, **found}

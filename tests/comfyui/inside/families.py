@@ -251,13 +251,13 @@ class Work:
 
 def cached(host: Host, patcher, interval: int = INTERVAL, tier: str = "automatic", **choices):
     policy = cache_policy(host, interval, tier=tier, **choices)
-    return host.module("nodes.comfyui.caching").apply_cache(patcher, policy)
+    return host.module("nodes.comfyui.cache.attach").apply_cache(patcher, policy)
 
 
 def with_report(host: Host, patcher, tier: str, **choices):
     """A cached model, and what a run of it reports."""
     report, fast = SimpleNamespace(warnings=[]), cached(host, patcher, tier=tier, **choices)
-    fast.model_options["transformer_options"][host.module("nodes.comfyui.runs").REPORT] = report
+    fast.model_options["transformer_options"][host.module("nodes.comfyui.wrappers").REPORT] = report
     return fast, report
 
 
@@ -272,7 +272,7 @@ def never_reuses(host: Host, patcher, family: Family, tier: str, plain: torch.Te
 
 def check_tier(host: Host, family: Family, patcher, tier: str, plain: torch.Tensor, plain_calls: dict) -> dict:
     before, options = attributes(patcher), set(patcher.model_options["transformer_options"])
-    lists = host.module("nodes.comfyui.blocks").block_lists(patcher.model.diffusion_model)
+    lists = host.module("nodes.comfyui.cache.blocks").block_lists(patcher.model.diffusion_model)
     fast, report = with_report(host, patcher, tier)
     out, calls = Work(patcher.model.diffusion_model, lists).of(lambda: sample(fast, family))
     used = report.tier.partition(",")[0]
@@ -295,7 +295,7 @@ def check_tier(host: Host, family: Family, patcher, tier: str, plain: torch.Tens
 def check(host: Host, family: Family) -> dict:
     patcher = build(family)
     network = patcher.model.diffusion_model
-    lists = host.module("nodes.comfyui.blocks").block_lists(network)
+    lists = host.module("nodes.comfyui.cache.blocks").block_lists(network)
     plain, calls = Work(network, lists).of(lambda: sample(patcher, family))
     assert plain.isfinite().all() and plain.std() > 0, "the random model gives nothing to compare"
     return {

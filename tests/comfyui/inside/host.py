@@ -28,7 +28,7 @@ class Host:
             raise RuntimeError("the pack did not load")
 
     def module(self, name: str) -> ModuleType:
-        """A module of the pack, such as nodes.comfyui.caching or qandc_core.sampling.generate."""
+        """A module of the pack, such as nodes.comfyui.cache.attach or qandc_core.sampling.generate."""
         return importlib.import_module(f"{self.pack.replace('.', '_x_')}.{name}")
 
     def node(self, node_id: str) -> Any:

@@ -24,7 +24,7 @@ def tiny(host: Host, path: Path, **changes) -> str:
 
 
 def load(host: Host, path: str, dtype=None, **kwargs):
-    return host.module("nodes.comfyui.dit_model").load_dit_patcher(path, dtype, **kwargs)
+    return host.module("nodes.comfyui.model.dit").load_dit_patcher(path, dtype, **kwargs)
 
 
 def run(host: Host, patcher, labels=(5, 257), side: int = 64, steps: int = 3, height: int | None = None):
@@ -84,7 +84,7 @@ def lora_equals_merged_weights(host: Host) -> dict[str, float]:
     before = run(host, plain)
     patched, _ = comfy.sd.load_lora_for_models(plain, None, lora, 0.02, 0)
     with_lora, wanted = run(host, patched), run(host, load(host, str(merged)))
-    weights = host.module("nodes.comfyui.weights")
+    weights = host.module("nodes.comfyui.quantize.weights")
     baked = weights.patched_tensors(patched)
     comfy.model_management.unload_all_models()
     return {
@@ -140,7 +140,7 @@ def quantized_file(host: Host) -> str:
     core = host.module("qandc_core")
     model = core.quantize_model(core.load_dit("demo"), 8, 8)
     path = host.base / "quantized.safetensors"
-    host.module("qandc_core.quantization.files").save_quantized(model, path)
+    host.module("qandc_core.checkpoints.quantized").save_quantized(model, path)
     return str(path)
 
 
@@ -180,7 +180,7 @@ def second_copies(host: Host) -> dict[str, bool]:
     found = {}
     config = host.module("qandc_core.quantization.model").QuantizationConfig()
     plain = load(host, "demo")
-    made, _ = host.module("nodes.comfyui.paper_quantization").quantized_patcher(plain, 8, 8, None, config)
+    made, _ = host.module("nodes.comfyui.quantize.paper").quantized_patcher(plain, 8, 8, None, config)
     for name, patcher in {"demo": plain, "quantized file": load(host, quantized_file(host)), "quantized": made}.items():
         function, arguments = patcher.cached_patcher_init
         copy = function(*arguments, disable_dynamic=True)
@@ -193,7 +193,7 @@ def bypass_lora_is_refused(host: Host) -> str:
     patcher.injections["bypass_lora"] = [object()]
     config = host.module("qandc_core.quantization.model").QuantizationConfig()
     try:
-        host.module("nodes.comfyui.paper_quantization").quantized_patcher(patcher, 8, 8, None, config)
+        host.module("nodes.comfyui.quantize.paper").quantized_patcher(patcher, 8, 8, None, config)
     except ValueError as error:
         return str(error)
     return ""
@@ -205,7 +205,7 @@ def fingerprints_ignore_what_was_sampled(host: Host) -> bool:
 
     patcher = load(host, tiny(host, host.base / "tiny.safetensors"))
     del patcher.model.diffusion_model.qandc_fingerprint
-    weights = host.module("nodes.comfyui.weights")
+    weights = host.module("nodes.comfyui.quantize.weights")
     before = weights.fingerprint_of(patcher)
     lora = {f"diffusion_model.blocks.0.attn.qkv.lora_{side}.weight": torch.ones(shape) for side, shape in
             (("B", (288, 1)), ("A", (1, 96)))}  # fmt: skip

@@ -14,12 +14,12 @@ PAPER = "W8A8", "paper", 0.0, 0, "", "bake in"  # what Quantize takes before rou
 
 def cached_demo(host: Host, interval: int = 3):
     policy = cache_policy(host, interval)
-    return host.module("nodes.comfyui.caching").apply_cache(demo(host), policy)
+    return host.module("nodes.comfyui.cache.attach").apply_cache(demo(host), policy)
 
 
 def calibrate(host: Host, patcher, **plan):
     """Runs the node's function; all samples of computed steps, none held out, unless the plan says otherwise."""
-    calibration, sampling = host.module("nodes.comfyui.calibration"), host.module("nodes.comfyui.sampling")
+    calibration, sampling = host.module("nodes.comfyui.calibrate.run"), host.module("nodes.comfyui.sampling")
     settings = sampling.Settings(*conditioning(host), *SETTINGS)
     full = calibration.Plan(
         **{
@@ -156,7 +156,7 @@ def pipeline(host: Host, gptq: bool = False) -> dict[str, float]:
 
 def largest_step_difference(host: Host, model, patcher, watch: Watch) -> float:
     """The engine's prediction at every step of a run in ComfyUI, given that run's sample."""
-    process = host.module("qandc_core.sampling.process")
+    process = host.module("qandc_core.diffusion.process")
     sigmas = schedule(patcher, "ddpm")
     config = process.SamplingConfig(cfg_scale=CFG, sigmas=tuple(sigmas.tolist()))
     reverse, worst = process.ReverseProcess(model, LABELS, config), 0.0

@@ -19,7 +19,7 @@ OUTPUTS = "quantized.safetensors"  # in the base directory: what the saved model
 
 
 def available(host: Host) -> tuple[str, ...]:
-    formats = host.module("nodes.comfyui.native_formats")
+    formats = host.module("nodes.comfyui.quantize.formats")
     return tuple(format for format in FORMATS if formats.supported(format))
 
 
@@ -34,7 +34,7 @@ def load(host: Host, name: str):
 
 def quantize(host: Host, patcher, format: str, calibration=None, **settings):
     """The quantized model and its report."""
-    quantization = host.module("nodes.comfyui.quantization")
+    quantization = host.module("nodes.comfyui.quantize.native")
     return quantization.quantize_native(patcher, quantization.NativeSettings(format, **settings), calibration)
 
 

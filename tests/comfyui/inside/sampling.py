@@ -10,7 +10,7 @@ LABELS = [0, 3, 5, 9]
 
 
 def demo(host: Host):
-    return host.module("nodes.comfyui.dit_model").load_dit_patcher("demo")
+    return host.module("nodes.comfyui.model.dit").load_dit_patcher("demo")
 
 
 def conditioning(host: Host, labels=LABELS):
@@ -64,15 +64,15 @@ def plain(host: Host, sampler: str) -> float:
 
 def cache_policy(host: Host, interval: int, order: int = 0, tier: str = "attention and MLP", offload=False, **choices):
     """What Apply Cache attaches."""
-    config = host.module("qandc_core.caching.schedules").CacheConfig(interval, order=order)
+    config = host.module("qandc_core.caching.schedule").CacheConfig(interval, order=order)
     policy = host.module("qandc_core.caching.policies").CachePolicy(config, **choices)
-    return host.module("nodes.comfyui.caching").CacheSettings(policy, tier, offload)
+    return host.module("nodes.comfyui.cache.attach").CacheSettings(policy, tier, offload)
 
 
 def cached(host: Host, order: int = 0) -> float:
     patcher, core = demo(host), host.module("qandc_core")
     policy = cache_policy(host, 3, order=order)
-    fast = host.module("nodes.comfyui.caching").apply_cache(patcher, policy)
+    fast = host.module("nodes.comfyui.cache.attach").apply_cache(patcher, policy)
     model = core.apply_cache_to_dit(core.load_dit("demo"), 3, order=order)
     return relative(ksampler(host, fast, "ddpm"), engine(host, model, patcher, "ddpm"))
 
@@ -80,7 +80,7 @@ def cached(host: Host, order: int = 0) -> float:
 def cached_split_guidance(host: Host) -> float:
     """Conditional and unconditional evaluated one after the other, as with little memory, against both at once."""
     policy = cache_policy(host, 3)
-    fast = host.module("nodes.comfyui.caching").apply_cache(demo(host), policy)
+    fast = host.module("nodes.comfyui.cache.attach").apply_cache(demo(host), policy)
     together = ksampler(host, fast, "ddpm")
     fast.model.memory_required = lambda *args, **kwargs: 1e30
     calls = count_calls(fast)
@@ -98,13 +98,13 @@ def count_calls(patcher) -> list[int]:
 def interval_one_is_identical(host: Host) -> bool:
     patcher = demo(host)
     policy = cache_policy(host, 1)
-    off = host.module("nodes.comfyui.caching").apply_cache(patcher, policy)
+    off = host.module("nodes.comfyui.cache.attach").apply_cache(patcher, policy)
     return torch.equal(ksampler(host, patcher, "ddpm"), ksampler(host, off, "ddpm"))
 
 
 def nothing_is_left_on_the_module(host: Host) -> bool:
     patcher = demo(host)
-    caching, policy = host.module("nodes.comfyui.caching"), cache_policy(host, 3)
+    caching, policy = host.module("nodes.comfyui.cache.attach"), cache_policy(host, 3)
     before = ksampler(host, patcher, "ddpm")
     ksampler(host, caching.apply_cache(patcher, policy), "ddpm")
     blocks = patcher.model.diffusion_model.blocks
@@ -114,7 +114,7 @@ def nothing_is_left_on_the_module(host: Host) -> bool:
 
 def with_output_cache(host: Host, patcher, policy):
     """The cache for foreign models, on ours."""
-    return host.module("nodes.comfyui.caching").apply_cache(patcher, policy)
+    return host.module("nodes.comfyui.cache.attach").apply_cache(patcher, policy)
 
 
 def euler_holding(host: Host, patcher, computes, second_pass: float = 0.0):
@@ -170,7 +170,7 @@ def multi_evaluation_samplers(host: Host) -> dict[str, list]:
     for sampler in ("heun", "dpm_2", "dpmpp_2s_ancestral", "dpmpp_sde"):
         plain = ksampler(host, patcher, sampler)
         for order in (0, 1):
-            fast = host.module("nodes.comfyui.caching").apply_cache(patcher, cache_policy(host, 3, order))
+            fast = host.module("nodes.comfyui.cache.attach").apply_cache(patcher, cache_policy(host, 3, order))
             options, report = fast.model_options["transformer_options"], host.module("qandc_core").RunReport
             options["qandc_report"] = report(sampler, STEPS, len(LABELS), CFG, "cpu")
             out = ksampler(host, fast, sampler)

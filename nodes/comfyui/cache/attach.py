@@ -1,0 +1,241 @@
+"""The feature cache on a MODEL: configuration on the patcher, features in the run, nothing on the module."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.model_management
+from torch import Tensor, nn
+
+from ....qandc_core.caching.attach import cached_call
+from ....qandc_core.caching.features import FeatureCache
+from ....qandc_core.caching.policies import CachePolicy
+from ..model.dit import DiTModel
+from ..wrappers import REPORT, WRAPPERS, is_flow, note, options_of_run, sampler_function_name, scalar
+from .blocks import CachedBlocks, block_lists, read_between
+from .run import PREDICTION, CachedRun
+
+KEY = "qandc_cache"
+COMPILE = "torch.compile"  # of core's compile nodes
+AUTOMATIC, BLOCKS, BRANCHES = "automatic", "blocks", "attention and MLP"
+TIERS = (AUTOMATIC, PREDICTION, BLOCKS, BRANCHES)
+SELF_TEST = {2: 3e-2, 4: 1e-3}  # relative difference allowed, by bytes of a value
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CacheSettings:
+    """What Apply Cache attaches: when to reuse, what, and where it is kept."""
+
+    policy: CachePolicy
+    tier: str = AUTOMATIC
+    offload: bool = False
+
+    def describe(self) -> str:
+        return self.policy.describe()
+
+    def detail(self) -> str:
+        """All of it that changes an image."""
+        return self.policy.detail() + ("" if self.tier == AUTOMATIC else f" {self.tier}")
+
+
+class RunWrapper:
+    """OUTER_SAMPLE: the run's features live exactly as long as the run."""
+
+    def __init__(self, settings: CacheSettings):
+        self.settings = settings
+
+    def __call__(self, executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
+        guider = executor.class_obj
+        saved, options = guider.model_options, options_of_run(guider)
+        inside_compile(options)
+        run = options[KEY] = CachedRun(
+            self.settings.policy, sigmas, sampler_function_name(sampler), is_flow(guider.model_patcher.model),
+            self.settings.offload,
+        )  # fmt: skip
+        try:
+            out = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+            run.finish()
+            log.info(run.summary())
+            return out
+        finally:
+            fill_report(options.get(REPORT), run)
+            run.caches.clear()
+            run.blocks.clear()
+            guider.model_options = saved
+
+
+def inside_compile(options: dict[str, Any]) -> None:
+    """Lets compiled modules be in place when our wrapper runs, whichever node came first."""
+    wrappers = options.get("wrappers", {}).get(WRAPPERS.APPLY_MODEL, {})
+    if COMPILE in wrappers and KEY in wrappers:
+        wrappers[KEY] = wrappers.pop(KEY)
+
+
+def fill_report(report, run: CachedRun) -> None:
+    if report is None:
+        return
+    report.computed, report.cache_bytes = run.computed(), run.peak_bytes
+    report.timeline = {name: "".join(line) for name, line in run.timeline.items()}
+    report.tier = f"{run.tier}, {run.reason}" if run.reason else run.tier
+    report.cache_speedup = run.times.speedup()
+    report.warnings = [*report.warnings, *run.warnings]
+
+
+def prediction_wrapper(executor, x, timestep, model_options, seed):
+    """PREDICT_NOISE: every prediction of the sampler evaluates its conditions anew."""
+    run = model_options["transformer_options"][KEY]
+    run.begin_prediction(scalar(timestep))
+    out = executor(x, timestep, model_options, seed)
+    run.end_prediction(out)
+    return out
+
+
+class ModelWrapper:
+    """APPLY_MODEL: each call is computed, or made of what earlier ones kept."""
+
+    def __init__(self, tier: str):
+        self.tier = tier
+
+    def __call__(self, executor, x, t, c_concat, c_crossattn, control, transformer_options, **kwargs):
+        run, model = transformer_options[KEY], executor.class_obj
+        if not run.tier:
+            run.begin(*choose_tier(model, self.tier))
+        # A batch of two prompts may be padded to the longer, which blocks see and the prediction does not.
+        tokens = tuple(c_crossattn.shape[1:]) if run.keeps_tokens and c_crossattn is not None else ()
+        cache = run.place(x, transformer_options, (*state_of(model, control, transformer_options), tokens))
+
+        def call() -> Tensor:
+            return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+
+        begun = run.times.mark(x.device)
+        try:
+            out = CALLS[run.tier](run, cache, model, transformer_options, call)
+        except comfy.model_management.OOM_EXCEPTION:
+            if not run.num_bytes:
+                raise
+            out = without_features(run, cache, call)
+        run.record(cache, begun, run.times.mark(x.device))
+        return out
+
+
+def without_features(run: CachedRun, cache: FeatureCache, call) -> Tensor:
+    """After memory ran out: frees what was kept and computes."""
+    run.drop()
+    cache.run.reusing = False
+    comfy.model_management.soft_empty_cache()
+    run.warn("memory ran out: kept features were dropped and the step was computed")
+    return call()
+
+
+def reuse_prediction(run: CachedRun, cache: FeatureCache, model, transformer_options, call) -> Tensor:
+    """The denoised sample itself is held or forecast; any sampler can use it, and Euler as well as its derivative."""
+    if cache.run.reusing:
+        return cache.recall("denoised").clone()
+    out = call()
+    if cache.needs(run.step):
+        cache.store("denoised", out.float().clone())
+    return out
+
+
+def reuse_branches(run: CachedRun, cache: FeatureCache, model, transformer_options, call) -> Tensor:
+    """Attention and MLP outputs of our DiT are reused before the gate (FORA, arXiv 2407.01425)."""
+    with cached_call(model.diffusion_model, cache):
+        return call()
+
+
+def reuse_blocks(run: CachedRun, cache: FeatureCache, model, transformer_options, call) -> Tensor:
+    """What the lists of blocks add to their streams is reused; embedding and output layers compute."""
+    network = model.diffusion_model
+    if not cache.run.reusing and not cache.needs(run.step):
+        return call()
+    blocks = run.blocks.get(id(network))
+    if blocks is None:
+        blocks = run.blocks[id(network)] = CachedBlocks(network, read_between(network, transformer_options))
+    with blocks.called(cache) as kept:
+        out = call()
+    if cache.run.reusing:
+        return out
+    kept.store(model.get_dtype_inference())
+    if not run.tested:
+        run.tested = True
+        fault = kept.unlike and f"{kept.unlike} does not return its streams"
+        fault = fault or self_test(blocks, cache, model, call, out)
+        if fault:
+            run.begin(PREDICTION, f"because blocks cannot be reused: {fault}")
+            run.warn(run.reason)
+            cache.drop()
+            cache.store("denoised", out.float().clone())
+    return out
+
+
+def self_test(blocks: CachedBlocks, cache: FeatureCache, model, call, out: Tensor) -> str:
+    """Reuses what was just computed on the same input: the result must be the same. Returns what is wrong."""
+    cache.run.reusing = True
+    try:
+        with blocks.called(cache):
+            again = call()
+    finally:
+        cache.run.reusing = False
+    difference = float((again - out).float().norm() / out.float().norm().clamp(min=1e-12))
+    if difference <= SELF_TEST[min(4, model.get_dtype_inference().itemsize)]:
+        return ""
+    return f"the first step reused on itself differs by {difference:.2g}"
+
+
+CALLS = {PREDICTION: reuse_prediction, BRANCHES: reuse_branches, BLOCKS: reuse_blocks}
+
+
+def choose_tier(model, wanted: str) -> tuple[str, str]:
+    """What to reuse on this model, and why."""
+    network: nn.Module = model.diffusion_model
+    if hasattr(network, "_orig_mod"):  # torch.compile's wrapper, whose module takes seconds to import
+        return PREDICTION, "because the whole model is compiled"
+    if wanted == BRANCHES and not isinstance(model, DiTModel):
+        return PREDICTION, "because attention and MLP are told apart on models of Load DiT only"
+    if wanted == BLOCKS and not block_lists(network):
+        return PREDICTION, f"because the blocks of {type(network).__name__} are not known"
+    if wanted != AUTOMATIC:
+        return wanted, "as chosen"
+    return PREDICTION, "which measured best"
+
+
+def state_of(model, control: Any, transformer_options: dict[str, Any]) -> tuple:
+    """What a condition's features also belong to: hooked weights, replaced layers, a ControlNet.
+
+    Hooked LoRAs change their strength in mid-run, skip-layer guidance begins and ends, a ControlNet ends.
+    """
+    hooks = getattr(model.current_patcher, "current_hooks", None)
+    strengths = () if hooks is None else tuple((id(hook.hook_ref), hook.strength) for hook in hooks.hooks)
+    replaced = transformer_options.get("patches_replace", {})
+    layers = frozenset((kind, layer) for kind, layers in replaced.items() for layer in layers)
+    return strengths, layers, control is not None
+
+
+def apply_cache(patcher, settings: CacheSettings):
+    """A clone of the model that caches; interval 1 attaches nothing and takes off a cache that was there."""
+    clone = patcher.clone()
+    for kind in (WRAPPERS.OUTER_SAMPLE, WRAPPERS.PREDICT_NOISE, WRAPPERS.APPLY_MODEL):
+        clone.remove_wrappers_with_key(kind, KEY)
+    if settings.policy.off:
+        note(clone, "cache", "")
+        return clone
+    clone.add_wrapper_with_key(WRAPPERS.OUTER_SAMPLE, KEY, RunWrapper(settings))
+    clone.add_wrapper_with_key(WRAPPERS.PREDICT_NOISE, KEY, prediction_wrapper)
+    clone.add_wrapper_with_key(WRAPPERS.APPLY_MODEL, KEY, ModelWrapper(settings.tier))
+    note(clone, "cache", settings.describe(), settings.detail())
+    return clone
+
+
+def steps_vary(patcher) -> bool:
+    """Whether its cache picks other steps for other images."""
+    wrappers = patcher.get_wrappers(WRAPPERS.OUTER_SAMPLE, KEY)
+    return any(wrapper.settings.policy.max_error is not None for wrapper in wrappers)
+
+
+def is_reused(transformer_options: dict[str, Any]) -> bool:
+    """Whether the latest model call of the run came from the cache."""
+    run = transformer_options.get(KEY)
+    return run is not None and run.reused

@@ -1,0 +1,19 @@
+from __future__ import annotations
+
+import argparse
+
+from .common import load, log
+
+
+def run(args: argparse.Namespace) -> None:
+    from ..calibration.file import load_calibration
+    from ..checkpoints.quantized import save_quantized
+    from ..quantization.model import DIT_SKIP, QuantizationConfig, linear_weight_bytes, quantize_model
+
+    model = load(args)
+    calibration = load_calibration(args.calibration) if args.calibration else None
+    before = linear_weight_bytes(model)
+    quantize_model(model, args.w_bits, args.a_bits, DIT_SKIP, calibration, QuantizationConfig(rounding=args.rounding))
+    save_quantized(model, args.out)
+    log(f"Linear weights: {before / 2**20:.1f} MiB before, {linear_weight_bytes(model) / 2**20:.1f} MiB after")
+    print(args.out)
