@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration.file import FINGERPRINT, fingerprint
-from ..models.layouts import diffusers_names
+from ..models.layers import named_linears
 from .gptq import gptq_codes
 from .grids import Grid, affine_grid, quantize, symmetric_grid, weight_grid
 from .linear import LinearFormat, QuantizedLinear
@@ -45,15 +45,6 @@ class QuantizationConfig:
             raise ValueError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {self.rounding!r}.")
         if self.backend not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {self.backend!r}.")
-
-
-def named_linears(model: nn.Module, skip_patterns: Iterable[str] = ()) -> Iterator[tuple[str, nn.Linear]]:
-    """Linear layers whose name, in diffusers' terms, contains none of the patterns."""
-    patterns = tuple(skip_patterns)
-    for name, module in model.named_modules():
-        skipped = any(p in known for p in patterns for known in (name, *diffusers_names(name)))
-        if isinstance(module, nn.Linear) and not skipped:
-            yield name, module
 
 
 def quantize_model(
