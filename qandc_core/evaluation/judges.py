@@ -132,22 +132,24 @@ def read_arrays(path: str | Path) -> dict[str, Tensor]:
 
     if not zipfile.is_zipfile(path):
         raise ValueError(f"There is no complete .npz file {path}; expected an ADM reference batch.")
-    with np.load(path, allow_pickle=False) as data:
+    with reading(path), np.load(path, allow_pickle=False) as data:
         missing = [key for key in ("mu", "sigma", "mu_s", "sigma_s") if key not in data]
         if missing:
             raise ValueError(f"{path} lacks {', '.join(missing)}; expected an ADM reference batch (.npz).")
         kept = [key for key in ("mu", "sigma", "mu_s", "sigma_s", "arr_0") if key in data]
         arrays = {key: torch.from_numpy(data[key]) for key in kept}
+        check_arrays(arrays)
+    return arrays
+
+
+def check_arrays(arrays: dict[str, Tensor]) -> None:
     for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s")):
         size = arrays[mean].numel()
         if arrays[mean].shape != (size,) or arrays[covariance].shape != (size, size):
-            raise ValueError(
-                f"{path} holds {covariance} of {tuple(arrays[covariance].shape)}, expected {(size, size)}."
-            )
-    images = arrays.pop("arr_0", None)
+            raise ValueError(f"{covariance} has the shape {tuple(arrays[covariance].shape)}, expected {(size, size)}")
     check_finite(arrays)
+    images = arrays.get("arr_0")
     if images is None:
-        return arrays
+        return
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != 3 or not len(images):
-        raise ValueError(f"{path} holds images of {tuple(images.shape)} {images.dtype}, expected bytes (N, H, W, 3).")
-    return {**arrays, "arr_0": images}
+        raise ValueError(f"arr_0 is {tuple(images.shape)} of {images.dtype}, expected images (N, H, W, 3) in bytes")

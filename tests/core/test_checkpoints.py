@@ -379,6 +379,12 @@ def test_metadata_of_a_saved_file(tmp_path, model):
     save_dit(model, tmp_path / "model.safetensors")
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         metadata = file.metadata()
-    kept = {"num_heads": "4", "num_classes": "10", "norm2_eps": "1e-06", "frequency_shift": "0", "prediction": "epsilon"}
+    kept = {
+        "num_heads": "4",
+        "num_classes": "10",
+        "norm2_eps": "1e-06",
+        "frequency_shift": "0",
+        "prediction": "epsilon",
+    }
     assert metadata == {"format": "pt"} | kept
     assert load_file(tmp_path / "model.safetensors").keys() == model.state_dict().keys()
