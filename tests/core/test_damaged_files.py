@@ -308,7 +308,8 @@ def sharded(tmp_path):
 @pytest.mark.parametrize(
     "name",
     ["../outside.safetensors", "/etc/passwd", "sub/a.safetensors", "..", ".", "", "C:\\a.safetensors",
-     "..\\a.safetensors", "model.safetensors.index.json", "a.safetensors.index.json", "b\u0000.safetensors", "con.safetensors", 3, None, {}],
+     "..\\a.safetensors",
+     "model.safetensors.index.json", "a.safetensors.index.json", "b\u0000.safetensors", "con.safetensors", 3, None, {}],
 )  # fmt: skip
 def test_an_index_reads_checkpoints_of_its_own_folder_alone(sharded, name):
     index = sharded / "model.safetensors.index.json"
@@ -395,7 +396,8 @@ def test_a_compensation_that_is_not_finite(tmp_path, key):
 @pytest.mark.parametrize(
     "change",
     [{"norm2_eps": float("nan")}, {"norm2_eps": -1.0}, {"prediction": "nonsense"}, {"num_heads": 0},
-     {"hidden_size": 8.5}, {"mlp_ratio": float("inf")}, {"frequency_shift": 128}, {"num_classes": 0}, {"learn_sigma": "yes"}, {"depth": True}],
+     {"hidden_size": 8.5}, {"mlp_ratio": float("inf")},
+     {"frequency_shift": 128}, {"num_classes": 0}, {"learn_sigma": "yes"}, {"depth": True}],
 )  # fmt: skip
 def test_a_configuration_that_no_dit_has(change):
     with pytest.raises(ValueError, match=next(iter(change))):

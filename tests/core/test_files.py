@@ -55,7 +55,11 @@ import sys, torch
 from pathlib import Path
 from qandc_core.files import save_tensors, save_text
 folder = Path(sys.argv[1])
-for save in (lambda: save_tensors({"a": torch.zeros(10**5)}, folder / "a.safetensors", {}), lambda: save_text("x" * 10**5, folder / "a.txt")):
+saves = [
+    lambda: save_tensors({"a": torch.zeros(10**5)}, folder / "a.safetensors", {}),
+    lambda: save_text("x" * 10**5, folder / "a.txt"),
+]
+for save in saves:
     try:
         save()
     except OSError as error:
