@@ -174,7 +174,7 @@ BAD = {
     "cfg nan": ([*GENERATE, "--cfg", "nan"], "--cfg: must be a finite number, got nan"),
     "cfg infinite": ([*GENERATE, "--cfg", "-inf"], "must be a finite number, got -inf|expected one argument"),
     "device meta": ([*GENERATE, "--device", "meta"], "meta hold no values; leave --device out"),
-    "model of NaN": (["generate", "--model", "{nan}", "--classes", "0"], "mlp.fc1.weight holds values that are not fin"),
+    "model of NaN": (["generate", "--model", "{nan}", "--classes", "0"], "mlp.fc1.weight holds values that are not"),
     "unknown sampler": ([*GENERATE, "--sampler", "euler"], "invalid choice: 'euler'"),
     "interval 0": ([*GENERATE, "--cache-interval", "0"], "must be 1 or more, got 0"),
     "negative seed": ([*GENERATE, "--seed", "-1"], "must be 0 or more, got -1"),
@@ -240,7 +240,8 @@ def files(folder, calibration, quantized, tmp_path_factory):
     whole["blocks.1.mlp.fc1.weight"][0, 0] = float("nan")
     save_file(whole, bad / "nan.safetensors", {"num_heads": "2"})
     return {
-        "nan": bad / "nan.safetensors", "model": folder / "model.safetensors", "other": folder / "other.safetensors", "text": bad / "text.txt",
+        "nan": bad / "nan.safetensors",
+        "model": folder / "model.safetensors", "other": folder / "other.safetensors", "text": bad / "text.txt",
         "latents": folder / "latents.safetensors", "calibration": calibration, "quantized": quantized,
         "cut": bad / "cut model.safetensors", "cut calibration": bad / "cut calibration.safetensors",
         "empty": bad / "empty",
