@@ -101,14 +101,16 @@ def save_text(text: str, path: str | os.PathLike[str]) -> None:
 
 @contextmanager
 def reading(path: str | os.PathLike[str], remedy: str = "download or save it again") -> Iterator[None]:
-    """Whatever goes wrong with the content of `path` becomes a ValueError that names it; OSError passes.
+    """Whatever goes wrong with the content of `path` becomes a ValueError that names it; OSError stays one.
 
     `remedy` ends the sentence where the cause is a parser's, which does not say what to do.
     """
     try:
         yield
-    except OSError:
-        raise
+    except OSError as error:
+        if str(path) in str(error) or error.filename is not None:
+            raise
+        raise OSError(f"{path} cannot be read ({one_line(error)}); {remedy}") from error
     except ValueError as error:
         if str(path) in str(error):
             raise
