@@ -40,6 +40,16 @@ def bits(text: str) -> int:
     return value
 
 
+def class_id(text: str) -> int:
+    value = int(text)
+    if abs(value) >= 2**31:
+        raise argparse.ArgumentTypeError(f"must be the number of a class, got {value}")
+    return value
+
+
+class_id.__name__ = "int"
+
+
 def finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):

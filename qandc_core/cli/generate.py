@@ -6,7 +6,7 @@ from pathlib import Path
 from ..calibration.file import Calibration, load_calibration
 from ..diffusion.process import SamplingConfig
 from ..files import written_whole
-from .common import CACHE_INTERVAL, add_model, add_sampling, at_least, load, log, sampling
+from .common import CACHE_INTERVAL, add_model, add_sampling, at_least, class_id, load, log, sampling
 
 SUMMARY = "sample images of given classes"
 
@@ -19,7 +19,7 @@ def add(command: argparse.ArgumentParser) -> None:
         help="compute every N-th step, 1 caches nothing; replaces the steps of a calibration "
         f"(default {CACHE_INTERVAL} without them)",
     )  # fmt: skip
-    command.add_argument("--classes", type=int, nargs="+", required=True, help="class ids, one for each image")
+    command.add_argument("--classes", type=class_id, nargs="+", required=True, help="class ids, one for each image")
     command.add_argument("--seed", type=at_least(0), default=0, help="seed of the noise (default 0)")
     command.add_argument(
         "--calibration", type=Path, help="calibration file; brings its computed steps and variance compensation"

@@ -181,6 +181,7 @@ BAD = {
     "no class": (["generate", "--model", "{model}"], "required: --classes"),
     "class too high": ([*GENERATE[:3], "--classes", "0", "6"], "class id 6 is out of range: .* 0 to 4, and 5"),
     "class below 0": ([*GENERATE[:3], "--classes", "-1"], "class id -1 is out of range"),
+    "class beyond integers": ([*GENERATE[:3], "--classes", "9" * 30], "must be the number of a class"),
     "model missing": (["generate", "--model", "missing.safetensors", "--classes", "0"], "no DiT checkpoint at missing"),
     "model of text": (["generate", "--model", "{text}", "--classes", "0"], "not a DiT checkpoint"),
     "model cut": (["generate", "--model", "{cut}", "--classes", "0"], "truncated or not a safetensors file"),

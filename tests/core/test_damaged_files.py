@@ -239,7 +239,8 @@ def test_tensors_replaced(valid, tmp_path_factory, name, data):
         tensor = tensors[key]
         changed = data.draw(
             st.sampled_from(
-                (None, tensor.flatten(), tensor[None], tensor[..., :-1] if tensor.ndim else tensor[None], torch.zeros_like(tensor),
+                (None, tensor.flatten(), tensor[None], tensor[..., :-1] if tensor.ndim else tensor[None],
+                 torch.zeros_like(tensor),
                  torch.full_like(tensor, float("nan")) if tensor.is_floating_point() else tensor.float(),
                  torch.zeros(0), torch.zeros((), dtype=torch.bool), tensor.double(), tensor.to(torch.int16),
                  torch.zeros(7, 5, dtype=torch.float8_e4m3fn), torch.full((3,), float("inf")),
