@@ -19,7 +19,7 @@ def whole_number(values: Mapping[str, Any], name: str, low: int, high: int, text
         number = int(value) if is_number(value, int, text) else None
         if number is not None and low <= number <= high:
             return number
-    raise ValueError(f"{name} is {str(value)[:50]!r}, expected a whole number between {low} and {high}")
+    raise ValueError(f"{name} is {str(value)[:50]!r}, expected a whole number between {low} and {high}.")
 
 
 def real_number(values: Mapping[str, Any], name: str, low: float, high: float, text: bool = False) -> float:
@@ -31,7 +31,7 @@ def real_number(values: Mapping[str, Any], name: str, low: float, high: float, t
         number = float(value) if is_number(value, (int, float), text) else math.nan
         if low <= number <= high:
             return number
-    raise ValueError(f"{name} is {str(value)[:50]!r}, expected a number between {low:g} and {high:g}")
+    raise ValueError(f"{name} is {str(value)[:50]!r}, expected a number between {low:g} and {high:g}.")
 
 
 def is_number(value: Any, kind: Any, text: bool) -> bool:
@@ -46,4 +46,4 @@ def check_finite(tensors: Mapping[str, Tensor], names: Iterable[str] | None = No
             continue
         low, high = (tensor.float() if tensor.element_size() == 1 else tensor).aminmax()
         if not math.isfinite(low) or not math.isfinite(high):
-            raise ValueError(f"{name} holds values that are not finite; the file is damaged")
+            raise ValueError(f"{name} holds values that are not finite; the file is damaged.")

@@ -47,9 +47,9 @@ class DiTConfig:
         real_number(values, "mlp_ratio", 0, 2**16)
         real_number(values, "norm2_eps", 0, 1)
         if not isinstance(self.learn_sigma, bool) or not isinstance(self.has_null_class, bool):
-            raise ValueError("learn_sigma and has_null_class are either true or false")
+            raise ValueError("learn_sigma and has_null_class are either true or false.")
         if self.prediction not in PREDICTIONS:
-            raise ValueError(f"prediction is {self.prediction!r}, expected one of {', '.join(PREDICTIONS)}")
+            raise ValueError(f"prediction is {self.prediction!r}, expected one of {', '.join(PREDICTIONS)}.")
 
     @property
     def out_channels(self) -> int:
