@@ -1,6 +1,6 @@
 # make demo    the built-in model in full precision and with Q&C, side by side
 # make test    all tests, or those of TESTS="path ..."
-# make lint    ruff and mypy
+# make lint    ruff, mypy and the order of imports
 # make bench   speed and memory, ratios in one run
 # make experiment   the ablation behind the README's table (about an hour on two cores)
 
@@ -21,6 +21,7 @@ lint: $(VENV)/.test
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+	$(VENV)/bin/lint-imports
 
 bench: $(VENV)/.demo
 	$(RUN) -m qandc_core bench --out benchmarks/results

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .caching.attach import apply_cache_to_dit, remove_cache, reset_all_caches
 from .caching.schedule import optimal_schedule
 from .calibration.file import Calibration, load_calibration
@@ -11,13 +14,23 @@ from .compensation.correction import VarianceCompensation
 from .compensation.factors import variance_factors
 from .compensation.fit import fit_variance_compensation
 from .diffusion.process import SamplingConfig
-from .fused.dit import FusedDiT, fuse_dit
 from .models import DiT, DiTConfig
 from .quantization.model import QuantizationConfig, quantize_model
-from .sampling.generate import StepInfo, generate
 from .sampling.report import RunReport
 
+if TYPE_CHECKING:
+    from .fused.dit import FusedDiT, fuse_dit
+    from .sampling.generate import StepInfo, generate
+
 __version__ = "0.1.0"
+
+# Imported where they are used: who reads a calibration needs neither kernels nor a sampling loop.
+LATER = {
+    "FusedDiT": ".fused.dit",
+    "fuse_dit": ".fused.dit",
+    "StepInfo": ".sampling.generate",
+    "generate": ".sampling.generate",
+}
 
 __all__ = [
     "Calibration",
@@ -44,3 +57,13 @@ __all__ = [
     "tap_select",
     "variance_factors",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(LATER[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *LATER]

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..caching.attach import cache_bypassed, feature_cache
 from ..diffusion.process import ReverseProcess, SamplingConfig
 from ..models.dit import DiT
-from ..quantization.model import named_linears
+from ..models.layers import named_linears
 from .statistics import LayerStatistics, merge_rows, observed
 
 

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..compensation.correction import VarianceCompensation
 from ..diffusion.process import SamplingConfig
-from ..files import save_tensors
+from ..files import parse_json, read_safetensors, reading, save_tensors
+from ..values import check_finite
 from .calls import ModelCall, pack_calls, unpack_calls
-from .statistics import LayerStatistics
+from .statistics import BINS, LayerStatistics
 
 FORMAT, VERSION = "qandc-calibration", 1
+REMEDY = "calibrate again"
 FINGERPRINT = "qandc_fingerprint"
 TENSORS = ("low", "high", "mean", "histogram", "hessian", "rows", "held_out")
 
@@ -122,30 +124,51 @@ def load_calibration(path: str | Path) -> Calibration:
     if not path.is_file():
         raise FileNotFoundError(f"There is no calibration file {path}; make one with: python -m qandc_core calibrate.")
     try:
-        with safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {}).get("qandc", "null"))
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a complete safetensors file ({error}); calibrate again.") from error
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
-        raise ValueError(f"{path} is not a calibration file; expected one written by the calibrate step.")
-    if header["version"] != VERSION:
+        tensors, metadata = read_safetensors(path)
+    except ValueError as error:
         raise ValueError(
-            f"{path} has calibration format {header['version']}, this version reads {VERSION}; calibrate again."
-        )
-    try:
-        return Calibration(
-            model=header["model"],
-            statistics=read_statistics(tensors),
-            schedule=tuple(tensors["schedule/steps"].tolist()) if "schedule/steps" in tensors else None,
-            distances=tensors.get("schedule/distances"),
-            variance=read_variance(tensors, header["variance_method"]),
-            sampling=read_sampling(header["sampling"]),
-            notes=header["notes"],
-            held_out=unpack_calls(tensors, header.get("held_out", ())),
-        )
-    except KeyError as error:
-        raise ValueError(f"{path} is damaged, it lacks {error}; calibrate again.") from error
+            f"{path} is not a complete safetensors file ({error.__cause__ or error}); {REMEDY}."
+        ) from error
+    with reading(path, REMEDY):
+        if "qandc" not in metadata or (header := parse_json(metadata["qandc"])).get("format") != FORMAT:
+            raise ValueError(f"{path} is not a calibration file; expected one written by the calibrate step.")
+        if header.get("version") != VERSION:
+            raise ValueError(
+                f"{path} has calibration format {header.get('version')}, this version reads {VERSION}; {REMEDY}."
+            )
+        try:
+            return read_calibration(tensors, header)
+        except KeyError as error:
+            raise ValueError(f"{path} is damaged, it lacks {error}; {REMEDY}.") from error
+
+
+def read_calibration(tensors: dict[str, Tensor], header: Mapping[str, Any]) -> Calibration:
+    if not isinstance(header["model"], str) or not isinstance(header["notes"], dict):
+        raise ValueError("its header is not that of a calibration")
+    distances = tensors.get("schedule/distances")
+    return Calibration(
+        model=header["model"],
+        statistics=read_statistics(tensors),
+        schedule=read_schedule(tensors, distances),
+        distances=distances,
+        variance=read_variance(tensors, header["variance_method"]),
+        sampling=read_sampling(header["sampling"]),
+        notes=header["notes"],
+        held_out=unpack_calls(tensors, header.get("held_out", ())),
+    )
+
+
+def read_schedule(tensors: Mapping[str, Tensor], distances: Tensor | None) -> tuple[int, ...] | None:
+    if distances is not None:
+        if distances.ndim != 2 or distances.shape[0] != distances.shape[1]:
+            raise ValueError(f"its step distances are {tuple(distances.shape)}, expected a square matrix")
+        check_finite({"schedule/distances": distances})
+    if "schedule/steps" not in tensors:
+        return None
+    steps = tuple(tensors["schedule/steps"].tolist())
+    if not steps or any(type(step) is not int or step < 0 for step in steps) or sorted(set(steps)) != list(steps):
+        raise ValueError("its computed steps are not rising step numbers")
+    return steps
 
 
 def read_statistics(tensors: dict[str, Tensor]) -> dict[str, LayerStatistics]:
@@ -155,19 +178,44 @@ def read_statistics(tensors: dict[str, Tensor]) -> dict[str, LayerStatistics]:
         count, reach = tensors[f"statistics/{name}/count"].tolist()
         low, high, mean, histogram = (tensors[f"statistics/{name}/{key}"] for key in TENSORS[:4])
         optional = (tensors.get(f"statistics/{name}/{key}") for key in TENSORS[4:])
-        statistics[name] = LayerStatistics(int(count), low, high, mean, histogram, reach, *optional)
+        layer = LayerStatistics(int(count), low, high, mean, histogram, reach, *optional)
+        check_statistics(name, layer)
+        statistics[name] = layer
     return statistics
+
+
+def check_statistics(name: str, layer: LayerStatistics) -> None:
+    """Raises ValueError on shapes that do not belong together, and on bounds or sums that are not finite."""
+    width = len(layer.low)
+    shapes = {"low": (width,), "high": (width,), "mean": (width,), "histogram": (BINS,), "hessian": (width, width)}
+    for key in TENSORS:
+        tensor = getattr(layer, key)
+        if tensor is None:
+            continue
+        expected = shapes.get(key, (len(tensor), width))
+        if tuple(tensor.shape) != expected or not tensor.is_floating_point():
+            raise ValueError(f"{key} of {name} is {tuple(tensor.shape)} of {tensor.dtype}, expected {expected} floats")
+        if layer.count or key not in ("low", "high"):  # nothing lies between the bounds of no inputs
+            check_finite({f"{key} of {name}": tensor})
+    if layer.count < 0 or not 0 < layer.reach < math.inf:
+        raise ValueError(f"count and reach of {name} are {layer.count} and {layer.reach}, expected positive numbers")
 
 
 def read_variance(tensors: dict[str, Tensor], method: str | None) -> VarianceCompensation | None:
     if method is None:
         return None
-    sigmas, mean, factor = (tensors[f"variance/{key}"] for key in ("sigmas", "mean", "factor"))
+    parts = {key: tensors[f"variance/{key}"] for key in ("sigmas", "mean", "factor")}
+    sigmas, mean, factor = parts.values()
+    if sigmas.ndim != 1 or mean.ndim != 2 or mean.shape != factor.shape or len(sigmas) != len(mean) or not len(mean):
+        raise ValueError(f"its compensation has the shapes {[tuple(part.shape) for part in parts.values()]}")
+    check_finite({f"variance/{key}": part for key, part in parts.items()})
     return VarianceCompensation(sigmas, mean, factor, method)
 
 
-def read_sampling(values: dict[str, Any] | None) -> SamplingConfig | None:
+def read_sampling(values: Mapping[str, Any] | None) -> SamplingConfig | None:
     if values is None:
         return None
-    sigmas = values.pop("sigmas")
-    return SamplingConfig(**values, sigmas=None if sigmas is None else tuple(sigmas))
+    sigmas = values["sigmas"]
+    config = SamplingConfig(**{**values, "sigmas": None if sigmas is None else tuple(sigmas)})
+    config.schedule()  # raises ValueError on steps or noise levels that nobody can sample
+    return config

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 BINS = 2048
-CLIPPINGS = ("minmax", "percentile", "mse")
 
 
 @dataclass
@@ -84,38 +83,6 @@ class LayerStatistics:
     def centers(self) -> Tensor:
         width = 2 * self.reach / BINS
         return torch.arange(BINS) * width - self.reach + width / 2
-
-    def bounds(
-        self, clipping: str = "minmax", bits: int = 8, percentile: float = 99.99, symmetric: bool = False
-    ) -> tuple[float, float]:
-        """Low and high of the static activation grid: all seen, a two-sided percentile, or least squared error."""
-        low, high = float(self.low.min()), float(self.high.max())
-        if clipping == "minmax":
-            return low, high
-        if clipping == "percentile":
-            cumulative = self.histogram.cumsum(0) / self.histogram.sum()
-            tail = (1 - percentile / 100) / 2
-            first, last = (int(torch.searchsorted(cumulative, q)) for q in (tail, 1 - tail))
-            width = 2 * self.reach / BINS
-            edge = self.centers
-            last = min(last, BINS - 1)
-            return max(low, float(edge[first]) - width / 2), min(high, float(edge[last]) + width / 2)
-        if clipping == "mse":
-            fractions = torch.linspace(0.2, 1.0, 81).tolist()
-            best = min(fractions, key=lambda f: self.clipping_error(f * low, f * high, bits, symmetric))
-            return best * low, best * high
-        raise ValueError(f"clipping must be one of {', '.join(CLIPPINGS)}, got {clipping!r}.")
-
-    def clipping_error(self, low: float, high: float, bits: int, symmetric: bool) -> float:
-        """Squared error of quantizing the histogram on the grid from low to high."""
-        from ..quantization.grids import affine_grid, dequantize, quantize, symmetric_grid
-
-        if symmetric:
-            grid = symmetric_grid(torch.tensor(max(-low, high)), bits)
-        else:
-            grid = affine_grid(torch.tensor(low), torch.tensor(high), bits)
-        x = self.centers
-        return float((self.histogram * (dequantize(quantize(x, grid), grid) - x).double().square()).sum())
 
 
 def reserved(rows: int, width: int) -> Tensor | None:

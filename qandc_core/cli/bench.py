@@ -2,11 +2,20 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
+from ..files import save_text
 from .common import log
 
 PARTS = ("speed", "fused", "cache", "linear", "model", "import", "end-to-end", "tap")
+
+SUMMARY = "speed and memory of every part, and in words where the time of a step goes"
+
+
+def add(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure (default all)")
+    command.add_argument("--out", type=Path, default=Path("out/bench"), help="folder for JSON and table")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -35,9 +44,8 @@ def run(args: argparse.Namespace) -> None:
     for name in args.parts:
         log(f"bench: {name}")
         result[name] = parts[name]()
-    args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"bench-{device}.json"
-    path.write_text(json.dumps(result, indent=1))
+    save_text(json.dumps(result, indent=1), path)
     for name in args.parts:
         print(words(name, result[name]))
     print(path)

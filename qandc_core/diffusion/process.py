@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..caching.attach import feature_cache
-from ..fused.dit import FusedDiT
-from ..models.dit import DiT
+from ..models.dit import DiT, PatchGrid
+from ..values import real_number, whole_number
 from .guidance import guided_prediction
 from .noise import GivenNoise, ImageNoise
 from .samplers import SAMPLERS, ddim_step, ddpm_step, denoised_image, implied_noise
@@ -41,6 +41,9 @@ class SamplingConfig:
             raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {self.sampler!r}.")
         if self.variance not in VARIANCES:
             raise ValueError(f"variance must be one of {', '.join(VARIANCES)}, got {self.variance!r}.")
+        real_number(vars(self), "cfg_scale", -1e6, 1e6)  # NaN is in no range
+        if self.guidance_channels is not None:
+            whole_number(vars(self), "guidance_channels", 0, 2**16)
 
     def schedule(self) -> NoiseSchedule:
         return from_sigmas(self.sigmas) if self.sigmas is not None else respaced(self.steps, self.spacing)
@@ -53,12 +56,13 @@ class NoiseSource(Protocol):
 class ReverseProcess:
     """Denoises one batch with one model; `step(i, x, noise)` is the whole state machine."""
 
-    def __init__(self, model: DiT | FusedDiT, class_labels: Sequence[int] | Tensor, config: SamplingConfig):
+    def __init__(self, model: DiT | PatchGrid, class_labels: Sequence[int] | Tensor, config: SamplingConfig):
         self.model, self.config = model, config
         self.schedule = config.schedule()
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, model.pos_embed.dtype
-        self.labels = check_labels(class_labels, model.config.num_classes).to(self.device)
+        self.labels = check_labels(class_labels, model.config.num_classes, model.config.has_null_class).to(self.device)
+        self.null_class = model.null_class if config.cfg_scale != 1 else -1
         if config.variance == "learned_range" and not model.config.learn_sigma:
             raise ValueError("variance='learned_range' needs a model that predicts it, and this one has fixed sigma.")
 
@@ -85,7 +89,7 @@ class ReverseProcess:
             cache.begin_step()
         t = torch.full((len(x),), self.schedule.timesteps[i], device=self.device)
         eps, v = guided_prediction(
-            self.model, x.to(self.dtype), t, self.labels, self.model.null_class,
+            self.model, x.to(self.dtype), t, self.labels, self.null_class,
             config.cfg_scale, config.guidance_channels, config.batched_guidance,
         )  # fmt: skip
         # Guidance is linear, so guiding the predicted image guides the noise.
@@ -99,14 +103,15 @@ class ReverseProcess:
         return ddpm_step(x, eps, alpha_bar[i], alpha_bar[i + 1], noise, learned), x0
 
 
-def check_labels(class_labels: Sequence[int] | Tensor, num_classes: int) -> Tensor:
-    """Class ids as int64 (N,); the null class num_classes is allowed."""
+def check_labels(class_labels: Sequence[int] | Tensor, num_classes: int, has_null_class: bool = True) -> Tensor:
+    """Class ids as int64 (N,); the null class num_classes is allowed where the model has one."""
     labels = torch.as_tensor(class_labels)
     if labels.ndim != 1 or not len(labels) or labels.is_floating_point():
         raise ValueError("class_labels must be a non-empty list of integer class ids.")
-    if labels.min() < 0 or labels.max() > num_classes:
+    if labels.min() < 0 or labels.max() >= num_classes + has_null_class:
+        null = f", and {num_classes} for no class" if has_null_class else " and none for no class"
         raise ValueError(
             f"class id {int(labels.min() if labels.min() < 0 else labels.max())} is out of range: this model has the "
-            f"classes 0 to {num_classes - 1}, and {num_classes} for no class."
+            f"classes 0 to {num_classes - 1}{null}."
         )
     return labels.long()

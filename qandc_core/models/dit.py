@@ -10,12 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..values import real_number, whole_number
+
 FREQUENCIES = 256  # width of the sinusoidal timestep embedding
+PREDICTIONS = ("epsilon", "sample")
 
 
 @dataclass(frozen=True)
 class DiTConfig:
-    """Shape of a DiT. `num_classes` leaves out the null class, which has the id `num_classes`."""
+    """Shape of a DiT. `num_classes` leaves out the null class, which has the id `num_classes`.
+
+    Raises ValueError on sizes that are not positive numbers and on conventions that no DiT has.
+    """
 
     input_size: int = 32
     patch_size: int = 2
@@ -30,10 +36,28 @@ class DiTConfig:
     # diffusers spaces the 128 frequencies over 127 intervals, the original code over 128.
     frequency_shift: int = 0
     prediction: str = "epsilon"  # or "sample": the clean image; diffusers' names
+    has_null_class: bool = True  # False: trained without label dropout, so there is nothing to guide away from
+
+    def __post_init__(self) -> None:
+        values = vars(self)
+        for name in ("input_size", "patch_size", "in_channels", "hidden_size", "num_heads", "num_classes"):
+            whole_number(values, name, 1, 2**24)
+        whole_number(values, "depth", 0, 2**16)
+        whole_number(values, "frequency_shift", 0, FREQUENCIES // 2 - 1)
+        real_number(values, "mlp_ratio", 0, 2**16)
+        real_number(values, "norm2_eps", 0, 1)
+        if not isinstance(self.learn_sigma, bool) or not isinstance(self.has_null_class, bool):
+            raise ValueError("learn_sigma and has_null_class are either true or false.")
+        if self.prediction not in PREDICTIONS:
+            raise ValueError(f"prediction is {self.prediction!r}, expected one of {', '.join(PREDICTIONS)}.")
 
     @property
     def out_channels(self) -> int:
         return self.in_channels * (2 if self.learn_sigma else 1)
+
+    @property
+    def num_embeddings(self) -> int:
+        return self.num_classes + self.has_null_class
 
 
 def timestep_embedding(t: Tensor, shift: int = 0) -> Tensor:
@@ -88,7 +112,7 @@ class TimestepEmbedder(nn.Module):
 class LabelEmbedder(nn.Module):
     def __init__(self, config: DiTConfig, operations: Any, **factory: Any):
         super().__init__()
-        self.embedding_table = operations.Embedding(config.num_classes + 1, config.hidden_size, **factory)
+        self.embedding_table = operations.Embedding(config.num_embeddings, config.hidden_size, **factory)
 
     def forward(self, y: Tensor) -> Tensor:
         return self.embedding_table(y)
@@ -164,6 +188,12 @@ class PatchGrid(nn.Module):
 
     @property
     def null_class(self) -> int:
+        """Raises ValueError where the model has none."""
+        if not self.config.has_null_class:
+            raise ValueError(
+                f"This model has {self.config.num_classes} classes and none for no class, so there is nothing to guide "
+                "away from; sample it with guidance scale 1."
+            )
         return self.config.num_classes
 
     def positions(self, rows: int, cols: int) -> Tensor:

@@ -30,7 +30,7 @@ class LinearFormat:
     symmetric_inputs: bool = False
 
     def __post_init__(self) -> None:
-        if not 2 <= self.w_bits <= 8 or not 2 <= self.a_bits <= 8:
+        if not all(isinstance(bits, int) and 2 <= bits <= 8 for bits in (self.w_bits, self.a_bits)):
             raise ValueError(f"w_bits and a_bits must be between 2 and 8, got {self.w_bits} and {self.a_bits}.")
 
     @property

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import qandc_core
 from qandc_core import (
@@ -170,12 +171,17 @@ BAD = {
     "too many steps": ([*GENERATE, "--steps", "1001"], "between 1 and 1000, got 1001"),
     "steps in words": ([*GENERATE, "--steps", "many"], "invalid whole number value: 'many'"),
     "cfg in words": ([*GENERATE, "--cfg", "abc"], "invalid float value: 'abc'"),
+    "cfg nan": ([*GENERATE, "--cfg", "nan"], "--cfg: must be a finite number, got nan"),
+    "cfg infinite": ([*GENERATE, "--cfg", "-inf"], "must be a finite number, got -inf|expected one argument"),
+    "device meta": ([*GENERATE, "--device", "meta"], "meta hold no values; leave --device out"),
+    "model of NaN": (["generate", "--model", "{nan}", "--classes", "0"], "mlp.fc1.weight holds values that are not"),
     "unknown sampler": ([*GENERATE, "--sampler", "euler"], "invalid choice: 'euler'"),
     "interval 0": ([*GENERATE, "--cache-interval", "0"], "must be 1 or more, got 0"),
     "negative seed": ([*GENERATE, "--seed", "-1"], "must be 0 or more, got -1"),
     "no class": (["generate", "--model", "{model}"], "required: --classes"),
     "class too high": ([*GENERATE[:3], "--classes", "0", "6"], "class id 6 is out of range: .* 0 to 4, and 5"),
     "class below 0": ([*GENERATE[:3], "--classes", "-1"], "class id -1 is out of range"),
+    "class beyond integers": ([*GENERATE[:3], "--classes", "9" * 30], "must be the number of a class"),
     "model missing": (["generate", "--model", "missing.safetensors", "--classes", "0"], "no DiT checkpoint at missing"),
     "model of text": (["generate", "--model", "{text}", "--classes", "0"], "not a DiT checkpoint"),
     "model cut": (["generate", "--model", "{cut}", "--classes", "0"], "truncated or not a safetensors file"),
@@ -231,7 +237,11 @@ def files(folder, calibration, quantized, tmp_path_factory):
     for name in ("model", "calibration"):
         whole = (folder / f"{name}.safetensors").read_bytes()
         (bad / f"cut {name}.safetensors").write_bytes(whole[: len(whole) // 2])
+    whole = load_file(folder / "model.safetensors")
+    whole["blocks.1.mlp.fc1.weight"][0, 0] = float("nan")
+    save_file(whole, bad / "nan.safetensors", {"num_heads": "2"})
     return {
+        "nan": bad / "nan.safetensors",
         "model": folder / "model.safetensors", "other": folder / "other.safetensors", "text": bad / "text.txt",
         "latents": folder / "latents.safetensors", "calibration": calibration, "quantized": quantized,
         "cut": bad / "cut model.safetensors", "cut calibration": bad / "cut calibration.safetensors",
@@ -362,6 +372,81 @@ def test_calibrate_with_optimal_steps_sets_the_schedule_that_generate_follows(fo
     x, _ = generate(model, CLASSES, 5, 2.0, compensation=made.variance)
     assert np.array_equal(picture(tmp_path / "images.png"), np.asarray(to_pil(x, 128)))
     assert "2 steps computed and 3 reused" in capsys.readouterr().err
+
+
+OTHERS = {
+    "steps": ["--steps", "9", "--cfg", "2"],
+    "guidance": ["--steps", "5", "--cfg", "3"],
+    "sampler": [*SAMPLING, "--sampler", "ddim"],
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_computed_steps_are_those_of_the_run_they_were_chosen_for(folder, tmp_path, capsys, other):
+    path = tmp_path / "c.safetensors"
+    assert calibrate(folder, path, "--optimal-steps", "--pairs", "0") == 0
+    argv = ["generate", "--model", f"{folder}/model.safetensors", *OTHERS[other], "--classes", "0"]
+    argv += ["--calibration", f"{path}", "--out", f"{tmp_path}/x.png"]
+    said = refused(capsys, argv)
+    assert "computed steps of this calibration were chosen for --sampler ddpm --steps 5 --cfg 2" in said
+    assert not (tmp_path / "x.png").exists()
+    assert main([*argv, "--cache-interval", "2"]) == 0, "an interval that is asked for needs no calibration's steps"
+
+
+def test_an_interval_that_is_asked_for_beats_the_steps_of_a_calibration(folder, tmp_path, capsys):
+    path = tmp_path / "c.safetensors"
+    assert calibrate(folder, path, "--optimal-steps", "--pairs", "0") == 0
+    options = ["--calibration", f"{path}"]
+    assert sample(folder, tmp_path / "a.png", *options, "--cache-interval", "1") == 0
+    assert "5 steps computed and 0 reused" in capsys.readouterr().err
+    assert sample(folder, tmp_path / "b.png", *options) == 0
+    assert "2 steps computed and 3 reused" in capsys.readouterr().err
+    assert calibrate(folder, path, "--optimal-steps") == 0
+    argv = ["generate", "--model", f"{folder}/model.safetensors", *SAMPLING, "--classes", "0", *options]
+    assert "without --cache-interval" in refused(capsys, [*argv, "--cache-interval", "1"])
+
+
+def test_images_that_are_not_finite_are_not_written(folder, tmp_path, capsys):
+    assert sample(folder, tmp_path / "x.png", "--cfg", "1e6", "--device", "cpu") in (0, 2)
+    huge = load_file(folder / "model.safetensors")
+    huge["final_layer.linear.bias"] += 3e38
+    save_file(huge, tmp_path / "huge.safetensors", {"num_heads": "2"})
+    capsys.readouterr()
+    assert sample(tmp_path, tmp_path / "y.png", model="huge") == 2
+    assert "not finite" in capsys.readouterr().err and not (tmp_path / "y.png").exists()
+
+
+FULL = """
+import sys
+from qandc_core.cli.main import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="sets a limit of Linux")
+@pytest.mark.parametrize("command", ["generate", "quantize", "calibrate"])
+def test_a_full_disk_is_said_in_one_sentence_and_the_next_run_works(folder, tmp_path, command):
+    import resource
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+
+    out = tmp_path / ("x.png" if command == "generate" else "x.safetensors")
+    options = {
+        "generate": [*SAMPLING, "--classes", "0", "1"],
+        "quantize": [],
+        "calibrate": [*SAMPLING, "--trajectories", "2", "--samples", "3", "--pairs", "0"],
+    }[command]
+    argv = [command, "--model", f"{folder}/model.safetensors", *options, "--out", f"{out}"]
+    root = Path(qandc_core.__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, *argv], cwd=root, capture_output=True, text=True, preexec_fn=limit
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    said = done.stderr.splitlines()[-1]
+    assert said.startswith(f"qandc_core {command}: {out} could not be written (File too large)")
+    assert not list(tmp_path.iterdir())
+    assert main(argv) == 0 and list(tmp_path.iterdir()) == [out]
 
 
 def test_calibrating_twice_writes_the_same_file(folder, calibration, tmp_path):

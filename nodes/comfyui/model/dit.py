@@ -96,7 +96,14 @@ class DiTModel(comfy.model_base.BaseModel):
         if "class_label" not in kwargs and kwargs.get("cross_attn") is not None:
             raise ValueError("This model draws classes, not text; connect the node Class Label instead of a prompt.")
         # A regular condition keeps int64 (class 417 is 416 in bfloat16) and batches with the null class.
-        labels = check_labels(kwargs.get("class_label", (config.num_classes,)), config.num_classes)
+        if "class_label" not in kwargs and not config.has_null_class:
+            raise ValueError(
+                f"This model has {config.num_classes} classes and none for no class; connect the positive of Class "
+                "Label to both inputs, and sample with cfg 1."
+            )
+        labels = check_labels(
+            kwargs.get("class_label", (config.num_classes,)), config.num_classes, config.has_null_class
+        )
         out["y"] = comfy.conds.CONDRegular(labels)
         return out
 
