@@ -177,7 +177,7 @@ class SamplingRun:
         self.column()
         if self.step not in self.begun:
             self.begun.add(self.step)
-            following = self.steps.sigmas[min(self.step + 1, self.total)]
+            following = self.steps.sigmas[min(self.step + 1, self.total)] if self.total else 0.0
             self.plan.begin(self.step, self.position, sigma, following)
         self.visits[at] += 1
         self.met.clear()
