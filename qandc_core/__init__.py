@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .caching.attach import apply_cache_to_dit, remove_cache, reset_all_caches
+from .caching.attach import apply_cache_to_dit, fresh_caches, remove_cache, reset_all_caches
 from .caching.schedule import optimal_schedule
 from .calibration.file import Calibration, load_calibration
 from .calibration.tap import TapSelection, tap_select
@@ -45,6 +45,7 @@ __all__ = [
     "VarianceCompensation",
     "apply_cache_to_dit",
     "fit_variance_compensation",
+    "fresh_caches",
     "fuse_dit",
     "generate",
     "load_calibration",

@@ -8,31 +8,57 @@ from typing import Any
 
 from torch import nn
 
+from .blocks import CachedStreams
+from .families import BRANCHED, DIFFUSERS, Streams, diffusers_lists
 from .features import CachedBranch, FeatureCache
 from .schedule import CacheConfig, step_set
 
 ATTRIBUTE = "feature_cache"
 
 
-def branches(model: nn.Module, mode: str) -> list[tuple[Any, str, str]]:
-    """(owner, attribute, name) of each callable that the mode caches."""
-    blocks = getattr(model, "blocks", None)
-    ours = blocks is not None
-    blocks = blocks if ours else getattr(model, "transformer_blocks", None)
-    if blocks is None:
-        raise ValueError(
-            f"{type(model).__name__} has neither blocks nor transformer_blocks; expected this package's DiT or "
-            "diffusers' DiTTransformer2DModel."
-        )
-    found: list[tuple[Any, str, str]] = []
-    for i, block in enumerate(blocks):
+def is_ours(blocks: Any) -> bool:
+    return all(hasattr(block, "attention_branch") and hasattr(block, "mlp_branch") for block in blocks)
+
+
+def default_mode(model: nn.Module) -> str:
+    """Attention and MLP where a model has them apart, else whole blocks."""
+    known = diffusers_lists(model)
+    apart = not known or any(base.__name__ in BRANCHED for base in type(model).__mro__)
+    return "branch" if apart else "block"
+
+
+def branches(model: nn.Module, mode: str) -> list[tuple[Any, str, str, Streams | None]]:
+    """(owner, attribute, name, streams) of each callable that the mode caches; raises ValueError on other models."""
+    blocks, lists, name = getattr(model, "blocks", None), diffusers_lists(model), type(model).__name__
+    if not lists and blocks is not None and is_ours(blocks):
         if mode == "block":
-            found.append((block, "forward", f"{i}.block"))
-        elif ours:
-            found += [(block, "attention_branch", f"{i}.attention"), (block, "mlp_branch", f"{i}.mlp")]
-        else:
-            found += [(block.attn1, "forward", f"{i}.attention"), (block.ff, "forward", f"{i}.mlp")]
-    return found
+            return [(block, "forward", f"{i}.block", None) for i, block in enumerate(blocks)]
+        kinds = (("attention_branch", "attention"), ("mlp_branch", "mlp"))
+        return [(block, at, f"{i}.{kind}", None) for i, block in enumerate(blocks) for at, kind in kinds]
+    if not lists and blocks is None and getattr(model, "transformer_blocks", None) is None:
+        raise ValueError(
+            f"{name} has neither blocks nor transformer_blocks; expected this package's DiT or one of diffusers' "
+            f"{', '.join(DIFFUSERS)}."
+        )
+    if not lists:
+        raise ValueError(
+            f"The blocks of {name} are not known; expected this package's DiT or one of diffusers' "
+            f"{', '.join(DIFFUSERS)}."
+        )
+    if mode == "block":
+        return [
+            (block, "forward", f"{path}.{i}", streams)
+            for path, streams in lists.items()
+            for i, block in enumerate(model.get_submodule(path))
+        ]
+    if not any(base.__name__ in BRANCHED for base in type(model).__mro__):
+        raise ValueError(f"mode='branch' cannot tell attention and MLP of {name} apart; use mode='block'.")
+    kinds = (("attn1", "attention"), ("ff", "mlp"))
+    return [
+        (getattr(block, owner), "forward", f"{i}.{kind}", None)
+        for i, block in enumerate(model.transformer_blocks)
+        for owner, kind in kinds
+    ]
 
 
 def apply_cache_to_dit(
@@ -40,13 +66,18 @@ def apply_cache_to_dit(
     cache_interval: int = 3,
     *,
     steps: Iterable[int] | None = None,
-    mode: str = "branch",
+    mode: str | None = None,
     order: int = 0,
 ) -> nn.Module:
     """Caches features over timesteps (FORA, arXiv 2407.01425), in place; replaces a cache already there.
 
-    `steps` lists the computed steps instead of every `cache_interval`-th; see CacheConfig for `mode` and `order`.
+    `model` is our DiT or a transformer of diffusers (DiT, PixArt, Flux, SD3, Wan, CogVideoX). `steps` lists the
+    computed steps instead of every `cache_interval`-th; see CacheConfig for `mode` ("branch" where the model has
+    attention and MLP apart, else "block") and `order`.
+    A call reuses only what provably belongs to its own run (`calls`); fresh_caches says so outright.
+    Raises ValueError, and changes nothing, on other models and settings.
     """
+    mode = mode or default_mode(model)
     config = CacheConfig(cache_interval, step_set(steps), mode, order)
     own: Any = getattr(model, "set_cache", None)
     if own is not None:  # a FusedDiT, whose loop follows the configuration itself
@@ -54,18 +85,26 @@ def apply_cache_to_dit(
         return model
     if mode == "prediction":
         raise ValueError("mode='prediction' needs our own DiT made ready by fuse_dit(); use 'branch' or 'block' here.")
+    branches(model, mode)
     remove_cache(model)
     cache = FeatureCache(config, mode)
     wrap_branches(model, cache)
-    cache.hook = model.register_forward_pre_hook(cache.before_forward, with_kwargs=True)
+    cache.hooks = [
+        model.register_forward_pre_hook(cache.before_forward, with_kwargs=True),
+        model.register_forward_hook(cache.after_forward, with_kwargs=True),
+    ]
     setattr(model, ATTRIBUTE, cache)
     return model
 
 
 def wrap_branches(model: nn.Module, cache: FeatureCache) -> None:
-    for owner, attribute, name in branches(model, cache.mode):
+    for owner, attribute, name, streams in branches(model, cache.mode):
         cache.attached.append((owner, attribute, vars(owner).get(attribute)))
-        branch = CachedBranch(getattr(owner, attribute), name, cache, residual=cache.mode == "block")
+        function: Any = getattr(owner, attribute)
+        if streams is None:
+            branch: Any = CachedBranch(function, name, cache, residual=cache.mode == "block")
+        else:
+            branch = CachedStreams(function, type(owner), name, cache, streams)
         setattr(owner, attribute, branch)
 
 
@@ -99,6 +138,16 @@ def reset_all_caches(model: nn.Module) -> None:
             cache.reset()
 
 
+@contextmanager
+def fresh_caches(model: nn.Module) -> Iterator[None]:
+    """One run of a hand-written loop: it begins without features, and leaves none, however it ends."""
+    reset_all_caches(model)
+    try:
+        yield
+    finally:
+        reset_all_caches(model)
+
+
 def remove_cache(model: nn.Module) -> nn.Module:
     """Takes the cache off; the model computes exactly what it did before."""
     own: Any = getattr(model, "set_cache", None)
@@ -107,7 +156,8 @@ def remove_cache(model: nn.Module) -> nn.Module:
     cache = feature_cache(model)
     if cache is not None:
         unwrap_branches(cache)
-        cache.hook.remove()
+        for hook in cache.hooks:
+            hook.remove()
         delattr(model, ATTRIBUTE)
     return model
 

@@ -103,6 +103,7 @@ class Plan:
         self.total, self.order, self.steps = total, order, steps | {0}
         self.warnings: list[str] = []
         self.measures = False  # wants to be told times
+        self.noisy = False  # the sampler adds noise
 
     def computes(self, step: int) -> bool:
         return step in self.steps or step >= self.total
@@ -126,6 +127,9 @@ class Plan:
 
     def time(self, computed: float, reused: float) -> None:
         """Seconds of a computed and of a reused evaluation, when both are known."""
+
+    def restart(self) -> None:
+        """The sampler went back to an earlier noise level: what was observed does not lead there."""
 
 
 class SpeedupPlan(Plan):
@@ -177,6 +181,9 @@ class ErrorBudget(Plan):
         self.inside, self.max_error, self.max_reused, self.flow = inside, max_error, max_reused, flow
         self.history: list[tuple[float, Tensor]] = []
         self.spent, self.reused = 0.0, 0
+
+    def restart(self) -> None:
+        self.history, self.reused, self.steps = [], 0, {0}
 
     def keeps(self, step: int) -> bool:
         return True

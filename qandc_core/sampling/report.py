@@ -17,7 +17,8 @@ class RunReport:
 
     `peak_memory` is the device allocator's peak on a GPU and the process's peak on CPU; None where the system has none.
     `factors` are K_t of each step's channels where variance compensation was on. Of a cache: `tier` is what it reused
-    and why, `timeline` a letter per step for each condition (C computed, R held, F forecast, . not evaluated), and
+    and why, `timeline` a letter per step for each condition (C computed, R held, F forecast, . not evaluated; steps
+    that the sampler went back to follow after the last), `not_visited` the steps that the sampler left out, and
     `cache_speedup` how much longer the model calls would have taken had each computed. `quantization` is what Quantize
     measured of the model.
     """
@@ -38,6 +39,7 @@ class RunReport:
     cache_speedup: float | None = None
     warnings: list[str] = field(default_factory=list)
     quantization: QuantizationReport | None = None
+    not_visited: int = 0
 
     @property
     def total_seconds(self) -> float:
@@ -51,10 +53,12 @@ class RunReport:
         return asdict(self) | {"total_seconds": self.total_seconds, "computed_steps": self.computed_steps}
 
     def summary(self) -> str:
+        reused = len(self.computed) - self.computed_steps - self.not_visited
+        left_out = f", {self.not_visited} not visited" if self.not_visited else ""
         memory = "" if self.peak_memory is None else f", peak memory {self.peak_memory / 2**20:.0f} MiB"
         return (
             f"{self.images} images, {self.sampler} {self.steps} steps on {self.device}: {self.total_seconds:.2f} s, "
-            f"{self.computed_steps} steps computed and {self.steps - self.computed_steps} reused, "
+            f"{self.computed_steps} steps computed and {reused} reused{left_out}, "
             f"cache {self.cache_bytes / 2**20:.1f} MiB{memory}"
         )
 
