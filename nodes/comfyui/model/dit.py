@@ -23,7 +23,7 @@ from ....qandc_core.calibration.file import FINGERPRINT, fingerprint_tensors
 from ....qandc_core.checkpoints.dit import dit_metadata, locate, read_dit, strip_prefix
 from ....qandc_core.checkpoints.native import holds_quantized, quantized_names
 from ....qandc_core.checkpoints.quantized import is_quantized, load_codes, quantized_metadata, read_quantized
-from ....qandc_core.diffusion.process import check_labels
+from ....qandc_core.diffusion.classes import read_classes
 from ....qandc_core.files import METADATA_KEY, metadata_tensor, pop_metadata, read_tensors
 from ....qandc_core.models.dit import DiT, DiTConfig
 from ....qandc_core.quantization.model import quantized_layers
@@ -91,12 +91,11 @@ class DiTModel(comfy.model_base.BaseModel):
         self.model_sampling = (CleanImageSampling if clean else Sampling)(model_config)
 
     def extra_conds(self, **kwargs):
+        num_classes = self.diffusion_model.config.num_classes
+        tokens = kwargs.pop("cross_attn", None)  # no condition of its own: lists of unequal length would not batch
+        labels = torch.tensor([num_classes]) if tokens is None else read_classes(tokens, num_classes)
         out = super().extra_conds(**kwargs)
-        config = self.diffusion_model.config
-        if "class_label" not in kwargs and kwargs.get("cross_attn") is not None:
-            raise ValueError("This model draws classes, not text; connect the node Class Label instead of a prompt.")
         # A regular condition keeps int64 (class 417 is 416 in bfloat16) and batches with the null class.
-        labels = check_labels(kwargs.get("class_label", (config.num_classes,)), config.num_classes)
         out["y"] = comfy.conds.CONDRegular(labels)
         return out
 
