@@ -19,7 +19,7 @@ class RunReport:
     `factors` are K_t of each step's channels where variance compensation was on. Of a cache: `tier` is what it reused
     and why, `timeline` a letter per step for each condition (C computed, R held, F forecast, . not evaluated), and
     `cache_speedup` how much longer the model calls would have taken had each computed. `quantization` is what Quantize
-    measured of the model.
+    measured of the model. `size` are the shapes (C, ...) of a sample's parts; `seed` is None where it is not known.
     """
 
     sampler: str
@@ -38,6 +38,9 @@ class RunReport:
     cache_speedup: float | None = None
     warnings: list[str] = field(default_factory=list)
     quantization: QuantizationReport | None = None
+    seed: int | None = None
+    denoise: float = 1.0
+    size: list[list[int]] = field(default_factory=list)
 
     @property
     def total_seconds(self) -> float:
