@@ -201,7 +201,7 @@ def corrected_samples_have_the_reference_deviation(host: Host) -> float:
     compensation, sampling = host.module("nodes.comfyui.compensation"), host.module("nodes.comfyui.sampling")
     settings, latent = sampling.Settings(*conditioning(host), *SETTINGS), torch.zeros(8, 3, 32, 32)
     reference, fast = demo(host), cached_demo(host)
-    variance = compensation.fit_compensation(
+    variance, fitted = compensation.fit_compensation(
         reference,
         fast,
         settings,
@@ -215,7 +215,7 @@ def corrected_samples_have_the_reference_deviation(host: Host) -> float:
     wanted, seen = Watch(), Watch()
     for patcher, watch in (
         (reference, wanted),
-        (compensation.attach_compensation(fast, variance, "sample_ddpm"), seen),
+        (compensation.attach_compensation(fast, variance, fitted), seen),
     ):
         watched = patcher.clone()
         watched.add_wrapper_with_key("predict_noise", "watch", watch)
