@@ -53,22 +53,22 @@ class SequentialFit:
 
         Samples are (N, C, ...), or several parts joined (`split_parts`). Raises ValueError where they are not finite.
         """
-        pairs = [tuple(split_parts(x, shapes) for x in pair) for pair in pairs]
-        channels = [part.shape[1] for part in pairs[0][0]]
+        parts = [(split_parts(x, shapes), split_parts(xh, shapes)) for x, xh in pairs]
+        channels = [part.shape[1] for part in parts[0][0]]
         mean, factor = torch.zeros(sum(channels)), torch.ones(sum(channels))
         if self.corrects(len(self)):
-            mean, factor = self.measured(pairs, channels)
+            mean, factor = self.measured(parts, channels)
         self.sigmas.append(sigma)
         self.means.append(mean)
         self.factors.append(factor)
         return mean, factor
 
-    def measured(self, pairs: Sequence[tuple[list[Tensor], list[Tensor]]], channels: Sequence[int]) -> Pair:
+    def measured(self, parts: Sequence[tuple[list[Tensor], list[Tensor]]], channels: Sequence[int]) -> Pair:
         found = []
-        for part, width in enumerate(channels):
+        for i, width in enumerate(channels):
             moments = VarianceMoments(width, self.eps)
-            for reference, accelerated in pairs:
-                moments.update(reference[part], accelerated[part])
+            for reference, accelerated in parts:
+                moments.update(reference[i], accelerated[i])
             found.append(moments.factors(self.method))
         mean, factor = (torch.cat(values).float() for values in zip(*found))
         if not mean.isfinite().all() or not factor.isfinite().all():

@@ -119,13 +119,17 @@ def test_calibration_leaves_no_hook(run):
 
 @pytest.mark.parametrize("case", ["pipeline", "pipeline, gptq"])
 def test_the_whole_chain_equals_the_engine(run, case):
-    """Static activations round: a sample that differs in its last bit may take another code. So the steps are
-    compared on equal samples, and the images within what the engine's own rounding makes of such a difference.
+    """Static activations round: most differences of a last bit vanish, and a few turn a code over and move an image by
+    a percent or two. Which images do depends on the machine. So predictions are compared on equal samples; one image
+    at least must follow the engine to rounding, and the others stay within what a turned code does to the engine.
     """
     found = run("pipeline")[case]
-    assert found["every step"] < 2e-2
-    assert found["images"] < 4 * found["engine against itself, noise changed by 1e-7"]
-    assert found["images"] < found["from full precision"] / 5
+    assert sorted(found["every step"])[6] < 1e-5 and max(found["every step"]) < 2e-2
+    assert min(found["images"]) < 1e-4
+    turned = found["engine against itself, noise changed by 1e-6"]
+    assert turned > 1e-3, "no code was turned over, so the next bound would say nothing"
+    assert max(found["images"]) < 3 * turned
+    assert max(found["images"]) < found["from full precision"] / 3
 
 
 def test_models_given_to_a_node_stay_as_they_are(run):
