@@ -55,6 +55,9 @@ class FittedFor:
 
     @classmethod
     def from_notes(cls, notes: Mapping[str, Any]) -> FittedFor:
+        """Raises ValueError where they do not name a sampler, as of a file that the command line made."""
+        if "sampler_function" not in notes:
+            raise ValueError("This compensation was not fitted by Variance Compensate in ComfyUI; fit one here.")
         known = (notes.get(key) for key in ("sampler_options", "cfg", "channels", "attached"))
         return cls(notes["sampler_function"], *known)
 

@@ -144,7 +144,7 @@ def psnr(a: Tensor, b: Tensor, data_range: float = 2.0) -> Tensor:
 
 def relative_l2(a: Tensor, b: Tensor) -> Tensor:
     """|a - b| / |b| per image, (N, ...) -> (N,); b is the reference."""
-    return torch.tensor([relative_error(x, y) for x, y in zip(a, b)], dtype=torch.float64)
+    return torch.tensor([relative_error(x, y) for x, y in zip(a, b, strict=True)], dtype=torch.float64)
 
 
 SSIM_SIDE, SSIM_SIGMA = 11, 1.5  # the window of Wang et al. 2004
@@ -175,7 +175,7 @@ def ssim_map(a: Tensor, b: Tensor, data_range: float) -> Tensor:
 
 def ssim(a: Tensor, b: Tensor, data_range: float = 2.0) -> Tensor:
     """Mean structural similarity per image (Wang et al. 2004, Eq. 17), (N, C, H, W) -> (N,); sides of at least 11."""
-    return torch.tensor([pair_fidelity(x, y, data_range).ssim for x, y in zip(a, b)], dtype=torch.float64)
+    return torch.tensor([pair_fidelity(x, y, data_range).ssim for x, y in zip(a, b, strict=True)], dtype=torch.float64)
 
 
 @dataclass(frozen=True)
