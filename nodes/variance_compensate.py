@@ -2,18 +2,17 @@ from __future__ import annotations
 
 import logging
 
-import comfy.samplers
 from comfy_api.v0_0_2 import io
 
 from ..qandc_core.calibration.file import Calibration, load_calibration
 from ..qandc_core.compensation.factors import METHODS
 from . import schema
 from .comfyui.cache.attach import steps_vary
-from .comfyui.compensation import attach_compensation, fit_compensation
+from .comfyui.compensation import FittedFor, attach_compensation, fit_compensation
 from .comfyui.files import NEW, calibration_files, calibration_path, file_state, next_path
 from .comfyui.quantize.weights import fingerprint_of
 from .comfyui.sampling import Progress, Settings, empty_latents
-from .comfyui.wrappers import details, labels, sampler_function_name
+from .comfyui.wrappers import details, labels
 from .tap_calibrate import require_wires
 
 log = logging.getLogger(__name__)
@@ -94,16 +93,16 @@ class VarianceCompensate(io.ComfyNode):
                 "Apply Cache choose another policy, such as number of steps."
             )
         settings = Settings(positive, negative, steps, cfg, sampler_name, scheduler)
+        check_alike(model, reference)
         latents = empty_latents(model, latent_image, pairs)
-        variance = fit_compensation(
+        variance, fitted = fit_compensation(
             reference, model, settings, latents, calibration_seed, Progress(model, 2 * steps),
             method=method, start=start_percent, end=end_percent,
         )  # fmt: skip
-        function = sampler_function_name(comfy.samplers.sampler_object(settings.sampler_name))
-        made = {**settings.describe(), "pairs": pairs, "sampler_function": function, "attached": details(model)}
+        made = {**settings.describe(), "pairs": pairs, "accelerated": fingerprint_of(model), **fitted.notes()}
         Calibration(fingerprint_of(reference), variance=variance, notes=made).save(path)
         log.info("Variance compensation saved: %s", path)
-        return io.NodeOutput(attach_compensation(model, variance, function))
+        return io.NodeOutput(attach_compensation(model, variance, fitted))
 
 
 def attach_saved(model, calibration: Calibration, name: str):
@@ -115,4 +114,14 @@ def attach_saved(model, calibration: Calibration, name: str):
             f"{name} was fitted with another cache or quantization than this model has attached "
             f"({labels(model) or 'nothing'}); pick {NEW!r} to fit again."
         )
-    return attach_compensation(model, calibration.variance, calibration.notes["sampler_function"])
+    if calibration.notes.get("accelerated") not in (None, fingerprint_of(model)):
+        raise ValueError(f"{name} was fitted for other weights than those of `model`; pick {NEW!r} to fit again.")
+    return attach_compensation(model, calibration.variance, FittedFor.from_notes(calibration.notes))
+
+
+def check_alike(model, reference) -> None:
+    """Raises ValueError where the two are models of different kinds."""
+    kinds = [type(patcher.model).__name__ for patcher in (model, reference)]
+    formats = [type(patcher.get_model_object("latent_format")) for patcher in (model, reference)]
+    if kinds[0] != kinds[1] or formats[0] is not formats[1]:
+        raise ValueError(f"`model` is a {kinds[0]} and `reference` a {kinds[1]}; connect the same model to both.")

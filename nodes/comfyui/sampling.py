@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import inspect
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.model_management
+import comfy.nested_tensor
 import comfy.sample
 import comfy.utils
 import latent_preview
 import torch
 from torch import Tensor
 
+from ...qandc_core.diffusion.classes import is_classes
 from ...qandc_core.sampling.generate import synchronize
 from ...qandc_core.sampling.report import RunReport, peak_memory, reset_peak_memory
 from .wrappers import QUANTIZATION, REPORT, WRAPPERS, labels, replace_wrapper
@@ -22,7 +25,7 @@ from .wrappers import QUANTIZATION, REPORT, WRAPPERS, labels, replace_wrapper
 
 @dataclass(frozen=True)
 class Settings:
-    """What a stock sampling node takes beside model, latent and seed."""
+    """What a stock sampling node takes beside model, latent and seed. Raises ValueError on a cfg that is no number."""
 
     positive: Any
     negative: Any
@@ -31,6 +34,10 @@ class Settings:
     sampler_name: str
     scheduler: str
     denoise: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.cfg) and math.isfinite(self.denoise)):
+            raise ValueError(f"cfg and denoise must be finite numbers, got {self.cfg} and {self.denoise}.")
 
     def describe(self) -> dict[str, Any]:
         return {"sampler": self.sampler_name, "scheduler": self.scheduler, "steps": self.steps, "cfg": self.cfg}
@@ -47,8 +54,8 @@ class Progress:
     def step(self, index: int, denoised: Tensor, x: Tensor, steps: int) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
         preview = None
-        if self.previewer and not denoised.is_nested:
-            preview = self.previewer.decode_latent_to_preview_image("JPEG", denoised)
+        if self.previewer:
+            preview = self.previewer.decode_latent_to_preview_image("JPEG", parts_of(denoised)[0])
         self.bar.update_absolute(self.done + index + 1, self.total, preview)
         if index + 1 == steps:
             self.done += steps
@@ -71,9 +78,16 @@ def fitted_latent(patcher, latent: dict[str, Any]) -> Tensor:
     return comfy.sample.fix_empty_latent_channels(patcher, latent["samples"], **ratios)
 
 
-def empty_latents(patcher, latent: dict[str, Any], count: int) -> Tensor:
-    """`count` empty latents of the LATENT's shape."""
-    return torch.zeros(count, *fitted_latent(patcher, {**latent, "samples": latent["samples"] * 0}).shape[1:])
+def parts_of(latent) -> list[Tensor]:
+    """The tensors of a latent: several where it is nested, as of video and sound."""
+    return latent.unbind() if latent.is_nested else [latent]
+
+
+def empty_latents(patcher, latent: dict[str, Any], count: int):
+    """`count` empty latents of the LATENT's shape, nested where it is."""
+    fitted = fitted_latent(patcher, {**latent, "samples": latent["samples"] * 0})
+    parts = [torch.zeros(count, *part.shape[1:]) for part in parts_of(fitted)]
+    return comfy.nested_tensor.NestedTensor(parts) if fitted.is_nested else parts[0]
 
 
 def sample(
@@ -95,14 +109,9 @@ def sample(
 
 def from_image(conditioning, first: int):
     """Conditioning of a batch whose first image is number `first`: lists of class labels go on, not start again."""
-    rotated = []
-    for context, options in conditioning:
-        labels = options.get("class_label")
-        if labels is not None:
-            at = first % len(labels)
-            options = {**options, "class_label": (*labels[at:], *labels[:at])}
-        rotated.append([context, options])
-    return rotated
+    return [
+        [tokens.roll(-first, dims=1) if is_classes(tokens) else tokens, options] for tokens, options in conditioning
+    ]
 
 
 def sample_new(patcher, settings: Settings, latent: Tensor, seed: int, callback: Callable, first: int = 0) -> Tensor:
@@ -143,7 +152,9 @@ def measured_sample(
 ) -> tuple[Tensor, RunReport]:
     """Samples, and the report of the run: time of every step, what was computed, what it kept."""
     device = patcher.load_device
-    report = RunReport(f"{settings.sampler_name}, {settings.scheduler}", 0, len(latent), settings.cfg, str(device))
+    report = RunReport(f"{settings.sampler_name}, {settings.scheduler}", 0, latent.shape[0], settings.cfg, str(device))
+    report.seed, report.denoise = seed, settings.denoise
+    report.size = [list(part.shape[1:]) for part in parts_of(latent)]
     report.label = label or labels(patcher) or "full precision, no cache"
     report.quantization = patcher.model_options["transformer_options"].get(QUANTIZATION)
     watch, progress = Stopwatch(device), Progress(patcher, settings.steps)

@@ -12,10 +12,11 @@ from torch import Tensor
 from ..caching.attach import feature_cache
 from ..models.dit import DiT, PatchGrid
 from ..values import real_number, whole_number
+from .classes import check_labels
 from .guidance import guided_prediction
 from .noise import GivenNoise, ImageNoise
-from .samplers import SAMPLERS, ddim_step, ddpm_step, denoised_image, implied_noise
 from .schedule import NoiseSchedule, from_sigmas, respaced
+from .steps import SAMPLERS, learned_range_std, step_coefficients
 
 VARIANCES = ("fixed_small", "learned_range")
 
@@ -84,7 +85,7 @@ class ReverseProcess:
 
     def step(self, i: int, x: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
         """x_i -> (x_{i+1}, predicted clean image), both (N, C, H, W) float32."""
-        config, alpha_bar, cache = self.config, self.schedule.alpha_bar, feature_cache(self.model)
+        config, cache = self.config, feature_cache(self.model)
         if cache is not None:
             cache.begin_step()
         t = torch.full((len(x),), self.schedule.timesteps[i], device=self.device)
@@ -92,26 +93,11 @@ class ReverseProcess:
             self.model, x.to(self.dtype), t, self.labels, self.null_class,
             config.cfg_scale, config.guidance_channels, config.batched_guidance,
         )  # fmt: skip
+        coefficients = step_coefficients(self.schedule, config.sampler, i)
         # Guidance is linear, so guiding the predicted image guides the noise.
-        if self.model.config.prediction == "sample":
-            eps = implied_noise(x, eps.float(), alpha_bar[i])
-        eps = eps.float()
-        x0 = denoised_image(x, eps, alpha_bar[i])
-        if config.sampler == "ddim":
-            return ddim_step(x, eps, alpha_bar[i], alpha_bar[i + 1]), x0
-        learned = v.float() if v is not None and config.variance == "learned_range" else None
-        return ddpm_step(x, eps, alpha_bar[i], alpha_bar[i + 1], noise, learned), x0
-
-
-def check_labels(class_labels: Sequence[int] | Tensor, num_classes: int, has_null_class: bool = True) -> Tensor:
-    """Class ids as int64 (N,); the null class num_classes is allowed where the model has one."""
-    labels = torch.as_tensor(class_labels)
-    if labels.ndim != 1 or not len(labels) or labels.is_floating_point():
-        raise ValueError("class_labels must be a non-empty list of integer class ids.")
-    if labels.min() < 0 or labels.max() >= num_classes + has_null_class:
-        null = f", and {num_classes} for no class" if has_null_class else " and none for no class"
-        raise ValueError(
-            f"class id {int(labels.min() if labels.min() < 0 else labels.max())} is out of range: this model has the "
-            f"classes 0 to {num_classes - 1}{null}."
-        )
-    return labels.long()
+        predicts_image = self.model.config.prediction == "sample"
+        x0 = eps.float() if predicts_image else coefficients.clean_image(x, eps.float())
+        deviation = None
+        if noise is not None and v is not None and config.variance == "learned_range":
+            deviation = learned_range_std(v.float(), *self.schedule.alpha_bar[i : i + 2])
+        return coefficients.advance(x, x0, noise, deviation), x0

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..caching.schedule import CacheConfig
 from ..compensation.correction import VarianceCompensation
-from ..diffusion.coefficients import forecast_weights, step_coefficients
 from ..diffusion.guidance import guide, split_variance
 from ..diffusion.process import ReverseProcess, SamplingConfig
+from ..diffusion.steps import forecast_weights, step_coefficients
 from ..models.dit import DiT
 from ..sampling.clock import CallTimes, span
 from ..sampling.report import RunReport, peak_memory, reset_peak_memory

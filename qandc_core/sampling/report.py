@@ -20,7 +20,7 @@ class RunReport:
     and why, `timeline` a letter per step for each condition (C computed, R held, F forecast, . not evaluated; steps
     that the sampler went back to follow after the last), `not_visited` the steps that the sampler left out, and
     `cache_speedup` how much longer the model calls would have taken had each computed. `quantization` is what Quantize
-    measured of the model.
+    measured of the model. `size` are the shapes (C, ...) of a sample's parts; `seed` is None where it is not known.
     """
 
     sampler: str
@@ -40,6 +40,9 @@ class RunReport:
     warnings: list[str] = field(default_factory=list)
     quantization: QuantizationReport | None = None
     not_visited: int = 0
+    seed: int | None = None
+    denoise: float = 1.0
+    size: list[list[int]] = field(default_factory=list)
 
     @property
     def total_seconds(self) -> float:

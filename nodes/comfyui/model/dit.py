@@ -23,7 +23,7 @@ from ....qandc_core.calibration.file import FINGERPRINT, fingerprint_tensors
 from ....qandc_core.checkpoints.dit import dit_metadata, locate, read_dit, strip_prefix
 from ....qandc_core.checkpoints.native import holds_quantized, quantized_names
 from ....qandc_core.checkpoints.quantized import is_quantized, load_codes, quantized_metadata, read_quantized
-from ....qandc_core.diffusion.process import check_labels
+from ....qandc_core.diffusion.classes import read_classes
 from ....qandc_core.files import METADATA_KEY, metadata_tensor, pop_metadata, read_tensors
 from ....qandc_core.models.dit import DiT, DiTConfig
 from ....qandc_core.quantization.model import quantized_layers
@@ -91,19 +91,11 @@ class DiTModel(comfy.model_base.BaseModel):
         self.model_sampling = (CleanImageSampling if clean else Sampling)(model_config)
 
     def extra_conds(self, **kwargs):
-        out = super().extra_conds(**kwargs)
         config = self.diffusion_model.config
-        if "class_label" not in kwargs and kwargs.get("cross_attn") is not None:
-            raise ValueError("This model draws classes, not text; connect the node Class Label instead of a prompt.")
+        tokens = kwargs.pop("cross_attn", None)  # no condition of its own: lists of unequal length would not batch
+        labels = read_classes(tokens, config.num_classes, config.has_null_class)
+        out = super().extra_conds(**kwargs)
         # A regular condition keeps int64 (class 417 is 416 in bfloat16) and batches with the null class.
-        if "class_label" not in kwargs and not config.has_null_class:
-            raise ValueError(
-                f"This model has {config.num_classes} classes and none for no class; connect the positive of Class "
-                "Label to both inputs, and sample with cfg 1."
-            )
-        labels = check_labels(
-            kwargs.get("class_label", (config.num_classes,)), config.num_classes, config.has_null_class
-        )
         out["y"] = comfy.conds.CONDRegular(labels)
         return out
 
