@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from .caching.attach import apply_cache_to_dit, remove_cache, reset_all_caches
 from .caching.schedule import optimal_schedule
+from .calibration.choice import CalibrationConfig
 from .calibration.file import Calibration, load_calibration
+from .calibration.run import calibrate
 from .calibration.tap import TapSelection, tap_select
+from .calibration.trajectories import DiTTrajectories
 from .checkpoints import load_dit, save_dit
 from .compensation.correction import VarianceCompensation
 from .compensation.factors import variance_factors
@@ -21,8 +24,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Calibration",
+    "CalibrationConfig",
     "DiT",
     "DiTConfig",
+    "DiTTrajectories",
     "FusedDiT",
     "QuantizationConfig",
     "RunReport",
@@ -31,6 +36,7 @@ __all__ = [
     "TapSelection",
     "VarianceCompensation",
     "apply_cache_to_dit",
+    "calibrate",
     "fit_variance_compensation",
     "fuse_dit",
     "generate",
