@@ -2,7 +2,7 @@
 
 Which of N intermediate samples shall calibration look at? Neighbouring steps of one trajectory hold nearly the same
 image, so a random draw spends most of its samples on repetitions. TAP clusters the samples by an affinity that sees
-both the image (cosine of the pixels) and the time (exp(-|t_k - t_h| / time_scale)), and draws equally from all clusters.
+both the image (cosine of the pixels) and the time (exp(-|t_k - t_h| / time_scale)), and draws evenly from all clusters.
 
 Spectral clustering wants the N x N affinity matrix and its eigenvectors: 10 MB for the 1,600 samples of 32 images at 50
 steps, 40 GB for 100,000. The paper clusters subsamples; here the subsample are landmarks, which label all N points at
