@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from .caching.attach import apply_cache_to_dit, fresh_caches, remove_cache, reset_all_caches
 from .caching.schedule import optimal_schedule
+from .calibration.choice import CalibrationConfig
 from .calibration.file import Calibration, load_calibration
+from .calibration.run import calibrate
 from .calibration.tap import TapSelection, tap_select
+from .calibration.trajectories import DiTTrajectories
 from .checkpoints import load_dit, save_dit
 from .compensation.correction import VarianceCompensation
 from .compensation.factors import variance_factors
@@ -34,8 +37,10 @@ LATER = {
 
 __all__ = [
     "Calibration",
+    "CalibrationConfig",
     "DiT",
     "DiTConfig",
+    "DiTTrajectories",
     "FusedDiT",
     "QuantizationConfig",
     "RunReport",
@@ -44,6 +49,7 @@ __all__ = [
     "TapSelection",
     "VarianceCompensation",
     "apply_cache_to_dit",
+    "calibrate",
     "fit_variance_compensation",
     "fresh_caches",
     "fuse_dit",

@@ -108,10 +108,23 @@ def sample(
 
 
 def from_image(conditioning, first: int):
-    """Conditioning of a batch whose first image is number `first`: lists of class labels go on, not start again."""
-    return [
-        [tokens.roll(-first, dims=1) if is_classes(tokens) else tokens, options] for tokens, options in conditioning
-    ]
+    """Conditioning of a batch whose first image is number `first`: batches of prompts and lists of classes go on where
+    the batch before stopped, instead of starting again.
+    """
+    rotated = []
+    for context, options in conditioning:
+        prompts = len(context) if isinstance(context, torch.Tensor) and context.ndim else 1
+        options = {key: rolled(value, prompts, first) for key, value in options.items()}
+        context = context.roll(-first, dims=1) if is_classes(context) else rolled(context, prompts, first)
+        rotated.append([context, options])
+    return rotated
+
+
+def rolled(value: Any, prompts: int, first: int) -> Any:
+    """A batch of as many prompts, such as their pooled outputs, with number `first` in front; all else as it is."""
+    if isinstance(value, torch.Tensor) and prompts > 1 and value.ndim and len(value) == prompts:
+        return value.roll(-first, 0)
+    return value
 
 
 def sample_new(patcher, settings: Settings, latent: Tensor, seed: int, callback: Callable, first: int = 0) -> Tensor:

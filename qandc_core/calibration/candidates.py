@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from ..caching.attach import cache_bypassed, feature_cache
 from ..diffusion.process import ReverseProcess, SamplingConfig
 from ..models.dit import DiT
 from ..models.layers import named_linears
-from .statistics import LayerStatistics, merge_rows, observed
+from .statistics import LayerStatistics, check_finite, merge_rows, observed
 
 
 @dataclass(frozen=True)
@@ -107,12 +108,10 @@ def collect_statistics(
     mode = "branch" if cache is None else cache.mode
     statistics = {name: LayerStatistics.empty(layer.in_features, hessians) for name, layer in layers}
     device, dtype = model.pos_embed.device, model.pos_embed.dtype
+    for layer in statistics.values():
+        layer.settle(device, sys.maxsize)
 
     def observe(name: str, x: Tensor) -> None:
-        if not torch.isfinite(x).all():
-            raise ValueError(
-                f"The inputs of {name} are not finite on the calibration samples; use another seed or dtype."
-            )
         statistics[name].update(merge_rows(x))
 
     for computed in (True, False):
@@ -125,6 +124,9 @@ def collect_statistics(
                 model(x, t, y)
                 if cfg_scale != 1:
                     model(x, t, torch.full_like(y, model.null_class))
+    check_finite(statistics)
+    for layer in statistics.values():
+        layer.fetch()
     unseen = [name for name, s in statistics.items() if s.count == 0]
     if unseen:
         raise ValueError(

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..compensation.correction import VarianceCompensation
@@ -18,29 +18,20 @@ from ..diffusion.process import SamplingConfig
 from ..files import parse_json, read_safetensors, reading, save_tensors
 from ..values import check_finite
 from .calls import ModelCall, pack_calls, unpack_calls
+from .fingerprint import Fingerprint, fingerprint_tensors, same_model
 from .statistics import BINS, LayerStatistics
 
+__all__ = ["FINGERPRINT", "Calibration", "fingerprint", "fingerprint_tensors", "load_calibration", "read_header"]
 FORMAT, VERSION = "qandc-calibration", 1
 REMEDY = "calibrate again"
 FINGERPRINT = "qandc_fingerprint"
 TENSORS = ("low", "high", "mean", "histogram", "hessian", "rows", "held_out")
 
 
-def fingerprint(model: nn.Module) -> str:
+def fingerprint(model: nn.Module) -> Fingerprint:
     """Hash of the full-precision weights; a quantized model answers with that of its source."""
     remembered = getattr(model, FINGERPRINT, None)
-    return fingerprint_tensors(model.state_dict()) if remembered is None else remembered
-
-
-def fingerprint_tensors(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, value in sorted(tensors.items()):
-        flat = value.detach().flatten()
-        # A few thousand values of each tensor tell models apart; hashing gigabytes would not tell more.
-        sample = flat[:: max(1, flat.numel() // 2048)].float().cpu()
-        digest.update(f"{name}{tuple(value.shape)}".encode())
-        digest.update(sample.numpy().tobytes())
-    return digest.hexdigest()[:32]
+    return fingerprint_tensors(model.state_dict()) if remembered is None else Fingerprint.of(remembered)
 
 
 @dataclass(frozen=True)
@@ -64,7 +55,7 @@ class Calibration:
         self.check_fingerprint(fingerprint(model))
 
     def check_fingerprint(self, found: str) -> None:
-        if found != self.model:
+        if not same_model(self.model, found):
             raise ValueError(
                 f"This calibration was made for another model (fingerprint {self.model[:8]}, this model has "
                 f"{found[:8]}); calibrate this model, or load the one that the file was made for."
@@ -79,10 +70,46 @@ class Calibration:
 
     def step_distances(self) -> Tensor:
         if self.distances is None:
-            raise ValueError(
-                "This calibration does not know which steps matter; calibrate the model without a cache on it."
-            )
+            raise ValueError(f"This calibration has no step distances because {self.missing_distances}.")
         return self.distances
+
+    @property
+    def missing_distances(self) -> str:
+        """Why there are no distances, and what to do."""
+        if self.notes.get("distances") == "steps":
+            sampler = self.notes.get("sampler", "its sampler")
+            return f"{sampler} does not evaluate the model at every step of its schedule; use the default spacing"
+        return "it was made with a cache; calibrate without a cache to place steps"
+
+    @property
+    def sigmas(self) -> tuple[float, ...] | None:
+        """Noise levels of the run that it was made on, falling and ending at 0; None in files that do not say."""
+        if "sigmas" in self.notes:
+            return tuple(self.notes["sigmas"])
+        return tuple(self.sampling.schedule().sigmas) if self.sampling is not None else None
+
+    def schedule_mismatch(self, sigmas: Sequence[float]) -> str:
+        """How a run at these noise levels, the last included, differs from the one it was made on; "" if it does not.
+
+        Levels within 2 % count as the same. Of a file that does not know its levels the number of steps counts.
+        """
+        made, steps = self.sigmas, len(sigmas) - 1
+        known = len(made) - 1 if made is not None else len(self.distances) if self.distances is not None else steps
+        if known != steps:
+            return f"it was made for {known} steps and this run has {steps}"
+        if made is None:
+            return ""
+        for index, (ours, theirs) in enumerate(zip(made, sigmas)):
+            if abs(ours - theirs) > 0.02 * max(abs(ours), abs(theirs)):
+                return (
+                    "it was made for another part of the schedule, or another scheduler (noise level "
+                    f"{ours:.3g} at step {index}, {theirs:.3g} in this run)"
+                )
+        return ""
+
+    def belongs_to_schedule(self, sigmas: Sequence[float]) -> bool:
+        """Whether it was made on a run at these noise levels, the last included."""
+        return not self.schedule_mismatch(sigmas)
 
     def with_variance(self, variance: VarianceCompensation) -> Calibration:
         return replace(self, variance=variance)
@@ -110,12 +137,23 @@ class Calibration:
             "format": FORMAT,
             "version": VERSION,
             "model": self.model,
+            "sketch": getattr(self.model, "sketch", ""),
             "variance_method": self.variance.method if self.variance is not None else None,
             "sampling": asdict(self.sampling) if self.sampling is not None else None,
             "notes": self.notes,
             "held_out": held_out,
         }
         save_tensors(tensors or {"empty": torch.zeros(1)}, path, {"qandc": json.dumps(header)})
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """What a calibration file says of itself, without its tensors. Raises OSError or ValueError on any other file."""
+    with reading(path, REMEDY):
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        if "qandc" not in metadata or (header := parse_json(metadata["qandc"])).get("format") != FORMAT:
+            raise ValueError(f"{path} is not a calibration file; expected one written by the calibrate step.")
+        return header
 
 
 def load_calibration(path: str | Path) -> Calibration:
@@ -147,7 +185,7 @@ def read_calibration(tensors: dict[str, Tensor], header: Mapping[str, Any]) -> C
         raise ValueError("its header is not that of a calibration")
     distances = tensors.get("schedule/distances")
     return Calibration(
-        model=header["model"],
+        model=Fingerprint(header["model"], header.get("sketch", "")),
         statistics=read_statistics(tensors),
         schedule=read_schedule(tensors, distances),
         distances=distances,
@@ -178,7 +216,7 @@ def read_statistics(tensors: dict[str, Tensor]) -> dict[str, LayerStatistics]:
         count, reach = tensors[f"statistics/{name}/count"].tolist()
         low, high, mean, histogram = (tensors[f"statistics/{name}/{key}"] for key in TENSORS[:4])
         optional = (tensors.get(f"statistics/{name}/{key}") for key in TENSORS[4:])
-        layer = LayerStatistics(int(count), low, high, mean, histogram, reach, *optional)
+        layer = LayerStatistics(int(count), low, high, mean, histogram, torch.tensor(reach), *optional)
         check_statistics(name, layer)
         statistics[name] = layer
     return statistics

@@ -43,7 +43,7 @@ def is_classes(tokens: Tensor | None) -> bool:
 
 
 def read_classes(tokens: Tensor | None, num_classes: int, has_null_class: bool = True) -> Tensor:
-    """Class ids as int64 (tokens,), num_classes for no class, as which zeros count, also those of a zeroed text, and None.
+    """Class ids as int64 (tokens,), num_classes for no class: None, zeros, and the tokens of a zeroed text.
 
     Raises ValueError on the tokens of a text, on classes that were mixed or scaled, on ids that are out of range, and
     on no class where the model was trained without one.

@@ -21,7 +21,7 @@ def calibrate(host: Host, patcher, **plan):
     """Runs the node's function; all samples of computed steps, none held out, unless the plan says otherwise."""
     calibration, sampling = host.module("nodes.comfyui.calibrate.run"), host.module("nodes.comfyui.sampling")
     settings = sampling.Settings(*conditioning(host), *SETTINGS)
-    full = calibration.Plan(
+    full = calibration.CalibrationConfig(
         **{
             "trajectories": 6,
             "batch_size": 4,
