@@ -22,8 +22,8 @@ def block_linears(
 
     `known_lists` are the paths of the lists of blocks where they are known. Another list as high in the network counts
     where each of its entries has all the layers that an entry of a known list has (VACE's control blocks, refiners of
-    noise, but not the shorter blocks of a text encoder). Without known lists the attention blocks of a UNet, or the outermost lists whose
-    entries attend.
+    noise, but not the shorter blocks of a text encoder). Without known lists the attention blocks of a UNet, or the
+    outermost lists whose entries attend.
     """
     linears = [(name, module) for name, module in network.named_modules() if is_linear(module)]
     if known_lists:
