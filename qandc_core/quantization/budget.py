@@ -18,8 +18,7 @@ FLOAT = "float"
 class Budget:
     """A layer whose relative error is above `max_error` gets the next finer format: W4A8, W8A8, float.
 
-    All layers may take `max_bytes`; what is left of those goes to finer formats where they remove the most error. A
-    limit that the layers meet as they are is none: spending it would quantize nothing.
+    All layers may take `max_bytes`; what is left of those goes to finer formats where they remove the most error.
     """
 
     max_error: float | None = None
@@ -60,8 +59,6 @@ def quantize_layers(
     With max_bytes a layer that gets a finer format in the end is called back again. Raises ValueError as
     quantize_weight does, except that max_error promotes layers that collapse, and where max_bytes cannot be met.
     """
-    if budget.max_bytes is not None and budget.max_bytes >= sum(source.bytes for source in layers):
-        budget = replace(budget, max_bytes=None)
     found: dict[str, NativeLayer | None] = {}
     ladders: dict[str, list[Step]] = {}
 

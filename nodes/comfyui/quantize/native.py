@@ -6,7 +6,7 @@ import logging
 import math
 import time
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.model_management as mm
@@ -107,11 +107,14 @@ def chosen_layers(patcher, skip: tuple[str, ...], include: tuple[str, ...] = ())
 def ignored_patterns(patcher, settings: NativeSettings) -> list[str]:
     """A sentence for each part of `skip` and `include` that no layer's name contains."""
     names = list(all_linears(patcher.model.diffusion_model))
-    return [
+    found = [
         f"{kind}: {sentence}"
         for kind, patterns in (("skip", settings.skip), ("include", settings.include))
         for sentence in unmatched(patterns, names)
     ]
+    for sentence in found:
+        log.warning("Q&C quantization: %s.", sentence)
+    return found
 
 
 def quantized_weights(
@@ -139,7 +142,11 @@ def quantized_weights(
     config = NativeConfig(settings.format, settings.rounding)
     statistics = calibration.statistics if calibration is not None else {}
     mm.free_memory(max(working_memory(patcher, name) for name in names), device)
-    found = quantize_layers([source(name) for name in names], config, statistics, settings.budget, shown)
+    budget = settings.budget
+    if budget.max_bytes is not None and budget.max_bytes >= sum(sizes.values()):
+        # The layers as they are meet this limit: spending it would quantize nothing.
+        budget = replace(budget, max_bytes=None)
+    found = quantize_layers([source(name) for name in names], config, statistics, budget, shown)
     if not any(found.values()):
         raise ValueError(
             f"Nothing would be quantized: in {settings.format} and every finer format all {len(names)} layers have a "
