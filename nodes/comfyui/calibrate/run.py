@@ -18,7 +18,7 @@ from ....qandc_core.calibration.file import Calibration, load_calibration
 from ....qandc_core.calibration.memory import StatisticsPlan, plan_statistics
 from ....qandc_core.calibration.statistics import LayerStatistics, observed
 from ..model.dit import is_dit
-from ..quantize.layers import check_not_quantized, quantizable
+from ..quantize.layers import calibrated, check_not_quantized
 from ..quantize.weights import fingerprint_of
 from ..sampling import Progress, Settings, fitted_latent, sample_new
 from ..wrappers import WRAPPERS, details, replace_wrapper
@@ -65,7 +65,7 @@ class Calibrating:
     def __init__(self, patcher, settings: Settings, latent: Tensor, plan: Plan, partial: Path | None):
         self.patcher, self.settings, self.latent, self.plan, self.partial = patcher, settings, latent, plan, partial
         check_not_quantized(patcher.model.diffusion_model)
-        self.layers = quantizable(patcher.model.diffusion_model)
+        self.layers = calibrated(patcher.model.diffusion_model)
         if not self.layers:
             raise ValueError(
                 "This model has no linear layer of ComfyUI's within blocks, so there is nothing to calibrate."

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from ....qandc_core.quantization.model import quantized_layers
+from ....qandc_core.models.dit import DiT
+from ....qandc_core.quantization.model import NATIVE_SKIP, named_linears, quantized_layers
 from ....qandc_core.quantization.selection import block_linears, matching
 from ....qandc_core.quantization.w4a8_layout import LAYOUT
 from ..cache.blocks import block_lists
@@ -19,6 +20,11 @@ def quantizable(network: nn.Module, include: tuple[str, ...] = ()) -> list[tuple
     named = all_linears(network)
     more = set(matching(list(named), include))
     return [(name, module) for name, module in named.items() if name in chosen or name in more]
+
+
+def calibrated(network: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The layers whose inputs TAP Calibrate observes: of our DiT also the last ones, which the method paper takes."""
+    return list(named_linears(network, NATIVE_SKIP)) if isinstance(network, DiT) else quantizable(network)
 
 
 def all_linears(network: nn.Module) -> dict[str, nn.Module]:
