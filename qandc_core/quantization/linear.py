@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -124,6 +125,8 @@ class QuantizedLinear(nn.Module):
 
     @torch.no_grad()  # rounding has no gradient
     def forward(self, x: Tensor) -> Tensor:
+        if self.weight_scale.device != x.device:
+            return self.on_device(x.device).forward(x)
         rows = x.reshape(-1, self.in_features)
         backend = pick_backend(x.device, self.format.w_bits) if self.backend == "auto" else self.backend
         if backend == "kitchen" and not self.format.static and self.format.symmetric and self.format.a_bits == 8:
@@ -136,6 +139,14 @@ class QuantizedLinear(nn.Module):
             codes = quantize(part.float(), grid)
             out.copy_(self.rescale(self.matmul(codes, backend, weights), codes, grid))
         return y.view(*x.shape[:-1], self.out_features)
+
+    def on_device(self, device: torch.device) -> QuantizedLinear:
+        """A layer with copies of the tensors on a device, for one call where the model does not fit there."""
+        layer = copy.copy(self)
+        layer._buffers = {name: None if value is None else value.to(device) for name, value in self._buffers.items()}
+        bias = None if self.bias is None else nn.Parameter(self.bias.to(device), False)
+        layer._parameters = {"bias": bias}
+        return layer
 
     def matmul(self, codes: Tensor, backend: str, weights: Tensor | None = None) -> Tensor:
         """Integer product of input codes (M, K) and weight codes, exact on every backend."""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ..calibration.statistics import LayerStatistics
 
 DIT_SKIP = ("pos_embed", "norm")
-NATIVE_SKIP = ("t_embedder",)  # of our DiT in ComfyUI's formats: modulations are rounded there, a third of its weights
+NATIVE_SKIP = ("t_embedder",)  # of our DiT in ComfyUI's formats: modulations, a third of its weights, are quantized
 ROUNDINGS = ("nearest", "gptq")
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..precision import widest_float
 from .grids import dequantize as grid_values
 from .grids import pack_int4, quantize, token_grid, unpack_int4
 from .native_grids import GROUP, CodebookGrid, codebook_codes, int8_codes, int8_grid, stock_grid
@@ -161,8 +162,9 @@ def corrected_bias(
     name: str, weight: Tensor, bias: Tensor, tensors: dict[str, Tensor], statistics: LayerStatistics
 ) -> Tensor:
     """b + (W - W_q) E[x] (N,) in the bias's dtype: the mean output is that of the float layer."""
-    shift = (weight - dequantize(tensors)).double() @ statistics.mean.to(weight.device).double()
-    corrected = (bias.double() + shift).to(bias.dtype)
+    wide = widest_float(weight.device)
+    shift = (weight - dequantize(tensors)).to(wide) @ statistics.mean.to(weight.device, wide)
+    corrected = (bias.to(wide) + shift).to(bias.dtype)
     if not torch.isfinite(corrected).all():
         raise ValueError(f"The corrected bias of {name} is not finite; calibrate again.")
     return corrected
@@ -210,7 +212,8 @@ def held_out_error(weight: Tensor, tensors: dict[str, Tensor], x: Tensor, shift:
     lost = kernel_output(tensors, x) - exact
     if shift is not None:
         lost += shift
-    return relative_norm(lost.double(), exact.double())
+    wide = widest_float(x.device)
+    return relative_norm(lost.to(wide), exact.to(wide))
 
 
 def relative_norm(lost: Tensor, whole: Tensor) -> float:
@@ -226,7 +229,7 @@ def output_error(weight: Tensor, tensors: dict[str, Tensor], hessian: Tensor | N
 
 
 def squared_norm(weight: Tensor, hessian: Tensor | None) -> float:
-    """tr(W H W^T), or ||W||^2; float64, since errors lie where H is small."""
-    w = weight.double()
-    outputs = w if hessian is None else w @ hessian.double()
+    """tr(W H W^T), or ||W||^2; in float64 where the device has it, since errors lie where H is small."""
+    w = weight.to(widest_float(weight.device))
+    outputs = w if hessian is None else w @ hessian.to(w)
     return max(0.0, float((outputs * w).sum()))

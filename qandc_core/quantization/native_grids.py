@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..precision import widest_float
 from .gptq import gptq, gptq_codes
 from .grids import Grid, quantize, symmetric_grid
 from .grids import dequantize as grid_values
@@ -69,7 +70,8 @@ def int8_grid(rotated: Tensor, clip_search: bool) -> Grid:
 
 
 def row_errors(weight: Tensor, grid: Grid) -> Tensor:
-    return (grid_values(quantize(weight, grid), grid) - weight).square_().sum(1, keepdim=True, dtype=torch.float64)
+    squares = (grid_values(quantize(weight, grid), grid) - weight).square_()
+    return squares.sum(1, keepdim=True, dtype=widest_float(weight.device))
 
 
 # The codes.

@@ -82,6 +82,15 @@ def test_a_bypass_lora_is_refused_in_words(run):
     assert "without bypass" in run("models")["bypass LoRA"]
 
 
+def test_the_method_paper_refuses_changes_of_its_weights_in_words(run):
+    said = run("models")["changes after the method paper"]
+    assert len(said) == 12 and all("before Quantize" in words for words in said.values()), said
+
+
+def test_the_method_paper_takes_a_weak_lora_whole(run):
+    assert 0.9 < run("models")["weak LoRA, method paper"] < 1.1
+
+
 def test_fingerprints_do_not_depend_on_what_was_sampled(run):
     assert run("models")["fingerprints"] is True
 

@@ -28,7 +28,8 @@ from ....qandc_core.files import METADATA_KEY, metadata_tensor, pop_metadata, re
 from ....qandc_core.models.dit import DiT, DiTConfig
 from ....qandc_core.quantization.model import quantized_layers
 from ....qandc_core.quantization.native import FORMATS, layer_config
-from ..quantize.formats import check_supported, prepare
+from ..quantize.formats import check_supported
+from ..quantize.patcher import as_paper
 from ..quantize.rebuild import rebuilt
 
 LATENT_FORMATS = {3: comfy.latent_formats.ChromaRadiance, 4: comfy.latent_formats.SD15}
@@ -144,7 +145,6 @@ def native_dit(empty, packed: dict[str, Tensor], disable_dynamic: bool):
     for format in FORMATS:
         if FORMATS[format] in formats:
             check_supported(format)
-    prepare(formats)
     if FINGERPRINT in metadata:
         setattr(empty.model.diffusion_model, FINGERPRINT, metadata[FINGERPRINT])
     return rebuilt(empty, tensors, disable_dynamic)
@@ -163,7 +163,7 @@ def quantized_dit(
     model = patcher.model.diffusion_model
     load_codes(model, tensors, header, name)
     model.to(dtype=model.dtype)
-    return resized(patcher)
+    return as_paper(resized(patcher))
 
 
 def new_patcher(

@@ -1,14 +1,13 @@
-"""ComfyUI's quantized formats on this installation: which it loads, what runs them, and W4A8 under torch.compile."""
+"""ComfyUI's quantized formats on this installation: which it loads and what runs them."""
 
 from __future__ import annotations
 
-from functools import cache
-
 import comfy.model_management as mm
 import torch
-from torch import Tensor
+from torch import nn
 
-from ....qandc_core.quantization.native import FORMATS, W4A8
+from ....qandc_core.quantization.native import FORMATS
+from ....qandc_core.quantization.w4a8_layout import is_stock, traced
 
 SINCE = {"W8A8": "0.27", "W4A8": "0.31"}
 KERNELS = {"W8A8": "int8_linear", "W4A8": "w4a8_int8_linear"}
@@ -54,62 +53,9 @@ def backend(format: str, device: torch.device) -> str:
     )
 
 
-@cache
-def compile_w4a8() -> None:
-    """Makes comfy-kitchen's W4A8 product and decoder operators of torch, without which torch.compile cannot trace them.
-
-    In W4A8 with a correction, which no file of ComfyUI's has, they stay as they are.
-    """
-    from comfy_kitchen.tensor import w4a8_int8
-
-    linear, dequantize = w4a8_int8.w4a8_int8_linear, w4a8_int8.dequantize_w4a8_int8_weight
-
-    @torch.library.custom_op("qandc::w4a8_int8_linear", mutates_args=())
-    def traced_linear(
-        x: Tensor, qdata: Tensor, s_rel: Tensor, s_channel: Tensor, codebook: Tensor | None, bias: Tensor | None,
-        group_size: int, convrot_groupsize: int, out_dtype: torch.dtype,
-    ) -> Tensor:  # fmt: skip
-        return linear(
-            x, qdata, s_rel, s_channel, codebook, None, bias, group_size, convrot_groupsize, out_dtype
-        )  # fmt: skip
-
-    @traced_linear.register_fake
-    def _(x, qdata, s_rel, s_channel, codebook, bias, group_size, convrot_groupsize, out_dtype):
-        return x.new_empty(*x.shape[:-1], len(qdata), dtype=out_dtype)
-
-    @torch.library.custom_op("qandc::dequantize_w4a8_int8_weight", mutates_args=())
-    def traced_dequantize(
-        qdata: Tensor, s_rel: Tensor, s_channel: Tensor, codebook: Tensor | None, group_size: int,
-        convrot_groupsize: int, output_dtype: torch.dtype,
-    ) -> Tensor:  # fmt: skip
-        return dequantize(qdata, s_rel, s_channel, codebook, None, group_size, convrot_groupsize, output_dtype)
-
-    @traced_dequantize.register_fake
-    def _(qdata, s_rel, s_channel, codebook, group_size, convrot_groupsize, output_dtype):
-        return qdata.new_empty(len(qdata), 2 * qdata.shape[1], dtype=output_dtype)
-
-    def linear_of(
-        x, qdata, s_rel, s_channel, codebook=None, correction=None, bias=None, group_size=16, convrot_groupsize=256,
-        out_dtype=torch.bfloat16,
-    ):  # fmt: skip
-        layout = group_size, convrot_groupsize, out_dtype
-        if correction is not None:
-            return linear(x, qdata, s_rel, s_channel, codebook, correction, bias, *layout)
-        return traced_linear(x, qdata, s_rel, s_channel, codebook, bias, *layout)
-
-    def dequantize_of(
-        qdata, s_rel, s_channel, codebook=None, correction=None, group_size=16, convrot_groupsize=256,
-        output_dtype=torch.bfloat16,
-    ):  # fmt: skip
-        layout = group_size, convrot_groupsize, output_dtype
-        if correction is not None:
-            return dequantize(qdata, s_rel, s_channel, codebook, correction, *layout)
-        return traced_dequantize(qdata, s_rel, s_channel, codebook, *layout)
-
-    w4a8_int8.w4a8_int8_linear, w4a8_int8.dequantize_w4a8_int8_weight = linear_of, dequantize_of
-
-
-def prepare(formats: set[str]) -> None:
-    """What a model with these formats of the checkpoint needs before it runs."""
-    if W4A8 in formats:
-        compile_w4a8()
+def compilable(network: nn.Module) -> None:
+    """Gives W4A8 weights of the network the layout that torch.compile can trace."""
+    for module in network.modules():
+        weight = getattr(module, "weight", None)
+        if is_stock(weight):
+            module.weight = nn.Parameter(traced(weight), requires_grad=False)
