@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from ..caching.attach import feature_cache
-from ..fused.dit import FusedDiT
-from ..models.dit import DiT
+from ..models.dit import PatchGrid
 from .guidance import guided_prediction
 from .noise import GivenNoise, ImageNoise
 from .samplers import SAMPLERS, ddim_step, ddpm_step, denoised_image, implied_noise
@@ -53,11 +52,10 @@ class NoiseSource(Protocol):
 class ReverseProcess:
     """Denoises one batch with one model; `step(i, x, noise)` is the whole state machine."""
 
-    def __init__(self, model: DiT | FusedDiT, class_labels: Sequence[int] | Tensor, config: SamplingConfig):
+    def __init__(self, model: PatchGrid, class_labels: Sequence[int] | Tensor, config: SamplingConfig):
         self.model, self.config = model, config
         self.schedule = config.schedule()
-        parameter = next(model.parameters())
-        self.device, self.dtype = parameter.device, model.pos_embed.dtype
+        self.device, self.dtype = model.pos_embed.device, model.pos_embed.dtype
         self.labels = check_labels(class_labels, model.config.num_classes).to(self.device)
         if config.variance == "learned_range" and not model.config.learn_sigma:
             raise ValueError("variance='learned_range' needs a model that predicts it, and this one has fixed sigma.")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .grids import Grid, pack_int4, quantize, token_grid, unpack_int4
-from .matmul import PackedWeight, int_mm, kitchen_mm, pick_backend, simulated_matmul
+from .matmul import PackedWeight, backend_for, int_mm, kitchen_mm, simulated_matmul
 
 # Temporaries of this many values stay in the CPU's cache; those of a whole batch are paged in anew at every call.
 CPU_BLOCK = 2**19
@@ -125,7 +125,7 @@ class QuantizedLinear(nn.Module):
     @torch.no_grad()  # rounding has no gradient
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)
-        backend = pick_backend(x.device, self.format.w_bits) if self.backend == "auto" else self.backend
+        backend = backend_for(self.backend, x.device, self.format.w_bits)
         if backend == "kitchen" and not self.format.static and self.format.symmetric and self.format.a_bits == 8:
             return self.kitchen_linear(rows).view(*x.shape[:-1], self.out_features)
         y = torch.empty(len(rows), self.out_features, dtype=x.dtype, device=x.device)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration.file import FINGERPRINT, fingerprint
+from ..models.dit import check_open
 from ..models.layouts import diffusers_names
 from .gptq import gptq_codes
 from .grids import Grid, affine_grid, quantize, symmetric_grid, weight_grid
@@ -73,6 +74,7 @@ def quantize_model(
     needs and the file lacks. callback(layer, index, layers) before each layer.
     """
     config = config or QuantizationConfig()
+    check_open(model, "quantize")
     static = calibration is not None if config.static is None else config.static
     if calibration is not None:
         calibration.check_model(model)
