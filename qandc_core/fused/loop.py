@@ -244,8 +244,9 @@ class DeviceLoop:
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             for _ in range(2):  # the first call compiles and tunes kernels
-                self.index.copy_(kept[1])
+                self.rewind()  # a run that is over left the index beyond the last step
                 self.step(reuse)
+        self.rewind()
         torch.cuda.current_stream(self.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -124,6 +125,8 @@ class QuantizedLinear(nn.Module):
 
     @torch.no_grad()  # rounding has no gradient
     def forward(self, x: Tensor) -> Tensor:
+        if any(t is not None and t.device != x.device for t in (*self._buffers.values(), *self._parameters.values())):
+            return self.on(x.device)(x)
         rows = x.reshape(-1, self.in_features)
         backend = backend_for(self.backend, x.device, self.format.w_bits)
         if backend == "kitchen" and not self.format.static and self.format.symmetric and self.format.a_bits == 8:
@@ -136,6 +139,14 @@ class QuantizedLinear(nn.Module):
             codes = quantize(part.float(), grid)
             out.copy_(self.rescale(self.matmul(codes, backend, weights), codes, grid))
         return y.view(*x.shape[:-1], self.out_features)
+
+    def on(self, device: torch.device) -> QuantizedLinear:
+        """This layer with weights on another device, for one call of a host that keeps them elsewhere (low VRAM)."""
+        layer = copy.copy(self)
+        for kind in ("_buffers", "_parameters"):
+            moved = {name: None if t is None else t.to(device) for name, t in vars(self)[kind].items()}
+            object.__setattr__(layer, kind, moved)
+        return layer
 
     def matmul(self, codes: Tensor, backend: str, weights: Tensor | None = None) -> Tensor:
         """Integer product of input codes (M, K) and weight codes, exact on every backend."""

@@ -79,8 +79,8 @@ class StepClock:
         return span(*self.spans[-1])
 
     def seconds(self) -> list[float]:
-        """Seconds of every step; waits for the last."""
-        return [span(*pair) for pair in self.spans]
+        """Seconds of every step; waits once, for the last."""
+        return [span(*pair) for pair in reversed(self.spans)][::-1]
 
 
 class CallTimes:
