@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from .caching.attach import apply_cache_to_dit, remove_cache, reset_all_caches
 from .caching.schedule import optimal_schedule
 from .calibration.file import Calibration, load_calibration
@@ -11,11 +13,13 @@ from .compensation.correction import VarianceCompensation
 from .compensation.factors import variance_factors
 from .compensation.fit import fit_variance_compensation
 from .diffusion.process import SamplingConfig
-from .fused.dit import FusedDiT, fuse_dit
 from .models import DiT, DiTConfig
 from .quantization.model import QuantizationConfig, quantize_model
 from .sampling.generate import StepInfo, generate
 from .sampling.report import RunReport
+
+if TYPE_CHECKING:
+    from .fused.dit import FusedDiT, fuse_dit
 
 __version__ = "0.1.0"
 
@@ -44,3 +48,12 @@ __all__ = [
     "tap_select",
     "variance_factors",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The fused engine and its kernels are loaded where they are first asked for."""
+    if name in ("FusedDiT", "fuse_dit"):
+        from .fused import dit
+
+        return getattr(dit, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
