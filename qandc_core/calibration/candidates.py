@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..caching.attach import cache_bypassed, feature_cache
 from ..diffusion.process import ReverseProcess, SamplingConfig
-from ..models.dit import DiT
+from ..models.dit import DiT, check_open
 from ..models.layers import named_linears
 from .statistics import LayerStatistics, check_finite, merge_rows, observed
 
@@ -54,6 +54,7 @@ def collect_pool(
     callback: Callable[[int, int], None] | None = None,
 ) -> CandidatePool:
     """Every (x_t, t, class) of one trajectory for each label: N = labels x steps. Uses the cache that is attached."""
+    check_open(model, "calibrate")
     labels, cache = torch.as_tensor(class_labels), feature_cache(model)
     samples, steps, classes, computed = [], [], [], []
     chunks = labels.split(batch_size)
@@ -101,6 +102,7 @@ def collect_statistics(
     A layer inside a cached branch sees only the samples of steps that run it. Raises ValueError where none does, or
     on inputs that are not finite.
     """
+    check_open(model, "calibrate")
     layers = list(named_linears(model, skip_patterns))
     if not layers:
         raise ValueError(f"No linear layer is left to observe with skip_patterns {list(skip_patterns)}.")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..caching.attach import feature_cache
-from ..models.dit import DiT, PatchGrid
+from ..models.dit import PatchGrid
 from ..values import real_number, whole_number
 from .classes import check_labels
 from .guidance import guided_prediction
@@ -57,11 +57,10 @@ class NoiseSource(Protocol):
 class ReverseProcess:
     """Denoises one batch with one model; `step(i, x, noise)` is the whole state machine."""
 
-    def __init__(self, model: DiT | PatchGrid, class_labels: Sequence[int] | Tensor, config: SamplingConfig):
+    def __init__(self, model: PatchGrid, class_labels: Sequence[int] | Tensor, config: SamplingConfig):
         self.model, self.config = model, config
         self.schedule = config.schedule()
-        parameter = next(model.parameters())
-        self.device, self.dtype = parameter.device, model.pos_embed.dtype
+        self.device, self.dtype = model.pos_embed.device, model.pos_embed.dtype
         self.labels = check_labels(class_labels, model.config.num_classes, model.config.has_null_class).to(self.device)
         self.null_class = model.null_class if config.cfg_scale != 1 else -1
         if config.variance == "learned_range" and not model.config.learn_sigma:

@@ -93,7 +93,8 @@ class PatchEmbed(nn.Module):
         self.proj = operations.Conv2d(config.in_channels, config.hidden_size, kernel_size=p, stride=p, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)
+        """(N, C, H, W) -> tokens (N, T, D), row-major: every block adds to this layout and normalizes along D."""
+        return self.proj(x).flatten(2).transpose(1, 2).contiguous()
 
 
 class TimestepEmbedder(nn.Module):
@@ -180,11 +181,18 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
+SIZES_KEPT = 4  # position embeddings of other sizes than the model's own that stay on the device
+
+
 class PatchGrid(nn.Module):
     """A model of tokens that are patches of a latent; `pos_embed` (1, T, D) holds the positions of its own size."""
 
     config: DiTConfig
     pos_embed: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other_positions: dict[tuple, Tensor] = {}
 
     @property
     def null_class(self) -> int:
@@ -196,16 +204,31 @@ class PatchGrid(nn.Module):
             )
         return self.config.num_classes
 
-    def positions(self, rows: int, cols: int) -> Tensor:
-        side = self.config.input_size // self.config.patch_size
+    def positions(self, rows: int, cols: int, like: Tensor | None = None) -> Tensor:
+        """(1, rows * cols, D) in the device and dtype of `like`; other sizes than the model's own are computed once."""
+        side, like = self.config.input_size // self.config.patch_size, self.pos_embed if like is None else like
         if (rows, cols) == (side, side):
-            return self.pos_embed
-        return sincos_positions(self.config.hidden_size, rows, cols, side).to(self.pos_embed)
+            return self.pos_embed.to(like)
+        key = rows, cols, like.device, like.dtype
+        if key not in self.other_positions:
+            with torch.inference_mode(False):  # a later call may be one that autograd records
+                found = sincos_positions(self.config.hidden_size, rows, cols, side).to(self.pos_embed.dtype).to(like)
+            while len(self.other_positions) >= SIZES_KEPT:
+                self.other_positions.pop(next(iter(self.other_positions)))
+            self.other_positions[key] = found
+        return self.other_positions[key]
 
     def unpatchify(self, x: Tensor, rows: int, cols: int) -> Tensor:
         p = self.config.patch_size
         x = x.unflatten(1, (rows, cols)).unflatten(-1, (p, p, -1))
         return torch.einsum("nhwpqc->nchpwq", x).reshape(len(x), -1, rows * p, cols * p)
+
+
+def check_open(model: nn.Module, what: str) -> None:
+    """Raises ValueError on a FusedDiT, which has layers but none to be changed or observed."""
+    refuse = getattr(model, "refuse", None)
+    if refuse is not None:
+        refuse(what)
 
 
 class DiT(PatchGrid):
@@ -240,7 +263,8 @@ class DiT(PatchGrid):
         """
         p = self.config.patch_size
         rows, cols = x.shape[-2] // p, x.shape[-1] // p
-        x = self.x_embedder(x) + self.positions(rows, cols).to(x)
+        x = self.x_embedder(x)
+        x = x + self.positions(rows, cols, x)
         c = self.t_embedder(timesteps, x.dtype) + self.y_embedder(y).to(x.dtype)
         for block in self.blocks:
             x = block(x, c)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .grids import Grid, pack_int4, quantize, token_grid, unpack_int4
-from .matmul import PackedWeight, int_mm, kitchen_mm, pick_backend, simulated_matmul
+from .matmul import PackedWeight, backend_for, int_mm, kitchen_mm, simulated_matmul
 
 # Temporaries of this many values stay in the CPU's cache; those of a whole batch are paged in anew at every call.
 CPU_BLOCK = 2**19
@@ -125,10 +125,10 @@ class QuantizedLinear(nn.Module):
 
     @torch.no_grad()  # rounding has no gradient
     def forward(self, x: Tensor) -> Tensor:
-        if self.weight_scale.device != x.device:
-            return self.on_device(x.device).forward(x)
+        if any(t is not None and t.device != x.device for t in (*self._buffers.values(), *self._parameters.values())):
+            return self.on(x.device)(x)
         rows = x.reshape(-1, self.in_features)
-        backend = pick_backend(x.device, self.format.w_bits) if self.backend == "auto" else self.backend
+        backend = backend_for(self.backend, x.device, self.format.w_bits)
         if backend == "kitchen" and not self.format.static and self.format.symmetric and self.format.a_bits == 8:
             return self.kitchen_linear(rows).view(*x.shape[:-1], self.out_features)
         y = torch.empty(len(rows), self.out_features, dtype=x.dtype, device=x.device)
@@ -140,12 +140,12 @@ class QuantizedLinear(nn.Module):
             out.copy_(self.rescale(self.matmul(codes, backend, weights), codes, grid))
         return y.view(*x.shape[:-1], self.out_features)
 
-    def on_device(self, device: torch.device) -> QuantizedLinear:
-        """A layer with copies of the tensors on a device, for one call where the model does not fit there."""
+    def on(self, device: torch.device) -> QuantizedLinear:
+        """This layer with weights on another device, for one call of a host that keeps them elsewhere (low VRAM)."""
         layer = copy.copy(self)
-        layer._buffers = {name: None if value is None else value.to(device) for name, value in self._buffers.items()}
-        bias = None if self.bias is None else nn.Parameter(self.bias.to(device), False)
-        layer._parameters = {"bias": bias}
+        for kind in ("_buffers", "_parameters"):
+            moved = {name: None if t is None else t.to(device) for name, t in vars(self)[kind].items()}
+            object.__setattr__(layer, kind, moved)
         return layer
 
     def matmul(self, codes: Tensor, backend: str, weights: Tensor | None = None) -> Tensor:

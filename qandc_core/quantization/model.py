@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration.file import FINGERPRINT, fingerprint
+from ..models.dit import check_open
 from ..models.layers import named_linears
 from ..values import real_number
 from .clipping import CLIPPINGS, activation_bounds
@@ -72,6 +73,7 @@ def quantize_model(
     ValueError, since from_pretrained has no place for the codes.
     """
     config = config or QuantizationConfig()
+    check_open(model, "quantize")
     static = calibration is not None if config.static is None else config.static
     if calibration is not None:
         calibration.check_model(model)

@@ -9,13 +9,15 @@ from typing import Any
 import torch
 
 from ..quantization.report import QuantizationReport
+from .clock import device_module
 
 
 @dataclass
 class RunReport:
     """One sampling run: wall seconds and computed (else reused) for every step, cache and peak memory in bytes.
 
-    `peak_memory` is the device allocator's peak on a GPU and the process's peak on CPU; None where the system has none.
+    `peak_memory` is the device allocator's peak on a GPU (on MPS what its driver holds at the end) and the process's
+    peak on CPU; None where the system has none.
     `factors` are K_t of each step's channels where variance compensation was on. Of a cache: `tier` is what it reused
     and why, `timeline` a letter per step for each condition (C computed, R held, F forecast, . not evaluated; steps
     that the sampler went back to follow after the last), `not_visited` the steps that the sampler left out, and
@@ -67,14 +69,19 @@ class RunReport:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    reset = getattr(device_module(device), "reset_peak_memory_stats", None)
+    if reset is not None:
+        reset(device)
 
 
 def peak_memory(device: torch.device) -> int | None:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "win32":
+    """The allocator's peak in bytes since the reset; without one (MPS) what the device's driver holds now."""
+    module = device_module(device)
+    if hasattr(module, "max_memory_allocated"):
+        return module.max_memory_allocated(device)
+    if hasattr(module, "driver_allocated_memory"):
+        return module.driver_allocated_memory()
+    if device.type != "cpu" or sys.platform == "win32":
         return None
     import resource
 

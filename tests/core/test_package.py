@@ -93,6 +93,24 @@ def test_the_order_of_imports_is_kept():
     assert lint_imports(config_filename=str(ROOT / "pyproject.toml")) == 0
 
 
+def test_import_loads_no_fused_engine():
+    code = (
+        "import sys; import qandc_core; print([m for m in sys.modules if 'qandc_core.fused' in m]); qandc_core.fuse_dit"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert done.stdout == "[]\n"
+
+
+def test_nothing_below_the_fused_engine_imports_it():
+    above = ("fused", "evaluation", "cli")
+    for path, tree in trees():
+        if path.parts[1] in (*above, "__init__.py"):
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                assert not (node.module or "").startswith("fused"), f"{path}:{node.lineno}"
+
+
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_public_function_has_the_documented_signature(name):
     found = inspect.signature(getattr(qandc_core, name)).parameters
