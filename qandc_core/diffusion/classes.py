@@ -50,8 +50,8 @@ def read_classes(tokens: Tensor, num_classes: int) -> Tensor:
         return torch.full((tokens.shape[1] if is_classes(tokens) else 1,), num_classes)
     if not is_classes(tokens):
         raise ValueError("This model draws classes, not text; connect the node Class Label instead of a prompt.")
-    one, ids, squares = tokens[0].double().cpu().unbind(dim=-1)
-    absent = (tokens[0] == 0).all(dim=-1).cpu()
+    tokens = tokens[0].cpu().double()  # in this order: some accelerators have no float64
+    absent, (one, ids, squares) = (tokens == 0).all(dim=-1), tokens.unbind(dim=-1)
     near = ids.round()  # a class averaged with itself is off by float32's rounding
     whole = ((one - 1).abs() < 1e-5) & ((ids - near).abs() < 1e-2)
     whole &= (squares - near**2).abs() <= 5e-7 * near.clamp(min=100) ** 2
