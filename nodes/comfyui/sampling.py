@@ -110,7 +110,8 @@ def sample(
 def from_image(conditioning, first: int):
     """Conditioning of a batch whose first image is number `first`: lists of class labels go on, not start again."""
     return [
-        [tokens.roll(-first, dims=1) if is_classes(tokens) else tokens, options] for tokens, options in conditioning
+        [tokens.roll((-first, -first), dims=(0, 1)) if is_classes(tokens) else tokens, options]
+        for tokens, options in conditioning
     ]
 
 

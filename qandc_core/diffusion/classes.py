@@ -8,6 +8,7 @@ two classes is neither, for then the third number is not the square of the secon
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -42,15 +43,15 @@ def is_classes(tokens: Tensor | None) -> bool:
 
 
 def read_classes(tokens: Tensor, num_classes: int) -> Tensor:
-    """Class ids as int64 (tokens,), num_classes for no class, as which zeros count: also those of a zeroed text.
+    """Class ids of the images in turn, int64 (images,); num_classes for no class, which is what zeros mean.
 
+    Image i takes token i of conditioning i, both from the start again; mostly all images share one conditioning.
     Raises ValueError on the tokens of a text, on classes that were mixed or scaled, and on ids that are out of range.
     """
-    if not tokens.any():
-        return torch.full((tokens.shape[1] if is_classes(tokens) else 1,), num_classes)
     if not is_classes(tokens):
         raise ValueError("This model draws classes, not text; connect the node Class Label instead of a prompt.")
-    tokens = tokens[0].cpu().double()  # in this order: some accelerators have no float64
+    image = torch.arange(math.lcm(*tokens.shape[:2]))
+    tokens = tokens.cpu().double()[image % len(tokens), image % tokens.shape[1]]
     absent, (one, ids, squares) = (tokens == 0).all(dim=-1), tokens.unbind(dim=-1)
     near = ids.round()  # a class averaged with itself is off by float32's rounding
     whole = ((one - 1).abs() < 1e-5) & ((ids - near).abs() < 1e-2)
