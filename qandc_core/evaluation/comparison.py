@@ -33,7 +33,7 @@ class Frames(Protocol):
 
 
 class ImageFrames:
-    """Frames of ComfyUI's IMAGE (N, H, W, C) in [0, 1], converted when they are asked for.
+    """Frames of ComfyUI's IMAGE (N, H, W, C) in [0, 1], converted when they are asked for, on the CPU.
 
     One channel is grey, two are grey and alpha, four are colour and alpha: transparent pixels show a checkerboard, so
     that what differs in alpha alone differs in the picture too. Raises ValueError on other shapes.
@@ -52,7 +52,7 @@ class ImageFrames:
         return len(self.batch)
 
     def __getitem__(self, index: int) -> Tensor:
-        frame = self.batch[index].movedim(-1, 0).float() * 2 - 1
+        frame = self.batch[index].cpu().movedim(-1, 0).float() * 2 - 1
         color = frame if len(frame) in (1, 3) else frame[:-1]
         color = color.expand(3, -1, -1)
         if len(frame) in (1, 3):
