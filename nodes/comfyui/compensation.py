@@ -178,7 +178,7 @@ class CompensatedRun(Correcting):
         if sum(channels) != variance.factor.shape[1]:
             fitted = variance.factor.shape[1]
             raise differs("for channels", fitted, "has", sum(channels), "fit again for this model")
-        if variance.find(levels[0]) and noise.any():
+        if levels and variance.find(levels[0]) and noise.any():
             raise ValueError(
                 f"The variance compensation was fitted from sigma {float(variance.sigmas[0]):.4g} on, and this run "
                 f"begins with new noise at {levels[0]:.4g}, where nothing has drifted yet; fit it for these steps."

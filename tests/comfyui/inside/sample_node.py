@@ -231,6 +231,7 @@ def compensation_is_used_where_it_belongs(host: Host) -> dict[str, str]:
         "same eta": custom(1.0),
         "other eta": custom(0.5),
         "second stage": custom(1.0, first=2, noise=0.0),
+        "no steps": custom(1.0, first=STEPS),
         "new noise in mid-schedule": custom(1.0, first=2),
         "other guider": other_guider(),
         "other sampler": tries(corrected, sampler="euler"),
