@@ -54,7 +54,8 @@ class Compare(io.ComfyNode):
 
     @classmethod
     def execute(cls, images: dict, shown: int, difference_gain: float, reports: dict | None = None) -> io.NodeOutput:
-        from ..qandc_core.evaluation.comparison import ComparedRun, ImageFrames, run_comparison  # not at start-up
+        from ..qandc_core.evaluation.comparison import ComparedRun, run_comparison  # drawing is no part of start-up
+        from ..qandc_core.evaluation.frames import ImageFrames
 
         reports = {key.removeprefix("report"): report for key, report in (reports or {}).items()}
         runs = []

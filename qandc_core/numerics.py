@@ -1,4 +1,4 @@
-"""Small numbers that every room means the same by."""
+"""Relative errors, defined once."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FittedFor:
-    """What a compensation belongs to besides its noise levels. None is not known, as of a file of an older version."""
+    """The kind of run that a compensation belongs to; None where a file of an older version does not say."""
 
     sampler: str
     options: Mapping[str, Any] | None = None
@@ -117,7 +117,7 @@ def guidance_of(guider) -> float | str:
 
 @dataclass
 class Run:
-    """What the predictions of one sampling run know: its noise levels, sampler, and the parts of a nested latent."""
+    """State that the predictions of one run read: its noise levels, sampler, and the parts of a nested latent."""
 
     sigmas: list[float]
     sampler: str
@@ -178,7 +178,7 @@ class CompensatedRun(Correcting):
         if sum(channels) != variance.factor.shape[1]:
             fitted = variance.factor.shape[1]
             raise differs("for channels", fitted, "has", sum(channels), "fit again for this model")
-        if variance.find(levels[0]) and noise.any():
+        if levels and variance.find(levels[0]) and noise.any():
             raise ValueError(
                 f"The variance compensation was fitted from sigma {float(variance.sigmas[0]):.4g} on, and this run "
                 f"begins with new noise at {levels[0]:.4g}, where nothing has drifted yet; fit it for these steps."

@@ -115,7 +115,7 @@ def from_image(conditioning, first: int):
     for context, options in conditioning:
         prompts = len(context) if isinstance(context, torch.Tensor) and context.ndim else 1
         options = {key: rolled(value, prompts, first) for key, value in options.items()}
-        context = context.roll(-first, dims=1) if is_classes(context) else rolled(context, prompts, first)
+        context = context.roll((-first, -first), (0, 1)) if is_classes(context) else rolled(context, prompts, first)
         rotated.append([context, options])
     return rotated
 

@@ -41,7 +41,7 @@ def compensate_parts(x: Tensor, mean: Tensor, factor: Tensor, shapes: Shapes = (
 
 
 def preserved_scale(sigma: float, flow: bool) -> float:
-    """What turns a sample at sigma into variance-preserving units; 1 for flow models, which are in them."""
+    """Factor from a sample at sigma to variance-preserving units; 1 for flow models, which are in them."""
     return 1.0 if flow else (1 + sigma**2) ** -0.5
 
 

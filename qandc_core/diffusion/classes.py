@@ -8,6 +8,7 @@ two classes is neither, for then the third number is not the square of the secon
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -43,18 +44,19 @@ def is_classes(tokens: Tensor | None) -> bool:
 
 
 def read_classes(tokens: Tensor | None, num_classes: int, has_null_class: bool = True) -> Tensor:
-    """Class ids as int64 (tokens,), num_classes for no class: None, zeros, and the tokens of a zeroed text.
+    """Class ids of the images in turn, int64 (images,); num_classes for no class, which is what zeros and None mean.
 
+    Image i takes token i of conditioning i, both from the start again; mostly all images share one conditioning.
     Raises ValueError on the tokens of a text, on classes that were mixed or scaled, on ids that are out of range, and
     on no class where the model was trained without one.
     """
-    if tokens is None or not tokens.any():
-        labels = torch.full((tokens.shape[1] if tokens is not None and is_classes(tokens) else 1,), num_classes)
-        return with_null_class(labels, num_classes, has_null_class)
+    if tokens is None:
+        tokens = class_tokens([NO_CLASS])
     if not is_classes(tokens):
         raise ValueError("This model draws classes, not text; connect the node Class Label instead of a prompt.")
-    one, ids, squares = tokens[0].double().cpu().unbind(dim=-1)
-    absent = (tokens[0] == 0).all(dim=-1).cpu()
+    image = torch.arange(math.lcm(*tokens.shape[:2]))
+    tokens = tokens.cpu().double()[image % len(tokens), image % tokens.shape[1]]
+    absent, (one, ids, squares) = (tokens == 0).all(dim=-1), tokens.unbind(dim=-1)
     near = ids.round()  # a class averaged with itself is off by float32's rounding
     whole = ((one - 1).abs() < 1e-5) & ((ids - near).abs() < 1e-2)
     whole &= (squares - near**2).abs() <= 5e-7 * near.clamp(min=100) ** 2

@@ -20,8 +20,8 @@ COMPUTED, REUSED = (38, 110, 190), (205, 216, 230)
 class FigureRow:
     """Images (N, 3, H, W) in [-1, 1] with a title, a line of numbers, and the step flags of their run.
 
-    `differences` (N, 3, H, W) are drawn below the images; where None, a row after the first draws its images' own,
-    unless it is not `compared`.
+    `differences` (N, 3, H, W) are drawn below the images; where None, they are computed from the first row's images,
+    unless the row is not `compared`.
     """
 
     title: str

@@ -199,7 +199,7 @@ def test_a_compensation_is_used_only_where_it_belongs(run):
     for case, message in REFUSALS.items():
         assert message in found[case] and "\n" not in found[case], case
         assert "calls)" not in found[case] or found[case].endswith("(0 calls)"), case
-    for case in ("same", "same eta", "same file", "second stage"):
+    for case in ("same", "same eta", "same file", "older file", "second stage", "no steps"):
         assert found[case].startswith("nothing was refused"), case
 
 

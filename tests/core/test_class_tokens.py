@@ -29,7 +29,14 @@ def test_appended_tokens_are_a_longer_list(first, second):
 def test_zeros_are_no_class(ids):
     assert read_classes(torch.zeros_like(class_tokens(ids)), 1000).tolist() == [1000] * len(ids)
     assert read_classes(class_tokens([NO_CLASS]), 10).tolist() == [10]
-    assert read_classes(torch.zeros(1, 77, 768), 10).tolist() == [10]
+
+
+def test_a_batch_of_conditionings_gives_each_image_its_own():
+    both = torch.cat([class_tokens([3]), class_tokens([7])])
+    assert read_classes(both, 10).tolist() == [3, 7]
+    lists = torch.cat([class_tokens([1, 2, 3]), class_tokens([4, 5, 6])])
+    assert read_classes(lists, 10).tolist() == [1, 5, 3, 4, 2, 6]
+    assert read_classes(lists.roll((-1, -1), dims=(0, 1)), 10).tolist() == [5, 3, 4, 2, 6, 1]
 
 
 @given(st.integers(0, 999), st.integers(0, 100))
@@ -57,6 +64,7 @@ def test_a_mean_of_two_classes_is_refused_whatever_its_ids(first, second, percen
         (class_tokens([3]) + class_tokens([NO_CLASS]) * 0.5 + 0.1, "mixes or scales some"),
         (torch.full((1, 2, 3), float("nan")), "mixes or scales some"),
         (torch.randn(1, 77, 768), "draws classes, not text"),
+        (torch.zeros(1, 77, 768), "draws classes, not text"),
         (torch.randn(1, 768), "draws classes, not text"),
         (class_tokens([10, 12]), "class id 12 is out of range"),
     ],
