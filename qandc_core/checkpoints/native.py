@@ -9,10 +9,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..files import SAFETENSORS
+from ..quantization.formats import ALL
 from ..quantization.native import FORMATS, dequantize, layer_config
 
 MARK = ".comfy_quant"
-PARTS = ("weight", "weight_scale", "weight_s_rel", "weight_s_channel", "weight_codebook", "comfy_quant")
+PARTS = (*dict.fromkeys(part for format in ALL for part in format.parts), "comfy_quant")
 
 
 def quantized_names(tensors: Mapping[str, Tensor]) -> list[str]:
