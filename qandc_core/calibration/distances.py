@@ -19,7 +19,7 @@ def prediction_distances(denoised: Tensor, sigmas: Tensor) -> Tensor:
     denoised (T, V) holds the values of every step's prediction; a step from sigma to the following moves the sample by
     (1 - following / sigma) of an error in it. sigmas (T + 1,).
     """
-    values, sigmas = denoised.double(), sigmas.double().cpu()
+    values, sigmas = denoised.cpu().double(), sigmas.cpu().double()  # some devices have no float64
     relative = torch.cdist(values, values) / values.norm(dim=1).clamp(min=1e-12)[None]
     return torch.triu(relative * (1 - sigmas[1:] / sigmas[:-1])[None], diagonal=1)
 

@@ -90,7 +90,7 @@ def coarsest(
     """The layer in the coarsest format, from the configured one on, whose error is within the limit; its ladder."""
     weight, bias = source.load()
     layer: NativeLayer | None = None
-    format = fitting(BY_NAME[config.format], *weight.shape, source.keeps_shape)
+    format = fitting(BY_NAME[config.format], weight.shape[0], weight.shape[1], source.keeps_shape)
     while format is not None:
         wanted = replace(config, format=format.name)
         if budget.max_error is None:
