@@ -4,13 +4,14 @@ from comfy_api.v0_0_2 import io, ui
 
 from ..qandc_core.calibration.file import Calibration
 from ..qandc_core.quantization.budget import Budget
+from ..qandc_core.quantization.formats import ALL
 from ..qandc_core.quantization.model import QuantizationConfig
 from . import schema
 from .comfyui.pictures import report_picture, to_image
 from .comfyui.quantize.native import NativeSettings, ignored_patterns, quantize_native
 from .comfyui.quantize.paper import quantized_patcher
 
-BITS = {"W8A8": (8, 8), "W4A8": (4, 8)}
+BITS = {format.name: (format.weight_bits, 8) for format in ALL}
 METHODS = ("native", "paper")
 LORAS = {"bake in": "bake", "keep on top": "keep"}
 

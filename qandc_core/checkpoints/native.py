@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from ..files import SAFETENSORS, parse_json, read_header
+from ..quantization.formats import ALL
 from ..quantization.native import FORMATS, dequantize
 
 MARK = ".comfy_quant"
-PARTS = ("weight", "weight_scale", "weight_s_rel", "weight_s_channel", "weight_codebook", "comfy_quant")
+PARTS = (*dict.fromkeys(part for format in ALL for part in format.parts), "comfy_quant")
 
 
 def quantized_names(tensors: Mapping[str, Tensor]) -> list[str]:

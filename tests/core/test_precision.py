@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qandc_core import precision
+from qandc_core.calibration.distances import prediction_distances
 from qandc_core.calibration.statistics import LayerStatistics
 from qandc_core.quantization.linear import QuantizedLinear
 from qandc_core.quantization.model import QuantizationConfig, quantize_model
@@ -93,3 +94,19 @@ def test_a_layer_whose_tensors_are_elsewhere_copies_them_for_the_call(bits):
     copied = layer.on_device(torch.device("cpu"))
     assert torch.equal(copied(x), wanted) and copied is not layer
     assert layer.codes.device.type == "cpu" and torch.equal(layer(x), wanted)
+
+
+def test_distances_are_computed_on_the_cpu():
+    """Whatever the device has: a step's predictions on another device may not become float64 there."""
+    values, sigmas = torch.randn(4, 9), torch.linspace(3, 0, 5)
+    moved = []
+
+    class Elsewhere(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            moved.append(func.__name__)
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    found = prediction_distances(values.as_subclass(Elsewhere), sigmas.as_subclass(Elsewhere))
+    assert torch.equal(found.as_subclass(torch.Tensor), prediction_distances(values, sigmas))
+    assert moved.index("cpu") < moved.index("double")

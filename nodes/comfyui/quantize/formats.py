@@ -6,11 +6,7 @@ import comfy.model_management as mm
 import torch
 from torch import nn
 
-from ....qandc_core.quantization.native import FORMATS
-from ....qandc_core.quantization.w4a8_layout import is_stock, traced
-
-SINCE = {"W8A8": "0.27", "W4A8": "0.31"}
-KERNELS = {"W8A8": "int8_linear", "W4A8": "w4a8_int8_linear"}
+from ....qandc_core.quantization.formats import BY_LAYOUT, BY_NAME
 
 
 def supported(format: str) -> bool:
@@ -18,7 +14,7 @@ def supported(format: str) -> bool:
         from comfy.quant_ops import QUANT_ALGOS
     except ImportError:
         return False
-    return FORMATS[format] in QUANT_ALGOS
+    return BY_NAME[format].stored in QUANT_ALGOS
 
 
 def check_supported(format: str) -> None:
@@ -26,9 +22,10 @@ def check_supported(format: str) -> None:
         return
     import comfyui_version
 
-    other = ", or choose W8A8" if format == "W4A8" and supported("W8A8") else ""
+    finer = BY_NAME[format].finer
+    other = f", or choose {finer.name}" if finer is not None and supported(finer.name) else ""
     raise ValueError(
-        f"{format} needs ComfyUI {SINCE[format]} or newer, this is {comfyui_version.__version__}; update "
+        f"{format} needs ComfyUI {BY_NAME[format].since} or newer, this is {comfyui_version.__version__}; update "
         f"ComfyUI{other}. "
         "The method paper works here for class-conditional DiTs."
     )
@@ -43,7 +40,10 @@ def backend(format: str, device: torch.device) -> str:
     able = [
         name
         for name, state in comfy_kitchen.list_backends().items()
-        if state["available"] and not state["disabled"] and KERNELS[format] in state["capabilities"] and name != "eager"
+        if state["available"]
+        and not state["disabled"]
+        and BY_NAME[format].kernel in state["capabilities"]
+        and name != "eager"
     ]
     if able:
         return able[0]
@@ -54,8 +54,9 @@ def backend(format: str, device: torch.device) -> str:
 
 
 def compilable(network: nn.Module) -> None:
-    """Gives W4A8 weights of the network the layout that torch.compile can trace."""
+    """Gives the network's quantized weights layouts that torch.compile can trace."""
     for module in network.modules():
         weight = getattr(module, "weight", None)
-        if is_stock(weight):
-            module.weight = nn.Parameter(traced(weight), requires_grad=False)
+        format = BY_LAYOUT.get(getattr(weight, "_layout_cls", ""))
+        if format is not None and (traced := format.traced(weight)) is not weight:
+            module.weight = nn.Parameter(traced, requires_grad=False)

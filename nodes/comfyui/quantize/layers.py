@@ -5,13 +5,12 @@ from __future__ import annotations
 from torch import nn
 
 from ....qandc_core.models.dit import DiT
+from ....qandc_core.quantization.formats import BY_LAYOUT
 from ....qandc_core.quantization.model import NATIVE_SKIP, named_linears, quantized_layers
 from ....qandc_core.quantization.selection import block_linears, matching
-from ....qandc_core.quantization.w4a8_layout import LAYOUT
 from ..cache.blocks import block_lists
 
-# comfy-kitchen's names, and ours of W4A8.
-INTEGERS = ("TensorWiseINT8Layout", "AsymW4A8Int8Layout", "TensorCoreConvRotW4A4Layout", LAYOUT)
+INTEGERS = (*BY_LAYOUT, "TensorCoreConvRotW4A4Layout")  # comfy-kitchen's names; the last is not one of our formats
 
 
 def quantizable(network: nn.Module, include: tuple[str, ...] = ()) -> list[tuple[str, nn.Module]]:

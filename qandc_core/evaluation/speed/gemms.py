@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...quantization.formats.w4a8 import GROUP
 from ...quantization.grids import Grid
 from ...quantization.matmul import int_mm, int_mm_is_fast
 from ...quantization.native import INT8, W4A8, NativeConfig, weight_tensors
-from ...quantization.native_grids import GROUP
 from ...quantization.rotation import rotation_group
 from .ceilings import Ceilings, float32_products, random_codes
 from .clock import median_seconds

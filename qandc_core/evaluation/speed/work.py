@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from ...models.dit import FREQUENCIES, DiT, DiTConfig
+from ...quantization.formats.w4a8 import GROUP
 from ...quantization.model import DIT_SKIP, named_linears
 from ...quantization.native import FORMATS, INT8, native_format
-from ...quantization.native_grids import GROUP
 from .ceilings import Ceilings
 
 FLOAT_BYTES = {"float32": 4, "tf32": 4, "bfloat16": 2}

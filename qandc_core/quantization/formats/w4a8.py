@@ -1,20 +1,51 @@
-"""The grids of ComfyUI's quantized formats and the choice of codes on them."""
+"""W4A8, ComfyUI's asym_w4a8_int8: 4-bit codes of 16 values, a float8 scale for each group and one for each row.
+
+The weight is decoded to int8 and multiplied as W8A8 is.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..precision import widest_float
-from .gptq import gptq, gptq_codes
-from .grids import Grid, quantize, symmetric_grid
-from .grids import dequantize as grid_values
+from ..gptq import gptq
+from ..grids import pack_int4, unpack_int4
+from .base import Format
+from .traced_w4a8 import LAYOUT, STOCK_LAYOUT, traced
+from .w8a8 import W8A8
 
-GROUP = 16  # W4A8: weights that share a relative scale
-# Rounding costs a row K (absmax / 127)^2 / 12: cutting its one outlier pays up to K / (12 * 127^2), 6 % at K = 12288.
-CLIPS = tuple(1 - step / 100 for step in range(1, 11))
+GROUP = 16  # weights that share a relative scale
+
+
+class Codebook(Format):
+    def config(self, group: int) -> dict[str, Any]:
+        return {"format": self.stored, "group_size": GROUP, "convrot_groupsize": group}
+
+    def encode(
+        self, weight: Tensor, rotated: Tensor, group: int, hessian: Tensor | None, clip_search: bool, damping: float
+    ) -> dict[str, Tensor]:
+        grid = stock_grid(weight, group)
+        codes = codebook_codes(rotated, grid, hessian, damping)
+        return {
+            "weight": pack_int4(codes - 8).view(torch.int8),
+            "weight_s_rel": grid.relative,
+            "weight_s_channel": grid.channel,
+            "weight_codebook": grid.codebook,
+        }
+
+    def decode(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        channel = tensors["weight_s_channel"]
+        levels = CodebookGrid(tensors["weight_codebook"], tensors["weight_s_rel"], channel).levels()
+        codes = (unpack_int4(tensors["weight"].view(torch.uint8)) + 8).long()
+        values = levels.gather(2, codes.view(len(codes), -1, GROUP).transpose(0, 1)).transpose(0, 1).flatten(1)
+        return values * channel[:, None]
+
+    def traced(self, weight: Any) -> Any:
+        return traced(weight) if weight._layout_cls == STOCK_LAYOUT else weight
 
 
 @dataclass(frozen=True)
@@ -54,34 +85,6 @@ def stock_grid(weight: Tensor, group: int) -> CodebookGrid:
     return CodebookGrid(codebook, relative, channel)
 
 
-def int8_grid(rotated: Tensor, clip_search: bool) -> Grid:
-    """One symmetric grid for each row of (N, K), up to absmax or, by search, to where its squared error is least."""
-    absmax = rotated.abs().amax(dim=1, keepdim=True)
-    best = symmetric_grid(absmax, 8)
-    if not clip_search:
-        return best
-    least = row_errors(rotated, best)
-    for clip in CLIPS:
-        grid = symmetric_grid(clip * absmax, 8)
-        error = row_errors(rotated, grid)
-        best = Grid(torch.where(error < least, grid.scale, best.scale), best.zero, best.low, best.high)
-        least = torch.minimum(error, least)
-    return best
-
-
-def row_errors(weight: Tensor, grid: Grid) -> Tensor:
-    squares = (grid_values(quantize(weight, grid), grid) - weight).square_()
-    return squares.sum(1, keepdim=True, dtype=widest_float(weight.device))
-
-
-# The codes.
-
-
-def int8_codes(rotated: Tensor, grid: Grid, hessian: Tensor | None, damping: float) -> Tensor:
-    """int8 (N, K), by gptq where the rotated inputs' Hessian is given."""
-    return quantize(rotated, grid) if hessian is None else gptq_codes(rotated, hessian, grid, damping)
-
-
 def codebook_codes(rotated: Tensor, grid: CodebookGrid, hessian: Tensor | None, damping: float) -> Tensor:
     """int8 (N, K) from 0 to 15, by gptq where the rotated inputs' Hessian is given."""
     levels = grid.levels()
@@ -97,3 +100,17 @@ def codebook_codes(rotated: Tensor, grid: CodebookGrid, hessian: Tensor | None, 
         return codes[:, 0], levels[group].gather(1, codes)[:, 0] * grid.channel
 
     return gptq(rotated, hessian, round_column, damping)
+
+
+W4A8 = Codebook(
+    name="W4A8",
+    stored="asym_w4a8_int8",
+    weight_bits=4,
+    since="0.31",
+    kernel="w4a8_int8_linear",
+    layouts=(STOCK_LAYOUT, LAYOUT),
+    parts=("weight", "weight_s_rel", "weight_s_channel", "weight_codebook"),
+    inputs=GROUP,
+    keeps_shape=False,
+    finer=W8A8,
+)

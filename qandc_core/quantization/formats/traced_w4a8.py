@@ -27,11 +27,6 @@ def traced(weight: Any) -> Any:
     return QuantizedTensor(weight._qdata, LAYOUT, weight._params)
 
 
-def is_stock(weight: Any) -> bool:
-    """True for a W4A8 weight in comfy-kitchen's own layout."""
-    return getattr(weight, "_layout_cls", None) == STOCK_LAYOUT
-
-
 @cache
 def operators() -> tuple[Any, Any]:
     """qandc::w4a8_linear, x (..., K) -> (..., N), and qandc::w4a8_weight, the decoded weight (N, K)."""
