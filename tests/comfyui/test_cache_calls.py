@@ -14,8 +14,11 @@ def test_noise_is_seen_whatever_the_sampler_is_called(run):
             assert not result["warnings"] and any("F" in line for line in result["timeline"].values()), kind
             continue
         said = any("adds noise between steps; using order 0" in text for text in result["warnings"])
-        assert result["finite"] and said == result["adds noise"], (kind, result)
-        assert result["forecast"] or result["adds noise"], (kind, result)
+        assert result["finite"], kind
+        if result["adds noise"]:  # a Heun step that churns goes up every time, and computes
+            assert said or not result["forecast"], (kind, result)
+        else:
+            assert result["forecast"] and not said, (kind, result)
 
 
 def letters(result: dict) -> str:
