@@ -149,6 +149,7 @@ class SamplingRun:
         self.frame: Frame | None = None
         self.watch: NoiseWatch | None = None
         self.positions: Tensor | None = None  # of the values that the watch sees
+        self.shape: tuple[int, ...] = ()
         self.waiting: list[Tensor] = []
         self.seen: tuple[Any, list] | None = None
         self.visits: Counter[int] = Counter()
@@ -218,7 +219,7 @@ class SamplingRun:
         if free is not None:
             inside = free.expand(sample.shape).flatten().nonzero().flatten().cpu()
             positions = inside[probe_positions(len(inside))]
-        self.watch, self.positions = NoiseWatch(), positions.to(sample.device)
+        self.watch, self.positions, self.shape = NoiseWatch(), positions.to(sample.device), sample.shape
 
     def values(self, tensor: Tensor) -> Tensor:
         """Those of a sample or a prediction that the watch sees."""
@@ -227,12 +228,15 @@ class SamplingRun:
     def keep_values(self, *tensors: Tensor) -> None:
         """Of what the sampler was given; they come to the host with the next noise level."""
         if self.watch is not None:
-            self.waiting = [self.values(tensor) for tensor in tensors if tensor.numel() > int(self.positions.max())]
+            self.waiting = [self.values(tensor) for tensor in tensors if tensor.shape == self.shape]
 
     def noise_level(self, sigma: Tensor, sample: Tensor) -> float:
         """The level of a prediction, read in one wait together with the values that show noise."""
-        if self.watch is None or self.positions is None or sample.numel() <= int(self.positions.max()):
+        if self.watch is None:
             return float(sigma.reshape(-1)[0])
+        if sample.shape != self.shape:  # a sampler that changes the size
+            self.watch_noise(sample)
+            self.waiting = []
         parts = [sigma.reshape(-1)[:1].float(), self.values(sample), *self.waiting]
         level, *values = torch.cat(parts).double().cpu().split([len(part) for part in parts])
         now, *predicted = (part.numpy() for part in values)

@@ -282,3 +282,11 @@ def test_heuns_corrector_belongs_to_the_step_that_it_ends():
             run.begin_prediction(level)
             found.append(run.step)
     assert found == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_a_sampler_that_changes_the_size_adds_no_noise():
+    def grow(x, sigma, following):
+        return x.repeat(1, 1, 2, 2) if sigma == SIGMAS[4] else x
+
+    run = watched(grow)
+    assert run.plan.order == 1 and not run.warnings
