@@ -363,16 +363,23 @@ class SamplingRun:
     def not_visited(self) -> int:
         return self.actions().count(ABSENT)
 
+    @property
+    def reuses(self) -> bool:
+        """Whether anything was reused."""
+        return any(letter in (HELD, FORECAST) for line in self.lines.values() for letter in line.values())
+
     def counts(self) -> str:
         """In words."""
         actions = self.actions()
-        computed, absent = actions.count(COMPUTED), actions.count(ABSENT)
-        left_out = f", {absent} not visited" if absent else ""
-        repeated = self.width - self.total
-        again = f", {repeated} of them again after the noise level turned back" if repeated else ""
-        return (
-            f"{computed} of {len(actions)} steps computed, {len(actions) - computed - absent} reused{left_out}{again}"
+        computed, absent, repeated = actions.count(COMPUTED), actions.count(ABSENT), self.width - self.total
+        mixed = sum(
+            COMPUTED in column and bool({HELD, FORECAST} & {*column}) for column in zip(*self.timeline.values())
         )
+        in_part = f" ({mixed} in part)" if mixed else ""
+        left_out = f", {absent} not visited" if absent else ""
+        again = f", {repeated} of them again after the noise level turned back" if repeated else ""
+        reused = len(actions) - computed - absent
+        return f"{computed} of {len(actions)} steps computed{in_part}, {reused} reused{left_out}{again}"
 
     def warn(self, text: str) -> None:
         if text not in self.warnings:

@@ -69,7 +69,7 @@ def test_no_piece_gets_features_of_another(run):
 
 def test_a_call_on_a_changed_sample_is_computed_and_said_once(run):
     result = run("cache_calls")["degraded"]
-    assert result["warnings"].count(UNIDENTIFIED) == 1
+    assert result["warnings"] == [UNIDENTIFIED]
     assert result["timeline"]["positive"] == result["timeline"]["negative"] == "CR" * 5
     assert result["calls"] == 5 + 10 and "C" * 10 in result["timeline"].values()
 

@@ -290,3 +290,19 @@ def test_a_sampler_that_changes_the_size_adds_no_noise():
 
     run = watched(grow)
     assert run.plan.order == 1 and not run.warnings
+
+
+def test_a_step_that_reused_a_part_says_so():
+    run, x = SamplingRun(Plan(2, 0, {0}), [2.0, 1.0, 0.0]), start(1.0)
+    for level, prompts in ((2.0, "a"), (1.0, "ab")):
+        run.begin_prediction(level)
+        run.sample = x
+        for prompt in prompts:
+            call = run.identify(x, [(prompt, 0)], ())
+            cache = run.place(x, call)
+            if not cache.run.reusing:
+                cache.store("denoised", x)
+            run.record(cache, call)
+        run.end_prediction(x)
+    assert run.timeline == {"positive": "CR", "positive #2": ".C"}
+    assert run.counts() == "2 of 2 steps computed (1 in part), 0 reused" and run.reuses

@@ -81,7 +81,7 @@ class ModelRun(SamplingRun):
     def finish(self) -> None:
         """Warnings that only the whole run knows."""
         self.warnings += [text for text in self.plan.warnings if text not in self.warnings]
-        if self.lines and all(self.computed()):
+        if self.lines and not self.reuses:
             self.warn(f"no effect: all {self.width} steps were computed")
 
     def summary(self) -> str:

@@ -49,8 +49,10 @@ class Network:
         latent = self.latent() if latent is None else latent
         sampler = comfy.samplers.KSAMPLER(sampler) if callable(sampler) else sampler
         sampler = comfy.samplers.sampler_object(sampler) if isinstance(sampler, str) else sampler
+        start = comfy.sample.prepare_noise(latent, SEED)
+        torch.manual_seed(seed)  # for samplers that churn
         return comfy.sample.sample_custom(
-            patcher, comfy.sample.prepare_noise(latent, SEED), cfg, sampler,
+            patcher, start, cfg, sampler,
             self.sigmas() if sigmas is None else sigmas, conditioning(self.family, 1), conditioning(self.family, 2),
             latent, noise_mask=mask, disable_pbar=True, seed=seed,
         )  # fmt: skip
@@ -71,7 +73,8 @@ def sampler_kinds() -> Iterator[tuple[str, object]]:
 
     for name in comfy.samplers.SAMPLER_NAMES:
         yield name, comfy.samplers.sampler_object(name)
-        parameters = inspect.signature(getattr(functions, f"sample_{name}", lambda: None)).parameters
+        function = getattr(functions, f"sample_{name}", None)
+        parameters = inspect.signature(function).parameters if function and name != "dpm_fast" else {}
         for option, values in {"eta": (0.0, 1.0), "s_churn": (5.0,), "s_noise": (0.0,)}.items():
             for value in values if option in parameters else ():
                 yield f"{name}, {option} {value:g}", comfy.samplers.ksampler(name, {option: value})
@@ -269,7 +272,7 @@ def function_wrapper(pack: Pack):
 def frames(moving: bool, shuffled: bool) -> Callable[[int], list]:
     def cut(step: int) -> list:
         shift = step % 3 if moving else 0
-        starts = [max(0, min(FRAMES - 4, start - shift)) for start in (0, 3, 6, 9)]
+        starts = [*(max(0, start - shift) for start in (0, 3, 6)), FRAMES - 4]
         order = torch.randperm(4, generator=torch.Generator().manual_seed(step)) if shuffled else torch.arange(4)
         return [slice(starts[i], starts[i] + 4) for i in order.tolist()]
 
