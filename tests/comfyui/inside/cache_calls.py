@@ -318,24 +318,34 @@ def pieces(host: Host) -> dict[str, dict]:
     return found
 
 
-def degraded(host: Host) -> dict:
-    """Guidance that evaluates the negative on a sample of its own making: that call is computed."""
+def guided_by(host: Host, other: Callable) -> dict:
+    """Guidance that evaluates the negative on a sample of its own making."""
     network = Network(host)
 
     def guide(args):
         import comfy.samplers
 
-        blurred = args["input"] + 0.1 * torch.randn(args["input"].shape, generator=torch.Generator().manual_seed(2))
-        (other,) = comfy.samplers.calc_cond_batch(
-            args["model"], [args["uncond"]], blurred, args["sigma"], args["model_options"]
+        (found,) = comfy.samplers.calc_cond_batch(
+            args["model"], [args["uncond"]], other(args["input"]), args["sigma"], args["model_options"]
         )
-        return args["denoised"] + 0.1 * (args["cond_denoised"] - other)
+        return args["denoised"] + 0.1 * (args["cond_denoised"] - found)
 
     patcher = network.patcher.clone()
     patcher.set_model_sampler_post_cfg_function(guide)
     fast, report = network.cached(patcher=patcher)
     network.sample(fast, "euler")
     return {"timeline": report.timeline, "warnings": report.warnings, "calls": network.calls}
+
+
+def degraded(host: Host) -> dict[str, dict]:
+    def unrelated(x):
+        return torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
+
+    return {
+        "noised": guided_by(host, lambda x: x + 0.1 * unrelated(x)),
+        "scaled": guided_by(host, lambda x: 0.9 * x),
+        "unrelated": guided_by(host, unrelated),
+    }
 
 
 def windows_that_move(host: Host) -> dict:
