@@ -29,7 +29,8 @@ def default_mode(model: nn.Module) -> str:
 
 def branches(model: nn.Module, mode: str) -> list[tuple[Any, str, str]]:
     """(owner, attribute, name) of each callable that the mode caches; raises ValueError on other models."""
-    blocks, lists, name = getattr(model, "blocks", None), diffusers_lists(model), type(model).__name__
+    lists, name = diffusers_lists(model), type(model).__name__
+    blocks: Any = getattr(model, "blocks", None)
     if not lists and blocks is not None and is_ours(blocks):
         if mode == "block":
             return [(block, "forward", f"{i}.block") for i, block in enumerate(blocks)]
@@ -46,16 +47,13 @@ def branches(model: nn.Module, mode: str) -> list[tuple[Any, str, str]]:
             f"{', '.join(DIFFUSERS)}."
         )
     if mode == "block":
-        return [
-            (block, "forward", f"{path}.{i}") for path in lists for i, block in enumerate(model.get_submodule(path))
-        ]
+        found: list[tuple[str, Any]] = [(path, model.get_submodule(path)) for path in lists]
+        return [(block, "forward", f"{path}.{i}") for path, list_ in found for i, block in enumerate(list_)]
     if not any(base.__name__ in BRANCHED for base in type(model).__mro__):
         raise ValueError(f"mode='branch' cannot tell attention and MLP of {name} apart; use mode='block'.")
-    kinds = (("attn1", "attention"), ("ff", "mlp"))
+    inside, blocks = (("attn1", "attention"), ("ff", "mlp")), model.transformer_blocks
     return [
-        (getattr(block, owner), "forward", f"{i}.{kind}")
-        for i, block in enumerate(model.transformer_blocks)
-        for owner, kind in kinds
+        (getattr(block, owner), "forward", f"{i}.{kind}") for i, block in enumerate(blocks) for owner, kind in inside
     ]
 
 

@@ -60,7 +60,7 @@ def anchors(part: Tensor) -> list[tuple[int, ...]]:
 
 def located_at(anchor: tuple[int, ...], part: Tensor, whole: Tensor) -> Piece | None:
     """`locate` by the element at `anchor`, which has to be at one place of the whole."""
-    value = part[(anchor[0], slice(None), *anchor[1:])]
+    value = line(part, anchor, 1)[:, 0]
     places = (whole == value.reshape(1, -1, *[1] * (whole.ndim - 2))).all(dim=1).nonzero()
     if len(places) != 1:
         return None
@@ -81,6 +81,8 @@ def line(x: Tensor, at: Iterable[int], dim: int) -> Tensor:
     """The values (C, n) along a dimension through the element at (batch, ...)."""
     batch, *rest = at
     index: list[Any] = [batch, slice(None), *rest]
+    if dim == 1:  # the channels themselves: one element
+        return x[tuple(index)][:, None]
     index[dim] = slice(None)
     values = x[tuple(index)]
     return values.T if dim == 0 else values

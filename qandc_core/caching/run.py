@@ -110,9 +110,9 @@ class Frame:
 
     def holds(self, conditions: Sequence[Condition], x: Tensor, trusted: bool) -> bool:
         """Whether x (N b, C, ...) is the inputs of these conditions; else something cut or changed them."""
-        inputs = [self.inputs.get(condition) for condition in conditions]
-        if x.shape[0] % len(conditions) or any(part is None for part in inputs):
+        if x.shape[0] % len(conditions) or not self.inputs.keys() >= set(conditions):
             return False
+        inputs = [self.inputs[condition] for condition in conditions]
         shape = x.shape[0] // len(conditions), *x.shape[1:]
         if any(part.shape != shape for part in inputs):
             return False
@@ -128,7 +128,7 @@ class ModelCall:
     """
 
     keys: tuple[Hashable, ...] | None
-    lines: tuple[Hashable, ...]
+    lines: tuple[tuple, ...]
 
 
 class SamplingRun:
@@ -322,9 +322,9 @@ class SamplingRun:
             return COMPUTED
         return FORECAST if cache.forecasts else HELD
 
-    def name(self, line: Hashable) -> str:
+    def name(self, line: tuple) -> str:
         """positive, negative, or with a number where a side has several areas, windows or passes."""
-        (_, side), *_ = line  # type: ignore[misc]
+        side = line[0][1]
         if line not in self.names:
             base = SIDES.get(side, f"condition {side + 1}")
             others = sum(name.split(" #")[0] == base for name in self.names.values())
