@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from .blocks import CachedStreams
-from .families import BRANCHED, DIFFUSERS, Streams, diffusers_lists
+from .families import BRANCHED, DIFFUSERS, diffusers_lists
 from .features import CachedBranch, FeatureCache
 from .schedule import CacheConfig, step_set
 
@@ -27,14 +27,15 @@ def default_mode(model: nn.Module) -> str:
     return "branch" if apart else "block"
 
 
-def branches(model: nn.Module, mode: str) -> list[tuple[Any, str, str, Streams | None]]:
-    """(owner, attribute, name, streams) of each callable that the mode caches; raises ValueError on other models."""
-    blocks, lists, name = getattr(model, "blocks", None), diffusers_lists(model), type(model).__name__
+def branches(model: nn.Module, mode: str) -> list[tuple[Any, str, str]]:
+    """(owner, attribute, name) of each callable that the mode caches; raises ValueError on other models."""
+    lists, name = diffusers_lists(model), type(model).__name__
+    blocks: Any = getattr(model, "blocks", None)
     if not lists and blocks is not None and is_ours(blocks):
         if mode == "block":
-            return [(block, "forward", f"{i}.block", None) for i, block in enumerate(blocks)]
+            return [(block, "forward", f"{i}.block") for i, block in enumerate(blocks)]
         kinds = (("attention_branch", "attention"), ("mlp_branch", "mlp"))
-        return [(block, at, f"{i}.{kind}", None) for i, block in enumerate(blocks) for at, kind in kinds]
+        return [(block, at, f"{i}.{kind}") for i, block in enumerate(blocks) for at, kind in kinds]
     if not lists and blocks is None and getattr(model, "transformer_blocks", None) is None:
         raise ValueError(
             f"{name} has neither blocks nor transformer_blocks; expected this package's DiT or one of diffusers' "
@@ -46,18 +47,13 @@ def branches(model: nn.Module, mode: str) -> list[tuple[Any, str, str, Streams |
             f"{', '.join(DIFFUSERS)}."
         )
     if mode == "block":
-        return [
-            (block, "forward", f"{path}.{i}", streams)
-            for path, streams in lists.items()
-            for i, block in enumerate(model.get_submodule(path))
-        ]
+        found: list[tuple[str, Any]] = [(path, model.get_submodule(path)) for path in lists]
+        return [(block, "forward", f"{path}.{i}") for path, list_ in found for i, block in enumerate(list_)]
     if not any(base.__name__ in BRANCHED for base in type(model).__mro__):
         raise ValueError(f"mode='branch' cannot tell attention and MLP of {name} apart; use mode='block'.")
-    kinds = (("attn1", "attention"), ("ff", "mlp"))
+    inside, blocks = (("attn1", "attention"), ("ff", "mlp")), model.transformer_blocks
     return [
-        (getattr(block, owner), "forward", f"{i}.{kind}", None)
-        for i, block in enumerate(model.transformer_blocks)
-        for owner, kind in kinds
+        (getattr(block, owner), "forward", f"{i}.{kind}") for i, block in enumerate(blocks) for owner, kind in inside
     ]
 
 
@@ -98,7 +94,9 @@ def apply_cache_to_dit(
 
 
 def wrap_branches(model: nn.Module, cache: FeatureCache) -> None:
-    for owner, attribute, name, streams in branches(model, cache.mode):
+    lists = diffusers_lists(model) if cache.mode == "block" else {}
+    for owner, attribute, name in branches(model, cache.mode):
+        streams = lists.get(name.rpartition(".")[0])
         cache.attached.append((owner, attribute, vars(owner).get(attribute)))
         function: Any = getattr(owner, attribute)
         if streams is None:

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ def parameter_positions(block: type[nn.Module]) -> dict[str, int]:
 
 
 def stream_arguments(block: type[nn.Module], streams: Streams, args: tuple, kwargs: dict[str, Any]) -> list[Any]:
-    positions = parameter_positions(block)
+    positions = parameter_positions(cast(Any, block))
     return [
         args[name] if isinstance(name, int) else kwargs[name] if name in kwargs else args[positions[name]]
         for name in streams
@@ -46,7 +46,7 @@ class BlockCall:
     """One call of the network: what its blocks add, summed, or which sums were added already."""
 
     cache: FeatureCache
-    sums: dict[str, list[Tensor]] = field(default_factory=dict)
+    sums: dict[str, list[Tensor | None]] = field(default_factory=dict)
     added: set[str] = field(default_factory=set)
     unlike: str = ""  # the block whose outputs are not its streams
 
@@ -105,7 +105,9 @@ class CachedBlock:
             self.block.forward = self.own
 
     def read(self, args: tuple, kwargs: dict[str, Any]) -> list[Tensor | None]:
-        values = stream_arguments(type(getattr(self.block, "_orig_mod", self.block)), self.streams, args, kwargs)
+        values = stream_arguments(
+            cast(Any, type(getattr(self.block, "_orig_mod", self.block))), self.streams, args, kwargs
+        )
         return list(values[0]) if isinstance(values[0], tuple) else values  # video and audio come as one
 
     def __call__(self, *args, **kwargs):
@@ -151,7 +153,7 @@ class CachedBlocks:
 
 
 def blocks_at(network: nn.Module, path: str) -> list[nn.Module]:
-    found = network.get_submodule(path)
+    found: Any = network.get_submodule(path)
     return list(found.values() if isinstance(found, nn.ModuleDict) else found)
 
 

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ def parameter_names(kind: type[nn.Module]) -> tuple[str, ...]:
 
 def arguments(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """All arguments of a call by their names."""
-    return dict(zip(parameter_names(type(module)), args)) | kwargs
+    return dict(zip(parameter_names(cast(Any, type(module))), args)) | kwargs
 
 
 def first_of(names: Sequence[str], found: dict[str, Any]) -> Any:

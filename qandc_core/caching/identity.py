@@ -5,7 +5,8 @@ a prediction proves none of that: packs evaluate windows, tiles and frames in an
 to the next. The values do. Every part is cut from the sample that the sampler handed over, so `locate` looks for it
 there: one element, found at exactly one place, gives the position; the lines through it give the indices along every
 dimension (a crop, a window of chosen frames, a roll, a stride); the whole cut, compared bit for bit, is the proof. A
-part that stands in several places, or that was changed before the call, has no place, and is computed.
+part that stands in several places, or that was changed before the call, has no place, and is computed. Guidance that
+evaluates all of the sample with other values, scaled or blurred, has its place as long as they still show the sample.
 
 It costs one comparison with the sample and a few host waits for each part. Nothing of it runs for a call on the whole
 sample, which the caller knows by the identity of the tensor.
@@ -23,6 +24,8 @@ from torch import Tensor
 Indices = range | tuple[int, ...] | None  # along one dimension; None: all of it
 Piece = tuple[Indices, ...]
 WHOLE: Piece = ()
+CHANGED = ("changed",)  # all of the sample in its place, with other values
+RESEMBLES = 0.5  # cosine of the differences between neighbours; of a rolled or another sample it is near 0
 ANCHORS = 3  # elements that are tried
 LARGEST = 2**24  # comparisons along one dimension; more would not pay
 
@@ -40,6 +43,14 @@ def locate(part: Tensor, whole: Tensor) -> Piece | None:
     return None
 
 
+def is_changed(part: Tensor, whole: Tensor) -> bool:
+    """Whether `part` is the whole sample in its place, scaled, blurred or noised, as guidance makes it."""
+    if part.shape != whole.shape or part.shape[-1] < 2:
+        return False
+    first, second = part.diff(dim=-1).flatten().float(), whole.diff(dim=-1).flatten().float()
+    return float(torch.nn.functional.cosine_similarity(first, second, dim=0)) >= RESEMBLES
+
+
 def anchors(part: Tensor) -> list[tuple[int, ...]]:
     """Positions (batch, ...) of the largest values, which noise repeats nowhere."""
     first = part[:, 0]
@@ -49,7 +60,7 @@ def anchors(part: Tensor) -> list[tuple[int, ...]]:
 
 def located_at(anchor: tuple[int, ...], part: Tensor, whole: Tensor) -> Piece | None:
     """`locate` by the element at `anchor`, which has to be at one place of the whole."""
-    value = part[(anchor[0], slice(None), *anchor[1:])]
+    value = line(part, anchor, 1)[:, 0]
     places = (whole == value.reshape(1, -1, *[1] * (whole.ndim - 2))).all(dim=1).nonzero()
     if len(places) != 1:
         return None
@@ -70,6 +81,8 @@ def line(x: Tensor, at: Iterable[int], dim: int) -> Tensor:
     """The values (C, n) along a dimension through the element at (batch, ...)."""
     batch, *rest = at
     index: list[Any] = [batch, slice(None), *rest]
+    if dim == 1:  # the channels themselves: one element
+        return x[tuple(index)][:, None]
     index[dim] = slice(None)
     values = x[tuple(index)]
     return values.T if dim == 0 else values

@@ -110,9 +110,9 @@ class Frame:
 
     def holds(self, conditions: Sequence[Condition], x: Tensor, trusted: bool) -> bool:
         """Whether x (N b, C, ...) is the inputs of these conditions; else something cut or changed them."""
-        inputs = [self.inputs.get(condition) for condition in conditions]
-        if x.shape[0] % len(conditions) or any(part is None for part in inputs):
+        if x.shape[0] % len(conditions) or not self.inputs.keys() >= set(conditions):
             return False
+        inputs = [self.inputs[condition] for condition in conditions]
         shape = x.shape[0] // len(conditions), *x.shape[1:]
         if any(part.shape != shape for part in inputs):
             return False
@@ -128,7 +128,7 @@ class ModelCall:
     """
 
     keys: tuple[Hashable, ...] | None
-    lines: tuple[Hashable, ...]
+    lines: tuple[tuple, ...]
 
 
 class SamplingRun:
@@ -149,6 +149,7 @@ class SamplingRun:
         self.frame: Frame | None = None
         self.watch: NoiseWatch | None = None
         self.positions: Tensor | None = None  # of the values that the watch sees
+        self.shape: tuple[int, ...] = ()
         self.waiting: list[Tensor] = []
         self.seen: tuple[Any, list] | None = None
         self.visits: Counter[int] = Counter()
@@ -218,7 +219,7 @@ class SamplingRun:
         if free is not None:
             inside = free.expand(sample.shape).flatten().nonzero().flatten().cpu()
             positions = inside[probe_positions(len(inside))]
-        self.watch, self.positions = NoiseWatch(), positions.to(sample.device)
+        self.watch, self.positions, self.shape = NoiseWatch(), positions.to(sample.device), sample.shape
 
     def values(self, tensor: Tensor) -> Tensor:
         """Those of a sample or a prediction that the watch sees."""
@@ -227,12 +228,15 @@ class SamplingRun:
     def keep_values(self, *tensors: Tensor) -> None:
         """Of what the sampler was given; they come to the host with the next noise level."""
         if self.watch is not None:
-            self.waiting = [self.values(tensor) for tensor in tensors if tensor.numel() > int(self.positions.max())]
+            self.waiting = [self.values(tensor) for tensor in tensors if tensor.shape == self.shape]
 
     def noise_level(self, sigma: Tensor, sample: Tensor) -> float:
         """The level of a prediction, read in one wait together with the values that show noise."""
-        if self.watch is None or self.positions is None or sample.numel() <= int(self.positions.max()):
+        if self.watch is None:
             return float(sigma.reshape(-1)[0])
+        if sample.shape != self.shape:  # a sampler that changes the size
+            self.watch_noise(sample)
+            self.waiting = []
         parts = [sigma.reshape(-1)[:1].float(), self.values(sample), *self.waiting]
         level, *values = torch.cat(parts).double().cpu().split([len(part) for part in parts])
         now, *predicted = (part.numpy() for part in values)
@@ -318,9 +322,9 @@ class SamplingRun:
             return COMPUTED
         return FORECAST if cache.forecasts else HELD
 
-    def name(self, line: Hashable) -> str:
+    def name(self, line: tuple) -> str:
         """positive, negative, or with a number where a side has several areas, windows or passes."""
-        (_, side), *_ = line  # type: ignore[misc]
+        side = line[0][1]
         if line not in self.names:
             base = SIDES.get(side, f"condition {side + 1}")
             others = sum(name.split(" #")[0] == base for name in self.names.values())
@@ -359,16 +363,23 @@ class SamplingRun:
     def not_visited(self) -> int:
         return self.actions().count(ABSENT)
 
+    @property
+    def reuses(self) -> bool:
+        """Whether anything was reused."""
+        return any(letter in (HELD, FORECAST) for line in self.lines.values() for letter in line.values())
+
     def counts(self) -> str:
         """In words."""
         actions = self.actions()
-        computed, absent = actions.count(COMPUTED), actions.count(ABSENT)
-        left_out = f", {absent} not visited" if absent else ""
-        repeated = self.width - self.total
-        again = f", {repeated} of them again after the noise level turned back" if repeated else ""
-        return (
-            f"{computed} of {len(actions)} steps computed, {len(actions) - computed - absent} reused{left_out}{again}"
+        computed, absent, repeated = actions.count(COMPUTED), actions.count(ABSENT), self.width - self.total
+        mixed = sum(
+            COMPUTED in column and bool({HELD, FORECAST} & {*column}) for column in zip(*self.timeline.values())
         )
+        in_part = f" ({mixed} in part)" if mixed else ""
+        left_out = f", {absent} not visited" if absent else ""
+        again = f", {repeated} of them again after the noise level turned back" if repeated else ""
+        reused = len(actions) - computed - absent
+        return f"{computed} of {len(actions)} steps computed{in_part}, {reused} reused{left_out}{again}"
 
     def warn(self, text: str) -> None:
         if text not in self.warnings:

@@ -14,8 +14,6 @@ from qandc_core.caching.attach import feature_cache
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
-NO_SIZES = {"resolution": None, "aspect_ratio": None}
-
 
 def randn(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
@@ -73,7 +71,10 @@ def rest_of(model, prompt=1):
             "img_ids": torch.cartesian_prod(torch.zeros(1), torch.arange(4.0), torch.arange(4.0)),
         },
         "SD3Transformer2DModel": lambda: {"encoder_hidden_states": text, "pooled_projections": pooled},
-        "PixArtTransformer2DModel": lambda: {"encoder_hidden_states": text, "added_cond_kwargs": NO_SIZES},
+        "PixArtTransformer2DModel": lambda: {
+            "encoder_hidden_states": text,
+            "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+        },
         "WanTransformer3DModel": lambda: {"encoder_hidden_states": text},
         "CogVideoXTransformer3DModel": lambda: {"encoder_hidden_states": text},
     }[type(model).__name__]()  # fmt: skip

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qandc_core.caching.identity import WHOLE, area, locate, signature
+from qandc_core.caching.identity import WHOLE, area, is_changed, locate, signature
 from qandc_core.caching.policies import Plan
 from qandc_core.caching.run import Frame, SamplingRun
 
@@ -65,6 +65,13 @@ def test_an_area_of_the_conditions_is_the_piece_that_is_found(height, width, dat
     whole = noise(2, 4, 8, 8)
     part = whole[:, :, top : top + height, left : left + width]
     assert locate(part, whole) == area((height, width), (top, left), (8, 8))
+
+
+def test_a_changed_sample_is_told_from_another():
+    whole = noise(2, 4, 8, 8)
+    assert all(is_changed(x, whole) for x in (0.9 * whole, whole + 0.3 * noise(2, 4, 8, 8, seed=1)))
+    others = (whole.roll(1, -1), whole.roll(1, 0), noise(2, 4, 8, 8, seed=1), whole.flip(-1), whole[:1])
+    assert not any(is_changed(x, whole) for x in others)
 
 
 def test_nothing_is_found_across_channels_or_dimensions():

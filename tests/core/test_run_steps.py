@@ -246,3 +246,63 @@ def test_probe_positions_lie_inside_and_never_change(size):
     positions = probe_positions(size)
     assert positions.min() >= 0 and positions.max() < size and len(positions) >= min(size, 200)
     assert torch.equal(positions, probe_positions(size))
+
+
+# Within a step
+
+
+@given(st.integers(0, 9), st.floats(0, 0.99), st.booleans())
+def test_an_evaluation_between_two_levels_has_its_share_of_the_step(step, part, flipped):
+    sigmas = SIGMAS[::-1] if flipped else SIGMAS
+    run = SamplingRun(Plan(11, 1, set()), sigmas)
+    level = sigmas[step] + part * (sigmas[step + 1] - sigmas[step])
+    run.begin_prediction(level)
+    assert run.step == step and run.position == pytest.approx(step + part, abs=1e-9)
+
+
+@given(st.floats(0.01, 0.98), st.floats(-3, 3), st.floats(-3, 3))
+def test_a_forecast_within_a_step_lies_on_the_line_at_its_place(part, offset, slope):
+    """Steps 0 and 2 compute what is linear in the position; an evaluation within step 3 is on that line."""
+    run, x = SamplingRun(Plan(11, 1, {0, 2}), SIGMAS), start(1.0)
+    for level in (*SIGMAS[:4], SIGMAS[3] + part * (SIGMAS[4] - SIGMAS[3])):
+        run.begin_prediction(level)
+        run.sample = x
+        cache = run.place(x, run.identify(x, [("prompt", 0)], ()))
+        if not cache.run.reusing:
+            cache.store("denoised", torch.tensor([offset + slope * run.position], dtype=torch.float64))
+        run.end_prediction(x)
+    assert cache.run.reusing and cache.recall("denoised").item() == pytest.approx(offset + slope * (3 + part), abs=1e-9)
+
+
+def test_heuns_corrector_belongs_to_the_step_that_it_ends():
+    run = SamplingRun(Plan(11, 0, {0, 1, 2}), SIGMAS, corrects=True)
+    found = []
+    for i in range(4):
+        for level in SIGMAS[i : i + 2]:
+            run.begin_prediction(level)
+            found.append(run.step)
+    assert found == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_a_sampler_that_changes_the_size_adds_no_noise():
+    def grow(x, sigma, following):
+        return x.repeat(1, 1, 2, 2) if sigma == SIGMAS[4] else x
+
+    run = watched(grow)
+    assert run.plan.order == 1 and not run.warnings
+
+
+def test_a_step_that_reused_a_part_says_so():
+    run, x = SamplingRun(Plan(2, 0, {0}), [2.0, 1.0, 0.0]), start(1.0)
+    for level, prompts in ((2.0, "a"), (1.0, "ab")):
+        run.begin_prediction(level)
+        run.sample = x
+        for prompt in prompts:
+            call = run.identify(x, [(prompt, 0)], ())
+            cache = run.place(x, call)
+            if not cache.run.reusing:
+                cache.store("denoised", x)
+            run.record(cache, call)
+        run.end_prediction(x)
+    assert run.timeline == {"positive": "CR", "positive #2": ".C"}
+    assert run.counts() == "2 of 2 steps computed (1 in part), 0 reused" and run.reuses

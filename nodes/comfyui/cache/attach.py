@@ -49,9 +49,9 @@ class ModelRun(SamplingRun):
 
     def __init__(self, settings: CacheSettings, sigmas: Tensor, sampler: Any, flow: bool, mask: Tensor | None):
         name, levels = sampler_function_name(sampler), sigmas.tolist()
+        self.noisy, self.mask = declares_noise(sampler), mask
         plan = settings.policy.plan(max(len(levels) - 1, 0), flow)
         super().__init__(plan, levels, name.removeprefix("sample_"), name == "sample_heun", settings.offload)
-        self.noisy, self.mask = declares_noise(sampler), mask
         self.blocks: dict[int, CachedBlocks] = {}
         self.times = CallTimes()
         self.tier, self.reason, self.tested, self.keeps_tokens = "", "", False, False
@@ -81,7 +81,7 @@ class ModelRun(SamplingRun):
     def finish(self) -> None:
         """Warnings that only the whole run knows."""
         self.warnings += [text for text in self.plan.warnings if text not in self.warnings]
-        if self.lines and all(self.computed()):
+        if self.lines and not self.reuses:
             self.warn(f"no effect: all {self.width} steps were computed")
 
     def summary(self) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 from comfy.samplers import add_area_dims
 from torch import Tensor
 
-from ....qandc_core.caching.identity import WHOLE, area, locate, signature
+from ....qandc_core.caching.identity import CHANGED, WHOLE, area, is_changed, locate, signature
 from ....qandc_core.caching.run import Frame
 from ..wrappers import WRAPPERS
 
@@ -75,7 +75,8 @@ def base_piece(sample: Tensor | None, x_in: Tensor, window: Any) -> Hashable | N
     if window is not None and is_window(sample, x_in, window):
         anchor, guides = getattr(window, "causal_anchor_index", None), getattr(window, "guide_frames_indices", ())
         return "window", window.dim, tuple(window.index_list), anchor, tuple(guides)
-    return locate(x_in, sample)
+    piece = locate(x_in, sample)
+    return CHANGED if piece is None and is_changed(x_in, sample) else piece
 
 
 def is_window(sample: Tensor, x_in: Tensor, window: Any) -> bool:
