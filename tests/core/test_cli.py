@@ -428,7 +428,7 @@ def test_a_full_disk_is_said_in_one_sentence_and_the_next_run_works(folder, tmp_
     import resource
 
     def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
 
     out = tmp_path / ("x.png" if command == "generate" else "x.safetensors")
     options = {
