@@ -14,7 +14,7 @@ def whole_number(values: Mapping[str, Any], name: str, low: int, high: int, text
     """values[name] if it is an integer between low and high; with `text` also one in digits, as in safetensors'
     metadata. Raises ValueError on all else.
     """
-    value = values.get(name)
+    value: Any = values.get(name)
     with suppress(TypeError, ValueError):
         number = int(value) if is_number(value, int, text) else None
         if number is not None and low <= number <= high:
@@ -26,7 +26,7 @@ def real_number(values: Mapping[str, Any], name: str, low: float, high: float, t
     """values[name] if it is a number between low and high, which NaN is not; with `text` also one written in a string.
     Raises ValueError on all else.
     """
-    value = values.get(name)
+    value: Any = values.get(name)
     with suppress(TypeError, ValueError, OverflowError):
         number = float(value) if is_number(value, (int, float), text) else math.nan
         if low <= number <= high:

@@ -407,7 +407,6 @@ def test_an_interval_that_is_asked_for_beats_the_steps_of_a_calibration(folder, 
 
 
 def test_images_that_are_not_finite_are_not_written(folder, tmp_path, capsys):
-    assert sample(folder, tmp_path / "x.png", "--cfg", "1e6", "--device", "cpu") in (0, 2)
     huge = load_file(folder / "model.safetensors")
     huge["final_layer.linear.bias"] += 3e38
     save_file(huge, tmp_path / "huge.safetensors", {"num_heads": "2"})
@@ -429,7 +428,7 @@ def test_a_full_disk_is_said_in_one_sentence_and_the_next_run_works(folder, tmp_
     import resource
 
     def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
 
     out = tmp_path / ("x.png" if command == "generate" else "x.safetensors")
     options = {
