@@ -90,6 +90,11 @@ def test_all_prompts_of_a_conditioning_are_seen(run):
     assert found["held out"] == [4]
 
 
+def test_the_self_test_of_a_cache_is_not_counted(run):
+    found = run("calibration")["self-test"]
+    assert found["layers"] > 10 and found["different"] == []
+
+
 def test_a_full_disk_and_a_folder_that_cannot_be_written(run):
     found = run("calibration")["disk"]
     for message in found["messages"]:

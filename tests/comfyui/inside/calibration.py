@@ -606,6 +606,20 @@ def race(host: Host) -> dict[str, int]:
     }
 
 
+def self_tested(host: Host) -> dict[str, Any]:
+    """Inputs counted with a cache that tests itself at the first step, and with one that does not: the same steps."""
+    apply_cache = host.module("nodes.comfyui.cache.attach").apply_cache
+
+    def counts(tier: str) -> dict[str, int]:
+        case = family_case(host, "Flux")
+        case.patcher = apply_cache(case.patcher, cache_policy(host, 2, tier=tier))
+        found = case.calibrate(trajectories=2, samples=1000, held_out=0)
+        return {name: layer.count for name, layer in found.statistics.items()}
+
+    tested, untested = counts("blocks"), counts("whole prediction")
+    return {"layers": len(tested), "different": [name for name, count in tested.items() if count != untested[name]]}
+
+
 def prompts_seen(host: Host) -> dict[str, Any]:
     """Which of five prompts in one CONDITIONING the images of a calibration have, two at once, the last held out."""
     case = family_case(host, "Flux")
@@ -654,6 +668,7 @@ if __name__ == "__main__":
         "digests": digests,
         "controls": resumes_with_other_controls,
         "prompts": prompts_seen,
+        "self-test": self_tested,
         "disk": disk,
         "race": race,
         "node": through_the_node,
