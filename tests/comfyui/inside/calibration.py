@@ -531,12 +531,6 @@ def names(host: Host, tap) -> dict[str, list[str]]:
         (folder / name).unlink()
     (folder / "a folder.safetensors").mkdir()
     result["folder listed"] = [name for name in files.calibration_files() if "folder" in name]
-    result["devices"] = [name for name in ("CON.safetensors", "lpt1.b.safetensors") if files.is_portable(name)]
-    result["streams"] = [name for name in ("a:b.safetensors", "a?.safetensors") if files.is_portable(name)]
-    for prefix in ("x" * 300, "\u6807" * 200, "../evil", "CON", ".hidden", "\U0001f600", "%date%", "[a]@b"):
-        path = files.save_new(lambda path: path.write_bytes(content), prefix)
-        result["refused"] += [] if path.name in files.calibration_files() and path.parent == folder else [path.name]
-        path.unlink()
     (folder / "a folder.safetensors").rmdir()
     return result
 
@@ -578,32 +572,6 @@ def disk(host: Host) -> dict[str, Any]:
         "messages": messages, "left": left == before, "again": again, "listed": listed, "unfinished": unfinished,
         "resumed": differing(resumed, calibration),
     }  # fmt: skip
-
-
-def race(host: Host) -> dict[str, int]:
-    """Threads that save at the same moment; between processes the file system decides the same way."""
-    from concurrent.futures import ThreadPoolExecutor
-    from threading import Barrier
-
-    files, barrier = host.module("nodes.comfyui.files"), Barrier(8)
-
-    def save(number: int) -> tuple[str, bytes]:
-        content = str(number).encode()
-        path = files.save_new(lambda path: (path.write_bytes(content), barrier.wait()), "race", "asked.safetensors")
-        return path.name, content
-
-    with ThreadPoolExecutor(8) as pool:
-        made = dict(pool.map(save, range(8)))
-    folder = files.calibration_folder()
-    kept = sum((folder / name).read_bytes() == content for name, content in made.items())
-    for name in made:
-        (folder / name).unlink()
-    return {
-        "names": len(made),
-        "kept": kept,
-        "asked": "asked.safetensors" in made,
-        "temporary": len(list(folder.glob("*.saving"))),
-    }
 
 
 def self_tested(host: Host) -> dict[str, Any]:
@@ -670,6 +638,5 @@ if __name__ == "__main__":
         "prompts": prompts_seen,
         "self-test": self_tested,
         "disk": disk,
-        "race": race,
         "node": through_the_node,
     })  # fmt: skip
