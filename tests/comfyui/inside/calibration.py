@@ -414,7 +414,7 @@ def resumes_with_other_controls(host: Host) -> dict[str, Any]:
         ).args[0]  # fmt: skip
 
     expected = tap("control", 0.02)
-    cancel(host, 4, lambda: tap("resumed", 1.0))
+    cancel(host, 3 * 2 + 3, lambda: tap("resumed", 1.0))
     found = tap("resumed", 0.02)
     return {
         "differing": [n for n in differing(found, expected) if n != "held out"],
