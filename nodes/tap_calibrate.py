@@ -4,6 +4,7 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
+import comfy.samplers
 from comfy_api.v0_0_2 import io
 
 from ..qandc_core.calibration.file import Calibration, load_calibration
@@ -22,7 +23,7 @@ from .comfyui.files import (
 )
 from .comfyui.quantize.weights import fingerprint_of
 from .comfyui.sampling import Settings
-from .comfyui.wrappers import details
+from .comfyui.wrappers import details, sampler_function_name
 
 log = logging.getLogger(__name__)
 
@@ -159,6 +160,7 @@ def describe(model, settings: Settings, plan: CalibrationConfig) -> dict:
     return {
         **settings.describe(),
         "sigmas": schedule_of(model, settings).tolist(),
+        "sampler_function": sampler_function_name(comfy.samplers.sampler_object(settings.sampler_name)),
         "attached": details(model),
         "selection": plan.selection,
         "trajectories": plan.trajectories,

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import re
-import unicodedata
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 
 import folder_paths
-from safetensors import SafetensorError
 
-from ...qandc_core.calibration.file import read_header
+from ...qandc_core.calibration import folder as shared
 
 NEW = "new"
-SUFFIX = ".safetensors"
-LONGEST = 128  # bytes of a prefix; a number and the endings come after it, and file systems allow 255
-DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{number}" for port in ("COM", "LPT") for number in range(10))}
-log = logging.getLogger(__name__)
 
 
 def calibration_folder() -> Path:
@@ -28,116 +19,34 @@ def calibration_folder() -> Path:
 
 def calibration_files() -> list[str]:
     """The choice `new`, then the files there are."""
-    try:
-        found = [path.name for path in calibration_folder().iterdir() if is_listed(path.name) and path.is_file()]
-    except OSError:  # no folder, or one that cannot be read
-        found = []
-    return [NEW, *sorted(found)]
-
-
-def is_listed(name: str) -> bool:
-    """Whether this is one visible file's name: no path on any system, and characters that JSON and a list can hold."""
-    drawn = all(unicodedata.category(character) not in ("Cc", "Cs", "Zl", "Zp") for character in name)
-    return name.endswith(SUFFIX) and not name.startswith(".") and drawn and not set(name) & {"/", "\\"}
-
-
-def is_portable(name: str) -> bool:
-    """Whether every system can hold a file of this name; Windows takes CON and a:b for devices and streams."""
-    stem = name.removesuffix(SUFFIX)
-    device = stem.partition(".")[0].rstrip().upper() in DEVICES
-    return not device and not set(name) & set('<>:"|?*') and len(os.fsencode(name)) + 20 < 256
+    return [NEW, *shared.listed(calibration_folder())]
 
 
 def calibration_path(name: str) -> Path:
     """A file of the folder. Raises ValueError on anything that is not a plain file name."""
-    if not is_listed(name):
+    if not shared.is_listed(name):
         raise ValueError(f"{name!r} is not the name of a calibration file; pick one from the list, or {NEW!r}.")
     return calibration_folder() / name
 
 
 def made_before(prefix: str, inputs: str) -> Path | None:
     """The newest numbered file of this prefix that was made of inputs with this digest."""
-    pattern = re.compile(re.escape(stem_of(prefix)) + r"_\d{5,}\.safetensors")
-    for name in reversed(calibration_files()[1:]):
-        if pattern.fullmatch(name):
-            path = calibration_folder() / name
-            try:
-                if read_header(path)["notes"].get("inputs") == inputs:
-                    return path
-            except (OSError, ValueError, KeyError, AttributeError):  # damaged, or of another program
-                continue
-    return None
+    return shared.made_before(calibration_folder(), prefix, inputs)
 
 
 def save_new(save: Callable[[Path], object], prefix: str, name: str = NEW) -> Path:
-    """Saves under a name that no file has, and returns it: the one asked for, else the prefix's first free number.
-
-    save(path) writes to a temporary name, which is then renamed to one that was reserved, so that processes that
-    save at the same time lose nothing. Raises OSError in one sentence where the folder cannot be written.
-    """
-    folder, wanted = calibration_folder(), [name] if name != NEW and is_portable(name) else []
-    temporary = folder / f"{stem_of(prefix)[:40]}-{uuid.uuid4().hex}.saving"
-    try:
-        save(temporary)
-        path = reserve(folder, prefix, wanted)
-        try:
-            os.replace(temporary, path)
-        except OSError:
-            path.unlink(missing_ok=True)
-            raise
-        return path
-    except (OSError, SafetensorError) as error:
-        raise unwritable(folder, error) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def reserve(folder: Path, prefix: str, wanted: list[str]) -> Path:
-    """Creates an empty file: the first of the wanted names, then the prefix's numbers, that does not exist yet."""
-    number = 0
-    while True:
-        number += not wanted
-        path = folder / (wanted.pop(0) if wanted else f"{stem_of(prefix)}_{number:05}{SUFFIX}")
-        try:
-            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-            return path
-        except FileExistsError:
-            continue
+    """Saves under the name asked for or the prefix's next number, whichever no file has, and returns the path."""
+    return shared.save_new(calibration_folder(), save, prefix, None if name == NEW else name)
 
 
 def check_writable() -> None:
-    """Raises OSError in one sentence where the folder cannot hold files, before minutes of sampling."""
-    folder = calibration_folder()
-    probe = folder / f"{uuid.uuid4().hex}.saving"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"\0")
-    except OSError as error:
-        raise unwritable(folder, error) from error
-    finally:
-        try:
-            probe.unlink(missing_ok=True)
-        except OSError:  # what is no folder
-            pass
-
-
-def unwritable(folder: Path, error: OSError | SafetensorError) -> OSError:
-    reason = getattr(error, "strerror", None) or str(error)
-    return OSError(
-        f"Nothing can be saved in {folder} ({reason}); free space on the disk or make the folder writable, and queue "
-        "again."
-    )
+    """Raises OSError in one sentence where nothing can be saved, before minutes of sampling."""
+    shared.check_writable(calibration_folder())
 
 
 def partial_path(prefix: str, digest: str) -> Path:
     """Where an interrupted calibration of the inputs with this digest goes on; not listed."""
-    return calibration_folder() / f"{stem_of(prefix)}-{digest[:16]}.partial"
-
-
-def stem_of(prefix: str) -> str:
-    """The prefix as the beginning of a file name: letters, digits, _ and -, in at most 128 bytes."""
-    stem = re.sub(r"[^\w-]+", "_", unicodedata.normalize("NFC", prefix)).strip("_")
-    return stem.encode("utf-8", "ignore")[:LONGEST].decode("utf-8", "ignore") or "calibration"
+    return calibration_folder() / f"{shared.stem_of(prefix)}-{digest[:16]}.partial"
 
 
 def file_state(name: str) -> str:

@@ -414,7 +414,7 @@ def resumes_with_other_controls(host: Host) -> dict[str, Any]:
         ).args[0]  # fmt: skip
 
     expected = tap("control", 0.02)
-    cancel(host, 4, lambda: tap("resumed", 1.0))
+    cancel(host, 3 * 2 + 3, lambda: tap("resumed", 1.0))
     found = tap("resumed", 0.02)
     return {
         "differing": [n for n in differing(found, expected) if n != "held out"],
@@ -531,12 +531,6 @@ def names(host: Host, tap) -> dict[str, list[str]]:
         (folder / name).unlink()
     (folder / "a folder.safetensors").mkdir()
     result["folder listed"] = [name for name in files.calibration_files() if "folder" in name]
-    result["devices"] = [name for name in ("CON.safetensors", "lpt1.b.safetensors") if files.is_portable(name)]
-    result["streams"] = [name for name in ("a:b.safetensors", "a?.safetensors") if files.is_portable(name)]
-    for prefix in ("x" * 300, "\u6807" * 200, "../evil", "CON", ".hidden", "\U0001f600", "%date%", "[a]@b"):
-        path = files.save_new(lambda path: path.write_bytes(content), prefix)
-        result["refused"] += [] if path.name in files.calibration_files() and path.parent == folder else [path.name]
-        path.unlink()
     (folder / "a folder.safetensors").rmdir()
     return result
 
@@ -580,30 +574,18 @@ def disk(host: Host) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def race(host: Host) -> dict[str, int]:
-    """Threads that save at the same moment; between processes the file system decides the same way."""
-    from concurrent.futures import ThreadPoolExecutor
-    from threading import Barrier
+def self_tested(host: Host) -> dict[str, Any]:
+    """Inputs counted with a cache that tests itself at the first step, and with one that does not: the same steps."""
+    apply_cache = host.module("nodes.comfyui.cache.attach").apply_cache
 
-    files, barrier = host.module("nodes.comfyui.files"), Barrier(8)
+    def counts(tier: str) -> dict[str, int]:
+        case = family_case(host, "Flux")
+        case.patcher = apply_cache(case.patcher, cache_policy(host, 2, tier=tier))
+        found = case.calibrate(trajectories=2, samples=1000, held_out=0)
+        return {name: layer.count for name, layer in found.statistics.items()}
 
-    def save(number: int) -> tuple[str, bytes]:
-        content = str(number).encode()
-        path = files.save_new(lambda path: (path.write_bytes(content), barrier.wait()), "race", "asked.safetensors")
-        return path.name, content
-
-    with ThreadPoolExecutor(8) as pool:
-        made = dict(pool.map(save, range(8)))
-    folder = files.calibration_folder()
-    kept = sum((folder / name).read_bytes() == content for name, content in made.items())
-    for name in made:
-        (folder / name).unlink()
-    return {
-        "names": len(made),
-        "kept": kept,
-        "asked": "asked.safetensors" in made,
-        "temporary": len(list(folder.glob("*.saving"))),
-    }
+    tested, untested = counts("blocks"), counts("whole prediction")
+    return {"layers": len(tested), "different": [name for name, count in tested.items() if count != untested[name]]}
 
 
 def prompts_seen(host: Host) -> dict[str, Any]:
@@ -654,7 +636,7 @@ if __name__ == "__main__":
         "digests": digests,
         "controls": resumes_with_other_controls,
         "prompts": prompts_seen,
+        "self-test": self_tested,
         "disk": disk,
-        "race": race,
         "node": through_the_node,
     })  # fmt: skip
