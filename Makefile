@@ -22,7 +22,7 @@ lint: $(VENV)/.test
 	$(RUN) -m mypy
 
 bench: $(VENV)/.demo
-	$(RUN) -m qandc_core bench --out benchmarks/results
+	$(RUN) -m benchmarks.speed --out benchmarks/results
 
 experiment: $(VENV)/.demo
 	$(RUN) -m qandc_core experiment --out benchmarks/results

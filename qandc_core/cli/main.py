@@ -156,12 +156,17 @@ def add_experiment(commands) -> None:
 
 
 def add_bench(commands) -> None:
-    command = add_command(
-        commands, "bench", "speed and memory of every part, and in words where the time of a step goes"
+    command = add_command(commands, "bench", "measure computed, reused and quantized steps of a model on this machine")
+    add_model(command)
+    command.add_argument("--steps", type=at_least(2), default=8, help="steps of a run (default 8)")
+    command.add_argument("--sampler", choices=("ddpm", "ddim"), default="ddim", help="sampler (default ddim)")
+    command.add_argument(
+        "--cfg", type=float, default=None, help="guidance scale (default 1.5 for the demo model, else 4)"
     )
-    command.add_argument("--parts", nargs="+", choices=bench.PARTS, default=list(bench.PARTS),
-                         help="what to measure (default all)")  # fmt: skip
-    command.add_argument("--out", type=Path, default=Path("out/bench"), help="folder for JSON and table")
+    command.add_argument("--cache-interval", type=at_least(2), default=2, metavar="N",
+                         help="compute every N-th step (default 2)")  # fmt: skip
+    command.add_argument("--images", type=at_least(1), default=8, help="images at once (default 8)")
+    command.add_argument("--out", type=Path, default=Path("out/bench"), help="folder for the JSON file")
     command.set_defaults(run=bench.run)
 
 

@@ -1,6 +1,9 @@
 """Shipped code imports without ComfyUI and does nothing that a node pack must not do."""
 
 import ast
+import importlib.util
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -118,3 +121,49 @@ def test_imports_keep_engine_and_comfyui_apart(name):
 def test_source_is_readable_on_windows(name):
     # Tools there read files in the code page of the system.
     (ROOT / name).read_text(encoding="utf-8").encode("cp1252")
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory):
+    """What the registry publishes of the engine."""
+    folder = tmp_path_factory.mktemp("archive")
+    for name in SOURCES:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    for weights in (ROOT / "qandc_core").rglob("*.safetensors"):
+        shutil.copy(weights, folder / weights.relative_to(ROOT))
+    return folder
+
+
+def run_in(folder, *argv):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, *argv], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_archive_is_the_package_as_it_stands(archive):
+    left_out = (ROOT / ".comfyignore").read_text(encoding="utf-8").split()
+    assert not [pattern for pattern in left_out if pattern.startswith(("qandc_core", "nodes", "web", "locales"))]
+    modules = [name[:-3].replace("/", ".") for name in SOURCES if name.startswith("qandc_core/")]
+    needs_triton = importlib.util.find_spec("triton") is None
+    able = [m for m in modules if not m.endswith("__main__") and not (needs_triton and "triton" in m)]
+    code = (
+        f"import importlib, qandc_core; [importlib.import_module(name) for name in {able}]; print(qandc_core.__file__)"
+    )
+    assert run_in(archive, "-c", code).startswith(str(archive))
+
+
+def test_every_command_of_the_archive_works(archive):
+    commands = ("demo", "generate", "calibrate", "quantize", "experiment", "bench")
+    text = run_in(archive, "-m", "qandc_core", "--help")
+    for command in commands:
+        assert command in text
+        assert run_in(archive, "-m", "qandc_core", command, "--help").startswith("usage: python -m qandc_core")
+    assert "ms computed" in run_in(archive, "-m", "qandc_core", "bench", "--images", "1", "--steps", "2")
+    tiny = ["--steps", "2", "--cfg", "1"]
+    calibrated = [*tiny, "--trajectories", "2", "--samples", "2", "--pairs", "2", "--out", "made.safetensors"]
+    run_in(archive, "-m", "qandc_core", "calibrate", *calibrated)
+    run_in(archive, "-m", "qandc_core", "quantize", "--calibration", "made.safetensors", "--out", "small.safetensors")
+    run_in(archive, "-m", "qandc_core", "generate", "--model", "small.safetensors", "--classes", "1", *tiny)
+    assert (archive / "out" / "images.png").is_file()
