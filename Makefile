@@ -24,7 +24,7 @@ lint: $(VENV)/.test
 	$(VENV)/bin/lint-imports
 
 bench: $(VENV)/.demo
-	$(RUN) -m qandc_core bench --out benchmarks/results
+	$(RUN) -m benchmarks.speed --out benchmarks/results
 
 experiment: $(VENV)/.demo
 	$(RUN) -m qandc_core experiment --out benchmarks/results

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ...qandc_core.diffusion.classes import is_classes
-from ...qandc_core.sampling.generate import synchronize
+from ...qandc_core.sampling.clock import StepClock
 from ...qandc_core.sampling.report import RunReport, peak_memory, reset_peak_memory
 from .wrappers import QUANTIZATION, REPORT, WRAPPERS, labels, replace_wrapper
 
@@ -136,28 +135,36 @@ def sample_new(patcher, settings: Settings, latent: Tensor, seed: int, callback:
 
 
 class Stopwatch:
-    """Seconds of every step, from the first model call on: loading the model is not sampling."""
+    """Seconds of every step, from the first model call on: loading the model is not sampling. Waits at the end only."""
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.started: float | None = None
-        self.seconds: list[float] = []
+        self.clock: StepClock | None = None
 
     def predict_noise(self, executor, *args, **kwargs):
-        if self.started is None:
-            synchronize(self.device)
-            self.started = time.perf_counter()
+        if self.clock is None:
+            self.clock = StepClock(self.device)
         return executor(*args, **kwargs)
 
     def step(self) -> None:
-        synchronize(self.device)
-        now = time.perf_counter()
-        if self.started is not None:
-            self.seconds.append(now - self.started)
+        if self.clock is not None:
+            self.clock.end()
 
     def resume(self) -> None:
         """After what is no part of sampling, such as a preview."""
-        self.started = time.perf_counter()
+        if self.clock is not None:
+            self.clock.begin()
+
+    @property
+    def seconds(self) -> list[float]:
+        return [] if self.clock is None else self.clock.seconds()
+
+
+def paged_weights(patcher) -> int:
+    """Bytes of weights on the device that dynamic VRAM keeps outside torch's allocator."""
+    if not getattr(patcher, "is_dynamic", bool)():
+        return 0
+    return max(0, patcher.loaded_size() - patcher.model.model_loaded_weight_memory)
 
 
 def measured_sample(
@@ -184,5 +191,7 @@ def measured_sample(
     reset_peak_memory(device)
     samples = sample(run, settings, latent, noise, seed, callback, mask)
     report.seconds, report.peak_memory = watch.seconds, peak_memory(device)
+    if report.peak_memory is not None:
+        report.peak_memory += paged_weights(run)
     report.computed = report.computed or [True] * report.steps
     return samples, report

@@ -80,6 +80,10 @@ def add_model(command: argparse.ArgumentParser) -> None:
 def add_sampling(command: argparse.ArgumentParser) -> None:
     command.add_argument("--steps", type=at_least(1), default=50, help="sampling steps (default 50)")
     command.add_argument("--sampler", choices=("ddpm", "ddim"), default="ddpm", help="sampler (default ddpm)")
+    add_guidance(command)
+
+
+def add_guidance(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--cfg", type=finite, default=None, help="guidance scale (default 1.5 for the demo model, else 4)"
     )

@@ -1,4 +1,5 @@
 import argparse
+import json
 import re
 import subprocess
 import sys
@@ -22,11 +23,9 @@ from qandc_core import (
     quantize_model,
     save_dit,
 )
-from qandc_core.cli.bench import PARTS
 from qandc_core.cli.main import main, parser
 from qandc_core.evaluation.demo import RECOMMENDED
 from qandc_core.evaluation.figure import to_pil
-from qandc_core.evaluation.speed import table
 from qandc_core.quantization.model import DIT_SKIP, quantized_layers
 
 COMMANDS = ("demo", "generate", "calibrate", "quantize", "experiment", "bench")
@@ -224,7 +223,7 @@ BAD = {
     "experiment without reference": ([*EXPERIMENT, "--vae", "x", "--inception", "y"], "give all three"),
     "experiment of 3 images": ([*EXPERIMENT, "--num-images", "3"], "must be 4 or more"),
     "unknown part": ([*EXPERIMENT, "--parts", "most"], "invalid choice: 'most'"),
-    "unknown benchmark": (["bench", "--parts", "disk"], "invalid choice: 'disk'"),
+    "bench without reused steps": (["bench", "--steps", "1"], "must be 2 or more, got 1"),
     "demo of no image": (["demo", "--images", "0"], "must be 1 or more"),
 }  # fmt: skip
 
@@ -497,20 +496,19 @@ def test_quantize_without_calibration_is_dynamic(folder, tmp_path):
     assert not any(layer.format.static for layer in quantized_layers(load_dit(out)).values())
 
 
-def test_bench_writes_the_part_asked_for(tmp_path, monkeypatch, capsys):
-    from qandc_core.evaluation import benchmark
+def test_bench_says_what_steps_take_in_words(folder, tmp_path, capsys):
+    argv = ["bench", "--model", f"{folder}/model.safetensors", "--images", "3", "--steps", "4", "--out", str(tmp_path)]
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^A step takes [\d.]+ ms computed and [\d.]+ ms reused \(\d+ %\)\.$", out, re.M)
+    assert re.search(r"^W8A8 computes a step [\d.]+ times as fast", out, re.M)
+    result = json.loads((tmp_path / "bench-cpu.json").read_text())
+    plain, quantized = result["times"]["as loaded"], result["times"]["W8A8"]
+    assert min(plain["computed"], plain["reused"], quantized["computed"], quantized["reused"]) > 0
+    assert quantized["weight_bytes"] < plain["weight_bytes"] and result["images"] == 3
+    assert result["command"].startswith("python -m qandc_core bench --model")
 
-    monkeypatch.setattr(benchmark, "bench_import", lambda: {"seconds": 0.125})
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert main(["bench", "--parts", "import", "--out", str(tmp_path / "out")]) == 0
-    assert '"seconds": 0.125' in (tmp_path / "out" / "bench-cpu.json").read_text()
-    assert "bench-cpu.json" in capsys.readouterr().out
-    assert set(PARTS) == {"speed", "fused", "cache", "linear", "model", "import", "end-to-end", "tap"}
 
-
-def test_bench_says_where_the_time_goes_in_words(tmp_path, monkeypatch, capsys):
-    sentences = ["A computed step takes 8 ms.", "A reused step takes 1 % of a computed one."]
-    measured = {"steps": [{"words": sentences}], "rows": []}
-    monkeypatch.setattr(table, "speed_table", lambda *_, **__: measured)
-    assert main(["bench", "--parts", "speed", "--out", str(tmp_path)]) == 0
-    assert "\n".join(sentences) in capsys.readouterr().out
+def test_bench_takes_a_quantized_file_as_it_is(quantized, tmp_path, capsys):
+    assert main(["bench", "--model", str(quantized), "--images", "1", "--steps", "2", "--out", str(tmp_path)]) == 0
+    assert "W8A8" not in capsys.readouterr().out

@@ -42,6 +42,8 @@ WAITS = {
 }  # fmt: skip
 COPIES = {aten._to_copy, aten.copy_}
 PLAIN = {Tensor, torch.nn.Parameter}
+KINDS = ("active", "reserved", "allocated")
+TOTAL = 8 * 2**30
 HERE = Path(__file__).name
 
 
@@ -84,6 +86,8 @@ class DeviceTensor(Tensor):
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         if FakeDevice.current is None:
             raise RuntimeError("a tensor of the fake device outlived it")
+        if foreign(types):
+            return NotImplemented
         return FakeDevice.current.run(func, args, kwargs or {})
 
     def data_ptr(self) -> int:
@@ -108,6 +112,11 @@ class DeviceTensor(Tensor):
                 copied = torch.nn.Parameter(copied, self.requires_grad)
             memo[id(self)] = copied
         return memo[id(self)]
+
+
+def foreign(types) -> bool:
+    """Whether another subclass is among the operands, which unpacks itself first."""
+    return any(kind not in PLAIN and not issubclass(kind, DeviceTensor) for kind in types)
 
 
 @cache
@@ -146,8 +155,8 @@ class FakeDevice(TorchDispatchMode):
     # -- operators
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if any(kind not in PLAIN and not issubclass(kind, DeviceTensor) for kind in types):
-            return NotImplemented  # another subclass unpacks itself first
+        if foreign(types):
+            return NotImplemented
         return self.run(func, args, kwargs or {})
 
     def run(self, func, args, kwargs):
@@ -242,9 +251,13 @@ class FakeDevice(TorchDispatchMode):
             "Event": lambda **_: Event(self), "CUDAGraph": Graph, "graph": self.capture, "graph_pool_handle": object,
             "memory_allocated": lambda *_: self.held, "max_memory_allocated": lambda *_: self.peak,
             "reset_peak_memory_stats": self.reset_peak, "_sleep": lambda *_: None,
-            "is_current_stream_capturing": lambda: self.graph is not None,
+            "memory_stats": lambda *_: Counter({f"{kind}_bytes.all.current": self.held for kind in KINDS}),
+            "mem_get_info": lambda *_: (TOTAL - self.held, TOTAL), "memory_reserved": lambda *_: self.held,
+            "default_stream": lambda *_: Stream(), "get_allocator_backend": lambda: "native",
+            "ipc_collect": lambda: None,
+            "is_bf16_supported": lambda *_, **__: True, "is_current_stream_capturing": lambda: self.graph is not None,
             "get_device_properties": lambda *_: types.SimpleNamespace(
-                name="Fake GPU", major=7, minor=5, total_memory=8 * 2**30, multi_processor_count=8
+                name="Fake GPU", major=7, minor=5, total_memory=TOTAL, multi_processor_count=8
             ),
         }  # fmt: skip
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...quantization.matmul import int_mm, int_mm_is_fast
+from qandc_core.quantization.matmul import int_mm, int_mm_is_fast
+
 from .clock import best_seconds
 
 SIZES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}

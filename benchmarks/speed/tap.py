@@ -1,4 +1,4 @@
-"""Time and peak memory of TAP: `python -m qandc_core.evaluation.benchmark_tap --out tap.json` (Linux, macOS)."""
+"""Time and peak memory of TAP: `python -m benchmarks.speed.tap --out tap.json` (Linux, macOS)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ..calibration.tap import affinity, checked_pool, tap_select
+from qandc_core.calibration.tap import affinity, checked_pool, tap_select
 
 DIMENSION = 64
 TIMESTEPS = 50

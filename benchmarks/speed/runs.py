@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...caching.schedule import CacheConfig, spaced_steps
-from ...diffusion.noise import ImageNoise
-from ...diffusion.process import SamplingConfig
-from ...fused.dit import FusedDiT
-from ...fused.loop import DeviceLoop
-from ...models.dit import DiT
-from ...sampling.report import peak_memory, reset_peak_memory
+from qandc_core.caching.schedule import CacheConfig, spaced_steps
+from qandc_core.diffusion.noise import ImageNoise
+from qandc_core.diffusion.process import SamplingConfig
+from qandc_core.fused.dit import FusedDiT
+from qandc_core.fused.loop import DeviceLoop
+from qandc_core.models.dit import DiT
+from qandc_core.sampling.report import peak_memory, reset_peak_memory
+
 from .models import Subject, model_bytes, resize
 
 Row = Mapping[str, Any]  # a Measured, as JSON has it

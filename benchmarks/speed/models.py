@@ -10,13 +10,13 @@ from functools import partial
 import torch
 from torch import nn
 
-from ...calibration.candidates import collect_pool, collect_statistics
-from ...calibration.file import Calibration, fingerprint
-from ...diffusion.process import SamplingConfig
-from ...fused.dit import FusedDiT, fuse_dit
-from ...models.dit import DiT, DiTConfig, initialize_weights, sincos_positions
-from ...quantization.model import DIT_SKIP, NATIVE_SKIP, named_linears, quantize_model
-from ...quantization.native import NativeConfig, NativeLayer, quantize_weight
+from qandc_core.calibration.candidates import collect_pool, collect_statistics
+from qandc_core.calibration.file import Calibration, fingerprint
+from qandc_core.diffusion.process import SamplingConfig
+from qandc_core.fused.dit import FusedDiT, fuse_dit
+from qandc_core.models.dit import DiT, DiTConfig, initialize_weights, sincos_positions
+from qandc_core.quantization.model import DIT_SKIP, NATIVE_SKIP, named_linears, quantize_model
+from qandc_core.quantization.native import NativeConfig, NativeLayer, quantize_weight
 
 PAPER = "fp32 eager, 250 steps"  # the paper's 1x
 QANDC, PACKED = "W8A8 rotated", "W4A8"

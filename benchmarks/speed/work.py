@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from ...models.dit import FREQUENCIES, DiT, DiTConfig
-from ...quantization.formats.w4a8 import GROUP
-from ...quantization.model import DIT_SKIP, named_linears
-from ...quantization.native import FORMATS, INT8, native_format
+from qandc_core.models.dit import FREQUENCIES, DiT, DiTConfig
+from qandc_core.quantization.formats.w4a8 import GROUP
+from qandc_core.quantization.model import DIT_SKIP, named_linears
+from qandc_core.quantization.native import FORMATS, INT8, native_format
+
 from .ceilings import Ceilings
 
 FLOAT_BYTES = {"float32": 4, "tf32": 4, "bfloat16": 2}

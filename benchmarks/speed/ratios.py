@@ -15,15 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..caching.attach import apply_cache_to_dit, feature_cache
-from ..fused.dit import fuse_dit
-from ..models import DiT, preset
-from ..models.dit import initialize_weights
-from ..quantization.grids import quantize, weight_grid
-from ..quantization.linear import LinearFormat, QuantizedLinear
-from ..quantization.matmul import pick_backend
-from ..quantization.model import DIT_SKIP, linear_weight_bytes, quantize_model
-from ..sampling.generate import generate
+from qandc_core.caching.attach import apply_cache_to_dit, feature_cache
+from qandc_core.fused.dit import fuse_dit
+from qandc_core.models import DiT, preset
+from qandc_core.models.dit import initialize_weights
+from qandc_core.quantization.grids import quantize, weight_grid
+from qandc_core.quantization.linear import LinearFormat, QuantizedLinear
+from qandc_core.quantization.matmul import pick_backend
+from qandc_core.quantization.model import DIT_SKIP, linear_weight_bytes, quantize_model
+from qandc_core.sampling.generate import generate
 
 SHAPES = ((768, 2304), (768, 768), (768, 3072), (3072, 768))
 
@@ -136,7 +136,7 @@ def bench_model(device: str) -> dict[str, Any]:
 
 def bench_fused(device: str) -> dict[str, Any]:
     """Runs of the built-in model, 50 steps, 8 images: each as its loop does them, and made ready by fuse_dit."""
-    from ..checkpoints import load_dit
+    from qandc_core.checkpoints import load_dit
 
     def rounded() -> Any:
         return quantize_model(load_dit("demo", device=device), 8, 8, DIT_SKIP)
@@ -170,10 +170,10 @@ def bench_import() -> dict[str, float]:
 
 def bench_end_to_end(device: str) -> dict[str, Any]:
     """The built-in model, 50 steps: full precision, Q&C, its parts, and fewer steps, interleaved."""
-    from ..checkpoints import load_dit
-    from .demo import DEMO_PLAN, DEMO_SAMPLING, RECOMMENDED
-    from .experiment import measure_time
-    from .variants import Variant, Workbench
+    from qandc_core.checkpoints import load_dit
+    from qandc_core.evaluation.demo import DEMO_PLAN, DEMO_SAMPLING, RECOMMENDED
+    from qandc_core.evaluation.experiment import measure_time
+    from qandc_core.evaluation.variants import Variant, Workbench
 
     bench = Workbench(load_dit("demo", device=device), DEMO_SAMPLING, DEMO_PLAN)
     variants = [

@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...quantization.formats.w4a8 import GROUP
-from ...quantization.grids import Grid
-from ...quantization.matmul import int_mm, int_mm_is_fast
-from ...quantization.native import INT8, W4A8, NativeConfig, weight_tensors
-from ...quantization.rotation import rotation_group
+from qandc_core.quantization.formats.w4a8 import GROUP
+from qandc_core.quantization.grids import Grid
+from qandc_core.quantization.matmul import int_mm, int_mm_is_fast
+from qandc_core.quantization.native import INT8, W4A8, NativeConfig, weight_tensors
+from qandc_core.quantization.rotation import rotation_group
+
 from .ceilings import Ceilings, float32_products, random_codes
 from .clock import median_seconds
 
@@ -183,8 +184,8 @@ def all_methods(device: torch.device) -> dict[str, Method]:
 
 def implementations(device: torch.device) -> dict[str, ModuleType]:
     """Modules of the same functions."""
-    from ...fused.kernels import available
-    from ...fused.linear import kernel_module
+    from qandc_core.fused.kernels import available
+    from qandc_core.fused.linear import kernel_module
 
     names = ("reference", "triton") if available(device) else ("reference",)
     return {name: kernel_module(name) for name in names}

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
-from ...caching.schedule import CacheConfig
-from ...fused.dit import FusedDiT
-from ...fused.kernels import available
-from ...fused.loop import DeviceLoop
-from ...models.dit import DiT, DiTConfig
-from ...models.presets import preset
+from qandc_core.caching.schedule import CacheConfig
+from qandc_core.fused.dit import FusedDiT
+from qandc_core.fused.kernels import available
+from qandc_core.fused.loop import DeviceLoop
+from qandc_core.models.dit import DiT, DiTConfig
+from qandc_core.models.presets import preset
+
 from .ceilings import best_of, measure_ceilings
 from .gemms import gemm_table
 from .models import (
