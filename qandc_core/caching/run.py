@@ -32,6 +32,7 @@ from .trajectory import NoiseWatch, probe_positions
 
 COMPUTED, HELD, FORECAST, ABSENT = "C", "R", "F", "."
 SIDES = {0: "positive", 1: "negative"}
+RESTARTS = 3  # more often a sampler does not go back to repeat steps
 TOLERANCE = 1e-4  # relative, between a noise level of the schedule and the same level as a sampler computes it
 Condition = tuple[Hashable, int]  # id, side of guidance; ids may be shared between sides
 
@@ -195,6 +196,8 @@ class SamplingRun:
         self.plan.restart()
         if self.watch is not None:
             self.watch.forget()
+        if self.number > RESTARTS:  # a sampler that churns goes up at every step
+            self.end_forecasts()
 
     def column(self) -> int:
         """Of the present step in the timeline: its own, or one more where an earlier pass was there."""
@@ -251,7 +254,11 @@ class SamplingRun:
         (now, predicted), self.seen = self.seen, None
         if self.watch.vectors:
             self.watch.predicted(*predicted)
-        if self.watch.see(now, sigma) and self.plan.order:
+        if self.watch.see(now, sigma):
+            self.end_forecasts()
+
+    def end_forecasts(self) -> None:
+        if self.watch is not None and self.plan.order:
             self.plan.order, self.plan.noisy = 0, True
             self.warn(f"order 1 is not used with {self.sampler}, which adds noise between steps; using order 0")
 
