@@ -20,7 +20,7 @@ from qandc_core.compensation.correction import VarianceCompensation
 from qandc_core.diffusion.noise import image_seed
 from qandc_core.diffusion.process import SamplingConfig
 from qandc_core.models import DiT, DiTConfig
-from qandc_core.quantization.clipping import CLIPPINGS, activation_bounds
+from qandc_core.quantization.clipping import activation_bounds
 from qandc_core.quantization.model import QuantizationConfig, named_linears, quantize_model
 from qandc_core.sampling.generate import generate
 
