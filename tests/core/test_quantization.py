@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from qandc_core.calibration.file import Calibration, fingerprint
-from qandc_core.calibration.statistics import CLIPPINGS, LayerStatistics
+from qandc_core.calibration.statistics import LayerStatistics
 from qandc_core.checkpoints import load_dit, save_dit
 from qandc_core.checkpoints.quantized import load_quantized, save_quantized
 from qandc_core.models import DiT, DiTConfig, preset
-from qandc_core.quantization.clipping import activation_bounds
+from qandc_core.quantization.clipping import CLIPPINGS, activation_bounds
 from qandc_core.quantization.gptq import gptq_codes
 from qandc_core.quantization.grids import (
     affine_grid,
