@@ -32,9 +32,11 @@ from qandc_core.demo.training.train import (
     Training,
     picture_grid,
     stratified_timesteps,
+    timestep_density,
     train,
 )
 from qandc_core.demo.training.train import main as train_main
+from qandc_core.sampling.schedule import linear_alpha_bar
 
 TINY = TrainConfig(
     images=8 * 40, batch=8, warmup=4, compile=False, bf16=False,
@@ -193,17 +195,28 @@ def test_a_checkpoint_of_another_model_is_refused(drawings, tmp_path):
 
 
 def test_the_learning_rate_rises_stays_and_falls_to_zero():
-    config = TrainConfig(images=64_000, batch=64, warmup=100, lr=1.0)
-    rates = [config.learning_rate(step) for step in range(config.steps)]
+    config = TrainConfig(images=64_000, batch=64, warmup=100)
+    rates = [config.rate(step) for step in range(config.steps)]
     assert rates[0] == 0.01 and rates[99:800] == [1.0] * 701
     assert rates[900] == pytest.approx(0.5) and 0 < rates[-1] < 0.01
     longer = replace(config, images=128_000)
-    assert [longer.learning_rate(step) for step in range(800)] == rates[:800]
+    assert [longer.rate(step) for step in range(800)] == rates[:800]
 
 
-def test_timesteps_cover_all_of_them_evenly():
-    t = stratified_timesteps(50, 1000, seeded())
+def test_timesteps_are_stratified():
+    even = torch.full((1000,), 1e-3, dtype=torch.float64)
+    t = stratified_timesteps(50, even, seeded())
     assert torch.equal(t.sort().values // 20, torch.arange(50)) and not torch.equal(t, t.sort().values)
+
+
+def test_timesteps_are_normal_in_log_snr_but_for_the_uniform_part():
+    alpha_bar = linear_alpha_bar()
+    density = timestep_density(alpha_bar, 0.25)
+    log_snr = (alpha_bar / (1 - alpha_bar)).log()
+    assert float(density.sum()) == pytest.approx(1) and density.min() >= 0.25e-3
+    normal = density - 0.25e-3
+    within = [float(normal[log_snr.abs() < 2 * k].sum()) / 0.75 for k in (1, 2)]
+    assert within == pytest.approx([0.6827, 0.9545], abs=0.01)
 
 
 def test_the_command_trains_and_resumes(drawings, tmp_path, monkeypatch):

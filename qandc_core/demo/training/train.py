@@ -6,6 +6,9 @@ weights in half precision, which `load_dit` reads). The same command goes on whe
 - Diffusion: the linear betas of DDPM, labels dropped with probability 0.1 for classifier-free guidance.
 - The model predicts the clean image. The loss is that of a velocity, with the weight SNR + 1 capped at 5 (min-SNR,
   arXiv 2303.09556): without the cap, images that are nearly clean would dominate.
+- Timesteps: most at middling noise, where shapes are decided; over half of the thousand are nearly pure noise. The
+  log of the signal-to-noise ratio is normal for most of a batch (EDM, arXiv 2206.00364), the rest is uniform.
+- Optimizer: Muon for the matrices of the blocks, AdamW for the rest. A CPU sees few images, and Muon needs fewer.
 - Learning rate: warm-up, constant, and over the last fifth of the images a linear fall to zero. Until the fall begins
   nothing depends on the number of images, so a run may be made longer or shorter while it goes on.
 - The random numbers of a step depend on the seed and the step alone. A run that was stopped and resumed is, bit for
@@ -57,6 +60,9 @@ class TrainConfig:
     images: int = 1_500_000
     batch: int = 64
     lr: float = 1e-3
+    muon_lr: float = 3e-3
+    muon_decay: float = 0.03
+    uniform_timesteps: float = 0.3
     warmup: int = 300
     fall: float = 0.2
     ema: float = 0.9995
@@ -71,13 +77,14 @@ class TrainConfig:
     def steps(self) -> int:
         return self.images // self.batch
 
-    def learning_rate(self, step: int) -> float:
+    def rate(self, step: int) -> float:
+        """Share of the full learning rate at a step."""
         left = (self.steps - step) / (self.fall * self.steps)
-        return self.lr * min(1.0, (step + 1) / self.warmup, left)
+        return min(1.0, (step + 1) / self.warmup, left)
 
 
 class Training:
-    """Weights, their average and the optimiser; `step` counts what is done."""
+    """Weights, their average and the optimizers; `step` counts what is done."""
 
     def __init__(self, config: TrainConfig, drawings: Drawings):
         self.config, self.drawings, self.step = config, drawings, 0
@@ -85,10 +92,9 @@ class Training:
         self.model = DiT(config.model)
         initialize_weights(self.model)
         self.average = copy.deepcopy(self.model).requires_grad_(False).eval()
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True
-        )
+        self.optimizers = make_optimizers(self.model, config)
         self.alpha_bar = linear_alpha_bar().float()
+        self.density = timestep_density(linear_alpha_bar(), config.uniform_timesteps)
         self.predict: Callable[..., Tensor] = torch.compile(self.model) if config.compile else self.model
 
     def batch(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -99,7 +105,7 @@ class Training:
         x = augment(self.drawings, indices, generator)
         dropped = torch.rand(config.batch, generator=generator) < config.label_dropout
         y = torch.where(dropped, self.model.null_class, self.drawings.labels[indices])
-        t = stratified_timesteps(config.batch, len(self.alpha_bar), generator)
+        t = stratified_timesteps(config.batch, self.density, generator)
         return x, y, t, torch.randn(x.shape, generator=generator)
 
     def loss(self) -> Tensor:
@@ -112,13 +118,14 @@ class Training:
 
     def advance(self) -> float:
         """One step of the optimiser; returns the loss before it."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.learning_rate(self.step)
         loss = self.loss()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer, full_rate in zip(self.optimizers, (self.config.muon_lr, self.config.lr)):
+            for group in optimizer.param_groups:
+                group["lr"] = full_rate * self.config.rate(self.step)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         self.step += 1
         decay = min(self.config.ema, self.step / (self.step + 9))
         torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
@@ -129,8 +136,9 @@ class Training:
         tensors = {f"model.{key}": value for key, value in self.model.state_dict().items()}
         tensors |= {f"average.{key}": value for key, value in self.average.state_dict().items()}
         for name, parameter in self.model.named_parameters():
-            state = self.optimizer.state[parameter]
-            tensors |= {f"optimizer.{key}.{name}": state[key] for key in ("exp_avg", "exp_avg_sq", "step")}
+            for optimizer in self.optimizers:
+                for key, value in optimizer.state.get(parameter, {}).items():
+                    tensors[f"optimizer.{key}.{name}"] = value
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         try:
             save_file(tensors, temporary, {"step": str(self.step), "config": json.dumps(asdict(self.config))})
@@ -149,16 +157,47 @@ class Training:
         self.step = int(metadata["step"])
         for prefix, module in (("model.", self.model), ("average.", self.average)):
             module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-        for name, parameter in self.model.named_parameters():
-            self.optimizer.state[parameter] = {
-                key: tensors[f"optimizer.{key}.{name}"] for key in ("exp_avg", "exp_avg_sq", "step")
-            }
+        parameters = dict(self.model.named_parameters())
+        for optimizer in self.optimizers:
+            mine = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+            for name, parameter in parameters.items():
+                if id(parameter) in mine:
+                    optimizer.state[parameter] = optimizer_state(tensors, name)
 
 
-def stratified_timesteps(count: int, steps: int, generator: Generator) -> Tensor:
-    """Timesteps (count,), one in each of `count` equal parts of [0, steps): a steadier loss than independent ones."""
+def make_optimizers(model: DiT, config: TrainConfig) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
+    """Muon (needs torch 2.9) for the matrices of the blocks and AdamW for the other parameters."""
+    matrices = [p for name, p in model.named_parameters() if name.startswith("blocks.") and p.ndim == 2]
+    held = set(map(id, matrices))
+    others = [p for p in model.parameters() if id(p) not in held]
+    muon = torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=config.muon_decay, adjust_lr_fn="match_rms_adamw")
+    return muon, torch.optim.AdamW(others, lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+
+
+def optimizer_state(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """What a checkpoint knows of one parameter: keys are optimizer.<what>.<parameter>."""
+    found = {}
+    for key, value in tensors.items():
+        kind, what, of = (*key.split(".", 2), "", "")[:3]
+        if (kind, of) == ("optimizer", name):
+            found[what] = value
+    return found
+
+
+def timestep_density(alpha_bar: Tensor, uniform: float, mean: float = 0.0, deviation: float = 2.0) -> Tensor:
+    """Probability (T,) of each timestep: `uniform` of it even, the rest normal in log(SNR)."""
+    log_snr = (alpha_bar / (1 - alpha_bar)).log()
+    spacing = log_snr.diff().abs()
+    spacing = torch.cat([spacing, spacing[-1:]])
+    normal = torch.exp(-0.5 * ((log_snr - mean) / deviation) ** 2) * spacing
+    return uniform / len(alpha_bar) + (1 - uniform) * normal / normal.sum()
+
+
+def stratified_timesteps(count: int, density: Tensor, generator: Generator) -> Tensor:
+    """Timesteps (count,), one in each of `count` parts of equal probability: a steadier loss than independent ones."""
     position = (torch.arange(count) + torch.rand(count, generator=generator)) / count
-    return (position[torch.randperm(count, generator=generator)] * steps).long().clamp(max=steps - 1)
+    found = torch.searchsorted(density.cumsum(0), position.double()).clamp(max=len(density) - 1)
+    return found[torch.randperm(count, generator=generator)]
 
 
 def export(training: Training, path: Path) -> None:
@@ -211,7 +250,7 @@ def train(
         if len(losses) == reporting.log:
             now = time.monotonic()
             log(folder, f"step {training.step}  images {training.step * config.batch}  "
-                f"loss {sum(losses) / len(losses):.4f}  lr {config.learning_rate(training.step):.2e}  "
+                f"loss {sum(losses) / len(losses):.4f}  rate {config.rate(training.step):.3f}  "
                 f"{seen / (now - started):.1f} images/s")  # fmt: skip
             losses, seen, started = [], 0, now
         if time.monotonic() - saved > reporting.checkpoint:
@@ -238,15 +277,12 @@ def main() -> None:
     parser.add_argument("drawings", type=Path, help="drawings.safetensors of qandc_core.demo.training.prepare")
     parser.add_argument("folder", type=Path, help="folder of the run")
     parser.add_argument("--images", type=int, default=TrainConfig.images, help="images to train on, repeats counted")
-    parser.add_argument("--lr", type=float, default=TrainConfig.lr)
     parser.add_argument("--batch", type=int, default=TrainConfig.batch)
     parser.add_argument("--until", type=int, help="stop at this step")
     parser.add_argument("--float32", action="store_true", help="no bfloat16 autocast")
     parser.add_argument("--no-compile", action="store_true", help="skip torch.compile (needs a C++ compiler on CPU)")
     args = parser.parse_args()
-    config = TrainConfig(
-        images=args.images, lr=args.lr, batch=args.batch, bf16=not args.float32, compile=not args.no_compile
-    )
+    config = TrainConfig(images=args.images, batch=args.batch, bf16=not args.float32, compile=not args.no_compile)
     training = train(load_drawings(args.drawings), args.folder, config, until=args.until)
     sample_grid(training.average).save(args.folder / f"grid-{training.step:06d}.png")
 
