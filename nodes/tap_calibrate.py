@@ -124,7 +124,8 @@ class TAPCalibrate(io.ComfyNode):
         latent = empty_latent(model, latent_image)
         partial = partial_path(filename_prefix, digest_of(model, settings, latent, plan))
         found = calibrate(model, settings, latent, plan, partial)
-        calibration = replace(found, notes=describe(model, settings, plan))
+        levels = {name: found.notes[name] for name in ("sigmas",) if name in found.notes}
+        calibration = replace(found, notes={**describe(model, settings, plan), **levels})
         calibration.save(path)
         partial.unlink(missing_ok=True)
         log.info("Calibration saved: %s", path)

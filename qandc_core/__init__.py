@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .caching.attach import apply_cache_to_dit, remove_cache, reset_all_caches
+from .caching.policies import ChosenSteps, ErrorBudget, Interval, Speedup, StepCount
 from .caching.schedule import optimal_schedule
 from .calibration.file import Calibration, load_calibration
 from .calibration.tap import TapSelection, tap_select
@@ -21,12 +22,17 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Calibration",
+    "ChosenSteps",
     "DiT",
     "DiTConfig",
+    "ErrorBudget",
     "FusedDiT",
+    "Interval",
     "QuantizationConfig",
     "RunReport",
     "SamplingConfig",
+    "Speedup",
+    "StepCount",
     "StepInfo",
     "TapSelection",
     "VarianceCompensation",

@@ -102,8 +102,12 @@ def copied_input(patcher):
 
 
 def ours(host: Host, patcher, tier: str, order: int, interval: int = 1, **choices):
-    config = host.module("qandc_core.caching.schedule").CacheConfig(interval, order=order)
-    policy = host.module("qandc_core.caching.policies").CachePolicy(config, **choices)
+    policies = host.module("qandc_core.caching.policies")
+    if "distances" in choices:
+        choices["distances"] = policies.StepDistances(choices["distances"])
+    kinds = {"computed": policies.StepCount, "speedup": policies.Speedup, "max_error": policies.ErrorBudget}
+    kind = next((kinds[name] for name in choices if name in kinds), None)
+    policy = policies.Interval(interval, order=order) if kind is None else kind(**choices, order=order)
     caching = host.module("nodes.comfyui.cache.attach")
     return caching.apply_cache(patcher, caching.CacheSettings(policy, tier))
 

@@ -7,6 +7,7 @@ import sys
 
 import torch
 
+from ..caching.policies import CachePolicy, Interval, Speedup, StepCount
 from ..diffusion.process import SamplingConfig
 from ..models.dit import DiT
 
@@ -21,6 +22,22 @@ def device(args: argparse.Namespace) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"torch has no device {name} here; leave --device out, or give --device cpu.") from error
+
+
+def add_policy(command: argparse.ArgumentParser) -> None:
+    """Other policies than --cache-interval."""
+    group = command.add_mutually_exclusive_group()
+    group.add_argument("--speedup", type=float, metavar="X", help="compute as many steps as make it X times faster")
+    group.add_argument("--computed-steps", type=int, metavar="N", help="compute N steps, closer together at the end")
+
+
+def cache_policy(args: argparse.Namespace) -> CachePolicy:
+    """Raises ValueError on a number out of range."""
+    if args.speedup is not None:
+        return Speedup(args.speedup)
+    if args.computed_steps is not None:
+        return StepCount(args.computed_steps)
+    return Interval(args.cache_interval)
 
 
 def load(args: argparse.Namespace) -> DiT:

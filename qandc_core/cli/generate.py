@@ -3,9 +3,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..caching.policies import CachePolicy, ChosenSteps, Interval
 from ..calibration.file import Calibration, load_calibration
 from ..diffusion.process import SamplingConfig
-from .common import load, log, sampling
+from .common import cache_policy, load, log, sampling
 
 
 def run(args: argparse.Namespace) -> None:
@@ -16,6 +17,7 @@ def run(args: argparse.Namespace) -> None:
     from ..sampling.generate import generate
 
     check_picture(args.out)
+    policy = cache_policy(args)
     model, config = load(args), sampling(args)
     channels = model.config.in_channels
     if channels != 3 and args.vae is None:
@@ -24,9 +26,11 @@ def run(args: argparse.Namespace) -> None:
     calibration = load_calibration(args.calibration) if args.calibration else None
     if calibration is not None:
         calibration.check_model(model)
-        check_run(calibration, config, args.cache_interval)
+        check_run(calibration, config, policy)
+        if calibration.schedule is not None and isinstance(policy, Interval):
+            policy = ChosenSteps(frozenset(calibration.schedule))
     sampled = fuse_dit(model) if args.fused else model
-    apply_cache_to_dit(sampled, args.cache_interval, steps=calibration.schedule if calibration else None)
+    apply_cache_to_dit(sampled, policy)
     compensation = calibration.variance if calibration else None
     x, report = generate(
         sampled, args.classes, config.steps, config.cfg_scale, config.sampler, args.seed,
@@ -46,12 +50,13 @@ def check_picture(path: Path) -> None:
         raise ValueError(f"--out must name a picture, such as {path.with_suffix('.png')}, got {path}.")
 
 
-def check_run(calibration: Calibration, config: SamplingConfig, interval: int) -> None:
+def check_run(calibration: Calibration, config: SamplingConfig, policy: CachePolicy) -> None:
     """A variance compensation fits the sampler and cache that it was measured with, no other."""
     if calibration.variance is None:
         return
+    interval = policy.interval if isinstance(policy, Interval) else None
     made, noted = calibration.sampling, calibration.notes.get("cache_interval", interval)
-    if noted != interval or made not in (None, config):
+    if interval is None or noted != interval or made not in (None, config):
         fitted = "" if made is None else f"--sampler {made.sampler} --steps {made.steps} --cfg {made.cfg_scale:g} "
         raise ValueError(
             f"The variance compensation of this calibration was fitted for {fitted}--cache-interval {noted}; "

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import bench, calibrate, demo, experiment, generate, quantize
+from .common import add_policy
 
 
 def at_least(minimum: int):
@@ -92,6 +93,7 @@ def add_generate(commands) -> None:
     add_model(command)
     add_sampling(command)
     add_cache(command)
+    add_policy(command)
     command.add_argument("--classes", type=int, nargs="+", required=True, help="class ids, one for each image")
     command.add_argument("--seed", type=at_least(0), default=0, help="seed of the noise (default 0)")
     command.add_argument("--calibration", type=Path, help="calibration file; brings its variance compensation")

@@ -82,7 +82,7 @@ class ReverseProcess:
         """x_i -> (x_{i+1}, predicted clean image), both (N, C, H, W) float32."""
         config, alpha_bar, cache = self.config, self.schedule.alpha_bar, feature_cache(self.model)
         if cache is not None:
-            cache.begin_step()
+            cache.begin_step(i, self.schedule.sigmas)
         t = torch.full((len(x),), self.schedule.timesteps[i], device=self.device)
         eps, v = guided_prediction(
             self.model, x.to(self.dtype), t, self.labels, self.model.null_class,
@@ -93,6 +93,8 @@ class ReverseProcess:
             eps = implied_noise(x, eps.float(), alpha_bar[i])
         eps = eps.float()
         x0 = denoised_image(x, eps, alpha_bar[i])
+        if cache is not None:
+            cache.observe(i, x0)
         if config.sampler == "ddim":
             return ddim_step(x, eps, alpha_bar[i], alpha_bar[i + 1]), x0
         learned = v.float() if v is not None and config.variance == "learned_range" else None

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import logging
+from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import comfy.model_management
+import comfy.patcher_extension
 from torch import Tensor, nn
 
-from ....qandc_core.caching.attach import cached_call
+from ....qandc_core.caching.attach import cached_call, cached_modules
+from ....qandc_core.caching.cost import reuse_cost
 from ....qandc_core.caching.features import FeatureCache
 from ....qandc_core.caching.policies import CachePolicy
 from ..model.dit import DiTModel
-from ..wrappers import REPORT, WRAPPERS, is_flow, note, options_of_run, sampler_function_name, scalar
-from .blocks import CachedBlocks, block_lists, read_between
+from ..wrappers import REPORT, WRAPPERS, note, options_of_run, sampler_function_name, samples_flow, scalar
+from .blocks import CachedBlocks, block_lists, blocks_at, read_between
+from .others import other_caches
 from .run import PREDICTION, CachedRun
 
 KEY = "qandc_cache"
@@ -22,16 +27,19 @@ COMPILE = "torch.compile"  # of core's compile nodes
 AUTOMATIC, BLOCKS, BRANCHES = "automatic", "blocks", "attention and MLP"
 TIERS = (AUTOMATIC, PREDICTION, BLOCKS, BRANCHES)
 SELF_TEST = {2: 3e-2, 4: 1e-3}  # relative difference allowed, by bytes of a value
+PRE_RUN = comfy.patcher_extension.CallbacksMP.ON_PRE_RUN
 log = logging.getLogger(__name__)
+running: ContextVar[tuple[RunWrapper, ...]] = ContextVar("running", default=())  # runs that have begun
 
 
 @dataclass(frozen=True)
 class CacheSettings:
-    """What Apply Cache attaches: when to reuse, what, and where it is kept."""
+    """What Apply Cache attaches: when to reuse, what, where it is kept, and what the node has to say of every run."""
 
     policy: CachePolicy
     tier: str = AUTOMATIC
     offload: bool = False
+    warnings: tuple[str, ...] = ()
 
     def describe(self) -> str:
         return self.policy.describe()
@@ -52,15 +60,19 @@ class RunWrapper:
         saved, options = guider.model_options, options_of_run(guider)
         inside_compile(options)
         run = options[KEY] = CachedRun(
-            self.settings.policy, sigmas, sampler_function_name(sampler), is_flow(guider.model_patcher.model),
+            self.settings.policy, sigmas, sampler_function_name(sampler), samples_flow(guider.model_patcher),
             self.settings.offload,
         )  # fmt: skip
+        for text in (*self.settings.warnings, *other_caches(guider.model_patcher, guider.model_options)):
+            run.warn(text)
+        begun = running.set((*running.get(), self))
         try:
             out = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
             run.finish()
-            log.info(run.summary())
+            log.log(logging.WARNING if run.warnings else logging.INFO, run.summary())
             return out
         finally:
+            running.reset(begun)
             fill_report(options.get(REPORT), run)
             run.caches.clear()
             run.blocks.clear()
@@ -84,9 +96,30 @@ def fill_report(report, run: CachedRun) -> None:
     report.warnings = [*report.warnings, *run.warnings]
 
 
+def before_run(patcher) -> None:
+    """ON_PRE_RUN: tells of a model whose own cache does not run, such as the second one of a guider with two models."""
+    active = running.get()
+    for wrapper in patcher.get_wrappers(WRAPPERS.OUTER_SAMPLE, KEY):
+        if wrapper not in active:
+            own = wrapper.settings.describe()
+            how = "with the cache of the guider's main model" if active else "without a cache"
+            text = f"a model is sampled {how} instead of its own ({own}); apply the cache to the main model"
+            log.warning("Q&C cache: %s", text)
+            report = patcher.model_options["transformer_options"].get(REPORT)
+            if report is not None:
+                report.warnings = [*report.warnings, text]
+
+
+@lru_cache(maxsize=1)
+def warn_of_no_run() -> None:
+    log.warning("Q&C cache: a model call outside a sampling run is computed; nothing is reused for it.")
+
+
 def prediction_wrapper(executor, x, timestep, model_options, seed):
     """PREDICT_NOISE: every prediction of the sampler evaluates its conditions anew."""
-    run = model_options["transformer_options"][KEY]
+    run = model_options["transformer_options"].get(KEY)
+    if run is None:
+        return executor(x, timestep, model_options, seed)
     run.begin_prediction(scalar(timestep))
     out = executor(x, timestep, model_options, seed)
     run.end_prediction(out)
@@ -100,9 +133,13 @@ class ModelWrapper:
         self.tier = tier
 
     def __call__(self, executor, x, t, c_concat, c_crossattn, control, transformer_options, **kwargs):
-        run, model = transformer_options[KEY], executor.class_obj
+        run, model = transformer_options.get(KEY), executor.class_obj
+        if run is None:
+            warn_of_no_run()
+            return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
         if not run.tier:
-            run.begin(*choose_tier(model, self.tier))
+            tier, reason = choose_tier(model, self.tier)
+            run.begin(tier, reason, cost_of(model.diffusion_model, tier))
         # A batch of two prompts may be padded to the longer, which blocks see and the prediction does not.
         tokens = tuple(c_crossattn.shape[1:]) if run.keeps_tokens and c_crossattn is not None else ()
         cache = run.place(x, transformer_options, (*state_of(model, control, transformer_options), tokens))
@@ -202,6 +239,15 @@ def choose_tier(model, wanted: str) -> tuple[str, str]:
     return PREDICTION, "which measured best"
 
 
+def cost_of(network: nn.Module, tier: str) -> float:
+    """Share of a computed step that a reused one takes, counted on the network."""
+    if tier == PREDICTION:
+        return 0.0
+    if tier == BRANCHES:
+        return reuse_cost(network, cached_modules(network, "branch"))
+    return reuse_cost(network, [block for path in block_lists(network) for block in blocks_at(network, path)])
+
+
 def state_of(model, control: Any, transformer_options: dict[str, Any]) -> tuple:
     """What a condition's features also belong to: hooked weights, replaced layers, a ControlNet.
 
@@ -219,12 +265,14 @@ def apply_cache(patcher, settings: CacheSettings):
     clone = patcher.clone()
     for kind in (WRAPPERS.OUTER_SAMPLE, WRAPPERS.PREDICT_NOISE, WRAPPERS.APPLY_MODEL):
         clone.remove_wrappers_with_key(kind, KEY)
+    clone.remove_callbacks_with_key(PRE_RUN, KEY)
     if settings.policy.off:
         note(clone, "cache", "")
         return clone
     clone.add_wrapper_with_key(WRAPPERS.OUTER_SAMPLE, KEY, RunWrapper(settings))
     clone.add_wrapper_with_key(WRAPPERS.PREDICT_NOISE, KEY, prediction_wrapper)
     clone.add_wrapper_with_key(WRAPPERS.APPLY_MODEL, KEY, ModelWrapper(settings.tier))
+    clone.add_callback_with_key(PRE_RUN, KEY, before_run)
     note(clone, "cache", settings.describe(), settings.detail())
     return clone
 
@@ -232,7 +280,7 @@ def apply_cache(patcher, settings: CacheSettings):
 def steps_vary(patcher) -> bool:
     """Whether its cache picks other steps for other images."""
     wrappers = patcher.get_wrappers(WRAPPERS.OUTER_SAMPLE, KEY)
-    return any(wrapper.settings.policy.max_error is not None for wrapper in wrappers)
+    return any(not wrapper.settings.policy.decided_before for wrapper in wrappers)
 
 
 def is_reused(transformer_options: dict[str, Any]) -> bool:

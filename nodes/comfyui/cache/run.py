@@ -29,7 +29,7 @@ class CachedRun:
     ):
         self.sigmas = sigmas.tolist()
         self.total = len(self.sigmas) - 1
-        self.plan = policy.plan(self.total, flow)
+        self.plan = policy.plan(self.total, flow, sigmas=self.sigmas, noisy=adds_noise(sampler_name))
         self.offload = offload
         self.sampler_name, self.corrects = sampler_name, sampler_name == "sample_heun"
         self.caches: dict[torch.device, FeatureCache] = {}
@@ -45,9 +45,13 @@ class CachedRun:
         self.step, self.position, self.peak_bytes = 0, 0.0, 0
         self.reused = self.computed_any = False
 
-    def begin(self, tier: str, reason: str) -> None:
-        """What is reused is known now. A forecast of whole predictions does not see the noise that a sampler adds."""
+    def begin(self, tier: str, reason: str, cost: float = 0.0) -> None:
+        """What is reused is known now, and what share of a computed step it costs.
+
+        A forecast of whole predictions does not see the noise that a sampler adds.
+        """
         self.tier, self.reason = tier, reason
+        self.plan.charge(cost)
         self.keeps_tokens = self.keeps_tokens or tier != PREDICTION
         if tier == PREDICTION and self.plan.order and adds_noise(self.sampler_name):
             self.plan.order = 0
@@ -115,12 +119,9 @@ class CachedRun:
         return self.names[known]
 
     def end_prediction(self, denoised: Tensor) -> None:
-        """What guidance made of the computed predictions; and what a reused one costs, once that is known."""
+        """What guidance made of the computed predictions."""
         if self.computed_any:
             self.plan.observe(self.position, denoised)
-        elif self.plan.measures and self.times.known:
-            computed, reused = self.times.seconds(False), self.times.seconds(True)
-            self.plan.time(min(computed[1:] or computed), min(reused))
 
     def warn(self, text: str) -> None:
         if text not in self.warnings:
@@ -141,7 +142,9 @@ class CachedRun:
 
     def finish(self) -> None:
         """Warnings that only the whole run knows."""
-        self.warnings += [text for text in self.plan.warnings if text not in self.warnings]
+        columns = enumerate(zip(*self.timeline.values()))
+        for text in self.plan.review({step for step, column in columns if COMPUTED in column}):
+            self.warn(text)
         if self.timeline and all(self.computed()):
             self.warn(f"no effect: all {self.total} steps were computed")
 

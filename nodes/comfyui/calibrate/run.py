@@ -41,11 +41,12 @@ class Standing:
     statistics: dict[str, LayerStatistics]
     held_out: tuple[ModelCall, ...] = ()
     runs: int = 0
+    sigmas: tuple[float, ...] = ()  # noise levels of the run, which distances belong to
 
     def result(self, model: str) -> Calibration:
         """As a calibration, with notes on what is not found in one."""
         places = {"samples": self.choice.samples.tolist(), "held_out": self.choice.held_out.tolist()}
-        notes = {**places, "runs": self.runs}
+        notes = {**places, "runs": self.runs, **({"sigmas": self.sigmas} if self.sigmas else {})}
         return Calibration(model, self.statistics, distances=self.distances, notes=notes, held_out=self.held_out)
 
 
@@ -95,7 +96,8 @@ class Calibrating:
         if unused:
             log.info("Q&C calibration: %d layers never run, such as %s; they are left out.", len(unused), unused[0])
         statistics = {name: empty_statistics(layer, self.space) for name, layer in self.layers if name in ran}
-        return Standing(candidates.choose(self.plan), candidates.distances(), statistics)
+        sigmas = () if candidates.sigmas is None else tuple(candidates.sigmas.tolist())
+        return Standing(candidates.choose(self.plan), candidates.distances(), statistics, sigmas=sigmas)
 
     def second_pass(self, standing: Standing) -> None:
         """Samples the runs that are left once more and observes what was chosen; `standing` takes it up."""
@@ -164,7 +166,8 @@ def resumed(found: Calibration, layers: Mapping[str, nn.Module], space: Statisti
             room.keep_held_out(layer.held_out)
         statistics[name] = replace(layer, rows=room.rows, held_out=room.held_out)
     samples, held_out = (torch.tensor(found.notes[key]).long().reshape(-1, 4) for key in ("samples", "held_out"))
-    return Standing(Choice(samples, held_out), found.distances, statistics, found.held_out, found.notes["runs"])
+    runs, sigmas = found.notes["runs"], tuple(found.notes.get("sigmas", ()))
+    return Standing(Choice(samples, held_out), found.distances, statistics, found.held_out, runs, sigmas)
 
 
 def leave_out_unseen(statistics: dict[str, LayerStatistics], all_run: bool) -> None:
