@@ -104,7 +104,7 @@ def copied_input(patcher):
 def ours(host: Host, patcher, tier: str, order: int, interval: int = 1, **choices):
     policies = host.module("qandc_core.caching.policies")
     if "distances" in choices:
-        choices["distances"] = policies.StepDistances(choices["distances"])
+        choices["distances"] = host.module("qandc_core.caching.runs").StepDistances(choices["distances"])
     kinds = {"computed": policies.StepCount, "speedup": policies.Speedup, "max_error": policies.ErrorBudget}
     kind = next((kinds[name] for name in choices if name in kinds), None)
     policy = policies.Interval(interval, order=order) if kind is None else kind(**choices, order=order)

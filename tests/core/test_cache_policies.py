@@ -28,15 +28,14 @@ from qandc_core.caching.plans import (
     newton_term,
 )
 from qandc_core.caching.policies import (
-    TOLERANCE,
     ChosenSteps,
     ErrorBudget,
     Interval,
     PolicyConfig,
     Speedup,
     StepCount,
-    StepDistances,
 )
+from qandc_core.caching.runs import TOLERANCE, StepDistances
 from qandc_core.caching.schedule import CacheConfig, affordable, optimal_schedule, spaced_steps, spread
 from qandc_core.sampling.clock import CallTimes
 

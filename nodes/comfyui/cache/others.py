@@ -27,7 +27,7 @@ def names_set(patcher, model_options: dict[str, Any]) -> Iterator[tuple[str, ...
     for name, value in options.items():
         if name != "wrappers" and value is not None and value is not False:
             yield (str(name),)
-    for keyed in (*options.get("wrappers", {}).values(), *model_options.get("wrappers", {}).values()):
+    for keyed in (*patcher.wrappers.values(), *options.get("wrappers", {}).values()):
         for key, wrappers in keyed.items():
             yield from ((str(key), origin(wrapper)) for wrapper in wrappers)
     for name, value in model_options.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import comfy.samplers
 
-from ....qandc_core.caching.policies import StepDistances
+from ....qandc_core.caching.runs import StepDistances
 from ....qandc_core.calibration.file import Calibration
 from ..wrappers import sampler_function_name
 from .run import adds_noise

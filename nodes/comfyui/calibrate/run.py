@@ -46,7 +46,7 @@ class Standing:
     def result(self, model: str) -> Calibration:
         """As a calibration, with notes on what is not found in one."""
         places = {"samples": self.choice.samples.tolist(), "held_out": self.choice.held_out.tolist()}
-        notes = {**places, "runs": self.runs, **({"sigmas": self.sigmas} if self.sigmas else {})}
+        notes = {**places, "runs": self.runs, **({"sigmas": list(self.sigmas)} if self.sigmas else {})}
         return Calibration(model, self.statistics, distances=self.distances, notes=notes, held_out=self.held_out)
 
 
