@@ -1,11 +1,12 @@
 # make demo    the built-in model in full precision and with Q&C, side by side
-# make test    all tests
-# make lint    ruff and mypy
+# make test    all tests, or those of TESTS="path ..."
+# make lint    ruff, mypy and the order of imports
 # make bench   speed and memory, ratios in one run
 # make experiment   the ablation behind the README's table (about an hour on two cores)
 
 PYTHON ?= python3
 VENV ?= .venv
+TESTS ?=
 RUN = $(VENV)/bin/python
 
 .PHONY: demo test lint bench experiment clean
@@ -14,15 +15,16 @@ demo: $(VENV)/.demo
 	$(RUN) -m qandc_core demo
 
 test: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 $(TESTS)
 
 lint: $(VENV)/.test
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+	$(VENV)/bin/lint-imports
 
 bench: $(VENV)/.demo
-	$(RUN) -m qandc_core bench --out benchmarks/results
+	$(RUN) -m benchmarks.speed --out benchmarks/results
 
 experiment: $(VENV)/.demo
 	$(RUN) -m qandc_core experiment --out benchmarks/results

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from comfy_api.v0_0_2 import io
 
+from ..qandc_core.diffusion.classes import NO_CLASS, class_tokens
 from .schema import CATEGORY, parse_numbers
 
 NONE = "none"
@@ -41,7 +42,7 @@ class ClassLabel(io.ComfyNode):
     def execute(cls, classes: str, imagenet_class: str) -> io.NodeOutput:
         picked = choices().get(imagenet_class)
         labels = parse_classes(classes) if picked is None else (picked,)
-        return io.NodeOutput([[None, {"class_label": labels}]], [[None, {}]])
+        return io.NodeOutput([[class_tokens(labels), {}]], [[class_tokens([NO_CLASS]), {}]])
 
 
 @cache

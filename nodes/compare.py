@@ -1,7 +1,8 @@
 from __future__ import annotations
 
+import comfy.model_management
+import comfy.utils
 from comfy_api.v0_0_2 import io, ui
-from torch import Tensor
 
 from . import schema
 from .comfyui.pictures import to_image
@@ -54,19 +55,27 @@ class Compare(io.ComfyNode):
     @classmethod
     def execute(cls, images: dict, shown: int, difference_gain: float, reports: dict | None = None) -> io.NodeOutput:
         from ..qandc_core.evaluation.comparison import ComparedRun, run_comparison  # drawing is no part of start-up
+        from ..qandc_core.evaluation.frames import ImageFrames
 
         reports = {key.removeprefix("report"): report for key, report in (reports or {}).items()}
         runs = []
         for key, batch in images.items():
             number = key.removeprefix("image")
             report = reports.get(number)
-            runs.append(ComparedRun(report.label if report else f"run {int(number) + 1}", from_image(batch), report))
-        figure, table = run_comparison(runs, shown, difference_gain)
+            label = report.label if report else f"run {int(number) + 1}"
+            runs.append(ComparedRun(label, ImageFrames(batch, label), report))
+        figure, table = run_comparison(runs, shown, difference_gain, Bar().show)
         output = to_image(figure)
         preview = ui.PreviewImage(output, cls=cls).as_dict()
         return io.NodeOutput(output, table, ui={**preview, "text": (table,)})
 
 
-def from_image(batch: Tensor) -> Tensor:
-    """IMAGE (N, H, W, C) in [0, 1] -> (N, 3, H, W) in [-1, 1]."""
-    return batch[..., :3].movedim(-1, 1) * 2 - 1
+class Bar:
+    """A progress bar that ends the work when it is cancelled."""
+
+    def __init__(self) -> None:
+        self.bar = comfy.utils.ProgressBar(1)
+
+    def show(self, done: int, total: int) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        self.bar.update_absolute(done, total)

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import folder_paths
 import torch
 from comfy_api.v0_0_2 import io
 
-from ..qandc_core.checkpoints.dit import locate
+from ..qandc_core.checkpoints.dit import dit_folders, source_files
+from ..qandc_core.files import is_text
 from .comfyui.model.dit import load_dit_patcher
 from .schema import CATEGORY
 
@@ -19,8 +23,8 @@ SIZES = {"auto": None, "256": 32, "512": 64}
 class LoadDiT(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        files = dict.fromkeys(name for folder in FOLDERS for name in folder_paths.get_filename_list(folder))
-        files |= diffusers_folders()
+        listed = [name for folder in FOLDERS for name in folder_paths.get_filename_list(folder) if is_text(name)]
+        files = dict.fromkeys([*listed, *diffusers_folders()])
         return io.Schema(
             node_id="QandC_LoadDiT",
             display_name="Load DiT",
@@ -61,9 +65,7 @@ class LoadDiT(io.ComfyNode):
         path = find(model_name)
         if path is None:
             return None
-        file = locate(path)  # of a folder the weights, with their shards
-        parts = sorted(file.parent.glob(f"{file.name.split('.')[0]}*"))
-        return [(str(part), part.stat().st_mtime_ns, part.stat().st_size) for part in parts]
+        return [(str(file), status.st_mtime_ns, status.st_size) for file, status in stamps(path)]
 
     @classmethod
     def execute(cls, model_name: str, weight_dtype: str, image_size: str, num_heads: int = 0) -> io.NodeOutput:
@@ -83,9 +85,16 @@ def find(name: str) -> str | None:
 
 def diffusers_folders() -> dict[str, str]:
     """Pipelines of models/diffusers that hold a class-conditional transformer: choice -> path."""
-    found = {}
-    for root in folder_paths.get_folder_paths("diffusers"):
-        for config in sorted(Path(root).glob("*/transformer/config.json")):
-            if "num_embeds_ada_norm" in config.read_text(encoding="utf-8"):
-                found[f"diffusers/{config.parents[1].name}"] = str(config.parents[1])
-    return found
+    folders = [folder for root in folder_paths.get_folder_paths("diffusers") for folder in dit_folders(root)]
+    return {f"diffusers/{folder.name}": str(folder) for folder in folders}
+
+
+def stamps(path: str) -> Iterator[tuple[Path, os.stat_result]]:
+    """Every file that the model is read from, with its time and size; absent ones are said when the node runs."""
+    try:
+        files = source_files(path)
+    except OSError:
+        return
+    for file in files:
+        with suppress(OSError):
+            yield file, file.stat()

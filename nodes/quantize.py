@@ -4,13 +4,14 @@ from comfy_api.v0_0_2 import io, ui
 
 from ..qandc_core.calibration.file import Calibration
 from ..qandc_core.quantization.budget import Budget
+from ..qandc_core.quantization.formats import ALL
 from ..qandc_core.quantization.model import QuantizationConfig
 from . import schema
 from .comfyui.pictures import report_picture, to_image
-from .comfyui.quantize.native import NativeSettings, quantize_native
+from .comfyui.quantize.native import NativeSettings, ignored_patterns, quantize_native
 from .comfyui.quantize.paper import quantized_patcher
 
-BITS = {"W8A8": (8, 8), "W4A8": (4, 8)}
+BITS = {format.name: (format.weight_bits, 8) for format in ALL}
 METHODS = ("native", "paper")
 LORAS = {"bake in": "bake", "keep on top": "keep"}
 
@@ -48,11 +49,11 @@ class Quantize(io.ComfyNode):
                 io.Int.Input(
                     "max_size_mb", default=0, min=0, max=2**20, advanced=True,
                     tooltip="MiB that the layers may take. Where there is room, the layers that lose most for their "
-                    "size get finer formats. 0 is no limit and no such upgrade.",
+                    "size get finer formats. 0, or more than they take now, is no limit and no such upgrade.",
                 ),
                 io.String.Input(
                     "skip", default="", advanced=True,
-                    tooltip="Layers to leave as they are: parts of their names, separated by commas.",
+                    tooltip="Layers of the blocks to leave as they are: parts of their names, separated by commas.",
                 ),
                 io.Combo.Input(
                     "loras", options=list(LORAS), default="bake in", advanced=True,
@@ -64,6 +65,11 @@ class Quantize(io.ComfyNode):
                     tooltip="gptq chooses weights by their effect on calibrated outputs; auto does where the "
                     "calibration has what it needs. The method paper rounds to nearest on auto.",
                 ),
+                io.String.Input(
+                    "include", default="", optional=True, advanced=True,
+                    tooltip="Layers outside the transformer blocks to quantize too: parts of their names, separated by "
+                    "commas. Embedders, timestep, label and caption layers and the last layer stay otherwise.",
+                ),
             ],
             outputs=[io.Model.Output(tooltip="The quantized model.")],
         )  # fmt: skip
@@ -71,7 +77,7 @@ class Quantize(io.ComfyNode):
     @classmethod
     def execute(
         cls, model: io.Model.Type, format: str, method: str, max_layer_error: float, max_size_mb: int, skip: str,
-        loras: str, rounding: str, calibration: Calibration | None = None,
+        loras: str, rounding: str, calibration: Calibration | None = None, include: str = "",
     ) -> io.NodeOutput:  # fmt: skip
         if method == "paper":
             config = QuantizationConfig(rounding="nearest" if rounding == "auto" else rounding)
@@ -81,9 +87,16 @@ class Quantize(io.ComfyNode):
             format,
             rounding,
             Budget(max_layer_error or None, max_size_mb * 2**20 or None),
-            tuple(part.strip() for part in skip.split(",") if part.strip()),
+            parts(skip),
             LORAS[loras],
+            parts(include),
         )
+        ignored = "".join(f"\n\nWarning: {sentence}." for sentence in ignored_patterns(model, settings))
         quantized, report = quantize_native(model, settings, calibration)
         shown = ui.PreviewImage(to_image(report_picture(report)), cls=cls).as_dict()
-        return io.NodeOutput(quantized, ui={**shown, "text": (f"{report.summary()}\n\n{report.table()}",)})
+        return io.NodeOutput(quantized, ui={**shown, "text": (f"{report.summary()}{ignored}\n\n{report.table()}",)})
+
+
+def parts(text: str) -> tuple[str, ...]:
+    """The parts between commas that are not empty."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())

@@ -4,15 +4,26 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
+import comfy.samplers
 from comfy_api.v0_0_2 import io
 
-from ..qandc_core.calibration.file import load_calibration
+from ..qandc_core.calibration.file import Calibration, load_calibration
 from . import schema
-from .comfyui.calibrate.run import SELECTIONS, Plan, calibrate, digest_of, empty_latent
-from .comfyui.files import NEW, calibration_files, calibration_path, file_state, next_path, partial_path
+from .comfyui.calibrate.inputs import schedule_of
+from .comfyui.calibrate.run import SELECTIONS, CalibrationConfig, calibrate, digest_of, empty_latent
+from .comfyui.files import (
+    NEW,
+    calibration_files,
+    calibration_path,
+    check_writable,
+    file_state,
+    made_before,
+    partial_path,
+    save_new,
+)
 from .comfyui.quantize.weights import fingerprint_of
 from .comfyui.sampling import Settings
-from .comfyui.wrappers import details
+from .comfyui.wrappers import details, sampler_function_name
 
 log = logging.getLogger(__name__)
 
@@ -24,9 +35,9 @@ class TAPCalibrate(io.ComfyNode):
             node_id="QandC_TAPCalibrate",
             display_name="TAP Calibrate",
             category=schema.CATEGORY,
-            description="Samples with the model as it is wired, cache included, chooses varied samples by "
-            "temporal-aware parallel clustering (TAP), and notes what every layer sees, for Quantize. Saved in "
-            "output/qandc; goes on where it stopped if it is cancelled.",
+            description="Samples with the model as it is wired, cache included, selects varied samples by "
+            "temporal-aware parallel clustering (TAP), and collects statistics of every layer's inputs for Quantize. "
+            "Saved in output/qandc: the same inputs give the same file, and a cancelled run resumes.",
             search_aliases=["calibration", "ptq", "gptq", "statistics", "tap"],
             inputs=[
                 io.Model.Input("model", tooltip="The full-precision model, with the cache that will be used."),
@@ -34,7 +45,8 @@ class TAPCalibrate(io.ComfyNode):
                 schema.latent("An empty latent of the size to calibrate for; its batch size does not matter.", True),
                 io.Combo.Input(
                     "file", options=calibration_files(), default=NEW,
-                    tooltip="new calibrates; or take a calibration made before, from output/qandc.",
+                    tooltip="new calibrates, or finds the file that was made of the same inputs; or take a calibration "
+                    "from output/qandc.",
                 ),
                 io.Int.Input("trajectories", default=32, min=1, max=4096, tooltip="Images to sample for calibration."),
                 io.Int.Input(
@@ -67,8 +79,8 @@ class TAPCalibrate(io.ComfyNode):
                 ),
                 io.Boolean.Input(
                     "hessians", default=True, advanced=True,
-                    tooltip="Keep how the inputs of every layer go together, so that Quantize can round weights to "
-                    "errors that cancel (GPTQ). Off takes little memory.",
+                    tooltip="Collect the input Hessian (X^T X) of every layer, which GPTQ needs. Off takes little "
+                    "memory.",
                 ),
                 io.String.Input(
                     "filename_prefix", default="calibration", advanced=True,
@@ -80,11 +92,12 @@ class TAPCalibrate(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "tokens", default=4096, min=64, max=1048576, optional=True, advanced=True,
-                    tooltip="How many inputs of a layer are kept at most where they take less than width squared.",
+                    tooltip="Maximum number of inputs kept of a layer, where they take less memory than its Hessian.",
                 ),
                 io.Int.Input(
                     "held_out", default=8, min=0, max=256, optional=True, advanced=True,
-                    tooltip="Model calls of the last image kept aside for Quantize to measure its error on; 0: none.",
+                    tooltip="Model calls of the last image that are held out for Quantize to measure its error on; "
+                    "0: none.",
                 ),
             ],
             outputs=[schema.Calibration.Output("calibration", display_name="calibration", tooltip="Statistics of "
@@ -106,35 +119,48 @@ class TAPCalibrate(io.ComfyNode):
         time_scale: float, computed_steps_only: bool, hessians: bool, filename_prefix: str, positive=None,
         negative=None, latent_image=None, memory_gb: float = 4.0, tokens: int = 4096, held_out: int = 8,
     ) -> io.NodeOutput:  # fmt: skip
-        path = next_path(filename_prefix) if file == NEW else calibration_path(file)
-        if path.is_file():
-            calibration = load_calibration(path)
-            calibration.check_fingerprint(fingerprint_of(model))
-            if not calibration.statistics:
-                raise ValueError(
-                    f"{path.name} holds no layer statistics; pick a file that TAP Calibrate made, or {NEW!r}."
-                )
-            return io.NodeOutput(calibration)
+        if file != NEW and calibration_path(file).is_file():
+            return io.NodeOutput(loaded(calibration_path(file), model))
         require_wires(file, positive=positive, negative=negative, latent_image=latent_image)
         settings = Settings(positive, negative, steps, cfg, sampler_name, scheduler)
-        plan = Plan(
+        plan = CalibrationConfig(
             trajectories, min(batch_size, trajectories), samples, selection, clusters, time_scale,
             computed_steps_only, hessians, calibration_seed, memory_gb, tokens, held_out,
         )  # fmt: skip
         latent = empty_latent(model, latent_image)
-        partial = partial_path(filename_prefix, digest_of(model, settings, latent, plan))
+        inputs = digest_of(model, settings, latent, plan)
+        made = made_before(filename_prefix, inputs.hex) if file == NEW else None
+        if made is not None:
+            log.info("Calibration of the same inputs: %s", made)
+            return io.NodeOutput(loaded(made, model))
+        check_writable()
+        partial = partial_path(filename_prefix, inputs.hex) if inputs.known else None
         found = calibrate(model, settings, latent, plan, partial)
-        levels = {name: found.notes[name] for name in ("sigmas",) if name in found.notes}
-        calibration = replace(found, notes={**describe(model, settings, plan), **levels})
-        calibration.save(path)
-        partial.unlink(missing_ok=True)
+        calibration = replace(
+            found,
+            notes={**describe(model, settings, plan), "inputs": inputs.hex, "distances": found.notes["distances"]},
+        )
+        path = save_new(calibration.save, filename_prefix, file)
+        if partial is not None:
+            partial.unlink(missing_ok=True)
         log.info("Calibration saved: %s", path)
         return io.NodeOutput(calibration)
 
 
-def describe(model, settings: Settings, plan: Plan) -> dict:
+def loaded(path: Path, model) -> Calibration:
+    """A calibration that TAP Calibrate made for this model. Raises ValueError on any other."""
+    calibration = load_calibration(path)
+    calibration.check_fingerprint(fingerprint_of(model))
+    if not calibration.statistics:
+        raise ValueError(f"{path.name} holds no layer statistics; pick a file that TAP Calibrate made, or {NEW!r}.")
+    return calibration
+
+
+def describe(model, settings: Settings, plan: CalibrationConfig) -> dict:
     return {
         **settings.describe(),
+        "sigmas": schedule_of(model, settings).tolist(),
+        "sampler_function": sampler_function_name(comfy.samplers.sampler_object(settings.sampler_name)),
         "attached": details(model),
         "selection": plan.selection,
         "trajectories": plan.trajectories,

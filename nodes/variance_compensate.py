@@ -1,19 +1,28 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
-import comfy.samplers
 from comfy_api.v0_0_2 import io
 
 from ..qandc_core.calibration.file import Calibration, load_calibration
 from ..qandc_core.compensation.factors import METHODS
 from . import schema
 from .comfyui.cache.attach import steps_vary
-from .comfyui.compensation import attach_compensation, fit_compensation
-from .comfyui.files import NEW, calibration_files, calibration_path, file_state, next_path
+from .comfyui.calibrate.inputs import digest_of_inputs, schedule_of
+from .comfyui.compensation import FittedFor, attach_compensation, fit_compensation
+from .comfyui.files import (
+    NEW,
+    calibration_files,
+    calibration_path,
+    check_writable,
+    file_state,
+    made_before,
+    save_new,
+)
 from .comfyui.quantize.weights import fingerprint_of
-from .comfyui.sampling import Progress, Settings, empty_latents
-from .comfyui.wrappers import details, labels, sampler_function_name
+from .comfyui.sampling import Progress, Settings, empty_latents, parts_of
+from .comfyui.wrappers import details, labels
 from .tap_calibrate import require_wires
 
 log = logging.getLogger(__name__)
@@ -82,11 +91,8 @@ class VarianceCompensate(io.ComfyNode):
         sampler_name: str, scheduler: str, calibration_seed: int, method: str, start_percent: float, end_percent: float,
         filename_prefix: str, positive=None, negative=None, latent_image=None,
     ) -> io.NodeOutput:  # fmt: skip
-        path = next_path(filename_prefix) if file == NEW else calibration_path(file)
-        if path.is_file():
-            calibration = load_calibration(path)
-            calibration.check_fingerprint(fingerprint_of(reference))
-            return io.NodeOutput(attach_saved(model, calibration, path.name))
+        if file != NEW and calibration_path(file).is_file():
+            return io.NodeOutput(loaded(calibration_path(file), model, reference))
         require_wires(file, positive=positive, negative=negative, latent_image=latent_image)
         if steps_vary(model):
             raise ValueError(
@@ -94,16 +100,33 @@ class VarianceCompensate(io.ComfyNode):
                 "Apply Cache choose another policy, such as number of steps."
             )
         settings = Settings(positive, negative, steps, cfg, sampler_name, scheduler)
+        check_alike(model, reference)
         latents = empty_latents(model, latent_image, pairs)
-        variance = fit_compensation(
+        shapes = [tuple(part.shape) for part in parts_of(latents)]
+        inputs = digest_of_inputs(
+            model, reference, schedule_of(model, settings), settings, shapes, calibration_seed, method,
+            start_percent, end_percent,
+        ).hex  # fmt: skip
+        saved = made_before(filename_prefix, inputs) if file == NEW else None
+        if saved is not None:
+            log.info("Variance compensation of the same inputs: %s", saved)
+            return io.NodeOutput(loaded(saved, model, reference))
+        check_writable()
+        variance, fitted = fit_compensation(
             reference, model, settings, latents, calibration_seed, Progress(model, 2 * steps),
             method=method, start=start_percent, end=end_percent,
         )  # fmt: skip
-        function = sampler_function_name(comfy.samplers.sampler_object(settings.sampler_name))
-        made = {**settings.describe(), "pairs": pairs, "sampler_function": function, "attached": details(model)}
-        Calibration(fingerprint_of(reference), variance=variance, notes=made).save(path)
+        made = {**settings.describe(), "pairs": pairs, "accelerated": fingerprint_of(model), **fitted.notes()}
+        calibration = Calibration(fingerprint_of(reference), variance=variance, notes={**made, "inputs": inputs})
+        path = save_new(calibration.save, filename_prefix, file)
         log.info("Variance compensation saved: %s", path)
-        return io.NodeOutput(attach_compensation(model, variance, function))
+        return io.NodeOutput(attach_compensation(model, variance, fitted))
+
+
+def loaded(path: Path, model, reference):
+    calibration = load_calibration(path)
+    calibration.check_fingerprint(fingerprint_of(reference))
+    return attach_saved(model, calibration, path.name)
 
 
 def attach_saved(model, calibration: Calibration, name: str):
@@ -115,4 +138,14 @@ def attach_saved(model, calibration: Calibration, name: str):
             f"{name} was fitted with another cache or quantization than this model has attached "
             f"({labels(model) or 'nothing'}); pick {NEW!r} to fit again."
         )
-    return attach_compensation(model, calibration.variance, calibration.notes["sampler_function"])
+    if calibration.notes.get("accelerated") not in (None, fingerprint_of(model)):
+        raise ValueError(f"{name} was fitted for other weights than those of `model`; pick {NEW!r} to fit again.")
+    return attach_compensation(model, calibration.variance, FittedFor.from_notes(calibration.notes))
+
+
+def check_alike(model, reference) -> None:
+    """Raises ValueError where the two are models of different kinds."""
+    kinds = [type(patcher.model).__name__ for patcher in (model, reference)]
+    formats = [type(patcher.get_model_object("latent_format")) for patcher in (model, reference)]
+    if kinds[0] != kinds[1] or formats[0] is not formats[1]:
+        raise ValueError(f"`model` is a {kinds[0]} and `reference` a {kinds[1]}; connect the same model to both.")

@@ -2,29 +2,47 @@
 
 from __future__ import annotations
 
-from .caching.attach import apply_cache_to_dit, remove_cache, reset_all_caches
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .caching.attach import apply_cache_to_dit, fresh_caches, remove_cache, reset_all_caches
 from .caching.policies import ChosenSteps, ErrorBudget, Interval, Speedup, StepCount
 from .caching.schedule import optimal_schedule
+from .calibration.choice import CalibrationConfig
 from .calibration.file import Calibration, load_calibration
+from .calibration.run import calibrate
 from .calibration.tap import TapSelection, tap_select
+from .calibration.trajectories import DiTTrajectories
 from .checkpoints import load_dit, save_dit
 from .compensation.correction import VarianceCompensation
 from .compensation.factors import variance_factors
 from .compensation.fit import fit_variance_compensation
 from .diffusion.process import SamplingConfig
-from .fused.dit import FusedDiT, fuse_dit
 from .models import DiT, DiTConfig
 from .quantization.model import QuantizationConfig, quantize_model
-from .sampling.generate import StepInfo, generate
 from .sampling.report import RunReport
+
+if TYPE_CHECKING:
+    from .fused.dit import FusedDiT, fuse_dit
+    from .sampling.generate import StepInfo, generate
 
 __version__ = "0.1.0"
 
+# Imported where they are used: who reads a calibration needs neither kernels nor a sampling loop.
+LATER = {
+    "FusedDiT": ".fused.dit",
+    "fuse_dit": ".fused.dit",
+    "StepInfo": ".sampling.generate",
+    "generate": ".sampling.generate",
+}
+
 __all__ = [
     "Calibration",
+    "CalibrationConfig",
     "ChosenSteps",
     "DiT",
     "DiTConfig",
+    "DiTTrajectories",
     "ErrorBudget",
     "FusedDiT",
     "Interval",
@@ -37,7 +55,9 @@ __all__ = [
     "TapSelection",
     "VarianceCompensation",
     "apply_cache_to_dit",
+    "calibrate",
     "fit_variance_compensation",
+    "fresh_caches",
     "fuse_dit",
     "generate",
     "load_calibration",
@@ -50,3 +70,13 @@ __all__ = [
     "tap_select",
     "variance_factors",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(LATER[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *LATER]

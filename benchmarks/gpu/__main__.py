@@ -6,6 +6,12 @@ DiT-XL/2 with random weights at 256 and 512 pixels, batches of 8, 1 and 32 with 
 torch runs it, and Q&C's formats, caches and kernels; ceilings of the same card; every matrix product on its own. Writes
 speed-<device>.json and speed-<device>.md into benchmarks/results. Needs torch, triton and comfy-kitchen, no network.
 On a CPU it runs a small model, to show that it works.
+
+Where the GPU's machine has torch and triton but no network and takes 64 MiB of files at most, the CUDA wheel of
+comfy-kitchen (64.7 MiB) does not fit beside this repository. Unzipped without its kernels for AMD it is 51 MiB:
+
+    unzip -q comfy_kitchen-*.whl -x "comfy_kitchen/backends/hip/*" -d kitchen
+    PYTHONPATH=kitchen python -m benchmarks.gpu     # there
 """
 
 from __future__ import annotations
@@ -20,9 +26,9 @@ from typing import Any
 
 import torch
 
+from benchmarks.speed.runs import Setting
+from benchmarks.speed.table import default_run, speed_table
 from qandc_core.evaluation.experiment import hardware
-from qandc_core.evaluation.speed.runs import Setting
-from qandc_core.evaluation.speed.table import default_run, speed_table
 from qandc_core.models.presets import preset
 
 from .report import markdown

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qandc_core.evaluation.speed.models import PACKED, PAPER, QANDC
-from qandc_core.evaluation.speed.runs import CHOSEN, Row, fastest, find
-from qandc_core.evaluation.speed.table import EQUAL_TIME, per_step
+from benchmarks.speed.models import PACKED, PAPER, QANDC
+from benchmarks.speed.runs import CHOSEN, Row, fastest, find
+from benchmarks.speed.table import EQUAL_TIME, per_step
 
 
 @dataclass(frozen=True)

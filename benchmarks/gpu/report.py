@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from qandc_core.evaluation.speed.runs import fastest
+from benchmarks.speed.runs import fastest
 
 from .goals import Goal, goals
 

@@ -23,7 +23,7 @@ SEED = 700
 
 def keep_both(host: Host) -> None:
     """Makes calibration keep rows of every layer beside X^T X, so that one calibration serves all numbers of rows."""
-    module = host.module("nodes.comfyui.calibrate.run")
+    module = host.module("qandc_core.calibration.run")
     plan = host.module("qandc_core.calibration.memory").StatisticsPlan
 
     class Both(plan):

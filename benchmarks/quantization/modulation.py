@@ -16,11 +16,11 @@ from typing import Any
 
 from torch import Tensor
 
+from benchmarks.speed.work import step_weight_bytes, step_work
 from qandc_core import DiT, SamplingConfig, fuse_dit, generate, load_dit
 from qandc_core.calibration.candidates import collect_pool, collect_statistics
 from qandc_core.calibration.statistics import LayerStatistics
 from qandc_core.evaluation.experiment import hardware
-from qandc_core.evaluation.speed.work import step_weight_bytes, step_work
 from qandc_core.models.presets import preset
 from qandc_core.quantization.model import DIT_SKIP, NATIVE_SKIP, named_linears
 from qandc_core.quantization.native import FORMATS, NativeConfig, NativeLayer, quantize_weight

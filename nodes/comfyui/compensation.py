@@ -1,18 +1,33 @@
-"""Variance compensation under stock samplers: the model sees corrected samples, the sampler shifted predictions."""
+"""Variance compensation under stock samplers: the wrappers that correct and fit (see qandc_core.compensation)."""
 
 from __future__ import annotations
 
+import inspect
 import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
+import comfy.samplers
 import torch
 from torch import Tensor
 
-from ...qandc_core.compensation.correction import VarianceCompensation, compensate
-from ...qandc_core.compensation.factors import VarianceMoments
+from ...qandc_core.compensation.correction import (
+    Shapes,
+    VarianceCompensation,
+    check_falling,
+    compensate_parts,
+    is_identity,
+    preserved_scale,
+    shifted,
+)
+from ...qandc_core.compensation.fit import SequentialFit
 from .sampling import Progress, Settings, sample_new
 from .wrappers import (
     REPORT,
     WRAPPERS,
+    details,
     is_flow,
     note,
     options_of_run,
@@ -23,160 +38,229 @@ from .wrappers import (
 )
 
 KEY = "qandc_compensation"
+EXACT = {"sample_euler": "ddim", "sample_ddpm": "ddpm"}  # ComfyUI's ddim is sample_euler
+FREE = ("dpm_fast", "dpm_adaptive")  # samplers that place their own noise levels
 log = logging.getLogger(__name__)
 
 
-def preserved_scale(sigma: float, flow: bool) -> float:
-    """What turns a sample at sigma into variance-preserving units, in which mean and K are kept."""
-    return 1.0 if flow else (1 + sigma**2) ** -0.5
+@dataclass(frozen=True)
+class FittedFor:
+    """The kind of run that a compensation belongs to; None where a file of an older version does not say."""
+
+    sampler: str
+    options: Mapping[str, Any] | None = None
+    cfg: float | None = None
+    channels: Sequence[int] | None = None
+    attached: Mapping[str, str] | None = None
+
+    @classmethod
+    def from_notes(cls, notes: Mapping[str, Any]) -> FittedFor:
+        """Raises ValueError where they do not name a sampler, as of a file that the command line made."""
+        if "sampler_function" not in notes:
+            raise ValueError("This compensation was not fitted by Variance Compensate in ComfyUI; fit one here.")
+        known = (notes.get(key) for key in ("sampler_options", "cfg", "channels", "attached"))
+        return cls(notes["sampler_function"], *known)
+
+    def notes(self) -> dict[str, Any]:
+        return {
+            "sampler_function": self.sampler,
+            "sampler_options": self.options,
+            "cfg": self.cfg,
+            "channels": self.channels,
+            "attached": self.attached,
+        }
+
+    def check(self, guider, sampler, channels: Sequence[int]) -> None:
+        """Raises ValueError where a run is of another kind."""
+        name, options = sampler_function_name(sampler), sampler_options(sampler)
+        if name != self.sampler:
+            raise differs("with", self.sampler, "samples with", name, "choose the same sampler in both nodes")
+        if self.options is not None and options != self.options:
+            changed = {key for key in {*options, *self.options} if options.get(key) != self.options.get(key)}
+            before, now = (", ".join(f"{key} {o.get(key)}" for key in sorted(changed)) for o in (self.options, options))
+            raise differs(f"with {name} at", before, "has", now, "use the sampler's settings of the fit")
+        guidance = guidance_of(guider)
+        if self.cfg is not None and guidance != self.cfg:
+            raise differs("with cfg", self.cfg, "is guided by", guidance, "use the fit's cfg, or fit again")
+        if self.channels is not None and list(channels) != list(self.channels):
+            raise differs("for channels", list(self.channels), "has", list(channels), "fit again for this model")
+        if self.attached is not None and details(guider.model_patcher) != self.attached:
+            raise differs(
+                "with", words(self.attached), "has", words(details(guider.model_patcher)),
+                "put Variance Compensate behind the nodes that cache and quantize, and fit again",
+            )  # fmt: skip
 
 
-def shift(sampler_name: str, sigma: float, following: float) -> float:
-    """c1 / c2 of the step x' = c1 x + c2 D from sigma to the following one: DDPM's posterior, Euler for all others."""
-    ratio = following / sigma
-    kept = ratio**2 if sampler_name == "sample_ddpm" else ratio
-    return kept / (1 - kept)
+def differs(by: str, fitted: Any, verb: str, found: Any, advice: str) -> ValueError:
+    return ValueError(f"The variance compensation was fitted {by} {fitted}, and this run {verb} {found}; {advice}.")
 
 
-def shifted(
-    denoised: Tensor, x: Tensor, corrected: Tensor, sampler_name: str, sigma: float, following: float
-) -> Tensor:
-    """D' = D + (x~ - x) c1 / c2: a step from x with D' ends where a step from x~ with D does."""
-    return denoised + (corrected - x) * shift(sampler_name, sigma, following)
+def words(attached: Mapping[str, str]) -> str:
+    return ", ".join(f"{topic} {detail}" for topic, detail in attached.items()) or "no cache and no quantization"
 
 
-FIRST_ORDER = ("sample_euler", "sample_ddpm")
+def sampler_options(sampler) -> dict[str, float]:
+    """The numbers that a sampler takes, such as eta, defaults included: a node may pass what another leaves out."""
+    function = getattr(sampler, "sampler_function", None)
+    parameters = inspect.signature(function).parameters if function is not None else {}
+    values = {name: parameter.default for name, parameter in parameters.items()} | getattr(sampler, "extra_options", {})
+    # JSON has no infinity
+    return {k: float(v) for k, v in values.items() if isinstance(v, (int, float)) and math.isfinite(v)}
 
 
-def sample_with_schedule(executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
-    """OUTER_SAMPLE: the run's predictions know its noise levels and its sampler."""
-    guider = executor.class_obj
-    saved, options = guider.model_options, options_of_run(guider)
-    options[KEY] = (sigmas.tolist(), sampler_function_name(sampler))
-    try:
-        return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
-    finally:
-        guider.model_options = saved
+def guidance_of(guider) -> float | str:
+    """cfg, or the name of a guider that combines its predictions in a way of its own."""
+    if type(guider).predict_noise is comfy.samplers.CFGGuider.predict_noise:
+        return float(guider.cfg)
+    return type(guider).__name__
 
 
-class CompensatedRun:
+@dataclass
+class Run:
+    """State that the predictions of one run read: its noise levels, sampler, and the parts of a nested latent."""
+
+    sigmas: list[float]
+    sampler: str
+    shapes: Shapes = field(default_factory=tuple)
+
+
+def parts_of_run(latent: Tensor, kwargs: Mapping[str, Any]) -> list[tuple[int, ...]]:
+    """Shapes without N of the parts of a run's latent, which OUTER_SAMPLE gets flattened and joined."""
+    return [tuple(shape[1:]) for shape in kwargs.get("latent_shapes") or [latent.shape]]
+
+
+class Correcting:
     """Wrappers of a model whose samples are corrected before every step (Q&C, Eq. 10)."""
 
-    def __init__(self, variance: VarianceCompensation, fitted_sampler: str):
-        self.variance, self.fitted_sampler = variance, fitted_sampler
-
     def outer_sample(self, executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
-        levels, name = sigmas.tolist()[:-1], sampler_function_name(sampler)
-        self.variance.check(levels)
-        if name != self.fitted_sampler:
-            raise ValueError(
-                f"The variance compensation was fitted with {self.fitted_sampler} and this run samples with "
-                f"{name}; choose the same sampler in both nodes."
-            )
-        if name not in FIRST_ORDER:
-            log.info("Q&C variance compensation: exact for euler, ddim and ddpm, approximate for this sampler.")
-        report = executor.class_obj.model_options["transformer_options"].get(REPORT)
-        if report is not None:
-            report.factors = [self.variance.factor[self.variance.find(sigma)].tolist() for sigma in levels]
-        return sample_with_schedule(executor, noise, latent_image, sampler, sigmas, *args, **kwargs)
+        """OUTER_SAMPLE: the run's predictions know its noise levels and its sampler."""
+        guider, parts = executor.class_obj, parts_of_run(latent_image, kwargs)
+        run = Run(sigmas.tolist(), sampler_function_name(sampler), parts if len(parts) > 1 else ())
+        check_falling(run.sigmas)
+        self.begin(guider, sampler, run, noise, [part[0] for part in parts])
+        saved, options = guider.model_options, options_of_run(guider)
+        options[KEY] = run
+        try:
+            return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+        finally:
+            guider.model_options = saved
 
     def predict_noise(self, executor, x, timestep, model_options, seed):
-        schedule, name = model_options["transformer_options"][KEY]
-        sigma, scale = scalar(timestep), preserved_scale(scalar(timestep), is_flow(executor.class_obj.inner_model))
-        step = step_at(schedule, sigma)
-        if abs(schedule[step] - sigma) > 1e-4 * sigma:  # between two steps of a multi-stage sampler
+        run: Run = model_options["transformer_options"][KEY]
+        sigma = scalar(timestep)
+        step = step_at(run.sigmas, sigma)
+        if abs(run.sigmas[step] - sigma) > 1e-4 * sigma:  # between two steps of a multi-stage sampler
             return executor(x, timestep, model_options, seed)
-        given = x * scale
-        corrected = self.variance.correct(given, sigma)
-        if corrected is given:
+        scale = preserved_scale(sigma, is_flow(executor.class_obj.inner_model))
+        mean, factor = self.factors(run, step, sigma, x * scale)
+        if is_identity(factor):
             return executor(x, timestep, model_options, seed)
-        corrected = corrected / scale
+        corrected = compensate_parts(x * scale, mean, factor, run.shapes) / scale
         denoised = executor(corrected, timestep, model_options, seed)
-        return shifted(denoised, x, corrected, name, sigma, schedule[step + 1])
+        return shifted(denoised, x, corrected, EXACT.get(run.sampler, "ddim"), sigma, run.sigmas[step + 1])
+
+    def begin(self, guider, sampler, run: Run, noise: Tensor, channels: Sequence[int]) -> None:
+        """Raises ValueError on a run that cannot be corrected."""
+
+    def factors(self, run: Run, step: int, sigma: float, given: Tensor) -> tuple[Tensor, Tensor]:
+        """mean and K (C,) for the sample `given` in variance-preserving units."""
+        raise NotImplementedError
 
 
-def attach_compensation(patcher, variance: VarianceCompensation, fitted_sampler: str):
-    clone = patcher.clone()
-    run = CompensatedRun(variance, fitted_sampler)
-    replace_wrapper(clone, WRAPPERS.OUTER_SAMPLE, KEY, run.outer_sample)
-    replace_wrapper(clone, WRAPPERS.PREDICT_NOISE, KEY, run.predict_noise)
+class CompensatedRun(Correcting):
+    def __init__(self, variance: VarianceCompensation, fitted: FittedFor):
+        self.variance, self.fitted = variance, fitted
+
+    def begin(self, guider, sampler, run: Run, noise: Tensor, channels: Sequence[int]) -> None:
+        variance, levels = self.variance, run.sigmas[:-1]
+        self.fitted.check(guider, sampler, channels)
+        variance.check(levels)
+        if sum(channels) != variance.factor.shape[1]:
+            fitted = variance.factor.shape[1]
+            raise differs("for channels", fitted, "has", sum(channels), "fit again for this model")
+        if levels and variance.find(levels[0]) and noise.any():
+            raise ValueError(
+                f"The variance compensation was fitted from sigma {float(variance.sigmas[0]):.4g} on, and this run "
+                f"begins with new noise at {levels[0]:.4g}, where nothing has drifted yet; fit it for these steps."
+            )
+        if run.sampler not in EXACT:
+            log.info("Q&C variance compensation: exact for euler, ddim and ddpm, approximate for this sampler.")
+        report = guider.model_options["transformer_options"].get(REPORT)
+        if report is not None:
+            report.factors = [variance.at(sigma)[1].tolist() for sigma in levels]
+
+    def factors(self, run: Run, step: int, sigma: float, given: Tensor) -> tuple[Tensor, Tensor]:
+        return self.variance.at(sigma)
+
+
+def attach_compensation(patcher, variance: VarianceCompensation, fitted: FittedFor):
+    clone = attached(patcher, CompensatedRun(variance, fitted))
     note(clone, "compensation", "variance compensation")
     return clone
 
 
-def detach_compensation(patcher):
+def attached(patcher, run: Correcting):
     clone = patcher.clone()
-    for kind in (WRAPPERS.OUTER_SAMPLE, WRAPPERS.PREDICT_NOISE):
-        clone.remove_wrappers_with_key(kind, KEY)
-    note(clone, "compensation", "")
+    replace_wrapper(clone, WRAPPERS.OUTER_SAMPLE, KEY, run.outer_sample)
+    replace_wrapper(clone, WRAPPERS.PREDICT_NOISE, KEY, run.predict_noise)
     return clone
 
 
-class Recording:
-    """PREDICT_NOISE of the reference run: keeps its samples (in variance-preserving units, on CPU) by noise level."""
+class Recording(Correcting):
+    """The reference run: keeps its samples (in variance-preserving units, on CPU) by noise level, corrects nothing."""
 
     def __init__(self) -> None:
         self.samples: dict[float, Tensor] = {}
+        self.channels: list[int] = []
 
-    def __call__(self, executor, x, timestep, model_options, seed):
-        sigma = scalar(timestep)
-        scale = preserved_scale(sigma, is_flow(executor.class_obj.inner_model))
-        self.samples.setdefault(sigma, (x * scale).cpu())
-        return executor(x, timestep, model_options, seed)
+    def begin(self, guider, sampler, run: Run, noise: Tensor, channels: Sequence[int]) -> None:
+        self.channels = list(channels)
+        if any(part in run.sampler for part in FREE):
+            raise no_steps(run.sampler)
+
+    def factors(self, run: Run, step: int, sigma: float, given: Tensor) -> tuple[Tensor, Tensor]:
+        self.samples.setdefault(run.sigmas[step], given.cpu())
+        return torch.zeros(sum(self.channels)), torch.ones(sum(self.channels))
 
 
-class Fitting:
+class Fitting(Correcting):
     """The accelerated run: fits K_t at each step on samples that all earlier corrections already went into."""
 
-    def __init__(self, reference: dict[float, Tensor], method: str, eps: float, start: float, end: float):
-        self.reference, self.method, self.eps, self.start, self.end = reference, method, eps, start, end
-        self.sigmas: list[float] = []
-        self.means: list[Tensor] = []
-        self.factors: list[Tensor] = []
+    def __init__(self, fit: SequentialFit, recording: Recording):
+        self.fit, self.recording = fit, recording
 
-    def predict_noise(self, executor, x, timestep, model_options, seed):
-        schedule, name = model_options["transformer_options"][KEY]
-        sigma = scalar(timestep)
-        step, last = step_at(schedule, sigma), self.sigmas[-1] if self.sigmas else float("inf")
-        if abs(schedule[step] - sigma) > 1e-4 * sigma or sigma >= last:
-            return executor(x, timestep, model_options, seed)
-        scale = preserved_scale(sigma, is_flow(executor.class_obj.inner_model))
-        mean, factor = self.fit(step, len(schedule) - 1, sigma, x * scale)
-        if torch.equal(factor, torch.ones_like(factor)):
-            return executor(x, timestep, model_options, seed)
-        corrected = compensate(x * scale, mean, factor) / scale
-        denoised = executor(corrected, timestep, model_options, seed)
-        return shifted(denoised, x, corrected, name, sigma, schedule[step + 1])
+    def begin(self, guider, sampler, run: Run, noise: Tensor, channels: Sequence[int]) -> None:
+        if list(self.recording.samples) != run.sigmas[:-1]:
+            raise no_steps(run.sampler)
 
-    def fit(self, step: int, steps: int, sigma: float, accelerated: Tensor) -> tuple[Tensor, Tensor]:
-        channels = accelerated.shape[1]
-        mean, factor = torch.zeros(channels), torch.ones(channels)
-        if step > 0 and self.start * steps <= step < self.end * steps:
-            moments = VarianceMoments(channels, self.eps)
-            moments.update(self.reference[sigma], accelerated)
-            mean, factor = (v.float() for v in moments.factors(self.method))
-        self.sigmas.append(sigma)
-        self.means.append(mean)
-        self.factors.append(factor)
-        return mean, factor
+    def factors(self, run: Run, step: int, sigma: float, given: Tensor) -> tuple[Tensor, Tensor]:
+        if step == len(self.fit):
+            return self.fit.step(sigma, [(self.recording.samples.pop(run.sigmas[step]), given)], run.shapes)
+        return self.fit.means[step], self.fit.factors[step]  # evaluated again
 
-    def result(self) -> VarianceCompensation:
-        sigmas = torch.tensor(self.sigmas, dtype=torch.float64)
-        return VarianceCompensation(sigmas, torch.stack(self.means), torch.stack(self.factors), self.method)
+
+def no_steps(sampler: str) -> ValueError:
+    return ValueError(
+        f"{sampler} does not evaluate the model at every noise level of its schedule, so there are no steps to "
+        "compensate; choose another sampler, such as euler."
+    )
 
 
 def fit_compensation(
-    reference, accelerated, settings: Settings, latent: Tensor, seed: int, progress: Progress, *,
+    reference, accelerated, settings: Settings, latent, seed: int, progress: Progress, *,
     method: str, start: float, end: float, eps: float = 1e-2,
-) -> VarianceCompensation:  # fmt: skip
-    """Samples the empty latents (N, ...) with both models from one noise and fits K_t step by step (Q&C, Eq. 9-12)."""
-    recording = Recording()
-    recorded = detach_compensation(reference)
-    replace_wrapper(recorded, WRAPPERS.PREDICT_NOISE, KEY, recording)
-    sample_new(recorded, settings, latent, seed, progress.step)
-    fitting = Fitting(recording.samples, method, eps, start, end)
-    fitted = accelerated.clone()
-    replace_wrapper(fitted, WRAPPERS.OUTER_SAMPLE, KEY, sample_with_schedule)
-    replace_wrapper(fitted, WRAPPERS.PREDICT_NOISE, KEY, fitting.predict_noise)
-    sample_new(fitted, settings, latent, seed, progress.step)
-    return fitting.result()
+) -> tuple[VarianceCompensation, FittedFor]:  # fmt: skip
+    """Samples the empty latents (N, ...), nested or not, with both models from one noise and fits K_t step by step.
+
+    Q&C, Eq. 9-12. Raises ValueError, before the accelerated run, on bounds, methods and samplers that cannot be fitted.
+    """
+    fit, recording = SequentialFit(settings.steps, method, eps, start, end), Recording()
+    sample_new(attached(reference, recording), settings, latent, seed, progress.step)
+    fit.steps = len(recording.samples)
+    sample_new(attached(accelerated, Fitting(fit, recording)), settings, latent, seed, progress.step)
+    sampler = comfy.samplers.sampler_object(settings.sampler_name)
+    fitted = FittedFor(
+        sampler_function_name(sampler), sampler_options(sampler), float(settings.cfg), recording.channels,
+        details(accelerated),
+    )  # fmt: skip
+    return fit.result(), fitted

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
+from collections.abc import Callable
 from pathlib import Path
 
 import folder_paths
+
+from ...qandc_core.calibration import folder as shared
 
 NEW = "new"
 
@@ -17,39 +19,42 @@ def calibration_folder() -> Path:
 
 def calibration_files() -> list[str]:
     """The choice `new`, then the files there are."""
-    return [NEW, *sorted(path.name for path in calibration_folder().glob("*.safetensors"))]
+    return [NEW, *shared.listed(calibration_folder())]
 
 
 def calibration_path(name: str) -> Path:
     """A file of the folder. Raises ValueError on anything that is not a plain file name."""
-    if not re.fullmatch(r"[\w .()+-]+\.safetensors", name) or name.startswith("."):
+    if not shared.is_listed(name):
         raise ValueError(f"{name!r} is not the name of a calibration file; pick one from the list, or {NEW!r}.")
     return calibration_folder() / name
 
 
-def next_path(prefix: str) -> Path:
-    """The first free numbered name."""
-    stem, number = stem_of(prefix), 1
-    while (path := calibration_folder() / f"{stem}_{number:05}.safetensors").exists():
-        number += 1
-    return path
+def made_before(prefix: str, inputs: str) -> Path | None:
+    """The newest numbered file of this prefix that was made of inputs with this digest."""
+    return shared.made_before(calibration_folder(), prefix, inputs)
+
+
+def save_new(save: Callable[[Path], object], prefix: str, name: str = NEW) -> Path:
+    """Saves under the name asked for or the prefix's next number, whichever no file has, and returns the path."""
+    return shared.save_new(calibration_folder(), save, prefix, None if name == NEW else name)
+
+
+def check_writable() -> None:
+    """Raises OSError in one sentence where nothing can be saved, before minutes of sampling."""
+    shared.check_writable(calibration_folder())
 
 
 def partial_path(prefix: str, digest: str) -> Path:
     """Where an interrupted calibration of the inputs with this digest goes on; not listed."""
-    return calibration_folder() / f"{stem_of(prefix)}-{digest}.partial"
-
-
-def stem_of(prefix: str) -> str:
-    return re.sub(r"[^\w-]+", "_", prefix).strip("_") or "calibration"
+    return calibration_folder() / f"{shared.stem_of(prefix)}-{digest[:16]}.partial"
 
 
 def file_state(name: str) -> str:
     """Changes when the named file does, so that ComfyUI runs the node again."""
     if name == NEW:
         return NEW
-    path = calibration_folder() / Path(name).name
-    if not path.is_file():
+    try:
+        status = os.stat(calibration_path(name))
+    except (OSError, ValueError):
         return f"{name} absent"
-    status = os.stat(path)
     return f"{name} {status.st_mtime_ns} {status.st_size}"

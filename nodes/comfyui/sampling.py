@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import inspect
-import time
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.model_management
+import comfy.nested_tensor
 import comfy.sample
 import comfy.utils
 import latent_preview
 import torch
 from torch import Tensor
 
-from ...qandc_core.sampling.generate import synchronize
+from ...qandc_core.diffusion.classes import is_classes
+from ...qandc_core.sampling.clock import StepClock
 from ...qandc_core.sampling.report import RunReport, peak_memory, reset_peak_memory
 from .wrappers import QUANTIZATION, REPORT, WRAPPERS, labels, replace_wrapper
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a stock sampling node takes beside model, latent and seed."""
+    """What a stock sampling node takes beside model, latent and seed. Raises ValueError on a cfg that is no number."""
 
     positive: Any
     negative: Any
@@ -31,6 +33,10 @@ class Settings:
     sampler_name: str
     scheduler: str
     denoise: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.cfg) and math.isfinite(self.denoise)):
+            raise ValueError(f"cfg and denoise must be finite numbers, got {self.cfg} and {self.denoise}.")
 
     def describe(self) -> dict[str, Any]:
         return {"sampler": self.sampler_name, "scheduler": self.scheduler, "steps": self.steps, "cfg": self.cfg}
@@ -47,8 +53,8 @@ class Progress:
     def step(self, index: int, denoised: Tensor, x: Tensor, steps: int) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
         preview = None
-        if self.previewer and not denoised.is_nested:
-            preview = self.previewer.decode_latent_to_preview_image("JPEG", denoised)
+        if self.previewer:
+            preview = self.previewer.decode_latent_to_preview_image("JPEG", parts_of(denoised)[0])
         self.bar.update_absolute(self.done + index + 1, self.total, preview)
         if index + 1 == steps:
             self.done += steps
@@ -71,9 +77,16 @@ def fitted_latent(patcher, latent: dict[str, Any]) -> Tensor:
     return comfy.sample.fix_empty_latent_channels(patcher, latent["samples"], **ratios)
 
 
-def empty_latents(patcher, latent: dict[str, Any], count: int) -> Tensor:
-    """`count` empty latents of the LATENT's shape."""
-    return torch.zeros(count, *fitted_latent(patcher, {**latent, "samples": latent["samples"] * 0}).shape[1:])
+def parts_of(latent) -> list[Tensor]:
+    """The tensors of a latent: several where it is nested, as of video and sound."""
+    return latent.unbind() if latent.is_nested else [latent]
+
+
+def empty_latents(patcher, latent: dict[str, Any], count: int):
+    """`count` empty latents of the LATENT's shape, nested where it is."""
+    fitted = fitted_latent(patcher, {**latent, "samples": latent["samples"] * 0})
+    parts = [torch.zeros(count, *part.shape[1:]) for part in parts_of(fitted)]
+    return comfy.nested_tensor.NestedTensor(parts) if fitted.is_nested else parts[0]
 
 
 def sample(
@@ -94,15 +107,23 @@ def sample(
 
 
 def from_image(conditioning, first: int):
-    """Conditioning of a batch whose first image is number `first`: lists of class labels go on, not start again."""
+    """Conditioning of a batch whose first image is number `first`: batches of prompts and lists of classes go on where
+    the batch before stopped, instead of starting again.
+    """
     rotated = []
     for context, options in conditioning:
-        labels = options.get("class_label")
-        if labels is not None:
-            at = first % len(labels)
-            options = {**options, "class_label": (*labels[at:], *labels[:at])}
+        prompts = len(context) if isinstance(context, torch.Tensor) and context.ndim else 1
+        options = {key: rolled(value, prompts, first) for key, value in options.items()}
+        context = context.roll((-first, -first), (0, 1)) if is_classes(context) else rolled(context, prompts, first)
         rotated.append([context, options])
     return rotated
+
+
+def rolled(value: Any, prompts: int, first: int) -> Any:
+    """A batch of as many prompts, such as their pooled outputs, with number `first` in front; all else as it is."""
+    if isinstance(value, torch.Tensor) and prompts > 1 and value.ndim and len(value) == prompts:
+        return value.roll(-first, 0)
+    return value
 
 
 def sample_new(patcher, settings: Settings, latent: Tensor, seed: int, callback: Callable, first: int = 0) -> Tensor:
@@ -114,28 +135,36 @@ def sample_new(patcher, settings: Settings, latent: Tensor, seed: int, callback:
 
 
 class Stopwatch:
-    """Seconds of every step, from the first model call on: loading the model is not sampling."""
+    """Seconds of every step, from the first model call on: loading the model is not sampling. Waits at the end only."""
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.started: float | None = None
-        self.seconds: list[float] = []
+        self.clock: StepClock | None = None
 
     def predict_noise(self, executor, *args, **kwargs):
-        if self.started is None:
-            synchronize(self.device)
-            self.started = time.perf_counter()
+        if self.clock is None:
+            self.clock = StepClock(self.device)
         return executor(*args, **kwargs)
 
     def step(self) -> None:
-        synchronize(self.device)
-        now = time.perf_counter()
-        if self.started is not None:
-            self.seconds.append(now - self.started)
+        if self.clock is not None:
+            self.clock.end()
 
     def resume(self) -> None:
         """After what is no part of sampling, such as a preview."""
-        self.started = time.perf_counter()
+        if self.clock is not None:
+            self.clock.begin()
+
+    @property
+    def seconds(self) -> list[float]:
+        return [] if self.clock is None else self.clock.seconds()
+
+
+def paged_weights(patcher) -> int:
+    """Bytes of weights on the device that dynamic VRAM keeps outside torch's allocator."""
+    if not getattr(patcher, "is_dynamic", bool)():
+        return 0
+    return max(0, patcher.loaded_size() - patcher.model.model_loaded_weight_memory)
 
 
 def measured_sample(
@@ -143,7 +172,9 @@ def measured_sample(
 ) -> tuple[Tensor, RunReport]:
     """Samples, and the report of the run: time of every step, what was computed, what it kept."""
     device = patcher.load_device
-    report = RunReport(f"{settings.sampler_name}, {settings.scheduler}", 0, len(latent), settings.cfg, str(device))
+    report = RunReport(f"{settings.sampler_name}, {settings.scheduler}", 0, latent.shape[0], settings.cfg, str(device))
+    report.seed, report.denoise = seed, settings.denoise
+    report.size = [list(part.shape[1:]) for part in parts_of(latent)]
     report.label = label or labels(patcher) or "full precision, no cache"
     report.quantization = patcher.model_options["transformer_options"].get(QUANTIZATION)
     watch, progress = Stopwatch(device), Progress(patcher, settings.steps)
@@ -160,5 +191,7 @@ def measured_sample(
     reset_peak_memory(device)
     samples = sample(run, settings, latent, noise, seed, callback, mask)
     report.seconds, report.peak_memory = watch.seconds, peak_memory(device)
+    if report.peak_memory is not None:
+        report.peak_memory += paged_weights(run)
     report.computed = report.computed or [True] * report.steps
     return samples, report

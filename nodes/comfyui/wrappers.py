@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,6 +29,28 @@ def scalar(sigma: torch.Tensor) -> float:
 
 def sampler_function_name(sampler: Any) -> str:
     return getattr(getattr(sampler, "sampler_function", None), "__name__", type(sampler).__name__)
+
+
+NOISY = ("ddpm", "ancestral", "sde", "lcm", "seeds", "sa_solver")  # in the names of samplers that add noise
+
+
+def declares_noise(sampler: Any) -> bool:
+    """Whether a sampler adds noise by its options and the defaults of its function, and by its name where it has none.
+
+    A run sees for itself whether it does; this is for what has to be known before.
+    """
+    function = getattr(sampler, "sampler_function", sampler)
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        parameters = {}
+    known = {name: p.default for name, p in parameters.items() if isinstance(p.default, (int, float))}
+    known |= getattr(sampler, "extra_options", {})
+    if known.get("s_noise") == 0:
+        return False
+    if "eta" in known or "s_churn" in known:
+        return bool(known.get("eta") or known.get("s_churn"))
+    return any(part in sampler_function_name(sampler) for part in NOISY)
 
 
 def is_flow(model) -> bool:

@@ -8,7 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from .blocks import CachedStreams
 from .cost import reuse_cost
+from .families import BRANCHED, DIFFUSERS, diffusers_lists
 from .features import CachedBranch, FeatureCache
 from .policies import CachePolicy, ChosenSteps, Interval, PolicyConfig
 from .schedule import CacheConfig, step_set
@@ -16,25 +18,45 @@ from .schedule import CacheConfig, step_set
 ATTRIBUTE = "feature_cache"
 
 
+def is_ours(blocks: Any) -> bool:
+    return all(hasattr(block, "attention_branch") and hasattr(block, "mlp_branch") for block in blocks)
+
+
+def default_mode(model: nn.Module) -> str:
+    """Attention and MLP where a model has them apart, else whole blocks."""
+    known = diffusers_lists(model)
+    apart = not known or any(base.__name__ in BRANCHED for base in type(model).__mro__)
+    return "branch" if apart else "block"
+
+
 def branches(model: nn.Module, mode: str) -> list[tuple[Any, str, str]]:
-    """(owner, attribute, name) of each callable that the mode caches."""
-    blocks = getattr(model, "blocks", None)
-    ours = blocks is not None
-    blocks = blocks if ours else getattr(model, "transformer_blocks", None)
-    if blocks is None:
-        raise ValueError(
-            f"{type(model).__name__} has neither blocks nor transformer_blocks; expected this package's DiT or "
-            "diffusers' DiTTransformer2DModel."
-        )
-    found: list[tuple[Any, str, str]] = []
-    for i, block in enumerate(blocks):
+    """(owner, attribute, name) of each callable that the mode caches; raises ValueError on other models."""
+    lists, name = diffusers_lists(model), type(model).__name__
+    blocks: Any = getattr(model, "blocks", None)
+    if not lists and blocks is not None and is_ours(blocks):
         if mode == "block":
-            found.append((block, "forward", f"{i}.block"))
-        elif ours:
-            found += [(block, "attention_branch", f"{i}.attention"), (block, "mlp_branch", f"{i}.mlp")]
-        else:
-            found += [(block.attn1, "forward", f"{i}.attention"), (block.ff, "forward", f"{i}.mlp")]
-    return found
+            return [(block, "forward", f"{i}.block") for i, block in enumerate(blocks)]
+        kinds = (("attention_branch", "attention"), ("mlp_branch", "mlp"))
+        return [(block, at, f"{i}.{kind}") for i, block in enumerate(blocks) for at, kind in kinds]
+    if not lists and blocks is None and getattr(model, "transformer_blocks", None) is None:
+        raise ValueError(
+            f"{name} has neither blocks nor transformer_blocks; expected this package's DiT or one of diffusers' "
+            f"{', '.join(DIFFUSERS)}."
+        )
+    if not lists:
+        raise ValueError(
+            f"The blocks of {name} are not known; expected this package's DiT or one of diffusers' "
+            f"{', '.join(DIFFUSERS)}."
+        )
+    if mode == "block":
+        found: list[tuple[str, Any]] = [(path, model.get_submodule(path)) for path in lists]
+        return [(block, "forward", f"{path}.{i}") for path, list_ in found for i, block in enumerate(list_)]
+    if not any(base.__name__ in BRANCHED for base in type(model).__mro__):
+        raise ValueError(f"mode='branch' cannot tell attention and MLP of {name} apart; use mode='block'.")
+    inside, blocks = (("attn1", "attention"), ("ff", "mlp")), model.transformer_blocks
+    return [
+        (getattr(block, owner), "forward", f"{i}.{kind}") for i, block in enumerate(blocks) for owner, kind in inside
+    ]
 
 
 def apply_cache_to_dit(
@@ -42,20 +64,24 @@ def apply_cache_to_dit(
     cache_interval: int | CachePolicy = 3,
     *,
     steps: Iterable[int] | None = None,
-    mode: str = "branch",
+    mode: str | None = None,
     order: int | None = None,
     num_steps: int | None = None,
 ) -> nn.Module:
     """Caches features over timesteps (FORA, arXiv 2407.01425), in place; replaces a cache already there.
 
-    The second argument is an interval or a policy: apply_cache_to_dit(model, Speedup(2)). `steps` lists the computed
-    steps instead of every `cache_interval`-th; see CacheConfig for `mode` and `order`, which a policy holds itself.
+    `model` is our DiT or a transformer of diffusers (DiT, PixArt, Flux, SD3, Wan, CogVideoX). The second argument is an
+    interval or a policy: apply_cache_to_dit(model, Speedup(2)). `steps` lists the computed steps instead of every
+    `cache_interval`-th; see CacheConfig for `mode` ("branch" where the model has attention and MLP apart, else "block")
+    and `order`, which a policy holds itself.
     generate() tells a policy the steps of a run; a loop of your own gives them as `num_steps`.
-    Raises ValueError on contradictory arguments.
+    A call reuses only what provably belongs to its own run (`calls`); fresh_caches says so outright.
+    Raises ValueError, and changes nothing, on other models and settings.
     """
     policy = cache_interval if isinstance(cache_interval, CachePolicy) else None
     if policy is not None and (steps is not None or order is not None):
         raise ValueError("A policy holds steps and order itself; leave `steps` and `order` out beside it.")
+    mode = mode or default_mode(model)
     own: Any = getattr(model, "set_cache", None)
     config: CacheConfig | PolicyConfig
     if isinstance(cache_interval, CachePolicy):
@@ -67,6 +93,7 @@ def apply_cache_to_dit(
         return model
     if mode == "prediction":
         raise ValueError("mode='prediction' needs our own DiT made ready by fuse_dit(); use 'branch' or 'block' here.")
+    branches(model, mode)
     cost = reuse_cost(model, cached_modules(model, mode)) if policy is not None else 0.0
     if isinstance(config, PolicyConfig):
         config = config_of(config, num_steps, cost)
@@ -74,7 +101,10 @@ def apply_cache_to_dit(
     cache = FeatureCache(config, mode)
     cache.policy, cache.cost = policy, cost
     wrap_branches(model, cache)
-    cache.hook = model.register_forward_pre_hook(cache.before_forward, with_kwargs=True)
+    cache.hooks = [
+        model.register_forward_pre_hook(cache.before_forward, with_kwargs=True),
+        model.register_forward_hook(cache.after_forward, with_kwargs=True),
+    ]
     setattr(model, ATTRIBUTE, cache)
     return model
 
@@ -98,9 +128,15 @@ def cached_modules(model: nn.Module, mode: str) -> list[nn.Module]:
 
 
 def wrap_branches(model: nn.Module, cache: FeatureCache) -> None:
+    lists = diffusers_lists(model) if cache.mode == "block" else {}
     for owner, attribute, name in branches(model, cache.mode):
+        streams = lists.get(name.rpartition(".")[0])
         cache.attached.append((owner, attribute, vars(owner).get(attribute)))
-        branch = CachedBranch(getattr(owner, attribute), name, cache, residual=cache.mode == "block")
+        function: Any = getattr(owner, attribute)
+        if streams is None:
+            branch: Any = CachedBranch(function, name, cache, residual=cache.mode == "block")
+        else:
+            branch = CachedStreams(function, type(owner), name, cache, streams)
         setattr(owner, attribute, branch)
 
 
@@ -134,6 +170,16 @@ def reset_all_caches(model: nn.Module) -> None:
             cache.reset()
 
 
+@contextmanager
+def fresh_caches(model: nn.Module) -> Iterator[None]:
+    """One run of a hand-written loop: it begins without features, and leaves none, however it ends."""
+    reset_all_caches(model)
+    try:
+        yield
+    finally:
+        reset_all_caches(model)
+
+
 def remove_cache(model: nn.Module) -> nn.Module:
     """Takes the cache off; the model computes exactly what it did before."""
     own: Any = getattr(model, "set_cache", None)
@@ -142,7 +188,8 @@ def remove_cache(model: nn.Module) -> nn.Module:
     cache = feature_cache(model)
     if cache is not None:
         unwrap_branches(cache)
-        cache.hook.remove()
+        for hook in cache.hooks:
+            hook.remove()
         delattr(model, ATTRIBUTE)
     return model
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from .calls import SAMPLES, CallLocator, ModelInput, arguments, first_of
 from .plans import Plan
 from .policies import CachePolicy
 
@@ -30,6 +31,9 @@ class CacheRun:
     begins: bool = False
     computed: list[bool] = field(default_factory=list)
     features: dict[Key, list[tuple[float, Tensor]]] = field(default_factory=dict)
+    announced: bool = False  # the loop says when a step begins
+    locator: CallLocator = field(default_factory=CallLocator)
+    numbers: dict[Hashable, int] = field(default_factory=dict)  # of conditions, in the order of their first calls
 
     def __deepcopy__(self, memo: dict) -> CacheRun:
         return CacheRun()  # a copied model starts its own run
@@ -66,7 +70,7 @@ class FeatureCache:
         self.run = CacheRun()
         # What attaching changed, as plain data so that a deep copy of the model owns a working cache.
         self.attached: list[tuple[Any, str, Any]] = []
-        self.hook: Any = None
+        self.hooks: list[Any] = []
 
     def reset(self) -> None:
         self.run = CacheRun()
@@ -95,16 +99,39 @@ class FeatureCache:
             self.config.observe(float(step), denoised)
 
     def before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if self.enabled:
-            x: Any = args[0] if args else kwargs.get("x", kwargs.get("hidden_states"))
-            timesteps: Any = args[1] if len(args) > 1 else kwargs.get("timestep", kwargs.get("timesteps"))
-            self.locate(x, timesteps)
+        if not self.enabled:
+            return
+        call = ModelInput.of(module, args, kwargs)
+        if self.run.begins or self.run.announced:
+            self.locate(call.x, call.timestep)
+        else:
+            self.follow(call)
+
+    def after_forward(self, module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
+        if self.enabled and not self.run.announced:
+            self.run.locator.ended(first_of(SAMPLES, arguments(module, args, kwargs)), out)
+
+    def follow(self, call: ModelInput) -> None:
+        """Places a call of a loop that says nothing; see `calls`."""
+        locator = self.run.locator
+        started, step, key = locator.locate(call)
+        if started:
+            self.run = CacheRun(locator=locator)
+        run = self.run
+        if step:
+            run.step += 1
+            run.computed.append(True)
+        condition = run.numbers.setdefault(key, len(run.numbers))
+        run.computed[-1] = not self.place(run.step, (condition,))
 
     def locate(self, x: Tensor, timesteps: Tensor) -> None:
-        """Begins a step, a further call of the same step, or, on a rising timestep or new shape, a new run."""
+        """For a loop that says when a step begins: a step, a further call of it, or, on a rising timestep or new shape,
+        a new run.
+        """
         run, timestep = self.run, float(timesteps.reshape(-1)[0])
         if run.step < 0 or timestep > run.timestep or tuple(x.shape) != run.shape:
             run = self.run = CacheRun(shape=tuple(x.shape))
+        run.announced = True
         if run.step < 0 or timestep != run.timestep or run.begins:
             run.step, run.call, run.timestep, run.begins = run.step + 1, 0, timestep, False
             run.computed.append(True)
@@ -127,6 +154,16 @@ class FeatureCache:
         run.reusing = not computes and stored.issuperset(run.conditions)
         return run.reusing
 
+    def pass_by(self, step: int, position: float) -> None:
+        """Begins a call that computes and keeps nothing, for nobody knows whose features it would be."""
+        run = self.run
+        run.step, run.position, run.conditions, run.reusing = step, position, (), False
+
+    def forget(self, conditions: Collection[Hashable]) -> None:
+        """Drops the features of these conditions."""
+        features = self.run.features
+        self.run.features = {key: history for key, history in features.items() if key[0] not in conditions}
+
     def forget_missed(self, step: int) -> None:
         """Drops conditions that the latest computed step did not evaluate, such as those of a strength that is over."""
         latest = next((earlier for earlier in range(step, 0, -1) if self.config.computes(earlier)), 0)
@@ -135,10 +172,12 @@ class FeatureCache:
 
     def needs(self, step: int) -> bool:
         """Whether features computed at `step` may be read later."""
-        return self.config.keeps(step)
+        return bool(self.run.conditions) and self.config.keeps(step)
 
     def store(self, branch: str, value: Tensor) -> None:
         run = self.run
+        if not run.conditions:
+            return
         for condition, part in zip(run.conditions, value.chunk(len(run.conditions))):
             history = run.features.setdefault((condition, branch), [])
             # A sampler may evaluate a step more than once; two features so close do not show where they are going.
@@ -159,7 +198,7 @@ class FeatureCache:
         """The stored feature, or at order 1 its linear extrapolation (TaylorSeer, arXiv 2503.06923, Eq. 2)."""
         history = self.run.features[condition, branch]
         at, value = history[-1]
-        if len(history) == 1:
+        if not self.extrapolates(history):
             return value
         before, earlier = history[0]
         return torch.lerp(earlier, value, (self.run.position - before) / (at - before))
@@ -168,7 +207,12 @@ class FeatureCache:
     def forecasts(self) -> bool:
         """Whether a feature of this call would be a forecast instead of held."""
         run = self.run
-        return any(len(history) > 1 for (condition, _), history in run.features.items() if condition in run.conditions)
+        found = (history for (condition, _), history in run.features.items() if condition in run.conditions)
+        return any(map(self.extrapolates, found))
+
+    def extrapolates(self, history: list[tuple[float, Tensor]]) -> bool:
+        """Whether two features are known and still wanted: a run may go back to order 0."""
+        return len(history) > 1 and self.config.order > 0
 
     def drop(self) -> None:
         """Forgets the features; where the run stands stays."""

@@ -39,6 +39,9 @@ class Plan:
     def charge(self, cost: float) -> None:
         """What is reused is known: a reused step costs this share of a computed one. Only steps to come may change."""
 
+    def restart(self) -> None:
+        """The sampler went back to an earlier noise level: what was observed does not lead there."""
+
     def begin(self, step: int, position: float, sigma: float, following: float) -> None:
         """The sampler begins a step at noise level sigma; the next step begins at `following`."""
 
@@ -137,6 +140,9 @@ class BudgetPlan(Plan):
         self.inside, self.max_error, self.max_reused, self.flow = inside, max_error, max_reused, flow
         self.history: list[tuple[float, Tensor]] = []
         self.spent, self.reused = 0.0, 0
+
+    def restart(self) -> None:
+        self.history, self.reused, self.steps = [], 0, {0}
 
     def keeps(self, step: int) -> bool:
         return True

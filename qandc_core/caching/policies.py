@@ -166,7 +166,7 @@ class Placed(CachePolicy):
 
     def remarks(self, run: RunFacts) -> list[str]:
         reason = self.distances.mismatch(run) if self.distances is not None else ""
-        return [f"{reason}: default spacing"] if reason else []
+        return [f"the calibration does not place the steps because {reason}; default spacing"] if reason else []
 
     def optimum(self) -> str:
         return "" if self.distances is None else f" optimum {float(self.distances.values.sum()):.6g}"

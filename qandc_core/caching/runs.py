@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-TOLERANCE = 0.02  # relative difference of noise levels up to which two schedules are the same part of the same run
+TOLERANCE = 0.02  # relative difference up to which two noise levels count as the same
 
 
 @dataclass(frozen=True)
@@ -36,23 +36,24 @@ class StepDistances:
     noisy: bool | None = None
 
     def mismatch(self, run: RunFacts) -> str:
-        """Why they say nothing about a run, in words; "" where they do."""
-        if len(self.values) != run.total:
-            return f"the calibration is of {len(self.values)} steps and this run has {run.total}"
+        """Why they say nothing about a run, in words that go on from "because"; "" where they do."""
         if self.noisy is not None and run.noisy is not None and self.noisy != run.noisy:
-            kinds = ("a sampler that adds no noise", "a sampler that adds noise")
-            return f"the calibration is of {kinds[self.noisy]} and this run has {kinds[run.noisy]}"
-        if self.sigmas is not None and run.sigmas is not None and not same_levels(self.sigmas, run.sigmas):
-            theirs, ours = levels(self.sigmas), levels(run.sigmas)
-            return f"the calibration is of other noise levels ({theirs}) than this run's ({ours})"
-        return ""
+            adds = ("adds no noise", "adds noise")
+            return f"it was made with a sampler that {adds[self.noisy]} and this run's {adds[run.noisy]}"
+        return schedule_mismatch(len(self.values), self.sigmas, run.total, run.sigmas)
 
 
-def levels(sigmas: Sequence[float]) -> str:
-    return f"{sigmas[0]:.3g}, {sigmas[len(sigmas) // 2]:.3g} half-way, {sigmas[-1]:.3g}"
+def schedule_mismatch(made_steps: int, made: Sequence[float] | None, steps: int, sigmas: Sequence[float] | None) -> str:
+    """How a run at the noise levels `sigmas` (steps + 1,) differs from the one that something was made on.
 
-
-def same_levels(first: Sequence[float], second: Sequence[float]) -> bool:
-    return len(first) == len(second) and all(
-        abs(a - b) <= TOLERANCE * max(abs(a), abs(b)) for a, b in zip(first, second)
-    )
+    "" if it does not. Where either does not know its levels, the number of steps counts.
+    """
+    if made_steps != steps:
+        return f"it was made for {made_steps} steps and this run has {steps}"
+    for index, (ours, theirs) in enumerate(zip(made or (), sigmas or ())):
+        if abs(ours - theirs) > TOLERANCE * max(abs(ours), abs(theirs)):
+            return (
+                "it was made for another part of the schedule, or another scheduler (noise level "
+                f"{ours:.3g} at step {index}, {theirs:.3g} in this run)"
+            )
+    return ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -10,9 +11,9 @@ from torch import Tensor
 
 from ..caching.attach import cache_bypassed, feature_cache
 from ..diffusion.process import ReverseProcess, SamplingConfig
-from ..models.dit import DiT
-from ..quantization.model import named_linears
-from .statistics import LayerStatistics, merge_rows, observed
+from ..models.dit import DiT, check_open
+from ..models.layers import named_linears
+from .statistics import LayerStatistics, check_finite, merge_rows, observed
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ def collect_pool(
     callback: Callable[[int, int], None] | None = None,
 ) -> CandidatePool:
     """Every (x_t, t, class) of one trajectory for each label: N = labels x steps. Uses the cache that is attached."""
+    check_open(model, "calibrate")
     labels, cache = torch.as_tensor(class_labels), feature_cache(model)
     samples, steps, classes, computed = [], [], [], []
     chunks = labels.split(batch_size)
@@ -100,6 +102,7 @@ def collect_statistics(
     A layer inside a cached branch sees only the samples of steps that run it. Raises ValueError where none does, or
     on inputs that are not finite.
     """
+    check_open(model, "calibrate")
     layers = list(named_linears(model, skip_patterns))
     if not layers:
         raise ValueError(f"No linear layer is left to observe with skip_patterns {list(skip_patterns)}.")
@@ -107,12 +110,10 @@ def collect_statistics(
     mode = "branch" if cache is None else cache.mode
     statistics = {name: LayerStatistics.empty(layer.in_features, hessians) for name, layer in layers}
     device, dtype = model.pos_embed.device, model.pos_embed.dtype
+    for layer in statistics.values():
+        layer.settle(device, sys.maxsize)
 
     def observe(name: str, x: Tensor) -> None:
-        if not torch.isfinite(x).all():
-            raise ValueError(
-                f"The inputs of {name} are not finite on the calibration samples; use another seed or dtype."
-            )
         statistics[name].update(merge_rows(x))
 
     for computed in (True, False):
@@ -125,6 +126,9 @@ def collect_statistics(
                 model(x, t, y)
                 if cfg_scale != 1:
                     model(x, t, torch.full_like(y, model.null_class))
+    check_finite(statistics)
+    for layer in statistics.values():
+        layer.fetch()
     unseen = [name for name, s in statistics.items() if s.count == 0]
     if unseen:
         raise ValueError(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..caching.attach import cache_bypassed
 from ..diffusion.process import ReverseProcess, SamplingConfig
 from ..models.dit import DiT
+from .statistics import precise
 
 
 def prediction_distances(denoised: Tensor, sigmas: Tensor) -> Tensor:
@@ -19,9 +20,9 @@ def prediction_distances(denoised: Tensor, sigmas: Tensor) -> Tensor:
     denoised (T, V) holds the values of every step's prediction; a step from sigma to the following moves the sample by
     (1 - following / sigma) of an error in it. sigmas (T + 1,).
     """
-    values, sigmas = denoised.double(), sigmas.double().cpu()
+    values, sigmas = denoised.to(precise(denoised.device)).double(), sigmas.cpu().double()
     relative = torch.cdist(values, values) / values.norm(dim=1).clamp(min=1e-12)[None]
-    return torch.triu(relative * (1 - sigmas[1:] / sigmas[:-1])[None], diagonal=1)
+    return torch.triu(relative * (1 - sigmas[1:] / sigmas[:-1]).to(values.device)[None], diagonal=1).cpu()
 
 
 @torch.inference_mode()

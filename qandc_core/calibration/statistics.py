@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 BINS = 2048
-CLIPPINGS = ("minmax", "percentile", "mse")
 
 
 @dataclass
@@ -26,7 +26,7 @@ class LayerStatistics:
     high: Tensor
     mean: Tensor
     histogram: Tensor
-    reach: float
+    span: Tensor  # reach, on the device of the others
     hessian: Tensor | None
     rows: Tensor | None = None
     held_out: Tensor | None = None
@@ -40,17 +40,58 @@ class LayerStatistics:
         kept = reserved(rows, width), reserved(held_out, width)
         return cls(0, low, high, torch.zeros(width), bins, 2.0**-20, second, *kept)
 
+    def __post_init__(self) -> None:
+        self.span = torch.as_tensor(self.span, dtype=torch.float32)
+
+    @property
+    def reach(self) -> float:
+        return float(self.span)
+
     def update(self, x: Tensor) -> None:
-        """Adds rows x (M, K)."""
+        """Adds rows x (M, K), on their device and without waiting for it: nothing is read before the end."""
         x = x.detach().float()
+        self.follow(x.device)
         self.count += len(x)
-        self.low, self.high = torch.minimum(self.low, x.amin(0).cpu()), torch.maximum(self.high, x.amax(0).cpu())
-        self.mean += (x.mean(0).cpu() - self.mean) * (len(x) / self.count)
-        self.widen(float(x.abs().max()))
+        low, high = x.amin(0), x.amax(0)
+        self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
+        self.mean += (x.mean(0) - self.mean) * (len(x) / self.count)
+        self.widen(torch.maximum(high.max(), -low.min()))
         for part in x.flatten().split(2**24):  # a float32 bin of histc counts no further
-            self.histogram += torch.histc(part, BINS, -self.reach, self.reach).cpu()
+            self.histogram += torch.histc(part / self.span, BINS, -1, 1)
         if self.hessian is not None:
-            self.hessian += (x.T @ x).cpu()
+            if self.hessian.device == x.device:
+                self.hessian.addmm_(x.T, x)
+            else:
+                self.hessian += (x.T @ x).to(self.hessian.device)
+
+    def follow(self, device: torch.device) -> None:
+        """Moves all but X^T X and kept inputs, which take memory, to a device."""
+        if self.low.device != device:
+            self.low, self.high, self.mean, self.span = (
+                value.to(device) for value in (self.low, self.high, self.mean, self.span)
+            )
+            self.histogram = self.histogram.to(device, widest(device))
+
+    def settle(self, device: torch.device, room: int) -> int:
+        """Moves X^T X and kept inputs to a device that has room for so many bytes. Returns those that it took."""
+        taken = 0
+        for key in ("hessian", "rows", "held_out"):
+            value = getattr(self, key)
+            size = 0 if value is None else value.untyped_storage().nbytes()
+            if value is not None and value.device != device and taken + size <= room:
+                setattr(self, key, moved(value, device))
+                taken += size
+        return taken
+
+    def fetch(self) -> None:
+        """Brings everything to the CPU."""
+        cpu = torch.device("cpu")
+        self.follow(cpu)
+        self.settle(cpu, sys.maxsize)
+
+    def finite(self) -> Tensor:
+        """Whether all inputs were, as a tensor on their device."""
+        return (self.low.isfinite() & self.high.isfinite()).all()
 
     def keep_rows(self, x: Tensor) -> None:
         """Appends x (M, K) to the rows, as many as there is room for."""
@@ -73,49 +114,58 @@ class LayerStatistics:
         rows = self.rows.to(device, torch.float32)
         return (rows.T @ rows).mul_(self.count / len(rows))
 
-    def widen(self, absmax: float) -> None:
-        """Doubles the reach until it covers absmax; pairs of bins merge exactly."""
-        while self.reach < absmax:
-            merged = self.histogram.view(-1, 2).sum(1)
-            self.histogram = F.pad(merged, (BINS // 4, BINS // 4))
-            self.reach *= 2
+    def widen(self, absmax: Tensor) -> None:
+        """Doubles the reach until it covers absmax, which may lie on a device; pairs of bins merge exactly."""
+        scales = powers(absmax.device)
+        covered = scales * self.span >= torch.where(absmax.isfinite(), absmax, 0)
+        scale = scales.index_select(0, (~covered).sum().clamp(max=127)[None])
+        bins = torch.arange(BINS, device=scale.device) - BINS // 2
+        merged = torch.floor(bins / scale).long() + BINS // 2
+        self.histogram = torch.zeros_like(self.histogram).index_add_(0, merged, self.histogram)
+        self.span = self.span * scale[0]
 
     @property
     def centers(self) -> Tensor:
         width = 2 * self.reach / BINS
         return torch.arange(BINS) * width - self.reach + width / 2
 
-    def bounds(
-        self, clipping: str = "minmax", bits: int = 8, percentile: float = 99.99, symmetric: bool = False
-    ) -> tuple[float, float]:
-        """Low and high of the static activation grid: all seen, a two-sided percentile, or least squared error."""
-        low, high = float(self.low.min()), float(self.high.max())
-        if clipping == "minmax":
-            return low, high
-        if clipping == "percentile":
-            cumulative = self.histogram.cumsum(0) / self.histogram.sum()
-            tail = (1 - percentile / 100) / 2
-            first, last = (int(torch.searchsorted(cumulative, q)) for q in (tail, 1 - tail))
-            width = 2 * self.reach / BINS
-            edge = self.centers
-            last = min(last, BINS - 1)
-            return max(low, float(edge[first]) - width / 2), min(high, float(edge[last]) + width / 2)
-        if clipping == "mse":
-            fractions = torch.linspace(0.2, 1.0, 81).tolist()
-            best = min(fractions, key=lambda f: self.clipping_error(f * low, f * high, bits, symmetric))
-            return best * low, best * high
-        raise ValueError(f"clipping must be one of {', '.join(CLIPPINGS)}, got {clipping!r}.")
 
-    def clipping_error(self, low: float, high: float, bits: int, symmetric: bool) -> float:
-        """Squared error of quantizing the histogram on the grid from low to high."""
-        from ..quantization.grids import affine_grid, dequantize, quantize, symmetric_grid
+def widest(device: torch.device) -> torch.dtype:
+    """The dtype to add up in: float64, or float32 on devices that may have none, such as Apple's and Intel's GPUs."""
+    return torch.float64 if device.type in ("cpu", "cuda") else torch.float32
 
-        if symmetric:
-            grid = symmetric_grid(torch.tensor(max(-low, high)), bits)
-        else:
-            grid = affine_grid(torch.tensor(low), torch.tensor(high), bits)
-        x = self.centers
-        return float((self.histogram * (dequantize(quantize(x, grid), grid) - x).double().square()).sum())
+
+def precise(device: torch.device) -> torch.device:
+    """The device, or the CPU for one without float64."""
+    return device if widest(device) == torch.float64 else torch.device("cpu")
+
+
+@cache
+def powers(device: torch.device) -> Tensor:
+    """1, 2, 4 ... 2^127 on a device, float32."""
+    return torch.tensor([2.0**n for n in range(128)], device=device)
+
+
+def check_finite(statistics: Mapping[str, LayerStatistics]) -> None:
+    """Raises ValueError naming a layer whose inputs were not finite; waits for a device once for all layers."""
+    seen = {name: layer.finite() for name, layer in statistics.items() if layer.count}
+    by_device: dict[torch.device, list[str]] = {}
+    for name, value in seen.items():
+        by_device.setdefault(value.device, []).append(name)
+    for names in by_device.values():
+        finite = torch.stack([seen[name] for name in names]).tolist()
+        if not all(finite):
+            raise ValueError(
+                f"The inputs of {names[finite.index(False)]} are not finite on the calibration samples; use another "
+                "seed or a more precise dtype."
+            )
+
+
+def moved(kept: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device, in memory for as many rows as before."""
+    capacity = kept.untyped_storage().nbytes() // (kept.element_size() * kept.shape[1])
+    room = torch.empty(capacity, kept.shape[1], dtype=kept.dtype, device=device)[: len(kept)]
+    return room.copy_(kept)
 
 
 def reserved(rows: int, width: int) -> Tensor | None:

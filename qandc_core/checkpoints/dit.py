@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files import pop_metadata, read_json, read_tensors, save_tensors
+from ..files import is_text, pop_metadata, read_json, read_tensors, reading, save_tensors, shard_files
 from ..models.detection import METADATA, check_shapes, detect_config
 from ..models.dit import DiT, DiTConfig, sincos_positions
 from ..models.layouts import (
     BLOCKS,
+    OUTER_MODULES,
     POSITIONS,
     count_blocks,
     diffusers_keys,
@@ -23,12 +26,17 @@ from ..models.layouts import (
     parameter_names,
     repeated_keys,
 )
+from ..values import check_finite, real_number, whole_number
 
 DEMO = Path(__file__).parents[1] / "demo" / "digits_dit.safetensors"
 FOLDER_WEIGHTS = tuple(
     f"diffusion_pytorch_model.{ending}" for ending in ("safetensors", "safetensors.index.json", "bin", "bin.index.json")
 )
-PREFIXES = ("model.diffusion_model.", "diffusion_model.")
+MAX_SIDE = 256  # patches; published models have at most 32
+# Keys whose place in a file shows under which prefix a DiT lies. None of them is quantized in any of our formats.
+ANCHORS = ("x_embedder.proj.weight", "y_embedder.embedding_table.weight", OUTER_MODULES["x_embedder.proj"] + ".weight")
+EMA = re.compile(r"(^|[._-])ema([._-]|\d|$)", re.IGNORECASE)
+log = logging.getLogger(__name__)
 
 
 def load_dit(
@@ -75,16 +83,16 @@ def read_dit(
 
     path = locate(source)
     tensors, metadata = read_tensors(path)
-    try:
+    with reading(path):
         metadata = {**metadata, **pop_metadata(tensors)}
-        known = read_json(path.parent / "config.json") if (path.parent / "config.json").is_file() else {}
+        tensors = dequantized(strip_prefix(tensors))
+        known = read_json(path.parent / "config.json") if has_config(path, tensors) else {}
         if input_size is not None:
             known = {**known, "sample_size": input_size}
-        state_dict, metadata = to_published_layout(dequantized(strip_prefix(tensors)), metadata, known)
+        state_dict, metadata = to_published_layout(tensors, metadata, known)
         config = detect_config(state_dict, metadata, num_heads)
         check_shapes(state_dict, config)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        check_finite(state_dict)
     return state_dict, config
 
 
@@ -103,13 +111,70 @@ def locate(source: str | os.PathLike[str]) -> Path:
     raise FileNotFoundError(f"no DiT in the folder {path}: expected one of {', '.join(FOLDER_WEIGHTS)} in {folder}")
 
 
+def has_config(path: Path, tensors: Collection[str]) -> bool:
+    """Whether the config.json beside a file says something of it; that of another layout is another model's."""
+    return is_diffusers(tensors) and (path.parent / "config.json").is_file()
+
+
+def source_files(source: str | os.PathLike[str]) -> list[Path]:
+    """The files that `load_dit` would read, absent ones included."""
+    path = locate(source)
+    try:
+        shards = shard_files(path) if path.name.endswith(".index.json") else []
+    except ValueError:  # said when the file is loaded
+        shards = []
+    return [path, *shards, path.parent / "config.json"]
+
+
+def dit_folders(root: str | os.PathLike[str]) -> list[Path]:
+    """diffusers pipelines directly below `root` that hold a class-conditional transformer.
+
+    Looks at names and the start of each config.json; leaves out whatever cannot be read.
+    """
+    try:
+        folders = sorted(Path(root).iterdir())
+    except OSError:
+        return []
+    return [folder for folder in folders if is_text(folder.name) and is_class_conditional(folder)]
+
+
+def is_class_conditional(folder: Path) -> bool:
+    config = folder / "transformer" / "config.json"
+    try:
+        if not config.is_file():
+            return False
+        with config.open("rb") as file:
+            return b"num_embeds_ada_norm" in file.read(2**20)
+    except OSError:
+        return False
+
+
 def strip_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The diffusion model alone, if the file keeps it under a prefix."""
-    for prefix in PREFIXES:
-        inner = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-        if inner:
-            return inner
-    return tensors
+    """The DiT alone, if the file keeps it under a prefix such as model.diffusion_model. or _orig_mod.
+
+    Of several in one file it is the moving average (EMA) where there is one, else the one with the shortest prefix.
+    """
+    prefixes = dit_prefixes(tensors)
+    if not prefixes:
+        return tensors
+    averages = [prefix for prefix in prefixes if EMA.search(prefix)]
+    chosen = averages[0] if averages else min(prefixes, key=len)
+    others = tuple(prefix for prefix in prefixes if prefix.startswith(chosen) and prefix != chosen)
+    if len(averages) > 1:
+        log.warning("The file holds %d moving averages; %s is taken.", len(averages), chosen.rstrip("."))
+    return {
+        key.removeprefix(chosen): value
+        for key, value in tensors.items()
+        if key.startswith(chosen) and not (others and key.startswith(others))
+    }
+
+
+def dit_prefixes(keys: Collection[str]) -> list[str]:
+    """Where in a file a DiT lies: prefixes that end with a dot, or the empty one, in the order of the file."""
+    found = (
+        key.removesuffix(anchor) for key in keys for anchor in ANCHORS if key == anchor or key.endswith(f".{anchor}")
+    )
+    return list(dict.fromkeys(found))
 
 
 def to_published_layout(
@@ -119,17 +184,29 @@ def to_published_layout(
     if not is_diffusers(tensors):
         depth = max(1, count_blocks(tensors, "blocks"))
         check_keys(tensors, [*parameter_names(depth), "pos_embed"])
-        return tensors, dict(metadata)
+        return dict(tensors), dict(metadata)
     depth = count_blocks(tensors, BLOCKS)
     keys = [source for key in parameter_names(depth) for source in diffusers_keys(key)]
     check_keys(tensors, keys, optional=[POSITIONS, *repeated_keys(depth)])
     state_dict = from_diffusers(tensors)
     if "pos_embed" not in state_dict:
         state_dict["pos_embed"] = diffusers_positions(state_dict["x_embedder.proj.weight"], config)
-    known = {"norm2_eps": config.get("norm_eps", 1e-5), "frequency_shift": 1}
-    if "num_attention_heads" in config:
-        known["num_heads"] = config["num_attention_heads"]
-    return state_dict, {**known, **metadata}
+    return state_dict, {**diffusers_metadata(config), **metadata}
+
+
+def diffusers_metadata(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a diffusers config.json tells of a DiT, in our terms."""
+    known: dict[str, Any] = {
+        "frequency_shift": 1,
+        "norm2_eps": real_number({"norm_eps": 1e-5, **config}, "norm_eps", 0, 1),
+    }
+    for name, theirs, most in (
+        ("num_heads", "num_attention_heads", 2**12),
+        ("num_classes", "num_embeds_ada_norm", 2**24),
+    ):
+        if config.get(theirs) is not None:
+            known[name] = whole_number(config, theirs, 1, most)
+    return known
 
 
 def diffusers_positions(projection: Tensor, config: Mapping[str, Any]) -> Tensor:
@@ -139,7 +216,10 @@ def diffusers_positions(projection: Tensor, config: Mapping[str, Any]) -> Tensor
             "the input size is neither in the tensors nor in a config.json beside the file; "
             "load the diffusers folder that holds both, or give the size of the images the model was trained for"
         )
-    side = config["sample_size"] // projection.shape[-1]
+    if projection.ndim != 4 or not projection.shape[-1]:
+        raise ValueError(f"the patch projection has the shape {tuple(projection.shape)}, expected 4 dimensions")
+    patch = projection.shape[-1]
+    side = whole_number(config, "sample_size", patch, MAX_SIDE * patch) // patch
     return sincos_positions(projection.shape[0], side, side, side).to(projection.dtype)
 
 

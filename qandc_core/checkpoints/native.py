@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import safe_open
+import torch
 from torch import Tensor
 
-from ..files import SAFETENSORS
-from ..quantization.native import FORMATS, dequantize, layer_config
+from ..files import SAFETENSORS, parse_json, read_header
+from ..quantization.formats import ALL
+from ..quantization.native import FORMATS, dequantize
 
 MARK = ".comfy_quant"
-PARTS = ("weight", "weight_scale", "weight_s_rel", "weight_s_channel", "weight_codebook", "comfy_quant")
+PARTS = (*dict.fromkeys(part for format in ALL for part in format.parts), "comfy_quant")
 
 
 def quantized_names(tensors: Mapping[str, Tensor]) -> list[str]:
@@ -24,8 +25,7 @@ def holds_quantized(path: Path) -> bool:
     """Whether a file has quantized layers; reads no tensor."""
     if path.suffix not in SAFETENSORS:
         return False
-    with safe_open(path, framework="pt") as file:
-        return any(key.endswith(MARK) for key in file.keys())
+    return any(key.endswith(MARK) for key in read_header(path)[0])
 
 
 def dequantized(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -33,8 +33,26 @@ def dequantized(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     plain = dict(tensors)
     for name in quantized_names(tensors):
         parts = {part: plain.pop(f"{name}.{part}") for part in PARTS if f"{name}.{part}" in plain}
-        format = layer_config(parts)["format"]
+        format = format_of(name, parts["comfy_quant"])
         if format not in FORMATS.values():
             raise ValueError(f"{name} is in the format {format}, expected one of {', '.join(FORMATS.values())}")
-        plain[f"{name}.weight"] = dequantize(parts)
+        try:
+            plain[f"{name}.weight"] = dequantize(parts)
+        except (KeyError, IndexError, TypeError, ValueError, RuntimeError, ZeroDivisionError, AssertionError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(
+                f"{name} is damaged, its tensors are no layer in the format {format} ({reason})"
+            ) from error
     return plain
+
+
+def format_of(name: str, mark: Tensor) -> str:
+    """The format that a comfy_quant tensor names. Raises ValueError where it is none."""
+    if mark.dtype != torch.uint8 or mark.numel() > 2**16:
+        raise ValueError(f"{name}{MARK} is {tuple(mark.shape)} of {mark.dtype}, expected a few bytes of JSON")
+    try:
+        return str(parse_json(bytes(mark.flatten().tolist()))["format"])[:50]
+    except KeyError as error:
+        raise ValueError(f"{name}{MARK} names no format; the file is damaged") from error
+    except ValueError as error:
+        raise ValueError(f"{name}{MARK} is damaged ({error})") from error

@@ -10,17 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..calibration.file import FINGERPRINT, fingerprint
-from ..files import METADATA_KEY, SAFETENSORS, pop_metadata, read_metadata_tensor, read_safetensors, save_tensors
+from ..files import SAFETENSORS, parse_json, pop_metadata, read_header, read_safetensors, reading, save_tensors
+from ..models.detection import check_sizes
 from ..models.dit import DiT, DiTConfig
+from ..models.layers import named_linears
 from ..quantization.linear import LinearFormat, QuantizedLinear
-from ..quantization.model import named_linears, quantized_layers
+from ..quantization.model import quantized_layers
+from ..values import check_finite, whole_number
 from .dit import strip_prefix
 
 FORMAT, VERSION = "qandc-quantized-dit", 1
+REMEDY = "quantize the model again"
 
 
 def save_quantized(model: DiT, path: str | os.PathLike[str]) -> None:
@@ -55,8 +58,9 @@ def load_quantized(
     one sentence that says what is wrong.
     """
     tensors, header = read_quantized(path)
-    model = DiT(DiTConfig(**header["config"]), device="meta")
-    load_codes(model, tensors, header, Path(path))
+    with reading(path, REMEDY):
+        model = DiT(DiTConfig(**header["config"]), device="meta")
+        load_codes(model, tensors, header, Path(path))
     return model.to(device=device, dtype=dtype).eval()
 
 
@@ -66,12 +70,36 @@ def read_quantized(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dic
     if not path.is_file():
         raise FileNotFoundError(f"There is no quantized DiT {path}; make one with: python -m qandc_core quantize.")
     tensors, metadata = read_safetensors(path)
-    header = quantized_header({**metadata, **pop_metadata(tensors)})
-    if header is None:
-        raise ValueError(f"{path} is not a quantized DiT; expected a file that save_quantized wrote.")
-    if header["version"] != VERSION:
-        raise ValueError(f"{path} has format {header['version']}, this version reads {VERSION}; quantize again.")
-    return strip_prefix(tensors), header
+    with reading(path, REMEDY):
+        header = quantized_header({**metadata, **pop_metadata(tensors)})
+        if header is None:
+            raise ValueError(f"{path} is not a quantized DiT; expected a file that save_quantized wrote.")
+        if header.get("version") != VERSION:
+            raise ValueError(f"{path} has format {header.get('version')}, this version reads {VERSION}; {REMEDY}.")
+        tensors = strip_prefix(tensors)
+        check_header(header, tensors)
+        check_finite(tensors)
+    return tensors, header
+
+
+def check_header(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Raises ValueError unless every field is of its kind; the sizes are checked before a model is made of them."""
+    known = {"model": str, "config": dict, "layers": dict}
+    for name, kind in known.items():
+        if not isinstance(header.get(name), kind):
+            raise ValueError(f"its header has no proper {name!r}")
+    fields = DiTConfig.__dataclass_fields__
+    odd = sorted(header["config"].keys() - fields.keys())
+    if odd:
+        raise ValueError(f"its header describes a model with {odd[0]!r}, which this version does not know")
+    check_sizes(tensors, DiTConfig(**header["config"]))
+    for name, format in header["layers"].items():
+        if not isinstance(format, dict) or format.keys() != LinearFormat.__dataclass_fields__.keys():
+            raise ValueError(f"its header has no proper format for {name}")
+        for bits in ("w_bits", "a_bits"):
+            whole_number(format, bits, 2, 8)
+        if not all(isinstance(format[flag], bool) for flag in ("static", "symmetric", "symmetric_inputs")):
+            raise ValueError(f"its header has no proper format for {name}")
 
 
 def load_codes(model: DiT, tensors: dict[str, Tensor], header: Mapping[str, Any], path: Path | str) -> None:
@@ -88,6 +116,8 @@ def load_codes(model: DiT, tensors: dict[str, Tensor], header: Mapping[str, Any]
 def replace_linears(model: DiT, tensors: Mapping[str, Tensor], layers: Mapping[str, Any]) -> None:
     linears = dict(named_linears(model))
     for name, format in layers.items():
+        if name not in linears:
+            raise ValueError(f"the header lists the layer {name}, which the model does not have")
         linear = linears[name]
         layer = QuantizedLinear(
             linear.in_features, linear.out_features, f"{name}.bias" in tensors, LinearFormat(**format), device="meta"
@@ -98,11 +128,12 @@ def replace_linears(model: DiT, tensors: Mapping[str, Tensor], layers: Mapping[s
 
 def quantized_header(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
     """What `save_quantized` wrote of the model, or None in any other file."""
+    text = metadata.get("qandc")
     try:
-        header = json.loads(metadata.get("qandc", "null"))
+        header = parse_json(text) if isinstance(text, str) else {}
     except ValueError:
         return None
-    return header if isinstance(header, dict) and header.get("format") == FORMAT else None
+    return header if header.get("format") == FORMAT else None
 
 
 def is_quantized(path: Path) -> bool:
@@ -110,13 +141,8 @@ def is_quantized(path: Path) -> bool:
     if path.suffix not in SAFETENSORS:
         return False
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata: dict[str, Any] = file.metadata() or {}
-            for key in file.keys():
-                if key.endswith(METADATA_KEY):
-                    metadata = {**metadata, **read_metadata_tensor(file.get_tensor(key))}
-            return quantized_header(metadata) is not None
-    except (SafetensorError, OSError, ValueError):
+        return quantized_header(read_header(path)[1]) is not None
+    except (OSError, ValueError):
         return False
 
 

@@ -1,1 +1,1 @@
-"""What each command of the command line does, one module each."""
+"""The command line: one module a command, with add(parser) for its options and run(args) for what it does."""

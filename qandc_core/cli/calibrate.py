@@ -3,7 +3,42 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 
-from .common import load, log, sampling
+from .common import (
+    CACHE_INTERVAL,
+    add_bits,
+    add_candidates,
+    add_model,
+    add_sampling,
+    at_least,
+    load,
+    log,
+    safetensors,
+    sampling,
+)
+
+SUMMARY = "gather statistics with the cache on, and fit the compensation"
+
+
+def add(command: argparse.ArgumentParser) -> None:
+    add_model(command)
+    add_sampling(command)
+    add_bits(command)
+    command.add_argument(
+        "--cache-interval", type=at_least(1), default=CACHE_INTERVAL, metavar="N",
+        help=f"compute every N-th step, 1 caches nothing (default {CACHE_INTERVAL})",
+    )  # fmt: skip
+    add_candidates(command)
+    command.add_argument(
+        "--selection", default=None,
+        help="random, stratified, tap or tap-blocks; tap@5 sets a time scale of 5 steps, -computed keeps to computed "
+        "steps (default: the best measured)",
+    )  # fmt: skip
+    command.add_argument("--pairs", type=at_least(0), default=64, help="pairs of runs for the compensation, 0 for none")
+    command.add_argument(
+        "--optimal-steps", action="store_true", help="compute the DP-optimal steps, as many as the interval would"
+    )
+    command.add_argument("--hessians", action="store_true", help="keep X^T X of every layer, for gptq rounding")
+    command.add_argument("--out", type=safetensors, required=True, help="calibration file to write (.safetensors)")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -1,43 +1,116 @@
-"""What the commands share."""
+"""Options that several commands have, and what they stand for."""
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
+from pathlib import Path
 
 import torch
 
-from ..caching.policies import CachePolicy, Interval, Speedup, StepCount
 from ..diffusion.process import SamplingConfig
 from ..models.dit import DiT
+
+CACHE_INTERVAL = 3
 
 
 def log(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+# Kinds of values.
+
+
+def at_least(minimum: int):
+    def parse(text: str) -> int:
+        value = int(text)
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"must be {minimum} or more, got {value}")
+        return value
+
+    parse.__name__ = "whole number"
+    return parse
+
+
+def bits(text: str) -> int:
+    value = int(text)
+    if not 2 <= value <= 8:
+        raise argparse.ArgumentTypeError(f"must be between 2 and 8, got {value}")
+    return value
+
+
+def class_id(text: str) -> int:
+    value = int(text)
+    if abs(value) >= 2**31:
+        raise argparse.ArgumentTypeError(f"must be the number of a class, got {value}")
+    return value
+
+
+class_id.__name__ = "int"
+
+
+def finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"must be a finite number, got {value}")
+    return value
+
+
+finite.__name__ = "float"
+
+
+def safetensors(text: str) -> Path:
+    if not text.endswith(".safetensors"):
+        raise argparse.ArgumentTypeError(f"must end in .safetensors, got {text}")
+    return Path(text)
+
+
+# Options.
+
+
+def add_model(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--model", default="demo", help='"demo" (the built-in model), a DiT checkpoint file, or a diffusers folder'
+    )
+    command.add_argument("--num-heads", type=at_least(1), help="attention heads, where the file does not say")
+    command.add_argument("--device", default=None, help="cpu or cuda (default: cuda where there is one)")
+
+
+def add_sampling(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--steps", type=at_least(1), default=50, help="sampling steps (default 50)")
+    command.add_argument("--sampler", choices=("ddpm", "ddim"), default="ddpm", help="sampler (default ddpm)")
+    add_guidance(command)
+
+
+def add_guidance(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--cfg", type=finite, default=None, help="guidance scale (default 1.5 for the demo model, else 4)"
+    )
+
+
+def add_bits(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--w-bits", type=bits, default=8, help="bits of the weights, 2 to 8 (default 8)")
+    command.add_argument("--a-bits", type=bits, default=8, help="bits of the activations, 2 to 8 (default 8)")
+
+
+def add_candidates(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--trajectories", type=at_least(1), default=64, help="runs the candidates come from")
+    command.add_argument("--samples", type=at_least(1), default=800, help="candidates that calibrate")
+
+
+# What they stand for.
+
+
 def device(args: argparse.Namespace) -> torch.device:
     name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=name).device
+        found = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"torch has no device {name} here; leave --device out, or give --device cpu.") from error
-
-
-def add_policy(command: argparse.ArgumentParser) -> None:
-    """Other policies than --cache-interval."""
-    group = command.add_mutually_exclusive_group()
-    group.add_argument("--speedup", type=float, metavar="X", help="compute as many steps as make it X times faster")
-    group.add_argument("--computed-steps", type=int, metavar="N", help="compute N steps, closer together at the end")
-
-
-def cache_policy(args: argparse.Namespace) -> CachePolicy:
-    """Raises ValueError on a number out of range."""
-    if args.speedup is not None:
-        return Speedup(args.speedup)
-    if args.computed_steps is not None:
-        return StepCount(args.computed_steps)
-    return Interval(args.cache_interval)
+    if found.type == "meta":
+        raise ValueError("Tensors on the device meta hold no values; leave --device out, or give --device cpu.")
+    return found
 
 
 def load(args: argparse.Namespace) -> DiT:

@@ -4,9 +4,34 @@ import argparse
 import json
 import shlex
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from .common import device, load, log, sampling
+from ..files import save_text, written_whole
+from .common import add_candidates, add_model, add_sampling, at_least, device, load, log, sampling
+
+PARTS = ("main", "factors", "choice")
+
+SUMMARY = "the ablation: every part of the method on and off"
+
+
+def add(command: argparse.ArgumentParser) -> None:
+    add_model(command)
+    add_sampling(command)
+    command.add_argument("--num-images", type=at_least(4), default=1000, help="images for each main row and seed")
+    command.add_argument("--seeds", type=at_least(0), nargs="+", default=[1, 2, 3], help="seeds of the main rows")
+    command.add_argument("--batch", type=at_least(1), default=50, help="images sampled at once")
+    command.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="tables to make (default all)")
+    command.add_argument("--factor-images", type=at_least(4), default=256, help="images for each row of the factors")
+    command.add_argument(
+        "--draws", type=at_least(2), default=8, help="draws for each way to choose calibration samples"
+    )
+    add_candidates(command)
+    command.add_argument("--pairs", type=at_least(1), default=128, help="pairs of runs for the compensation")
+    command.add_argument("--vae", help="folder of a diffusers VAE (ImageNet models)")
+    command.add_argument("--inception", help="FID Inception weights (ImageNet models)")
+    command.add_argument("--reference", help="ADM reference batch .npz (ImageNet models)")
+    command.add_argument("--out", type=Path, default=Path("out/experiment"), help="folder for JSON, table and plot")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -63,8 +88,8 @@ def evaluate(args: argparse.Namespace, process: Any, log: Any) -> Iterator[dict[
 def write(args: argparse.Namespace, result: dict[str, Any]) -> None:
     from ..evaluation.tables import markdown, plot_main
 
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "ablation.json").write_text(json.dumps(result, indent=1))
-    (args.out / "ablation.md").write_text(markdown(result))
+    save_text(json.dumps(result, indent=1), args.out / "ablation.json")
+    save_text(markdown(result), args.out / "ablation.md")
     if "main" in result:
-        plot_main(result, args.out / "ablation.png")
+        with written_whole(args.out / "ablation.png") as temporary:
+            plot_main(result, temporary)

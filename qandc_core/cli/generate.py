@@ -3,10 +3,47 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..caching.policies import CachePolicy, ChosenSteps, Interval
+from ..caching.policies import CachePolicy, ChosenSteps, Interval, Speedup, StepCount
 from ..calibration.file import Calibration, load_calibration
 from ..diffusion.process import SamplingConfig
-from .common import cache_policy, load, log, sampling
+from ..files import written_whole
+from .common import CACHE_INTERVAL, add_model, add_sampling, at_least, class_id, finite, load, log, sampling
+
+SUMMARY = "sample images of given classes"
+
+
+def add(command: argparse.ArgumentParser) -> None:
+    add_model(command)
+    add_sampling(command)
+    add_policy(command)
+    command.add_argument("--classes", type=class_id, nargs="+", required=True, help="class ids, one for each image")
+    command.add_argument("--seed", type=at_least(0), default=0, help="seed of the noise (default 0)")
+    command.add_argument(
+        "--calibration", type=Path, help="calibration file; brings its computed steps and variance compensation"
+    )
+    command.add_argument("--vae", help="folder of a diffusers VAE, for models that sample latents")
+    command.add_argument(
+        "--fused", action="store_true", help="sample with fuse_dit(): the same pictures, on a GPU from CUDA graphs"
+    )
+    command.add_argument("--out", type=Path, default=Path("out/images.png"), help="picture to write")
+
+
+def add_policy(command: argparse.ArgumentParser) -> None:
+    """Which steps compute; each of these replaces the steps of a calibration."""
+    policies = command.add_mutually_exclusive_group()
+    policies.add_argument(
+        "--cache-interval", type=at_least(1), metavar="N",
+        help="compute every N-th step, 1 caches nothing; replaces the steps of a calibration "
+        f"(default {CACHE_INTERVAL} without them)",
+    )  # fmt: skip
+    policies.add_argument(
+        "--speedup", type=finite, metavar="X",
+        help="compute as many steps as make the model calls X times faster; replaces the steps of a calibration",
+    )  # fmt: skip
+    policies.add_argument(
+        "--computed-steps", type=at_least(1), metavar="N",
+        help="compute N steps, closer together at the end; replaces the steps of a calibration",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> None:
@@ -16,8 +53,7 @@ def run(args: argparse.Namespace) -> None:
     from ..fused.dit import fuse_dit
     from ..sampling.generate import generate
 
-    check_picture(args.out)
-    policy = cache_policy(args)
+    format, asked = picture_format(args.out), asked_policy(args)
     model, config = load(args), sampling(args)
     channels = model.config.in_channels
     if channels != 3 and args.vae is None:
@@ -26,39 +62,74 @@ def run(args: argparse.Namespace) -> None:
     calibration = load_calibration(args.calibration) if args.calibration else None
     if calibration is not None:
         calibration.check_model(model)
-        check_run(calibration, config, policy)
-        if calibration.schedule is not None and isinstance(policy, Interval):
-            policy = ChosenSteps(frozenset(calibration.schedule))
+        check_run(calibration, config, asked)
     sampled = fuse_dit(model) if args.fused else model
-    apply_cache_to_dit(sampled, policy)
+    apply_cache_to_dit(sampled, asked or found_policy(calibration))
     compensation = calibration.variance if calibration else None
     x, report = generate(
         sampled, args.classes, config.steps, config.cfg_scale, config.sampler, args.seed,
         compensation=compensation, progress=True,
     )  # fmt: skip
     images = x if vae is None else decode(vae, x)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    to_pil(images.cpu(), max(128, images.shape[-1])).save(args.out)
+    if not images.isfinite().all():
+        raise ValueError("The images hold values that are not finite; sample with a smaller --cfg, or another model.")
+    picture = to_pil(images.cpu(), max(128, images.shape[-1]))
+    with written_whole(args.out) as temporary:
+        picture.save(temporary, format)
     log(report.summary())
     print(args.out)
 
 
-def check_picture(path: Path) -> None:
+def picture_format(path: Path) -> str:
+    """Pillow's name of the format that the ending of `path` stands for. Raises ValueError where there is none."""
     from PIL import Image
 
-    if path.suffix.lower() not in Image.registered_extensions():
+    format = Image.registered_extensions().get(path.suffix.lower())
+    if format not in Image.SAVE:
         raise ValueError(f"--out must name a picture, such as {path.with_suffix('.png')}, got {path}.")
+    return format
 
 
-def check_run(calibration: Calibration, config: SamplingConfig, policy: CachePolicy) -> None:
-    """A variance compensation fits the sampler and cache that it was measured with, no other."""
-    if calibration.variance is None:
+def asked_policy(args: argparse.Namespace) -> CachePolicy | None:
+    """The policy that the options name. Raises ValueError on a number out of range."""
+    if args.speedup is not None:
+        return Speedup(args.speedup)
+    if args.computed_steps is not None:
+        return StepCount(args.computed_steps)
+    return None if args.cache_interval is None else Interval(args.cache_interval)
+
+
+def found_policy(calibration: Calibration | None) -> CachePolicy:
+    """Where none is asked for: the steps of the calibration, or the default interval."""
+    if calibration is not None and calibration.schedule is not None:
+        return ChosenSteps(frozenset(calibration.schedule))
+    return Interval(CACHE_INTERVAL)
+
+
+def check_run(calibration: Calibration, config: SamplingConfig, asked: CachePolicy | None) -> None:
+    """Computed steps and a variance compensation fit the sampler, steps and guidance that they were measured with.
+
+    `asked` None follows the calibration's own steps where it has any. Raises ValueError on another run.
+    """
+    follows = calibration.schedule is not None and asked is None
+    if calibration.variance is None and not follows:
         return
+    made, noted = calibration.sampling, calibration.notes.get("cache_interval")
+    policy = asked or found_policy(calibration)
     interval = policy.interval if isinstance(policy, Interval) else None
-    made, noted = calibration.sampling, calibration.notes.get("cache_interval", interval)
-    if interval is None or noted != interval or made not in (None, config):
+    cached = follows or (calibration.schedule is None and interval is not None and noted in (None, interval))
+    sampled = made == config if made is not None else fits_steps(calibration, config.steps)
+    if not cached or not sampled:
         fitted = "" if made is None else f"--sampler {made.sampler} --steps {made.steps} --cfg {made.cfg_scale:g} "
-        raise ValueError(
-            f"The variance compensation of this calibration was fitted for {fitted}--cache-interval {noted}; "
-            "sample with these, or calibrate again."
-        )
+        fitted += f"--cache-interval {noted}" if calibration.schedule is None else "without --cache-interval"
+        part = "computed steps of this calibration were chosen"
+        if calibration.variance is not None:
+            part = "variance compensation of this calibration was fitted"
+        raise ValueError(f"The {part} for {fitted}; sample with these, or calibrate again.")
+
+
+def fits_steps(calibration: Calibration, steps: int) -> bool:
+    """Whether a calibration that does not say how it was sampled can be one of so many steps."""
+    if calibration.distances is not None:
+        return len(calibration.distances) == steps
+    return calibration.schedule is None or max(calibration.schedule) < steps

@@ -1,8 +1,22 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
-from .common import load, log
+from .common import add_bits, add_model, load, log, safetensors
+
+SUMMARY = "write a quantized checkpoint"
+
+
+def add(command: argparse.ArgumentParser) -> None:
+    add_model(command)
+    add_bits(command)
+    command.add_argument("--calibration", type=Path, help="calibration file: static activations (default: dynamic)")
+    command.add_argument(
+        "--rounding", choices=("nearest", "gptq"), default="nearest",
+        help="how weights are rounded; gptq needs a calibration with --hessians",
+    )  # fmt: skip
+    command.add_argument("--out", type=safetensors, required=True, help="checkpoint to write (.safetensors)")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -15,14 +17,14 @@ class VarianceMoments:
     """
 
     def __init__(self, channels: int, eps: float = 1e-2):
-        if not eps > 0:
-            raise ValueError(f"eps must be above 0, got {eps}.")
+        if not 0 < eps < math.inf:
+            raise ValueError(f"eps must be above 0 and finite, got {eps}.")
         self.eps = eps
         self.plain = torch.zeros(6, channels, dtype=torch.float64)  # 1, xh, x', xh^2, x'^2, xh x'
         self.weighted = torch.zeros(5, channels, dtype=torch.float64)  # w times 1, xh, x', xh^2, xh x'
 
     def update(self, reference: Tensor, accelerated: Tensor) -> None:
-        """Adds paired samples, both (N, C, H, W)."""
+        """Adds paired samples, both (N, C, ...)."""
         x = reference.detach().cpu().double().transpose(0, 1).flatten(1)
         xh = accelerated.detach().cpu().double().transpose(0, 1).flatten(1)
         w = 1 + 1 / (x**2 + self.eps)
@@ -42,10 +44,14 @@ class VarianceMoments:
             numerator = wcross - mean * (wxh + wx) + mean**2 * w
             denominator = wxh2 - 2 * mean * wxh + mean**2 * w
         else:
-            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}.")
+            raise unknown_method(method)
         floor = 1e-12 * xh2.clamp(min=1e-30)
         constant = (xh2 - mean * xh) <= floor
         return mean, torch.where(constant, torch.ones_like(mean), numerator / denominator.clamp(min=1e-30))
+
+
+def unknown_method(method: str) -> ValueError:
+    return ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}.")
 
 
 def variance_factors(

@@ -1,8 +1,12 @@
-"""Sequential fit: K_t is measured on trajectories that all earlier corrections already went into."""
+"""Sequential fit: K_t is measured on trajectories that all earlier corrections already went into.
+
+`SequentialFit` is the fit itself. A host samples: here both models advance together, one step at a time; in ComfyUI the
+reference is sampled first, and the accelerated run is corrected while it is being measured.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,8 +15,73 @@ from ..caching.attach import cache_bypassed, feature_cache
 from ..caching.features import CacheRun
 from ..diffusion.process import ReverseProcess, SamplingConfig
 from ..models.dit import DiT
-from .correction import VarianceCompensation, compensate
-from .factors import METHODS, VarianceMoments
+from .correction import Shapes, VarianceCompensation, compensate, split_parts
+from .factors import METHODS, VarianceMoments, unknown_method
+
+Pair = tuple[Tensor, Tensor]
+
+
+class SequentialFit:
+    """Factors of one step after the other (Q&C, Eq. 9-12), between the fractions `start` and `end` of the run.
+
+    K = 1 elsewhere, and at the first step, which both models begin with the same noise. Raises ValueError on bounds and
+    methods that do not exist, before anything is sampled.
+    """
+
+    def __init__(self, steps: int, method: str = METHODS[0], eps: float = 1e-2, start: float = 0.0, end: float = 1.0):
+        if method not in METHODS:
+            raise unknown_method(method)
+        if not 0 <= start < end <= 1:
+            raise ValueError(
+                f"The corrected part of the run must begin before it ends, both within 0 and 1, got {start} to {end}."
+            )
+        VarianceMoments(0, eps)  # refuses an eps that is none
+        self.steps, self.method, self.eps, self.start, self.end = steps, method, eps, start, end
+        self.sigmas: list[float] = []
+        self.means: list[Tensor] = []
+        self.factors: list[Tensor] = []
+
+    def __len__(self) -> int:
+        """Number of steps that are fitted."""
+        return len(self.sigmas)
+
+    def corrects(self, step: int) -> bool:
+        return step > 0 and self.start * self.steps <= step < self.end * self.steps
+
+    def step(self, sigma: float, pairs: Iterable[Pair], shapes: Shapes = ()) -> Pair:
+        """mean and K (C,) of the next step, from paired samples (reference, accelerated) in variance-preserving units.
+
+        Samples are (N, C, ...), or several parts joined (`split_parts`). Raises ValueError where they are not finite.
+        """
+        parts = [(split_parts(x, shapes), split_parts(xh, shapes)) for x, xh in pairs]
+        channels = [part.shape[1] for part in parts[0][0]]
+        mean, factor = torch.zeros(sum(channels)), torch.ones(sum(channels))
+        if self.corrects(len(self)):
+            mean, factor = self.measured(parts, channels)
+        self.sigmas.append(sigma)
+        self.means.append(mean)
+        self.factors.append(factor)
+        return mean, factor
+
+    def measured(self, parts: Sequence[tuple[list[Tensor], list[Tensor]]], channels: Sequence[int]) -> Pair:
+        found = []
+        for i, width in enumerate(channels):
+            moments = VarianceMoments(width, self.eps)
+            for reference, accelerated in parts:
+                moments.update(reference[i], accelerated[i])
+            found.append(moments.factors(self.method))
+        mean, factor = (torch.cat(values).float() for values in zip(*found))
+        if not mean.isfinite().all() or not factor.isfinite().all():
+            raise ValueError(
+                f"Samples are not finite before step {len(self) + 1} of {self.steps}: there is no variance to match; "
+                "look for the cause in the models, or in cfg."
+            )
+        return mean, factor
+
+    def result(self) -> VarianceCompensation:
+        """The fit of all steps so far. Raises ValueError on factors beyond reason."""
+        sigmas = torch.tensor(self.sigmas, dtype=torch.float64)
+        return VarianceCompensation(sigmas, torch.stack(self.means), torch.stack(self.factors), self.method)
 
 
 class PairedBatch:
@@ -66,32 +135,22 @@ def fit_variance_compensation(
     One pair of trajectories for each class label; memory grows with their number, not with the number of steps.
     callback(step, steps) after each step.
     """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}.")
+    schedule = config.schedule()
+    fit = SequentialFit(len(schedule), method, eps, start, end)
     labels = torch.as_tensor(class_labels)
     batches = [
         PairedBatch(reference, accelerated, chunk, config, seed, range(at, at + len(chunk)))
         for chunk, at in zip(labels.split(batch_size), range(first_index, first_index + len(labels), batch_size))
     ]
-    schedule, channels = config.schedule(), reference.config.in_channels
-    means, factors = [], []
     cache = feature_cache(accelerated)
     try:
-        for i in range(len(schedule)):
-            mean, factor = torch.zeros(channels), torch.ones(channels)
-            if 0 < i and start * len(schedule) <= i < end * len(schedule):
-                moments = VarianceMoments(channels, eps)
-                for batch in batches:
-                    moments.update(batch.x, batch.xh)
-                mean, factor = (v.float() for v in moments.factors(method))
+        for i, sigma in enumerate(schedule.sigmas[:-1]):
+            mean, factor = fit.step(sigma, [(batch.x, batch.xh) for batch in batches])
             for batch in batches:
                 batch.advance(i, mean, factor)
-            means.append(mean)
-            factors.append(factor)
             if callback is not None:
                 callback(i, len(schedule))
     finally:
         if cache is not None:
             cache.reset()
-    sigmas = torch.tensor(schedule.sigmas[:-1], dtype=torch.float64)
-    return VarianceCompensation(sigmas, torch.stack(means), torch.stack(factors), method)
+    return fit.result()

@@ -37,6 +37,8 @@ class GivenNoise:
                 f"noise must be (N, C, H, W) or (1 + steps, N, C, H, W) for {len(indices)} images of {channels} "
                 f"channels, got {tuple(noise.shape)}."
             )
+        if not torch.isfinite(noise).all():
+            raise ValueError("noise holds values that are not finite; draw it again.")
         self.queue = list(noise) if noise.ndim == 5 else [noise]
         self.own = ImageNoise(seed, indices, noise.shape[-3:])
 

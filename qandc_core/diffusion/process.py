@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from ..caching.attach import feature_cache
-from ..fused.dit import FusedDiT
-from ..models.dit import DiT
+from ..models.dit import PatchGrid
+from ..values import real_number, whole_number
+from .classes import check_labels
 from .guidance import guided_prediction
 from .noise import GivenNoise, ImageNoise
-from .samplers import SAMPLERS, ddim_step, ddpm_step, denoised_image, implied_noise
 from .schedule import NoiseSchedule, from_sigmas, respaced
+from .steps import SAMPLERS, learned_range_std, step_coefficients
 
 VARIANCES = ("fixed_small", "learned_range")
 
@@ -41,6 +42,9 @@ class SamplingConfig:
             raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {self.sampler!r}.")
         if self.variance not in VARIANCES:
             raise ValueError(f"variance must be one of {', '.join(VARIANCES)}, got {self.variance!r}.")
+        real_number(vars(self), "cfg_scale", -1e6, 1e6)  # NaN is in no range
+        if self.guidance_channels is not None:
+            whole_number(vars(self), "guidance_channels", 0, 2**16)
 
     def schedule(self) -> NoiseSchedule:
         return from_sigmas(self.sigmas) if self.sigmas is not None else respaced(self.steps, self.spacing)
@@ -53,12 +57,12 @@ class NoiseSource(Protocol):
 class ReverseProcess:
     """Denoises one batch with one model; `step(i, x, noise)` is the whole state machine."""
 
-    def __init__(self, model: DiT | FusedDiT, class_labels: Sequence[int] | Tensor, config: SamplingConfig):
+    def __init__(self, model: PatchGrid, class_labels: Sequence[int] | Tensor, config: SamplingConfig):
         self.model, self.config = model, config
         self.schedule = config.schedule()
-        parameter = next(model.parameters())
-        self.device, self.dtype = parameter.device, model.pos_embed.dtype
-        self.labels = check_labels(class_labels, model.config.num_classes).to(self.device)
+        self.device, self.dtype = model.pos_embed.device, model.pos_embed.dtype
+        self.labels = check_labels(class_labels, model.config.num_classes, model.config.has_null_class).to(self.device)
+        self.null_class = model.null_class if config.cfg_scale != 1 else -1
         if config.variance == "learned_range" and not model.config.learn_sigma:
             raise ValueError("variance='learned_range' needs a model that predicts it, and this one has fixed sigma.")
 
@@ -80,35 +84,21 @@ class ReverseProcess:
 
     def step(self, i: int, x: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
         """x_i -> (x_{i+1}, predicted clean image), both (N, C, H, W) float32."""
-        config, alpha_bar, cache = self.config, self.schedule.alpha_bar, feature_cache(self.model)
+        config, cache = self.config, feature_cache(self.model)
         if cache is not None:
             cache.begin_step(i, self.schedule.sigmas)
         t = torch.full((len(x),), self.schedule.timesteps[i], device=self.device)
         eps, v = guided_prediction(
-            self.model, x.to(self.dtype), t, self.labels, self.model.null_class,
+            self.model, x.to(self.dtype), t, self.labels, self.null_class,
             config.cfg_scale, config.guidance_channels, config.batched_guidance,
         )  # fmt: skip
+        coefficients = step_coefficients(self.schedule, config.sampler, i)
         # Guidance is linear, so guiding the predicted image guides the noise.
-        if self.model.config.prediction == "sample":
-            eps = implied_noise(x, eps.float(), alpha_bar[i])
-        eps = eps.float()
-        x0 = denoised_image(x, eps, alpha_bar[i])
+        predicts_image = self.model.config.prediction == "sample"
+        x0 = eps.float() if predicts_image else coefficients.clean_image(x, eps.float())
         if cache is not None:
             cache.observe(i, x0)
-        if config.sampler == "ddim":
-            return ddim_step(x, eps, alpha_bar[i], alpha_bar[i + 1]), x0
-        learned = v.float() if v is not None and config.variance == "learned_range" else None
-        return ddpm_step(x, eps, alpha_bar[i], alpha_bar[i + 1], noise, learned), x0
-
-
-def check_labels(class_labels: Sequence[int] | Tensor, num_classes: int) -> Tensor:
-    """Class ids as int64 (N,); the null class num_classes is allowed."""
-    labels = torch.as_tensor(class_labels)
-    if labels.ndim != 1 or not len(labels) or labels.is_floating_point():
-        raise ValueError("class_labels must be a non-empty list of integer class ids.")
-    if labels.min() < 0 or labels.max() > num_classes:
-        raise ValueError(
-            f"class id {int(labels.min() if labels.min() < 0 else labels.max())} is out of range: this model has the "
-            f"classes 0 to {num_classes - 1}, and {num_classes} for no class."
-        )
-    return labels.long()
+        deviation = None
+        if noise is not None and v is not None and config.variance == "learned_range":
+            deviation = learned_range_std(v.float(), *self.schedule.alpha_bar[i : i + 2])
+        return coefficients.advance(x, x0, noise, deviation), x0

@@ -35,7 +35,7 @@ class NoiseSchedule:
 
 def respaced(steps: int, spacing: str = "linspace") -> NoiseSchedule:
     """Visits `steps` of the 1000 training steps, spaced as diffusers names it: linspace (999 to 0) or leading."""
-    if not 1 <= steps <= TRAINING_STEPS:
+    if not isinstance(steps, int) or not 1 <= steps <= TRAINING_STEPS:
         raise ValueError(f"steps must be between 1 and {TRAINING_STEPS}, got {steps}.")
     if spacing == "linspace":
         # numpy's arithmetic, as in diffusers: torch.linspace falls on the other side of 499.5 for some step counts

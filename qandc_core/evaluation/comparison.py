@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 
 from ..sampling.report import RunReport
-from .figure import INK, MARGIN, MUTED, PAPER, FigureRow, comparison_figure
-from .metrics import psnr, relative_l2, ssim
+from .figure import INK, MARGIN, MUTED, PAPER, FigureRow, comparison_figure, difference, resized, wrapped
+from .frames import Frames
+from .metrics import Fidelity, bands_of, pair_fidelity
 
-SSIM_SIDE = 11  # window of the structural similarity
 PALETTE = ((38, 110, 190), (214, 96, 40), (44, 140, 80), (150, 70, 160), (180, 150, 20), (90, 100, 110))
 PANEL = (420, 170)
+log = logging.getLogger(__name__)
 COLUMNS = ("run", "time s", "speedup", "steps computed", "cache MiB", "peak MiB", "PSNR dB", "SSIM", "rel. L2")
 
 
@@ -24,23 +27,39 @@ class ComparedRun:
     """Images (N, 3, H, W) in [-1, 1] and, where measured, the report of the run that made them."""
 
     label: str
-    images: Tensor
+    images: Frames
     report: RunReport | None = None
 
+    @property
+    def size(self) -> str:
+        count, _, height, width = self.images.shape
+        return f"{count} x {width}x{height}"
 
-def check_comparable(runs: Sequence[ComparedRun]) -> None:
-    for run in runs[1:]:
-        if run.images.shape != runs[0].images.shape:
-            raise ValueError(
-                f"{run.label} has images of the shape {tuple(run.images.shape)}, {runs[0].label} of "
-                f"{tuple(runs[0].images.shape)}; compare runs of equal size and number."
-            )
+    def comparable(self, reference: ComparedRun) -> bool:
+        return self.images.shape == reference.images.shape
 
 
-def comparison_rows(runs: Sequence[ComparedRun]) -> list[dict[str, str]]:
-    """One row of texts for each run, fidelity and speedup against the first."""
-    check_comparable(runs)
-    return [dict(zip(COLUMNS, [run.label, *timing(run, runs[0]), *fidelity(run, runs[0])])) for run in runs]
+Progress = Callable[[int, int], None]
+
+
+class Ticks:
+    """Counts finished parts of the work to a callback(done, total), which may end it by raising."""
+
+    def __init__(self, total: int, progress: Progress | None):
+        self.done, self.total, self.progress = 0, total, progress
+
+    def __call__(self) -> None:
+        self.done += 1
+        if self.progress is not None:
+            self.progress(self.done, self.total)
+
+
+def comparison_rows(runs: Sequence[ComparedRun], progress: Progress | None = None) -> list[dict[str, str]]:
+    """One row of texts for each run, fidelity and speedup against the first. Frames are compared one at a time."""
+    reference, compared = runs[0], [run for run in runs[1:] if run.comparable(runs[0])]
+    bands = len(bands_of(*reference.images.shape[2:]))
+    tick = Ticks(len(compared) * len(reference.images) * bands, progress)
+    return [dict(zip(COLUMNS, [run.label, *timing(run, reference), *fidelity(run, reference, tick)])) for run in runs]
 
 
 def timing(run: ComparedRun, reference: ComparedRun) -> list[str]:
@@ -63,17 +82,48 @@ def on_gpu(report: RunReport) -> bool:
     return report.device.startswith("cuda")
 
 
-def fidelity(run: ComparedRun, reference: ComparedRun) -> list[str]:
-    if run is reference:
+def fidelity(run: ComparedRun, reference: ComparedRun, tick: Callable[[], None] = lambda: None) -> list[str]:
+    """PSNR over the images that differ at all, SSIM and relative L2 over all of them."""
+    if run is reference or not run.comparable(reference):
         return ["-", "-", "-"]
-    peak = float(psnr(run.images, reference.images).mean())
-    similarity = f"{float(ssim(run.images, reference.images).mean()):.4f}" if can_ssim(run.images) else "-"
-    distance = f"{float(relative_l2(run.images, reference.images).mean()):.4f}"
-    return ["equal" if math.isinf(peak) else f"{peak:.2f}", similarity, distance]
+    pairs = ((run.images[i], reference.images[i]) for i in range(len(run.images)))
+    found = [pair_fidelity(image, other.to(image.device), tick=tick) for image, other in pairs]
+    peaks = [f.psnr for f in found if not math.isinf(f.psnr)]
+    return [f"{mean(peaks):.2f}" if peaks else "equal", *(text_of(found, name) for name in ("ssim", "relative_l2"))]
 
 
-def can_ssim(images: Tensor) -> bool:
-    return min(images.shape[-2:]) >= SSIM_SIDE
+def text_of(found: Sequence[Fidelity], name: str) -> str:
+    value = mean([getattr(f, name) for f in found])
+    return "-" if math.isnan(value) else f"{value:.4f}"
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def mismatches(runs: Sequence[ComparedRun]) -> list[str]:
+    """What else differs between runs, in their order; a run without report says nothing."""
+    lines = []
+    reports = [run.report for run in runs if run.report is not None]
+    for name, value in SETTINGS.items():
+        values = [value(report) for report in reports if value(report) is not None]
+        if any(v != values[0] for v in values):
+            lines.append(f"{name} {', '.join(map(str, values))}")
+    found = [f"Not the same run: {'; '.join(lines)}."] if lines else []
+    sizes = [run.size for run in runs]
+    if len(set(sizes)) > 1:
+        found.append(f"Images differ in number or size: {', '.join(sizes)}; only those like the first are measured.")
+    return found
+
+
+SETTINGS: dict[str, Callable[[RunReport], Any]] = {
+    "seed": lambda report: report.seed,
+    "sampler": lambda report: report.sampler or None,
+    "steps": lambda report: report.steps or None,
+    "cfg": lambda report: report.cfg_scale,
+    "denoise": lambda report: report.denoise,
+    "latent": lambda report: " + ".join("x".join(map(str, shape)) for shape in report.size) or None,
+}
 
 
 def comparison_markdown(rows: Sequence[dict[str, str]]) -> str:
@@ -82,19 +132,45 @@ def comparison_markdown(rows: Sequence[dict[str, str]]) -> str:
     return "\n".join(lines)
 
 
-def run_comparison(runs: Sequence[ComparedRun], shown: int = 8, gain: float = 4.0) -> tuple[Image.Image, str]:
-    """The figure, and its table as Markdown. Raises ValueError on images of unequal shapes."""
-    rows = comparison_rows(runs)
+def run_comparison(
+    runs: Sequence[ComparedRun], shown: int = 8, gain: float = 4.0, progress: Progress | None = None
+) -> tuple[Image.Image, str]:
+    """The figure, and its table as Markdown. `shown` images of each run are drawn, evenly chosen where there are more.
+
+    progress(done, total) is called several times a second and may end the work by raising.
+    """
+    rows, told = comparison_rows(runs, progress), mismatches(runs)
+    for line in told:
+        log.warning("Q&C Compare: %s", line)
     size = min(256, max(72, runs[0].images.shape[-1]))
-    pictures = [
-        FigureRow(run.label, numbers(row), run.images[:shown].cpu(), run.report.computed if run.report else ())
-        for run, row in zip(runs, rows)
-    ]
+    pictures = [figure_row(run, row, runs[0], shown, size, gain) for run, row in zip(runs, rows)]
     title = "Against the first row: speedup, PSNR, and below each row the difference"
-    said = remarks(runs)
-    parts = [comparison_figure(pictures, title, size, gain), panels(runs), draw_table(rows), draw_lines(said)]
-    text = comparison_markdown(rows) + "".join(f"\n\n{line}" for line in said) + timelines(runs) + layers(runs)
-    return stack([part for part in parts if part is not None]), text
+    head, table = comparison_figure(pictures, title, size, gain, told), draw_table(rows)
+    said = draw_lines(remarks(runs), max(head.width, table.width))
+    text = "".join(f"**{line}**\n\n" for line in told) + comparison_markdown(rows)
+    text += "".join(f"\n\n{line}" for line in remarks(runs)) + timelines(runs) + layers(runs)
+    return stack([part for part in (head, panels(runs), table, said) if part is not None]), text
+
+
+def figure_row(
+    run: ComparedRun, row: dict[str, str], reference: ComparedRun, shown: int, size: int, gain: float
+) -> FigureRow:
+    """A run's row of the figure, from one frame at a time."""
+    indices = evenly(len(run.images), shown)
+    images = torch.cat([resized(run.images[i][None].cpu(), size) for i in indices])
+    computed, differences = run.report.computed if run.report else (), None
+    compared = run.comparable(reference)
+    if compared and run is not reference:
+        pairs = ((run.images[i][None].cpu(), reference.images[i][None].cpu()) for i in indices)
+        differences = torch.cat([resized(difference(image, other, gain), size) for image, other in pairs])
+    return FigureRow(run.label, numbers(row), images, computed, differences, compared)
+
+
+def evenly(count: int, shown: int) -> list[int]:
+    """At most `shown` of `count` indices, the first and the last among them."""
+    if count <= shown:
+        return list(range(count))
+    return [round(i * (count - 1) / max(shown - 1, 1)) for i in range(shown)]
 
 
 def remarks(runs: Sequence[ComparedRun]) -> list[str]:
@@ -185,12 +261,13 @@ def draw_table(rows: Sequence[dict[str, str]]) -> Image.Image:
     return table
 
 
-def draw_lines(lines: Sequence[str]) -> Image.Image | None:
+def draw_lines(texts: Sequence[str], width: int) -> Image.Image | None:
+    """The texts, broken into lines that fit the width."""
+    font = ImageFont.load_default(13)
+    lines = [line for text in texts for line in wrapped(text, font, width - 2 * MARGIN - 14)]
     if not lines:
         return None
-    font = ImageFont.load_default(13)
-    width = round(max(font.getlength(line) for line in lines))
-    panel = Image.new("RGB", (width + 2 * MARGIN + 14, 20 * len(lines) + MARGIN), PAPER)
+    panel = Image.new("RGB", (width, 20 * len(lines) + MARGIN), PAPER)
     draw = ImageDraw.Draw(panel)
     for i, line in enumerate(lines):
         draw.text((MARGIN + 14, 20 * i), line, MUTED, font)

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..caching.attach import remove_cache
 from ..checkpoints import load_dit
 from ..diffusion.process import SamplingConfig
+from ..files import save_text, written_whole
 from ..sampling.generate import generate
 from ..sampling.report import RunReport
 from .experiment import hardware
@@ -61,10 +62,11 @@ def run_demo(folder: Path, images: int, seed: int, log: Callable[[str], None]) -
         [FigureRow(r["name"], r["numbers"], x[:shown], report.computed) for r, (_, x, report) in zip(rows, runs)],
         f"Built-in DiT, {DEMO_SAMPLING.sampler} {DEMO_SAMPLING.steps} steps, same starting noise in every row",
     )
-    figure.save(folder / "comparison.png")
+    with written_whole(folder / "comparison.png") as temporary:
+        figure.save(temporary, "PNG")
     result = {"hardware": hardware(), "images": images, "seed": seed, "rows": rows}
-    (folder / "report.json").write_text(json.dumps(result, indent=1))
-    (folder / "report.md").write_text(demo_markdown(result))
+    save_text(json.dumps(result, indent=1), folder / "report.json")
+    save_text(demo_markdown(result), folder / "report.md")
     return result
 
 

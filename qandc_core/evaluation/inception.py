@@ -14,6 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..files import read_pickle, read_safetensors, reading
+from ..values import check_finite
+
 CLASSES = 1008
 STEM_CHANNELS = 32
 SIZE = 299
@@ -220,8 +223,6 @@ class Inception(nn.Module):
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
-    from ..files import read_pickle, read_safetensors
-
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There are no Inception weights at {path}.")
@@ -245,10 +246,14 @@ def load_inception(path: str | Path, preprocess: Preprocess = preprocess_pytorch
 
     Raises ValueError where keys are missing, unexpected or of another shape.
     """
-    # pytorch-fid's file has num_batches_tracked, the one that torch-fidelity converts has not; inference needs neither.
-    state = {name: value for name, value in read_state(path).items() if "num_batches" not in name}
-    stem = state.get("Conv2d_1a_3x3.conv.weight", torch.empty(STEM_CHANNELS))
-    model = Inception(max(1, STEM_CHANNELS // len(stem)), preprocess)
-    check_state(state, model, path)
-    model.load_state_dict(state, strict=False)
+    with reading(path):
+        # pytorch-fid's file has num_batches_tracked, the one that torch-fidelity converts has not; inference needs
+        # neither.
+        state = {name: value for name, value in read_state(path).items() if "num_batches" not in name}
+        stem = state.get("Conv2d_1a_3x3.conv.weight", torch.empty(STEM_CHANNELS))
+        channels = len(stem) if stem.ndim and len(stem) else STEM_CHANNELS
+        model = Inception(max(1, STEM_CHANNELS // channels), preprocess)
+        check_state(state, model, path)
+        check_finite(state)
+        model.load_state_dict(state, strict=False)
     return model

@@ -10,6 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..files import reading
+from ..values import check_finite
 from .metrics import FeatureStatistics
 
 
@@ -65,8 +67,10 @@ def load_vae(folder: str | Path, device: torch.device) -> Any:
         raise ValueError(f"There is no diffusers VAE in {folder}; expected a folder with config.json and weights.")
     from diffusers import AutoencoderKL
 
-    # low_cpu_mem_usage would need accelerate, and diffusers warns where it is missing.
-    vae = AutoencoderKL.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False)
+    with reading(folder):
+        # low_cpu_mem_usage would need accelerate, and diffusers warns where it is missing.
+        vae = AutoencoderKL.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False)
+        check_finite(vae.state_dict())
     return vae.to(device).eval()
 
 
@@ -107,22 +111,45 @@ class InceptionJudge:
     @torch.inference_mode()
     def read_reference(self, path: str | Path) -> Reference:
         """An ADM reference batch: .npz with mu, sigma, mu_s, sigma_s and, for precision and recall, images arr_0."""
-        import numpy as np
+        width = self.model.fc.in_features
+        with reading(path):
+            arrays = read_arrays(path)
+            if arrays["mu"].shape != (width,):
+                found = arrays["mu"].numel()
+                raise ValueError(f"{path} has {found} features, the Inception network {width}; they must match.")
+            pooled, spatial = (
+                FeatureStatistics(2, arrays[mean].double(), arrays[covariance].double())
+                for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s"))
+            )
+            images = arrays.get("arr_0")
+            features = None if images is None else self.judge_uint8(images.permute(0, 3, 1, 2)).features
+        return Reference(pooled, features, spatial)
 
-        if not zipfile.is_zipfile(path):
-            raise ValueError(f"There is no complete .npz file {path}; expected an ADM reference batch.")
-        data = np.load(path, allow_pickle=False)
+
+def read_arrays(path: str | Path) -> dict[str, Tensor]:
+    """The arrays of an ADM reference batch. Raises ValueError on shapes and types that those do not have."""
+    import numpy as np
+
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"There is no complete .npz file {path}; expected an ADM reference batch.")
+    with reading(path), np.load(path, allow_pickle=False) as data:
         missing = [key for key in ("mu", "sigma", "mu_s", "sigma_s") if key not in data]
         if missing:
             raise ValueError(f"{path} lacks {', '.join(missing)}; expected an ADM reference batch (.npz).")
-        width = self.model.fc.in_features
-        if data["mu"].shape != (width,):
-            raise ValueError(f"{path} has {data['mu'].size} features, the Inception network {width}; they must match.")
-        pooled, spatial = (
-            FeatureStatistics(2, torch.from_numpy(data[mean]).double(), torch.from_numpy(data[cov]).double())
-            for mean, cov in (("mu", "sigma"), ("mu_s", "sigma_s"))
-        )
-        features = None
-        if "arr_0" in data:
-            features = self.judge_uint8(torch.from_numpy(data["arr_0"]).permute(0, 3, 1, 2)).features
-        return Reference(pooled, features, spatial)
+        kept = [key for key in ("mu", "sigma", "mu_s", "sigma_s", "arr_0") if key in data]
+        arrays = {key: torch.from_numpy(data[key]) for key in kept}
+        check_arrays(arrays)
+    return arrays
+
+
+def check_arrays(arrays: dict[str, Tensor]) -> None:
+    for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s")):
+        size = arrays[mean].numel()
+        if arrays[mean].shape != (size,) or arrays[covariance].shape != (size, size):
+            raise ValueError(f"{covariance} has the shape {tuple(arrays[covariance].shape)}, expected {(size, size)}")
+    check_finite(arrays)
+    images = arrays.get("arr_0")
+    if images is None:
+        return
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != 3 or not len(images):
+        raise ValueError(f"arr_0 is {tuple(images.shape)} of {images.dtype}, expected images (N, H, W, 3) in bytes")

@@ -108,5 +108,5 @@ def plot_main(result: dict[str, Any], path: Path) -> None:
     right.set(xlabel="step", ylabel="K, mean over channels", title="Variance compensation")
     right.legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, format="png")
     plt.close(figure)

@@ -1,9 +1,16 @@
-"""A DiT for sampling alone: fused layers, and the modulations of a whole run in one product."""
+"""A DiT for sampling alone: fused layers, and the modulations of a whole run in one matmul.
+
+A FusedDiT owns a copy of every weight, so the DiT that it was made of may be changed, moved or freed. In exchange it is
+closed: it cannot be stepped by hand, calibrated, quantized, saved or loaded into, and says so; do that to the DiT and
+fuse it again. It may be moved to another device that its kernels run on.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +21,16 @@ from ..models.dit import DiT, DiTBlock, PatchGrid
 from ..quantization.linear import QuantizedLinear
 from .kernels import available
 from .linear import KERNELS, GatedResidual, Int8Linear, Modulation, fused_linear, stacked
+from .loop import generate_on_device
 
 if TYPE_CHECKING:
     from ..caching.policies import PolicyConfig
     from ..caching.schedule import CacheConfig
+    from ..compensation.correction import VarianceCompensation
+    from ..diffusion.process import NoiseSource, ReverseProcess
     from ..quantization.native import NativeLayer
+    from ..sampling.generate import StepInfo
+    from ..sampling.report import RunReport
 
 
 class FusedBlock(nn.Module):
@@ -56,16 +68,15 @@ class FusedBlock(nn.Module):
 
 
 class FusedDiT(PatchGrid):
-    """Predicts as the DiT that it was made of, with which it shares the embedders and the weights of float layers.
+    """Predicts as the DiT it was made of, from weights of its own. `cache` says which steps of a run reuse what."""
 
-    `cache` says which steps of a run reuse what.
-    """
-
-    def __init__(self, model: DiT, layers: Mapping[str, nn.Module], dtype: torch.dtype):
+    def __init__(self, model: DiT, layers: Mapping[str, nn.Module], dtype: torch.dtype, kernels: str):
         super().__init__()
-        self.config, self.dtype = model.config, dtype
+        self.config, self.dtype, self.kernels = model.config, dtype, kernels
         self.cache: CacheConfig | PolicyConfig | None = None
-        self.x_embedder, self.t_embedder, self.y_embedder = model.x_embedder, model.t_embedder, model.y_embedder
+        self.x_embedder, self.t_embedder, self.y_embedder = map(
+            copy.deepcopy, (model.x_embedder, model.t_embedder, model.y_embedder)
+        )
         self.blocks = nn.ModuleList(
             FusedBlock(block, below(layers, f"blocks.{i}.")) for i, block in enumerate(model.blocks)  # type: ignore[arg-type]
         )  # fmt: skip
@@ -73,7 +84,40 @@ class FusedDiT(PatchGrid):
         self.adaln = stacked([layers[name] for name in [*names, "final_layer.adaLN_modulation.1"]])
         self.final, self.final_eps = layers["final_layer.linear"], model.final_layer.norm_final.eps
         self.register_buffer("pos_embed", model.pos_embed)
-        self.loops: dict[Any, Any] = {}  # of sampling.device_loop, by what they were made for
+        self.loops: dict[Any, Any] = {}  # the DeviceLoop of the latest run, by what it was made for
+
+    def sample(
+        self,
+        process: ReverseProcess,
+        source: NoiseSource,
+        compensation: VarianceCompensation | None,
+        callback: Callable[[StepInfo], None] | None,
+        progress: bool,
+    ) -> tuple[Tensor, RunReport]:
+        """A whole run, for generate()."""
+        return generate_on_device(self, process, source, compensation, callback, progress)
+
+    def refuse(self, what: str) -> NoReturn:
+        raise ValueError(f"A FusedDiT only samples, by generate(); {what} the DiT it was made of and fuse it again.")
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
+        self.refuse("save")
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
+        self.refuse("load weights into")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "loops": {}}  # a copy captures graphs of its own
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedDiT:
+        """Moves the weights; float32 scales and the dtype that the layers were made in stay."""
+        moved = fn(self.pos_embed)
+        if moved.dtype != self.dtype:
+            self.refuse(f"convert to {moved.dtype}".replace("torch.", ""))
+        if self.kernels == "triton" and not available(moved.device):
+            raise ValueError(f"This FusedDiT runs on Triton kernels, which {moved.device} has not; fuse the DiT there.")
+        self.loops.clear()
+        return super()._apply(lambda tensor: tensor.to(moved.device), recurse)
 
     def set_cache(self, config: CacheConfig | PolicyConfig | None) -> None:
         """Raises ValueError on a forecast of features."""
@@ -96,7 +140,8 @@ class FusedDiT(PatchGrid):
 
     def embed(self, x: Tensor) -> Tensor:
         p = self.config.patch_size
-        return self.x_embedder(x) + self.positions(x.shape[-2] // p, x.shape[-1] // p).to(x)
+        tokens = self.x_embedder(x)
+        return tokens + self.positions(x.shape[-2] // p, x.shape[-1] // p, tokens)
 
     def output(self, tokens: Tensor, modulation: Tensor, like: Tensor) -> Tensor:
         p = self.config.patch_size
@@ -109,8 +154,10 @@ class FusedDiT(PatchGrid):
         """x (N, C, H, W), modulation (N, 6 depth + 2, D) -> (N, out_channels, H, W).
 
         `kept` is written, or read with `reuse`: (depth, 2, N, T, D) for branches (FORA), (N, T, D) for what all blocks
-        add together.
+        add together. Raises ValueError on the arguments of a DiT.
         """
+        if modulation.ndim != 3:
+            self.refuse("step, calibrate or compensate")
         start = tokens = self.embed(x)
         parts = modulation[:, :-2].unflatten(1, (-1, 6))
         if kept is not None and kept.ndim == 3 and reuse:
@@ -133,7 +180,8 @@ def fuse_dit(
 
     `kernels`: reference (torch's operations), kitchen (comfy-kitchen) or triton (this package's); auto: triton on GPUs
     that have it. `compile` fuses the operations of each block with torch.compile; blocks share the result.
-    Raises ValueError on other models than our DiT, on one with a cache and on layers that the kernels cannot run.
+    The result shares no memory with `model` and `native`. Raises ValueError on other models than our DiT, on one with a
+    cache and on layers that the kernels cannot run.
     """
     if not isinstance(model, DiT):
         raise ValueError(f"fuse_dit takes this package's DiT (load_dit), got {type(model).__name__}.")
@@ -142,11 +190,25 @@ def fuse_dit(
     chosen = pick_kernels(kernels, model.pos_embed.device)
     dtype = model.pos_embed.dtype
     layers = {name: fused_linear(layer, chosen, dtype) for name, layer in source_layers(model, native or {}).items()}
-    fused = FusedDiT(model, layers, dtype).to(model.pos_embed.device).eval()
+    fused = FusedDiT(model, layers, dtype, chosen).to(model.pos_embed.device).eval()
+    own_memory(fused, chain(model.parameters(), model.buffers(), *(layer_tensors(n) for n in (native or {}).values())))
     if compile:
         for block in fused.blocks:
             block.compile(dynamic=False)
     return fused
+
+
+def layer_tensors(layer: NativeLayer | None) -> Iterable[Tensor]:
+    return () if layer is None else layer.tensors.values()
+
+
+def own_memory(fused: nn.Module, others: Iterable[Tensor]) -> None:
+    """Replaces buffers that lie in the memory of other tensors by copies."""
+    taken = {tensor.untyped_storage().data_ptr() for tensor in others}
+    for module in fused.modules():
+        for name, tensor in module._buffers.items():
+            if tensor is not None and tensor.untyped_storage().data_ptr() in taken:
+                module._buffers[name] = tensor.clone()
 
 
 def pick_kernels(kernels: str, device: torch.device) -> str:

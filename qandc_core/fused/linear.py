@@ -6,10 +6,12 @@ for, then the product, then `after`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -85,19 +87,28 @@ class StaticGrid(nn.Module):
         return Grid(self.scale, self.zero, self.low, self.high)
 
 
+class Kernels(NamedTuple):
+    """The functions of a module such as kernels.reference, which, unlike a module, can be copied and pickled."""
+
+    quantize_rows: Callable
+    quantize_modulated: Callable
+    int8_matmul: Callable
+
+
 class Int8Linear(nn.Module):
-    """An integer product between a quantizer and an epilogue of `kernels`, a module such as kernels.reference.
+    """An int8 matmul between a quantizer and an epilogue of `kernels`, a module such as kernels.reference.
 
     Codes (N, K) int8; column_scale and bias (N,) float32 hold a static input grid's scale and zero point. `feeds` is
     the static grid of the layer that takes GELU of this one's output, which then comes as codes.
     """
 
     def __init__(
-        self, codes: Tensor, column_scale: Tensor, bias: Tensor | None, kernels: ModuleType, dtype: torch.dtype,
-        group: int | None = None, inputs: Grid | None = None,
+        self, codes: Tensor, column_scale: Tensor, bias: Tensor | None, kernels: ModuleType | Kernels,
+        dtype: torch.dtype, group: int | None = None, inputs: Grid | None = None,
     ):  # fmt: skip
         super().__init__()
-        self.kernels, self.dtype, self.group = kernels, dtype, group
+        self.kernels = Kernels(*(getattr(kernels, name) for name in Kernels._fields))
+        self.dtype, self.group = dtype, group
         self.inputs = None if inputs is None else StaticGrid(inputs)
         self.feeds: StaticGrid | None = None
         self.codes: Tensor
@@ -144,21 +155,33 @@ class KitchenLinear(nn.Module):
             import comfy_kitchen
 
             x = comfy_kitchen.adaln(x, before.scale[:, None], before.shift[:, None], before.eps)
-        return gated(self.product(x, "gelu_tanh" if gelu else None), after)
+        return gated(self.product(x, gelu), after)
 
-    def product(self, x: Tensor, act: str | None) -> Tensor:
+    def product(self, x: Tensor, gelu: bool) -> Tensor:
         import comfy_kitchen
 
         own: Any = self  # buffers by the names of the format
-        if self.config["format"] == INT8:
+        integer = self.config["format"] == INT8
+        act = {}
+        if gelu and takes_activation(comfy_kitchen.int8_linear if integer else comfy_kitchen.w4a8_int8_linear):
+            act = {"input_act": "gelu_tanh"}
+        elif gelu:
+            x = tanh_gelu(x)
+        if integer:
             return comfy_kitchen.int8_linear(
                 x, own.weight, own.weight_scale, own.bias, self.dtype,
-                convrot=self.group is not None, convrot_groupsize=self.group or 256, input_act=act,
+                convrot=self.group is not None, convrot_groupsize=self.group or 256, **act,
             )  # fmt: skip
         return comfy_kitchen.w4a8_int8_linear(
             x, own.weight, own.weight_s_rel, own.weight_s_channel, own.weight_codebook, None, own.bias,
-            self.config["group_size"], self.group, self.dtype, input_act=act,
+            self.config["group_size"], self.group, self.dtype, **act,
         )  # fmt: skip
+
+
+@cache
+def takes_activation(function: Callable) -> bool:
+    """Whether this version of comfy-kitchen applies GELU to the inputs of the layer itself (W4A8: since 0.2.38)."""
+    return "input_act" in inspect.signature(function).parameters
 
 
 def fused_linear(layer: nn.Linear | QuantizedLinear | NativeLayer, kernels: str, dtype: torch.dtype) -> nn.Module:

@@ -10,12 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..values import real_number, whole_number
+
 FREQUENCIES = 256  # width of the sinusoidal timestep embedding
+PREDICTIONS = ("epsilon", "sample")
 
 
 @dataclass(frozen=True)
 class DiTConfig:
-    """Shape of a DiT. `num_classes` leaves out the null class, which has the id `num_classes`."""
+    """Shape of a DiT. `num_classes` leaves out the null class, which has the id `num_classes`.
+
+    Raises ValueError on sizes that are not positive numbers and on conventions that no DiT has.
+    """
 
     input_size: int = 32
     patch_size: int = 2
@@ -30,10 +36,28 @@ class DiTConfig:
     # diffusers spaces the 128 frequencies over 127 intervals, the original code over 128.
     frequency_shift: int = 0
     prediction: str = "epsilon"  # or "sample": the clean image; diffusers' names
+    has_null_class: bool = True  # False: trained without label dropout, so there is nothing to guide away from
+
+    def __post_init__(self) -> None:
+        values = vars(self)
+        for name in ("input_size", "patch_size", "in_channels", "hidden_size", "num_heads", "num_classes"):
+            whole_number(values, name, 1, 2**24)
+        whole_number(values, "depth", 0, 2**16)
+        whole_number(values, "frequency_shift", 0, FREQUENCIES // 2 - 1)
+        real_number(values, "mlp_ratio", 0, 2**16)
+        real_number(values, "norm2_eps", 0, 1)
+        if not isinstance(self.learn_sigma, bool) or not isinstance(self.has_null_class, bool):
+            raise ValueError("learn_sigma and has_null_class are either true or false.")
+        if self.prediction not in PREDICTIONS:
+            raise ValueError(f"prediction is {self.prediction!r}, expected one of {', '.join(PREDICTIONS)}.")
 
     @property
     def out_channels(self) -> int:
         return self.in_channels * (2 if self.learn_sigma else 1)
+
+    @property
+    def num_embeddings(self) -> int:
+        return self.num_classes + self.has_null_class
 
 
 def timestep_embedding(t: Tensor, shift: int = 0) -> Tensor:
@@ -69,7 +93,8 @@ class PatchEmbed(nn.Module):
         self.proj = operations.Conv2d(config.in_channels, config.hidden_size, kernel_size=p, stride=p, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)
+        """(N, C, H, W) -> tokens (N, T, D), row-major: every block adds to this layout and normalizes along D."""
+        return self.proj(x).flatten(2).transpose(1, 2).contiguous()
 
 
 class TimestepEmbedder(nn.Module):
@@ -88,7 +113,7 @@ class TimestepEmbedder(nn.Module):
 class LabelEmbedder(nn.Module):
     def __init__(self, config: DiTConfig, operations: Any, **factory: Any):
         super().__init__()
-        self.embedding_table = operations.Embedding(config.num_classes + 1, config.hidden_size, **factory)
+        self.embedding_table = operations.Embedding(config.num_embeddings, config.hidden_size, **factory)
 
     def forward(self, y: Tensor) -> Tensor:
         return self.embedding_table(y)
@@ -156,26 +181,54 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
+SIZES_KEPT = 4  # position embeddings of other sizes than the model's own that stay on the device
+
+
 class PatchGrid(nn.Module):
     """A model of tokens that are patches of a latent; `pos_embed` (1, T, D) holds the positions of its own size."""
 
     config: DiTConfig
     pos_embed: Tensor
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.other_positions: dict[tuple, Tensor] = {}
+
     @property
     def null_class(self) -> int:
+        """Raises ValueError where the model has none."""
+        if not self.config.has_null_class:
+            raise ValueError(
+                f"This model has {self.config.num_classes} classes and none for no class, so there is nothing to guide "
+                "away from; sample it with guidance scale 1."
+            )
         return self.config.num_classes
 
-    def positions(self, rows: int, cols: int) -> Tensor:
-        side = self.config.input_size // self.config.patch_size
+    def positions(self, rows: int, cols: int, like: Tensor | None = None) -> Tensor:
+        """(1, rows * cols, D) in the device and dtype of `like`; other sizes than the model's own are computed once."""
+        side, like = self.config.input_size // self.config.patch_size, self.pos_embed if like is None else like
         if (rows, cols) == (side, side):
-            return self.pos_embed
-        return sincos_positions(self.config.hidden_size, rows, cols, side).to(self.pos_embed)
+            return self.pos_embed.to(like)
+        key = rows, cols, like.device, like.dtype
+        if key not in self.other_positions:
+            with torch.inference_mode(False):  # a later call may be one that autograd records
+                found = sincos_positions(self.config.hidden_size, rows, cols, side).to(self.pos_embed.dtype).to(like)
+            while len(self.other_positions) >= SIZES_KEPT:
+                self.other_positions.pop(next(iter(self.other_positions)))
+            self.other_positions[key] = found
+        return self.other_positions[key]
 
     def unpatchify(self, x: Tensor, rows: int, cols: int) -> Tensor:
         p = self.config.patch_size
         x = x.unflatten(1, (rows, cols)).unflatten(-1, (p, p, -1))
         return torch.einsum("nhwpqc->nchpwq", x).reshape(len(x), -1, rows * p, cols * p)
+
+
+def check_open(model: nn.Module, what: str) -> None:
+    """Raises ValueError on a FusedDiT, which has layers but none to be changed or observed."""
+    refuse = getattr(model, "refuse", None)
+    if refuse is not None:
+        refuse(what)
 
 
 class DiT(PatchGrid):
@@ -210,7 +263,8 @@ class DiT(PatchGrid):
         """
         p = self.config.patch_size
         rows, cols = x.shape[-2] // p, x.shape[-1] // p
-        x = self.x_embedder(x) + self.positions(rows, cols).to(x)
+        x = self.x_embedder(x)
+        x = x + self.positions(rows, cols, x)
         c = self.t_embedder(timesteps, x.dtype) + self.y_embedder(y).to(x.dtype)
         for block in self.blocks:
             x = block(x, c)

@@ -9,14 +9,15 @@ from heapq import heappop, heappush
 from torch import Tensor
 
 from ..calibration.statistics import LayerStatistics
-from .native import COLLAPSE, W4A8, NativeConfig, NativeLayer, quantize_weight, rounded_layer
+from .formats import BY_NAME, BY_STORED, fitting
+from .native import COLLAPSE, NativeConfig, NativeLayer, quantize_weight, rounded_layer
 
 FLOAT = "float"
 
 
 @dataclass(frozen=True)
 class Budget:
-    """A layer whose relative error is above `max_error` gets the next finer format: W4A8, W8A8, float.
+    """A layer whose relative error is above `max_error` gets the next finer format, in the end float.
 
     All layers may take `max_bytes`; what is left of those goes to finer formats where they remove the most error.
     """
@@ -29,7 +30,7 @@ class Budget:
 class LayerSource:
     """A layer to quantize: `load` gives weight (N, K) and bias (N,) or None, `bytes` is what they take as they are.
 
-    `keeps_shape`: the weight has to keep its shape in the checkpoint, so W8A8 at least.
+    `keeps_shape`: the weight has to keep its shape (N, K) in the checkpoint, in a format that does.
     """
 
     name: str
@@ -78,7 +79,7 @@ def quantize_layers(
         if format == FLOAT:
             keep(source.name, None)
         elif format is not None:
-            finer = replace(config, format="W8A8")
+            finer = replace(config, format=BY_STORED[format].name)
             keep(source.name, quantize_weight(source.name, *source.load(), finer, statistics.get(source.name)))
     return found
 
@@ -89,20 +90,22 @@ def coarsest(
     """The layer in the coarsest format, from the configured one on, whose error is within the limit; its ladder."""
     weight, bias = source.load()
     layer: NativeLayer | None = None
-    for format in ("W4A8", "W8A8") if config.format == "W4A8" and not source.keeps_shape else ("W8A8",):
-        wanted = replace(config, format=format)
+    format = fitting(BY_NAME[config.format], weight.shape[0], weight.shape[1], source.keeps_shape)
+    while format is not None:
+        wanted = replace(config, format=format.name)
         if budget.max_error is None:
             layer = quantize_weight(source.name, weight, bias, wanted, statistics)
             break
         layer = rounded_layer(source.name, weight, bias, wanted, statistics)
         if layer is None or (layer.error <= budget.max_error and layer.error < COLLAPSE):
             break
-        layer = None
-    finer = None
-    if budget.max_bytes is not None and layer is not None and layer.format == W4A8:
-        nearest = replace(config, format="W8A8", rounding="nearest")
-        finer = rounded_layer(source.name, weight, bias, nearest, statistics)
-    return layer, ladder(source, layer, finer)
+        layer, format = None, format.finer
+    steps = [layer]
+    while budget.max_bytes is not None and format is not None and format.finer is not None:
+        format = format.finer
+        nearest = replace(config, format=format.name, rounding="nearest")
+        steps.append(rounded_layer(source.name, weight, bias, nearest, statistics))
+    return layer, ladder(source, *steps)
 
 
 def ladder(source: LayerSource, *layers: NativeLayer | None) -> list[Step]:

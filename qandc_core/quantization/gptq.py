@@ -70,5 +70,6 @@ def reversed_factor(hessian: Tensor, damping: float, dtype: torch.dtype) -> Tens
     except torch.linalg.LinAlgError:
         if dtype == torch.float64:
             raise
-        return reversed_factor(hessian, damping, torch.float64).to(dtype)
+        # On the CPU, which has float64 whatever the device.
+        return reversed_factor(hessian.cpu(), damping, torch.float64).to(hessian.device, dtype)
     return factor.div_(factor.diagonal().clone())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .grids import Grid, pack_int4, quantize, token_grid, unpack_int4
-from .matmul import PackedWeight, int_mm, kitchen_mm, pick_backend, simulated_matmul
+from .matmul import PackedWeight, backend_for, int_mm, kitchen_mm, simulated_matmul
 
 # Temporaries of this many values stay in the CPU's cache; those of a whole batch are paged in anew at every call.
 CPU_BLOCK = 2**19
@@ -30,7 +31,7 @@ class LinearFormat:
     symmetric_inputs: bool = False
 
     def __post_init__(self) -> None:
-        if not 2 <= self.w_bits <= 8 or not 2 <= self.a_bits <= 8:
+        if not all(isinstance(bits, int) and 2 <= bits <= 8 for bits in (self.w_bits, self.a_bits)):
             raise ValueError(f"w_bits and a_bits must be between 2 and 8, got {self.w_bits} and {self.a_bits}.")
 
     @property
@@ -124,8 +125,10 @@ class QuantizedLinear(nn.Module):
 
     @torch.no_grad()  # rounding has no gradient
     def forward(self, x: Tensor) -> Tensor:
+        if any(t is not None and t.device != x.device for t in (*self._buffers.values(), *self._parameters.values())):
+            return self.on(x.device)(x)
         rows = x.reshape(-1, self.in_features)
-        backend = pick_backend(x.device, self.format.w_bits) if self.backend == "auto" else self.backend
+        backend = backend_for(self.backend, x.device, self.format.w_bits)
         if backend == "kitchen" and not self.format.static and self.format.symmetric and self.format.a_bits == 8:
             return self.kitchen_linear(rows).view(*x.shape[:-1], self.out_features)
         y = torch.empty(len(rows), self.out_features, dtype=x.dtype, device=x.device)
@@ -136,6 +139,14 @@ class QuantizedLinear(nn.Module):
             codes = quantize(part.float(), grid)
             out.copy_(self.rescale(self.matmul(codes, backend, weights), codes, grid))
         return y.view(*x.shape[:-1], self.out_features)
+
+    def on(self, device: torch.device) -> QuantizedLinear:
+        """This layer with weights on another device, for one call of a host that keeps them elsewhere (low VRAM)."""
+        layer = copy.copy(self)
+        for kind in ("_buffers", "_parameters"):
+            moved = {name: None if t is None else t.to(device) for name, t in vars(self)[kind].items()}
+            object.__setattr__(layer, kind, moved)
+        return layer
 
     def matmul(self, codes: Tensor, backend: str, weights: Tensor | None = None) -> Tensor:
         """Integer product of input codes (M, K) and weight codes, exact on every backend."""

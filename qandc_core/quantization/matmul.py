@@ -21,8 +21,20 @@ def simulated_matmul(a: Tensor, b: Tensor) -> Tensor:
     return products[0] if len(products) == 1 else torch.stack(products).sum(0, dtype=torch.int32)
 
 
+INT_MM_ROWS = 17  # torch._int_mm on CUDA takes no fewer rows, and multiples of 8 in the other two sizes
+
+
 def int_mm(a: Tensor, b: Tensor) -> Tensor:
-    return torch._int_mm(a, b.t())
+    """As simulated_matmul; zeros fill up what CUDA's product asks for."""
+    if not a.is_cuda:
+        return torch._int_mm(a, b.t())
+    rows, columns, inner = max(0, INT_MM_ROWS - len(a)), -len(b) % 8, -a.shape[1] % 8
+    if rows or inner:
+        a = F.pad(a, (0, inner, 0, rows))
+    if columns or inner:
+        b = F.pad(b, (0, inner, 0, columns))
+    y = torch._int_mm(a, b.t())
+    return y[: len(y) - rows, : y.shape[1] - columns] if rows or columns else y
 
 
 def kitchen_mm(a: Tensor, b: Tensor) -> Tensor:
@@ -91,6 +103,14 @@ def kitchen_is_available() -> bool:
     except ImportError:
         return False
     return hasattr(comfy_kitchen, "mm_int8") and hasattr(comfy_kitchen, "int8_linear")  # since 0.2.24
+
+
+def backend_for(backend: str, device: torch.device, weight_bits: int) -> str:
+    """The backend that was asked for, or the device's own where that one has no kernels for it."""
+    able = {"int_mm": ("cpu", "cuda"), "onednn": ("cpu",)}.get(backend)
+    if backend == "auto" or (able is not None and device.type not in able):
+        return pick_backend(device, weight_bits)
+    return backend
 
 
 def pick_backend(device: torch.device, weight_bits: int) -> str:

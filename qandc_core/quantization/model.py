@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from ..calibration.file import FINGERPRINT, fingerprint
-from ..models.layouts import diffusers_names
+from ..models.dit import check_open
+from ..models.layers import named_linears
+from ..values import real_number
+from .clipping import CLIPPINGS, activation_bounds
 from .gptq import gptq_codes
 from .grids import Grid, affine_grid, quantize, symmetric_grid, weight_grid
 from .linear import LinearFormat, QuantizedLinear
@@ -21,7 +24,7 @@ if TYPE_CHECKING:
     from ..calibration.statistics import LayerStatistics
 
 DIT_SKIP = ("pos_embed", "norm")
-NATIVE_SKIP = ("t_embedder",)  # of our DiT in ComfyUI's formats: modulations are rounded there, a third of its weights
+NATIVE_SKIP = ("t_embedder",)  # of our DiT in ComfyUI's formats: modulations, a third of its weights, are quantized
 ROUNDINGS = ("nearest", "gptq")
 
 
@@ -43,17 +46,11 @@ class QuantizationConfig:
     def __post_init__(self) -> None:
         if self.rounding not in ROUNDINGS:
             raise ValueError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {self.rounding!r}.")
+        if self.clipping not in CLIPPINGS:
+            raise ValueError(f"clipping must be one of {', '.join(CLIPPINGS)}, got {self.clipping!r}.")
+        real_number(vars(self), "percentile", 0, 100)
         if self.backend not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {self.backend!r}.")
-
-
-def named_linears(model: nn.Module, skip_patterns: Iterable[str] = ()) -> Iterator[tuple[str, nn.Linear]]:
-    """Linear layers whose name, in diffusers' terms, contains none of the patterns."""
-    patterns = tuple(skip_patterns)
-    for name, module in model.named_modules():
-        skipped = any(p in known for p in patterns for known in (name, *diffusers_names(name)))
-        if isinstance(module, nn.Linear) and not skipped:
-            yield name, module
 
 
 def quantize_model(
@@ -71,8 +68,12 @@ def quantize_model(
     `config.static` says otherwise. Layers with an odd number of inputs keep 8-bit codes. Raises ValueError, before any
     layer is replaced, on weights that are not finite, a calibration of another model, or statistics that the config
     needs and the file lacks. callback(layer, index, layers) before each layer.
+
+    Works on any model of torch.nn.Linear layers, diffusers' transformers included; save_pretrained of those then raises
+    ValueError, since from_pretrained has no place for the codes.
     """
     config = config or QuantizationConfig()
+    check_open(model, "quantize")
     static = calibration is not None if config.static is None else config.static
     if calibration is not None:
         calibration.check_model(model)
@@ -92,13 +93,24 @@ def quantize_model(
     for name, replacement in replacements.items():
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, replacement)
+    if hasattr(model, "save_pretrained"):
+        setattr(model, "save_pretrained", refuse_saving)  # noqa: B010
     return model
+
+
+def refuse_saving(*args: Any, **kwargs: Any) -> NoReturn:
+    """Stands in for diffusers' save_pretrained, whose from_pretrained would not know the codes and draw new weights."""
+    raise ValueError(
+        "from_pretrained cannot read a quantized model back; save it before quantize_model, and quantize it again "
+        "after loading."
+    )
 
 
 @torch.no_grad()
 def quantize_linear(
     name: str, linear: nn.Linear, format: LinearFormat, config: QuantizationConfig, statistics: LayerStatistics | None
 ) -> QuantizedLinear:
+    check_plain(name, linear)
     weight = linear.weight.detach().float()
     if not torch.isfinite(weight).all():
         raise ValueError(f"The weight of {name} holds values that are not finite; the checkpoint is damaged.")
@@ -115,12 +127,22 @@ def quantize_linear(
     return QuantizedLinear.from_codes(linear, codes, grid, format, inputs, config.backend)
 
 
+def check_plain(name: str, linear: nn.Linear) -> None:
+    """Refuses layers of other libraries that keep something else than a matrix of floats under `weight`."""
+    weight, expected = linear.weight, (linear.out_features, linear.in_features)
+    if weight.is_meta or not weight.is_floating_point() or tuple(weight.shape) != expected:
+        raise ValueError(
+            f"The weight of {name} is {tuple(weight.shape)} of {weight.dtype} on {weight.device}, expected {expected} "
+            "floating-point values; load the model in full precision, or leave the layer out with skip_patterns."
+        )
+
+
 def activation_grid(
     statistics: LayerStatistics | None, bits: int, config: QuantizationConfig, device: torch.device
 ) -> Grid:
     """The static per-tensor grid from the bounds seen on the calibration set."""
     assert statistics is not None
-    low, high = statistics.bounds(config.clipping, bits, config.percentile, config.symmetric_activations)
+    low, high = activation_bounds(statistics, config.clipping, bits, config.percentile, config.symmetric_activations)
     if config.symmetric_activations:
         return symmetric_grid(torch.tensor(max(-low, high), device=device), bits)
     return affine_grid(torch.tensor(low, device=device), torch.tensor(high, device=device), bits)

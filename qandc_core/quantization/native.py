@@ -9,16 +9,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..precision import widest_float
+from .formats import ALL, BY_NAME, BY_STORED, fitting
+from .formats.w4a8 import W4A8 as W4A8_FORMAT
+from .formats.w8a8 import W8A8 as W8A8_FORMAT
 from .grids import dequantize as grid_values
-from .grids import pack_int4, quantize, token_grid, unpack_int4
-from .native_grids import GROUP, CodebookGrid, codebook_codes, int8_codes, int8_grid, stock_grid
+from .grids import quantize, token_grid
 from .rotation import rotate, rotate_hessian, rotation_group
 
 if TYPE_CHECKING:
     from ..calibration.statistics import LayerStatistics
 
-INT8, W4A8 = "int8_tensorwise", "asym_w4a8_int8"
-FORMATS = {"W8A8": INT8, "W4A8": W4A8}
+INT8, W4A8 = W8A8_FORMAT.stored, W4A8_FORMAT.stored  # the checkpoint's names
+FORMATS = {format.name: format.stored for format in ALL}
 ROUNDINGS = ("auto", "nearest", "gptq")
 COLLAPSE = 0.5
 # X^T X of M inputs is uncertain by K / M. On correlated inputs of three kinds (K = 1152, M from 128 to 16384) this much
@@ -62,13 +65,12 @@ class NativeLayer:
 
 
 def native_format(outputs: int, inputs: int, format: str) -> str | None:
-    """The checkpoint's format for a layer of W8A8 or W4A8, int8 where W4A8 has no groups; None: it has to stay float.
+    """The checkpoint's format for a layer, a finer one than asked for where that has no groups; None: it stays float.
 
     cuBLAS multiplies int8 matrices only where both sizes are multiples of four.
     """
-    if outputs % 4 or inputs % 4:
-        return None
-    return INT8 if inputs % GROUP else FORMATS[format]
+    found = fitting(BY_NAME[format], outputs, inputs)
+    return None if found is None else found.stored
 
 
 @torch.no_grad()
@@ -138,21 +140,9 @@ def weight_tensors(weight: Tensor, format: str, config: NativeConfig, hessian: T
     rotated = rotate(weight, group)
     if hessian is not None:
         hessian = rotate_hessian(hessian, group)
-    conf: dict[str, Any]
-    if format == INT8:
-        conf = {"format": INT8, "convrot": True, "convrot_groupsize": group}
-        channels = int8_grid(rotated, config.clip_search)
-        tensors = {"weight": int8_codes(rotated, channels, hessian, config.damping), "weight_scale": channels.scale}
-    else:
-        conf = {"format": W4A8, "group_size": GROUP, "convrot_groupsize": group}
-        grid = stock_grid(weight, group)
-        codes = codebook_codes(rotated, grid, hessian, config.damping)
-        tensors = {
-            "weight": pack_int4(codes - 8).view(torch.int8),
-            "weight_s_rel": grid.relative,
-            "weight_s_channel": grid.channel,
-            "weight_codebook": grid.codebook,
-        }
+    chosen = BY_STORED[format]
+    tensors = chosen.encode(weight, rotated, group, hessian, config.clip_search, config.damping)
+    conf = chosen.config(group)
     tensors["comfy_quant"] = torch.tensor(list(json.dumps(conf).encode()), dtype=torch.uint8)
     return tensors
 
@@ -161,8 +151,9 @@ def corrected_bias(
     name: str, weight: Tensor, bias: Tensor, tensors: dict[str, Tensor], statistics: LayerStatistics
 ) -> Tensor:
     """b + (W - W_q) E[x] (N,) in the bias's dtype: the mean output is that of the float layer."""
-    shift = (weight - dequantize(tensors)).double() @ statistics.mean.to(weight.device).double()
-    corrected = (bias.double() + shift).to(bias.dtype)
+    wide = widest_float(weight.device)
+    shift = (weight - dequantize(tensors)).to(wide) @ statistics.mean.to(weight.device, wide)
+    corrected = (bias.to(wide) + shift).to(bias.dtype)
     if not torch.isfinite(corrected).all():
         raise ValueError(f"The corrected bias of {name} is not finite; calibrate again.")
     return corrected
@@ -182,18 +173,12 @@ def dequantize(tensors: dict[str, Tensor]) -> Tensor:
 
 def rotation_of(config: dict[str, Any]) -> int | None:
     """The group in which the format's inputs are rotated; None where they are not."""
-    return config["convrot_groupsize"] if config.get("convrot", config["format"] == W4A8) else None
+    return BY_STORED[config["format"]].rotation(config)
 
 
 def stored_values(tensors: dict[str, Tensor]) -> Tensor:
     """The weight (N, K) in the basis of the kernel, float32."""
-    if layer_config(tensors)["format"] == INT8:
-        return tensors["weight"].float() * tensors["weight_scale"]
-    channel = tensors["weight_s_channel"]
-    levels = CodebookGrid(tensors["weight_codebook"], tensors["weight_s_rel"], channel).levels()
-    codes = (unpack_int4(tensors["weight"].view(torch.uint8)) + 8).long()
-    values = levels.gather(2, codes.view(len(codes), -1, GROUP).transpose(0, 1)).transpose(0, 1).flatten(1)
-    return values * channel[:, None]
+    return BY_STORED[layer_config(tensors)["format"]].decode(tensors)
 
 
 def kernel_output(tensors: dict[str, Tensor], x: Tensor) -> Tensor:
@@ -210,7 +195,8 @@ def held_out_error(weight: Tensor, tensors: dict[str, Tensor], x: Tensor, shift:
     lost = kernel_output(tensors, x) - exact
     if shift is not None:
         lost += shift
-    return relative_norm(lost.double(), exact.double())
+    wide = widest_float(x.device)
+    return relative_norm(lost.to(wide), exact.to(wide))
 
 
 def relative_norm(lost: Tensor, whole: Tensor) -> float:
@@ -226,7 +212,7 @@ def output_error(weight: Tensor, tensors: dict[str, Tensor], hessian: Tensor | N
 
 
 def squared_norm(weight: Tensor, hessian: Tensor | None) -> float:
-    """tr(W H W^T), or ||W||^2; float64, since errors lie where H is small."""
-    w = weight.double()
-    outputs = w if hessian is None else w @ hessian.double()
+    """tr(W H W^T), or ||W||^2; in float64 where the device has it, since errors lie where H is small."""
+    w = weight.to(widest_float(weight.device))
+    outputs = w if hessian is None else w @ hessian.to(w)
     return max(0.0, float((outputs * w).sum()))

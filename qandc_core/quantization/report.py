@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .budget import FLOAT
-from .native import FORMATS
+from .formats import ALL
 
-SHORT = {name: short for short, name in FORMATS.items()}
+SHORT = {format.stored: format.name for format in ALL}
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,10 @@ class QuantizationReport:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Number of layers of W4A8, W8A8 and float, those that occur."""
+        """Number of layers by format, coarsest first and float last, those that occur."""
         found = Counter(SHORT.get(layer.format, layer.format) for layer in self.layers)
-        return {format: found[format] for format in ("W4A8", "W8A8", FLOAT) if found[format]}
+        order = (*(format.name for format in reversed(ALL)), FLOAT)
+        return {format: found[format] for format in order if found[format]}
 
     @property
     def worst(self) -> LayerReport:

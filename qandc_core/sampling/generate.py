@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..caching.attach import feature_cache
-from ..compensation.correction import VarianceCompensation
+from ..compensation.correction import VarianceCompensation, compensate
 from ..diffusion.process import NoiseSource, ReverseProcess, SamplingConfig
-from ..fused.dit import FusedDiT
-from ..fused.loop import DeviceLoop, sample_on_device
-from ..models.dit import DiT
+from ..models.dit import PatchGrid
+from .clock import StepClock
+from .clock import synchronize as synchronize
 from .report import RunReport, peak_memory, reset_peak_memory
 
 
@@ -32,7 +32,7 @@ class StepInfo:
 
 @torch.inference_mode()
 def generate(
-    model: DiT | FusedDiT,
+    model: PatchGrid,
     class_labels: Sequence[int] | Tensor,
     steps: int = 50,
     cfg_scale: float = 4.0,
@@ -52,8 +52,9 @@ def generate(
 ) -> tuple[Tensor, RunReport]:
     """Samples one image for each class label: images or latents (N, C, H, W) float32, and the RunReport.
 
-    Image i depends on `seed` and first_index + i alone, not on the batch. `noise` is the start (N, C, H, W) or the
-    start and every step's (1 + steps, N, C, H, W); `sigmas` replaces `steps`. Uses the cache that is attached.
+    `model` is a DiT, or one made ready by fuse_dit; the cache that is attached to it is used. Image i depends on `seed`
+    and first_index + i alone, not on the batch. `noise` is the start (N, C, H, W) or the start and every step's
+    (1 + steps, N, C, H, W); `sigmas` replaces `steps`.
     """
     chosen = None if sigmas is None else tuple(torch.as_tensor(sigmas, dtype=torch.float64).tolist())
     config = SamplingConfig(
@@ -63,7 +64,7 @@ def generate(
     if compensation is not None:
         compensation.check(process.schedule.sigmas[:-1])
     first = range(first_index, first_index + len(process.labels))
-    run = generate_on_device if isinstance(model, FusedDiT) else generate_by_steps
+    run: Any = getattr(model, "sample", generate_by_steps)  # a FusedDiT has a loop of its own
     return run(process, process.noise_source(seed, first, noise), compensation, callback, progress)
 
 
@@ -74,6 +75,7 @@ def generate_by_steps(
     callback: Callable[[StepInfo], None] | None,
     progress: bool,
 ) -> tuple[Tensor, RunReport]:
+    """Queues one step after the other; only ddpm's noise, which the CPU draws, and a callback wait for the device."""
     device, cache = process.device, feature_cache(process.model)
     if cache is not None:
         cache.reset()
@@ -81,22 +83,19 @@ def generate_by_steps(
         process.config.sampler, len(process), len(process.labels), process.config.cfg_scale, str(device)
     )  # fmt: skip
     reset_peak_memory(device)
+    correct = corrections(compensation, process)
     x = source.draw().to(device, torch.float32)
     try:
+        clock = StepClock(device)
         for i in progress_bar(range(len(process)), progress):
-            started = time.perf_counter()
             step_noise = source.draw().to(device) if process.needs_noise(i) else None
-            if compensation is not None:
-                x = compensation.correct(x, process.schedule.sigmas[i])
-            x, denoised = process.step(i, x, step_noise)
-            synchronize(device)
-            report.seconds.append(time.perf_counter() - started)
+            x, denoised = process.step(i, correct(i, x), step_noise)
+            clock.end()
             report.computed.append(cache is None or cache.computed(i))
             if callback is not None:
-                info = StepInfo(
-                    i, process.schedule.timesteps[i], x, denoised, report.computed[-1], report.seconds[-1]
-                )  # fmt: skip
-                callback(info)
+                callback(StepInfo(i, process.schedule.timesteps[i], x, denoised, report.computed[-1], clock.latest))
+                clock.begin()
+        report.seconds = clock.seconds()
         report.cache_bytes = 0 if cache is None else cache.num_bytes
     finally:
         if cache is not None:
@@ -105,38 +104,17 @@ def generate_by_steps(
     return x, report
 
 
-def generate_on_device(
-    process: ReverseProcess,
-    source: NoiseSource,
-    compensation: VarianceCompensation | None,
-    callback: Callable[[StepInfo], None] | None,
-    progress: bool,
-) -> tuple[Tensor, RunReport]:
-    """A run of a FusedDiT; a callback or a progress bar makes the host wait for every step."""
-    bar = progress_bar(range(len(process)), progress)
-    ended: list[float] = []
-
-    def after_step(i: int, loop: DeviceLoop) -> None:
-        synchronize(process.device)
-        seconds = time.perf_counter() - (ended[-1] if ended else loop.started)
-        bar.update()
-        if callback is not None:
-            x, denoised = loop.x.clone(), loop.denoised.clone()
-            callback(StepInfo(i, process.schedule.timesteps[i], x, denoised, loop.computed[i], seconds))
-        ended.append(time.perf_counter())
-
-    noise = (source.draw() for _ in range(1 + sum(map(process.needs_noise, range(len(process))))))
-    with bar:
-        watched = callback is not None or progress
-        return sample_on_device(process, noise, compensation, after_step if watched else None)
+def corrections(compensation: VarianceCompensation | None, process: ReverseProcess) -> Callable[[int, Tensor], Tensor]:
+    """What variance compensation does to x before step i, with its factors on the device from the start."""
+    if compensation is None:
+        return lambda i, x: x
+    rows = [compensation.find(sigma) for sigma in process.schedule.sigmas[:-1]]
+    nothing = (compensation.factor[rows] == 1).all(dim=1).tolist()
+    mean, factor = (table[rows].to(process.device) for table in (compensation.mean, compensation.factor))
+    return lambda i, x: x if nothing[i] else compensate(x, mean[i], factor[i])
 
 
 def progress_bar(steps: range, shown: bool):
     from tqdm import tqdm
 
     return tqdm(steps, unit="step", disable=not shown)
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

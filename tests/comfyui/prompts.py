@@ -89,9 +89,13 @@ class Graph(dict):
 
 
 def renewed(prompt: dict) -> dict:
-    """The same work for ComfyUI to do again: class lists with other spaces behind them miss its cache of outputs."""
-    changed, spaces = copy.deepcopy(dict(prompt)), " " * next(RENEWALS)
+    """The same work for ComfyUI to do again: class lists with other spaces behind them miss its cache of outputs, and
+    files of another prefix are not found as those of the same inputs.
+    """
+    changed, number = copy.deepcopy(dict(prompt)), next(RENEWALS)
     for node in changed.values():
         if node["class_type"] == "QandC_ClassLabel":
-            node["inputs"]["classes"] = node["inputs"]["classes"].rstrip() + spaces
+            node["inputs"]["classes"] = node["inputs"]["classes"].rstrip() + " " * number
+        if "filename_prefix" in node["inputs"] and node["class_type"].startswith("QandC_"):
+            node["inputs"]["filename_prefix"] += f"-{number}"
     return changed

@@ -70,12 +70,64 @@ def test_layers_without_inputs_get_no_statistics(run):
     assert run("calibration")["experts"]["without inputs"] == 0
 
 
-def test_partial_files_of_other_inputs_have_other_names(run):
+def test_a_digest_is_equal_for_equal_inputs_alone(run):
+    """Weights, strength, range and image of a control, weights and strength of a hook, what other packs attach; the
+    same in the middle of a session and in a new one. What cannot be compared is equal to nothing.
+    """
     found = run("calibration")["digests"]
-    assert found["same"] == 1 and found["different"] == found["of"]
+    assert found["unequal"] == [] and found["different"] == found["of"] > 30
+    assert found["opaque"] is False
+
+
+def test_a_calibration_does_not_go_on_with_another_control(run):
+    found = run("calibration")["controls"]
+    assert found["strength matters"] and found["differing"] == [] and found["partial"] == 1
+
+
+def test_all_prompts_of_a_conditioning_are_seen(run):
+    found = run("calibration")["prompts"]
+    assert found["prompts"] == found["pooled"] == [0, 1, 2, 3, 4]
+    assert found["held out"] == [4]
+
+
+def test_the_self_test_of_a_cache_is_not_counted(run):
+    found = run("calibration")["self-test"]
+    assert found["layers"] > 10 and found["different"] == []
+
+
+def test_a_full_disk_and_a_folder_that_cannot_be_written(run):
+    found = run("calibration")["disk"]
+    for message in found["messages"]:
+        assert message.startswith("Nothing can be saved in ") and message.count(". ") == 0 and "\n" not in message
+    assert len(found["messages"]) == 2 and found["left"] and found["again"] == [] and found["listed"] == ["new"]
+    assert not found["unfinished"] and found["resumed"] == []
 
 
 def test_the_node_keeps_a_partial_file_until_it_is_done(run):
     found = run("calibration")["node"]
     assert found["partial"] == 1 and found["not listed"] is True
     assert found["left"] == 0 and found["new"] is True and found["saved"] == []
+
+
+def test_the_same_inputs_give_the_same_file_without_sampling(run):
+    found = run("calibration")["node"]
+    assert found["again"] == [] and found["sampled again"] == 0 and found["one file"]
+    assert found["others"] == ["inside_tap_00002.safetensors"] and found["other seed"]
+
+
+def test_a_damaged_partial_file_is_set_aside(run):
+    found = run("calibration")["node"]
+    assert found["afresh"] == [] and found["damaged"] == [True]
+
+
+def test_the_node_hands_its_inputs_on(run):
+    found = run("calibration")["node"]
+    assert found["held out"] == [2, 0] and found["rows"] == 128
+
+
+def test_a_name_is_listed_and_loads_or_is_not_listed(run):
+    found = run("calibration")["node"]["names"]
+    assert found["refused"] == found["loaded unlisted"] == found["folder listed"] == []
+    hidden = ["new\\nline", "back\\\\slash", ".hidden", "\\udcff", "x.safetensors.", "..safetensors", "\\u2028"]
+    assert len(found["not listed"]) == len(hidden)
+    assert all(part in name for part, name in zip(hidden, found["not listed"]))

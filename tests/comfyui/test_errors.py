@@ -242,15 +242,6 @@ def new_calibration_without_wires():
     return graph
 
 
-@bad_input("QandC_Compare", "shape", "equal size and number")
-def runs_of_other_sizes():
-    graph = Graph()
-    model = graph.load()
-    one = graph.add("EmptyLatentImage", width=32, height=32, batch_size=1)
-    graph.compare(graph.sample(model), graph.sample(model, latent_image=one))
-    return graph
-
-
 @pytest.mark.parametrize("build, node, words", CASES)
 def test_bad_input_is_named_in_a_sentence(server, files, build, node, words):
     run = server.run(build())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from .prompts import Graph, renewed
+from .prompts import Graph
 from .server import Server
 
 
@@ -49,12 +49,19 @@ def test_a_file_is_kept_listed_and_used_again_without_sampling(server, chain):
 
 
 @CHAINS
-def test_every_new_file_gets_a_number_of_its_own(server, chain):
+def test_the_same_inputs_give_the_same_file_and_others_a_number_of_their_own(server, chain):
+    """Run again after everything was forgotten: the image is the same to the bit, and the file is not made anew."""
     prefix = f"numbered_{chain.__name__}"
-    graph, _, _ = chain(filename_prefix=prefix)
-    server.succeed(graph)
+    graph, node, picture = chain(filename_prefix=prefix)
+    made = server.succeed(graph)
     first = (server.calibrations / f"{prefix}_00001.safetensors").read_bytes()
-    server.succeed(renewed(graph))
+    server.free_memory()
+    again = server.succeed(graph)
+    assert node in again.executed and not again.progress[node]
+    assert server.saved(again, picture) == server.saved(made, picture)
+    assert not (server.calibrations / f"{prefix}_00002.safetensors").exists()
+    other, _, _ = chain(filename_prefix=prefix, calibration_seed=77)
+    server.succeed(other)
     assert (server.calibrations / f"{prefix}_00002.safetensors").is_file()
     assert (server.calibrations / f"{prefix}_00001.safetensors").read_bytes() == first
 

@@ -78,6 +78,44 @@ def test_compare_needs_no_reports(server):
     assert len(table.splitlines()) == 2 + 3 and table.count("equal") == 2
 
 
+def test_compare_tells_runs_that_are_not_the_same(server):
+    graph = Graph()
+    model = graph.load()
+    one = graph.add("EmptyLatentImage", width=32, height=32, batch_size=1)
+    runs = graph.sample(model), graph.sample(model, latent_image=one, seed=8, steps=3)
+    comparison = graph.compare(*runs)
+    table = server.succeed(graph).outputs[comparison[0]]["text"][0]
+    first, _, second = table.splitlines()[:3]
+    assert first.startswith("**Not the same run: seed ") and ", 8; steps 4, 3" in first
+    assert "32x32, 1 x 32x32" in second
+
+
+def test_compare_takes_grey_and_transparent_images_and_shows_progress(server):
+    graph = Graph()
+    grey = graph.add("MaskToImage", mask=graph.add("SolidMask", value=0.5, width=64, height=64))
+    mask = graph.add("SolidMask", value=0.25, width=64, height=64)
+    clear = graph.add("JoinImageWithAlpha", image=grey, alpha=mask)
+    images = {"images.image0": grey, "images.image1": clear, "images.image2": grey}
+    comparison = graph.add("QandC_Compare", **images, shown=2, difference_gain=4.0)
+    run = server.succeed(graph)
+    table = run.outputs[comparison[0]]["text"][0]
+    assert table.count("equal") == 1 and len(table.splitlines()) == 2 + 3
+    assert run.progress[comparison[0]][-1] == (2, 2)
+
+
+def test_compare_can_be_cancelled(server):
+    graph = Graph()
+    size = {"width": 768, "height": 768, "batch_size": 24}
+    images = {f"images.image{i}": graph.add("EmptyImage", color=1000 * i, **size) for i in range(2)}
+    comparison = graph.add("QandC_Compare", **images, shown=2, difference_gain=4.0)
+    running = server.start(graph)
+    running.wait_for_progress(comparison[0])
+    server.interrupt()
+    run = running.finish()
+    last, total = run.progress[comparison[0]][-1]
+    assert run.status == "interrupted" and last < total
+
+
 def test_quantize_says_what_it_did(chain):
     _, names, run = chain
     assert "layers in W8A8" in run.outputs[names["quantize"]]["text"][0]

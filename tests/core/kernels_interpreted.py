@@ -106,6 +106,29 @@ def product_cases():
                     yield case, {"error": apart.item(), "dtype": str(dtype)}
 
 
+def layout_cases():
+    """Operands whose values lie column by column, as the tokens of one image do after a transposition."""
+    dtype, (tokens, columns, width) = torch.float32, (20, 72, 64)
+    for images in (1, 3):
+        rows = images * tokens
+        a, b, bias = random_codes(rows, width), random_codes(columns, width), torch.randn(2, columns)[:, :].t()[:, 0]
+        x, shift, scale = torch.randn(images, tokens, width), torch.randn(images, width), torch.randn(images, width)
+        row_scale, column_scale = torch.rand(2, rows).t()[:, 1] / 127, torch.rand(columns) / 127
+        options = {"gate": torch.randn(images, columns), "residual": torch.randn(rows, columns)}
+        turned = {name: value.t().contiguous().t() for name, value in options.items()}
+        expected = reference.int8_matmul(a, row_scale, b, column_scale, bias, dtype, **options)
+        for module in (triton_ops, reference):
+            given = (a.t().contiguous().t(), row_scale, b.t().contiguous().t(), column_scale, bias, dtype)
+            apart = (module.int8_matmul(*given, **turned) - expected).abs().max() / expected.abs().max()
+            yield f"residual, turned, {images}, {module.__name__}", {"error": apart.item(), "dtype": str(dtype)}
+        given = (x.transpose(1, 2).contiguous().transpose(1, 2), *(v.t().contiguous().t() for v in (shift, scale)))
+        ours, expected_codes = (
+            triton_ops.quantize_modulated(*given, 1e-6),
+            reference.quantize_modulated(x, shift, scale, 1e-6),
+        )
+        yield f"quantize_modulated, turned, {images}, rows", codes_apart(ours, expected_codes)
+
+
 def check_operators():
     """torch's own checks of a custom operator: nothing mutated or aliased, shapes as registered."""
     x, shift, scale = inputs(192, torch.float32)
@@ -138,4 +161,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     check_operators()
     check_compiled()
-    json.dump(dict(itertools.chain(quantizer_cases(), exact_cases(), product_cases())), sys.stdout)
+    cases = itertools.chain(quantizer_cases(), exact_cases(), product_cases(), layout_cases())
+    json.dump(dict(cases), sys.stdout)

@@ -349,7 +349,7 @@ def test_packed_layers_can_be_copied_and_moved(w_bits):
 def test_auto_uses_the_device_of_the_input(monkeypatch):
     asked = []
     monkeypatch.setattr(
-        "qandc_core.quantization.linear.pick_backend", lambda device, bits: asked.append((device, bits)) or "simulated"
+        "qandc_core.quantization.matmul.pick_backend", lambda device, bits: asked.append((device, bits)) or "simulated"
     )
     layer(4, 8, False)(sample(2, 48))
     assert asked == [(CPU, 4)]

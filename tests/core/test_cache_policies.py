@@ -205,7 +205,9 @@ def test_distances_change_which_steps_compute_and_not_how_many(total, computed, 
 def test_distances_of_another_number_of_steps_fall_back_to_the_spacing_with_a_warning(policy):
     plan = replace(policy, distances=StepDistances(random_distances(50, 0))).plan(30)
     assert computed_by(plan) == set(spaced_steps(30, 8))
-    assert plan.warnings == ["the calibration is of 50 steps and this run has 30: default spacing"]
+    assert plan.warnings == [
+        "the calibration does not place the steps because it was made for 50 steps and this run has 30; default spacing"
+    ]
 
 
 SIGMAS = [float(sigma) for sigma in np.geomspace(14.6, 0.03, 20)] + [0.0]
@@ -225,7 +227,8 @@ def test_distances_of_another_run_fall_back_to_the_spacing_with_a_warning(policy
     known = StepDistances(random_distances(20, 3), tuple(SIGMAS), False)
     plan = replace(policy, distances=known).plan(20, **{"noisy": False, **run})
     assert computed_by(plan) == set(spaced_steps(20, 8)) and len(plan.warnings) == 1
-    assert plan.warnings[0].startswith("the calibration is of") and plan.warnings[0].endswith(": default spacing")
+    assert plan.warnings[0].startswith("the calibration does not place the steps because it was made ")
+    assert plan.warnings[0].endswith("; default spacing")
 
 
 @pytest.mark.parametrize("policy", [StepCount(8), Speedup(2.5)])

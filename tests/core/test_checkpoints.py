@@ -142,6 +142,105 @@ def test_prefixed_keys(tmp_path, model, prefix):
     assert_equal(load_dit(write(tmp_path / "comfy.safetensors", content), num_heads=4), model)
 
 
+def under(prefix, content):
+    return {prefix + key: value for key, value in content.items()}
+
+
+PREFIXES = [
+    "module.", "_orig_mod.", "model.", "ema.", "ema_state_dict.", "state_dict.", "net.", "model.module._orig_mod.",
+    "transformer.", "generator.ema_model.", "module.model.diffusion_model.",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_any_prefix_is_recognised(tmp_path, model, prefix, suffix):
+    others = {"optimizer.x": torch.zeros(1), "vae.x_embedder.weight": torch.zeros(3)}
+    path = write(tmp_path / f"model{suffix}", {**under(prefix, model.state_dict()), **others})
+    assert_equal(load_dit(path, num_heads=4), model)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "transformer."])
+def test_a_prefixed_diffusers_file(tmp_path, reference, prefix):
+    content = {**reference.state_dict(), "pos_embed.pos_embed": reference.pos_embed.pos_embed}
+    path = write(tmp_path / "lone.safetensors", under(prefix, content))
+    assert_equals_diffusers(load_dit(path, num_heads=4), reference)
+
+
+@pytest.mark.parametrize("name", ["state_dict", "ema_state_dict", "model_state_dict", "module", "params", "net"])
+def test_nested_training_checkpoints(tmp_path, model, name):
+    content = {"epoch": 3, name: under("module._orig_mod.", model.state_dict()), "optimizer": {"state": {0: {}}}}
+    assert_equal(load_dit(write(tmp_path / "a.pt", content), num_heads=4), model)
+    assert_equal(load_dit(write(tmp_path / "b.pth", {"a": {"b": content}}), num_heads=4), model)
+
+
+@pytest.mark.parametrize("average", ["ema", "ema_state_dict", "model_ema", "ema_0.9999", "EMA"])
+@pytest.mark.parametrize("last", [True, False])
+def test_the_moving_average_is_preferred_wherever_it_is(tmp_path, model, average, last):
+    entries = [(average, model.state_dict()), ("model", DiT(CONFIG).state_dict())]
+    content = dict(entries[::-1] if last else entries)
+    assert_equal(load_dit(write(tmp_path / "a.pt", content), num_heads=4), model)
+    flat = {f"{name}.{key}": value for name, tensors in content.items() for key, value in tensors.items()}
+    assert_equal(load_dit(write(tmp_path / "a.safetensors", flat), num_heads=4), model)
+    bare = {**DiT(CONFIG).state_dict(), **under(f"{average}.", model.state_dict())}
+    assert_equal(load_dit(write(tmp_path / "b.safetensors", bare), num_heads=4), model)
+
+
+def test_of_two_models_the_one_with_the_shorter_prefix(tmp_path, model):
+    content = {**under("teacher.model.", DiT(CONFIG).state_dict()), **model.state_dict()}
+    assert_equal(load_dit(write(tmp_path / "bare.safetensors", content), num_heads=4), model)
+    content = {**under("teacher.model.", DiT(CONFIG).state_dict()), **under("model.", model.state_dict())}
+    assert_equal(load_dit(write(tmp_path / "two.safetensors", content), num_heads=4), model)
+
+
+def test_of_two_moving_averages_the_first_and_a_warning(tmp_path, model, caplog):
+    content = {"ema_0.99": model.state_dict(), "ema_0.9999": DiT(CONFIG).state_dict()}
+    assert_equal(load_dit(write(tmp_path / "a.pt", content), num_heads=4), model)
+    assert "2 moving averages; ema_0.99 is taken" in caplog.text
+
+
+# --- classes ----------------------------------------------------------------------------------------------------------
+
+
+def classes_of(rows):
+    torch.manual_seed(0)
+    model = DiT(DiTConfig(input_size=8, hidden_size=32, depth=1, num_heads=4, num_classes=rows - 1))
+    return model.eval(), model.state_dict()
+
+
+def test_a_thousand_rows_are_a_thousand_classes_and_none_for_no_class(tmp_path):
+    from qandc_core import generate
+
+    source, content = classes_of(1000)
+    model = load_dit(write(tmp_path / "a.safetensors", content), num_heads=4)
+    assert (model.config.num_classes, model.config.has_null_class) == (1000, False)
+    x = torch.randn(1, 4, 8, 8)
+    t, y = torch.tensor([500]), torch.tensor([999])
+    torch.testing.assert_close(model(x, t, y), source(x, t, y))
+    for scale in (1.5, 4.0, 0.0):
+        with pytest.raises(ValueError, match="1000 classes and none for no class.*guidance scale 1"):
+            generate(model, [999], 2, scale)
+    assert generate(model, [999], 2, 1.0)[0].shape == (1, 4, 8, 8)
+    with pytest.raises(ValueError, match="class id 1000 is out of range.*none for no class"):
+        generate(model, [1000], 2, 1.0)
+    save_dit(model, tmp_path / "b.safetensors")
+    assert load_dit(tmp_path / "b.safetensors").config == model.config
+
+
+@pytest.mark.parametrize("rows", [1000, 1001, 11])
+def test_metadata_says_whether_the_last_row_is_no_class(tmp_path, rows):
+    _, content = classes_of(rows)
+    for classes, null in ((rows, False), (rows - 1, True)):
+        path = tmp_path / f"{classes}.safetensors"
+        save_file(content, path, {"num_heads": "4", "num_classes": str(classes)})
+        config = load_dit(path).config
+        assert (config.num_classes, config.has_null_class) == (classes, null)
+        save_dit(load_dit(path), tmp_path / "again.safetensors")
+        assert load_dit(tmp_path / "again.safetensors").config == config
+    save_file(content, tmp_path / "other.safetensors", {"num_heads": "4", "num_classes": "5"})
+    refused(ValueError, tmp_path / "other.safetensors", f"has {rows} rows, expected 5 classes and one for no class")
+
+
 def test_demo_is_found_in_the_package(tmp_path, model, monkeypatch):
     assert checkpoints.DEMO.parts[-3:] == ("qandc_core", "demo", "digits_dit.safetensors")
     monkeypatch.setattr(checkpoints, "DEMO", tmp_path / "digits_dit.safetensors")
@@ -379,6 +478,12 @@ def test_metadata_of_a_saved_file(tmp_path, model):
     save_dit(model, tmp_path / "model.safetensors")
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         metadata = file.metadata()
-    kept = {"num_heads": "4", "norm2_eps": "1e-06", "frequency_shift": "0", "prediction": "epsilon"}
+    kept = {
+        "num_heads": "4",
+        "num_classes": "10",
+        "norm2_eps": "1e-06",
+        "frequency_shift": "0",
+        "prediction": "epsilon",
+    }
     assert metadata == {"format": "pt"} | kept
     assert load_file(tmp_path / "model.safetensors").keys() == model.state_dict().keys()

@@ -1,4 +1,5 @@
 import argparse
+import json
 import re
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import qandc_core
 from qandc_core import (
@@ -21,11 +23,9 @@ from qandc_core import (
     quantize_model,
     save_dit,
 )
-from qandc_core.cli.bench import PARTS
 from qandc_core.cli.main import main, parser
 from qandc_core.evaluation.demo import RECOMMENDED
 from qandc_core.evaluation.figure import to_pil
-from qandc_core.evaluation.speed import table
 from qandc_core.quantization.model import DIT_SKIP, quantized_layers
 
 COMMANDS = ("demo", "generate", "calibrate", "quantize", "experiment", "bench")
@@ -170,12 +170,17 @@ BAD = {
     "too many steps": ([*GENERATE, "--steps", "1001"], "between 1 and 1000, got 1001"),
     "steps in words": ([*GENERATE, "--steps", "many"], "invalid whole number value: 'many'"),
     "cfg in words": ([*GENERATE, "--cfg", "abc"], "invalid float value: 'abc'"),
+    "cfg nan": ([*GENERATE, "--cfg", "nan"], "--cfg: must be a finite number, got nan"),
+    "cfg infinite": ([*GENERATE, "--cfg", "-inf"], "must be a finite number, got -inf|expected one argument"),
+    "device meta": ([*GENERATE, "--device", "meta"], "meta hold no values; leave --device out"),
+    "model of NaN": (["generate", "--model", "{nan}", "--classes", "0"], "mlp.fc1.weight holds values that are not"),
     "unknown sampler": ([*GENERATE, "--sampler", "euler"], "invalid choice: 'euler'"),
     "interval 0": ([*GENERATE, "--cache-interval", "0"], "must be 1 or more, got 0"),
     "negative seed": ([*GENERATE, "--seed", "-1"], "must be 0 or more, got -1"),
     "no class": (["generate", "--model", "{model}"], "required: --classes"),
     "class too high": ([*GENERATE[:3], "--classes", "0", "6"], "class id 6 is out of range: .* 0 to 4, and 5"),
     "class below 0": ([*GENERATE[:3], "--classes", "-1"], "class id -1 is out of range"),
+    "class beyond integers": ([*GENERATE[:3], "--classes", "9" * 30], "must be the number of a class"),
     "model missing": (["generate", "--model", "missing.safetensors", "--classes", "0"], "no DiT checkpoint at missing"),
     "model of text": (["generate", "--model", "{text}", "--classes", "0"], "not a DiT checkpoint"),
     "model cut": (["generate", "--model", "{cut}", "--classes", "0"], "truncated or not a safetensors file"),
@@ -218,7 +223,7 @@ BAD = {
     "experiment without reference": ([*EXPERIMENT, "--vae", "x", "--inception", "y"], "give all three"),
     "experiment of 3 images": ([*EXPERIMENT, "--num-images", "3"], "must be 4 or more"),
     "unknown part": ([*EXPERIMENT, "--parts", "most"], "invalid choice: 'most'"),
-    "unknown benchmark": (["bench", "--parts", "disk"], "invalid choice: 'disk'"),
+    "bench without reused steps": (["bench", "--steps", "1"], "must be 2 or more, got 1"),
     "demo of no image": (["demo", "--images", "0"], "must be 1 or more"),
 }  # fmt: skip
 
@@ -231,7 +236,11 @@ def files(folder, calibration, quantized, tmp_path_factory):
     for name in ("model", "calibration"):
         whole = (folder / f"{name}.safetensors").read_bytes()
         (bad / f"cut {name}.safetensors").write_bytes(whole[: len(whole) // 2])
+    whole = load_file(folder / "model.safetensors")
+    whole["blocks.1.mlp.fc1.weight"][0, 0] = float("nan")
+    save_file(whole, bad / "nan.safetensors", {"num_heads": "2"})
     return {
+        "nan": bad / "nan.safetensors",
         "model": folder / "model.safetensors", "other": folder / "other.safetensors", "text": bad / "text.txt",
         "latents": folder / "latents.safetensors", "calibration": calibration, "quantized": quantized,
         "cut": bad / "cut model.safetensors", "cut calibration": bad / "cut calibration.safetensors",
@@ -364,6 +373,80 @@ def test_calibrate_with_optimal_steps_sets_the_schedule_that_generate_follows(fo
     assert "2 steps computed and 3 reused" in capsys.readouterr().err
 
 
+OTHERS = {
+    "steps": ["--steps", "9", "--cfg", "2"],
+    "guidance": ["--steps", "5", "--cfg", "3"],
+    "sampler": [*SAMPLING, "--sampler", "ddim"],
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_computed_steps_are_those_of_the_run_they_were_chosen_for(folder, tmp_path, capsys, other):
+    path = tmp_path / "c.safetensors"
+    assert calibrate(folder, path, "--optimal-steps", "--pairs", "0") == 0
+    argv = ["generate", "--model", f"{folder}/model.safetensors", *OTHERS[other], "--classes", "0"]
+    argv += ["--calibration", f"{path}", "--out", f"{tmp_path}/x.png"]
+    said = refused(capsys, argv)
+    assert "computed steps of this calibration were chosen for --sampler ddpm --steps 5 --cfg 2" in said
+    assert not (tmp_path / "x.png").exists()
+    assert main([*argv, "--cache-interval", "2"]) == 0, "an interval that is asked for needs no calibration's steps"
+
+
+def test_an_interval_that_is_asked_for_beats_the_steps_of_a_calibration(folder, tmp_path, capsys):
+    path = tmp_path / "c.safetensors"
+    assert calibrate(folder, path, "--optimal-steps", "--pairs", "0") == 0
+    options = ["--calibration", f"{path}"]
+    assert sample(folder, tmp_path / "a.png", *options, "--cache-interval", "1") == 0
+    assert "5 steps computed and 0 reused" in capsys.readouterr().err
+    assert sample(folder, tmp_path / "b.png", *options) == 0
+    assert "2 steps computed and 3 reused" in capsys.readouterr().err
+    assert calibrate(folder, path, "--optimal-steps") == 0
+    argv = ["generate", "--model", f"{folder}/model.safetensors", *SAMPLING, "--classes", "0", *options]
+    assert "without --cache-interval" in refused(capsys, [*argv, "--cache-interval", "1"])
+
+
+def test_images_that_are_not_finite_are_not_written(folder, tmp_path, capsys):
+    huge = load_file(folder / "model.safetensors")
+    huge["final_layer.linear.bias"] += 3e38
+    save_file(huge, tmp_path / "huge.safetensors", {"num_heads": "2"})
+    capsys.readouterr()
+    assert sample(tmp_path, tmp_path / "y.png", model="huge") == 2
+    assert "not finite" in capsys.readouterr().err and not (tmp_path / "y.png").exists()
+
+
+FULL = """
+import sys
+from qandc_core.cli.main import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="sets a limit of Linux")
+@pytest.mark.parametrize("command", ["generate", "quantize", "calibrate"])
+def test_a_full_disk_is_said_in_one_sentence_and_the_next_run_works(folder, tmp_path, command):
+    import resource
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+
+    out = tmp_path / ("x.png" if command == "generate" else "x.safetensors")
+    options = {
+        "generate": [*SAMPLING, "--classes", "0", "1"],
+        "quantize": [],
+        "calibrate": [*SAMPLING, "--trajectories", "2", "--samples", "3", "--pairs", "0"],
+    }[command]
+    argv = [command, "--model", f"{folder}/model.safetensors", *options, "--out", f"{out}"]
+    root = Path(qandc_core.__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, *argv], cwd=root, capture_output=True, text=True, preexec_fn=limit
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    said = done.stderr.splitlines()[-1]
+    assert said.startswith(f"qandc_core {command}: {out} could not be written (File too large)")
+    assert not list(tmp_path.iterdir())
+    assert main(argv) == 0 and list(tmp_path.iterdir()) == [out]
+
+
 def test_calibrating_twice_writes_the_same_file(folder, calibration, tmp_path):
     assert calibrate(folder, tmp_path / "again.safetensors", "--hessians") == 0
     assert load_calibration(tmp_path / "again.safetensors").notes == load_calibration(calibration).notes
@@ -413,20 +496,19 @@ def test_quantize_without_calibration_is_dynamic(folder, tmp_path):
     assert not any(layer.format.static for layer in quantized_layers(load_dit(out)).values())
 
 
-def test_bench_writes_the_part_asked_for(tmp_path, monkeypatch, capsys):
-    from qandc_core.evaluation import benchmark
+def test_bench_says_what_steps_take_in_words(folder, tmp_path, capsys):
+    argv = ["bench", "--model", f"{folder}/model.safetensors", "--images", "3", "--steps", "4", "--out", str(tmp_path)]
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^A step takes [\d.]+ ms computed and [\d.]+ ms reused \(\d+ %\)\.$", out, re.M)
+    assert re.search(r"^W8A8 computes a step [\d.]+ times as fast", out, re.M)
+    result = json.loads((tmp_path / "bench-cpu.json").read_text())
+    plain, quantized = result["times"]["as loaded"], result["times"]["W8A8"]
+    assert min(plain["computed"], plain["reused"], quantized["computed"], quantized["reused"]) > 0
+    assert quantized["weight_bytes"] < plain["weight_bytes"] and result["images"] == 3
+    assert result["command"].startswith("python -m qandc_core bench --model")
 
-    monkeypatch.setattr(benchmark, "bench_import", lambda: {"seconds": 0.125})
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert main(["bench", "--parts", "import", "--out", str(tmp_path / "out")]) == 0
-    assert '"seconds": 0.125' in (tmp_path / "out" / "bench-cpu.json").read_text()
-    assert "bench-cpu.json" in capsys.readouterr().out
-    assert set(PARTS) == {"speed", "fused", "cache", "linear", "model", "import", "end-to-end", "tap"}
 
-
-def test_bench_says_where_the_time_goes_in_words(tmp_path, monkeypatch, capsys):
-    sentences = ["A computed step takes 8 ms.", "A reused step takes 1 % of a computed one."]
-    measured = {"steps": [{"words": sentences}], "rows": []}
-    monkeypatch.setattr(table, "speed_table", lambda *_, **__: measured)
-    assert main(["bench", "--parts", "speed", "--out", str(tmp_path)]) == 0
-    assert "\n".join(sentences) in capsys.readouterr().out
+def test_bench_takes_a_quantized_file_as_it_is(quantized, tmp_path, capsys):
+    assert main(["bench", "--model", str(quantized), "--images", "1", "--steps", "2", "--out", str(tmp_path)]) == 0
+    assert "W8A8" not in capsys.readouterr().out

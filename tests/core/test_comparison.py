@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
+import numpy as np
 import pytest
 import torch
 
@@ -10,8 +14,11 @@ from qandc_core.evaluation.comparison import (
     ComparedRun,
     comparison_markdown,
     comparison_rows,
+    evenly,
     run_comparison,
 )
+from qandc_core.evaluation.figure import LEAST_HEIGHT, MARGIN, WARNING
+from qandc_core.evaluation.frames import ImageFrames
 from qandc_core.evaluation.metrics import psnr, relative_l2
 from qandc_core.sampling.report import RunReport
 
@@ -60,9 +67,146 @@ def test_small_images_have_no_ssim():
     assert comparison_rows([ComparedRun("a", small), ComparedRun("b", small + 0.1)])[1]["SSIM"] == "-"
 
 
-def test_unequal_shapes_are_named(images):
-    with pytest.raises(ValueError, match="b has images of the shape .*compare runs of equal size"):
-        run_comparison([ComparedRun("a", images), ComparedRun("b", images[:1])])
+@pytest.mark.parametrize("other", [torch.zeros(1, 3, 16, 16), torch.zeros(2, 3, 16, 24), torch.zeros(3, 3, 8, 8)])
+def test_other_sizes_are_told_and_not_measured(images, other):
+    plain = [ComparedRun("a", images), ComparedRun("b", images.clone())]
+    same, _ = run_comparison(plain)
+    figure, table = run_comparison([*plain, ComparedRun("c", other)])
+    count, _, height, width = other.shape
+    assert f"2 x 16x16, 2 x 16x16, {count} x {width}x{height}" in table.splitlines()[0]
+    assert [line.split("|")[-4:-1] for line in table.splitlines() if line.startswith("| c")] == [[" - "] * 3]
+    assert "equal" in table
+    size = 72  # a row of other images has no difference below it
+    row = max(round(size * height / width), LEAST_HEIGHT) + 16 + MARGIN
+    grown = figure.height - same.height - row - 22
+    assert grown in (18, 36)  # the warning takes one line or two
+
+
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        ({"seed": 2}, "seed 1, 2"),
+        ({"steps": 3}, "steps 2, 3"),
+        ({"sampler": "euler"}, "sampler ddpm, euler"),
+        ({"cfg_scale": 4.0}, "cfg 1.5, 4.0"),
+        ({"denoise": 0.5}, "denoise 1.0, 0.5"),
+        ({"size": [[8, 2, 4, 4], [4, 9]]}, "latent 4x2x2, 8x2x4x4 + 4x9"),
+    ],
+)
+def test_other_settings_are_told_in_the_figure_and_the_log(images, caplog, change, told):
+    settings = {"seed": 1, "size": [[4, 2, 2]]}
+    runs = [ComparedRun(name, images, report([1.0, 1.0], [True, True], **settings)) for name in "ab"]
+    alike, quiet = run_comparison(runs)
+    assert not caplog.records and "Not the same run" not in quiet
+    for key, value in change.items():
+        setattr(runs[1].report, key, value)
+    figure, table = run_comparison(runs)
+    assert table.startswith(f"**Not the same run: {told}.**")
+    assert told in caplog.text
+    assert [(np.asarray(drawn) == WARNING).all(-1).any() for drawn in (figure, alike)] == [True, False]
+
+
+def test_a_run_without_seed_says_nothing_about_it(images):
+    runs = [ComparedRun("a", images, report([1.0], [True], seed=1)), ComparedRun("b", images, report([1.0], [True]))]
+    assert "seed" not in run_comparison(runs)[1]
+
+
+# Frames of ComfyUI's IMAGE
+
+
+def image_batch(channels, count=3, height=20, width=30, seed=0):
+    return torch.rand(count, height, width, channels, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_images_of_every_number_of_channels_are_compared(channels):
+    batch = image_batch(channels)
+    frames, other = ImageFrames(batch), ImageFrames(1 - batch)
+    assert frames.shape == (3, 3, 20, 30) and frames[1].shape == (3, 20, 30)
+    color = batch[1, ..., :1].expand(-1, -1, 3) if channels < 3 else batch[1, ..., :3]
+    if channels in (1, 3):
+        assert torch.equal(frames[1], color.movedim(-1, 0) * 2 - 1)
+    opaque = torch.cat([batch[..., :-1], torch.ones_like(batch[..., :1])], -1) if channels in (2, 4) else batch
+    torch.testing.assert_close(ImageFrames(opaque)[1], color.movedim(-1, 0) * 2 - 1)
+    _, table = run_comparison([ComparedRun("a", frames), ComparedRun("b", other), ComparedRun("c", frames)])
+    assert "equal" in table and "1.0000" in table
+
+
+def test_what_differs_in_alpha_alone_differs():
+    batch = image_batch(4)
+    batch[..., :3], other = 0.5, batch.clone()
+    other[..., 3] = 1 - batch[..., 3]
+    rows = comparison_rows([ComparedRun("a", ImageFrames(batch)), ComparedRun("b", ImageFrames(other))])
+    assert 10 < float(rows[1]["PSNR dB"]) < 30 and float(rows[1]["SSIM"]) < 0.99
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 8, 5), (0, 8, 8, 3), (8, 8, 3)])
+def test_other_images_are_refused_in_a_sentence(shape):
+    with pytest.raises(ValueError, match="a has images of the shape .*1 to 4 channels, .N, H, W, C.[.]$"):
+        ImageFrames(torch.zeros(shape), "a")
+
+
+def test_one_equal_image_does_not_make_a_run_equal(images):
+    changed = images.clone()
+    changed[1] += 0.1
+    rows = comparison_rows([ComparedRun("a", images), ComparedRun("b", changed)])
+    assert rows[1]["PSNR dB"] == f"{float(psnr(changed, images)[1]):.2f}"
+
+
+class Counted(ImageFrames):
+    """Counts conversions, and the frames that live at once."""
+
+    def __init__(self, batch, log):
+        super().__init__(batch)
+        self.log = log
+
+    def __getitem__(self, index):
+        self.log.append(index)
+        return super().__getitem__(index)
+
+
+def test_progress_rises_to_its_end_and_may_end_the_work():
+    log, seen = [], []
+    first, second = image_batch(3, count=5), image_batch(3, count=5, seed=1)
+    runs = [ComparedRun("a", ImageFrames(first)), ComparedRun("b", Counted(second, log))]
+    run_comparison(runs, shown=2, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(i + 1, 5) for i in range(5)] and log[:5] == [0, 1, 2, 3, 4]
+
+    def cancel(done, total):
+        raise KeyboardInterrupt
+
+    log.clear()
+    with pytest.raises(KeyboardInterrupt):
+        run_comparison(runs, progress=cancel)
+    assert log == [0]
+
+
+def test_a_long_clip_shows_frames_from_first_to_last():
+    assert evenly(33, 5) == [0, 8, 16, 24, 32] and evenly(3, 8) == [0, 1, 2] and evenly(9, 1) == [0]
+
+
+def test_wide_frames_keep_their_shape():
+    runs = [ComparedRun(name, ImageFrames(image_batch(3, 1, 48, 96))) for name in "ab"]
+    square = [ComparedRun(name, ImageFrames(image_batch(3, 1, 96, 96))) for name in "ab"]
+    wide, tall = run_comparison(runs)[0], run_comparison(square)[0]
+    assert tall.height - wide.height == 36 + 48 + 36  # rows of at least 60 pixels, differences of 48
+
+
+def test_memory_is_that_of_a_frame_pair():
+    """33 frames of 832x480: beyond its two inputs a comparison may take 1 GiB; it takes about 100 MiB."""
+    code = """
+import resource, torch
+from qandc_core.evaluation.comparison import ComparedRun, run_comparison
+from qandc_core.evaluation.frames import ImageFrames
+torch.set_num_threads(1)
+batch = torch.rand(1, 480, 832, 3).expand(33, -1, -1, -1)
+runs = [ComparedRun("a", ImageFrames(batch)), ComparedRun("b", ImageFrames(batch.flip(1)[:1].expand(33, -1, -1, -1)))]
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+run_comparison(runs)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
+    assert float(done.stdout) < 400
 
 
 def test_figure_grows_with_runs_and_shows_what_was_measured(images):

@@ -14,11 +14,10 @@ from qandc_core import (
     load_dit,
 )
 from qandc_core.caching.schedule import CacheConfig, spaced_steps
-from qandc_core.diffusion.coefficients import forecast_weights, step_coefficients
 from qandc_core.diffusion.guidance import guided_prediction
 from qandc_core.diffusion.process import ReverseProcess
-from qandc_core.diffusion.samplers import ddim_step, ddpm_step, implied_noise
 from qandc_core.diffusion.schedule import respaced
+from qandc_core.diffusion.steps import forecast_weights, step_coefficients
 from qandc_core.fused.dit import FusedDiT
 from qandc_core.fused.loop import DeviceLoop
 
@@ -36,6 +35,19 @@ def relative(found, expected):
     return float((found - expected).norm() / expected.norm())
 
 
+def implied_noise(x, x0, a):
+    return (x - a**0.5 * x0) / (1 - a) ** 0.5
+
+
+def published_step(sampler, x, x0, a, after, noise):
+    """DDIM's Eq. 12 with sigma = 0, and DDPM's Eq. 6-7, as they are printed."""
+    if sampler == "ddim":
+        return after**0.5 * x0 + (1 - after) ** 0.5 * implied_noise(x, x0, a)
+    beta = 1 - a / after
+    mean = after**0.5 * beta / (1 - a) * x0 + (1 - beta) ** 0.5 * (1 - after) / (1 - a) * x
+    return mean if noise is None else mean + ((1 - after) / (1 - a) * beta) ** 0.5 * noise
+
+
 @given(st.integers(2, 1000), st.sampled_from(["ddim", "ddpm"]), st.data())
 def test_coefficients_are_the_samplers(steps, sampler, data):
     schedule = respaced(steps)
@@ -44,14 +56,12 @@ def test_coefficients_are_the_samplers(steps, sampler, data):
     generator = torch.Generator().manual_seed(i)
     x, x0, noise = torch.randn(3, 64, dtype=torch.float64, generator=generator)
     c = step_coefficients(schedule, sampler, i)
-    found = c.keep * x + c.denoise * x0 + c.fresh * noise
-    eps = implied_noise(x, x0, a)
-    assert torch.allclose((x - c.noise_part * eps) / c.signal_part, x0, atol=1e-6)
-    if sampler == "ddim":
-        expected = ddim_step(x, eps, a, after)
-    else:
-        expected = ddpm_step(x, eps, a, after, noise if after < 1 else None)
-    assert torch.allclose(found, expected, atol=1e-6)
+    given = noise if sampler == "ddpm" and after < 1 else None
+    assert torch.allclose(c.clean_image(x, implied_noise(x, x0, a)), x0, atol=1e-6)
+    expected = published_step(sampler, x, x0, a, after, given)
+    assert torch.allclose(c.advance(x, x0, given), expected, atol=1e-6)
+    assert torch.allclose(c.keep * x + c.denoise * x0 + c.fresh * noise, expected, atol=1e-6)
+    assert torch.equal(c.advance(x, x0, given, 2 * c.fresh), c.advance(x, x0, None if given is None else 2 * given))
 
 
 def test_forecasts_weigh_the_last_two_computed_steps():
@@ -82,8 +92,7 @@ def by_hand(model, config, cache, seed):
             x0 = older + (i - before) / (at - before) * (newer - older)
         else:
             x0 = kept[-1][1]
-        eps = implied_noise(x, x0, a)
-        x = ddim_step(x, eps, a, after) if config.sampler == "ddim" else ddpm_step(x, eps, a, after, noise)
+        x = published_step(config.sampler, x, x0, a, after, noise)
     return x
 
 

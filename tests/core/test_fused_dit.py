@@ -9,15 +9,20 @@ import pytest
 import torch
 
 from qandc_core import (
+    SamplingConfig,
     apply_cache_to_dit,
+    fit_variance_compensation,
     fuse_dit,
     generate,
     load_dit,
     quantize_model,
     remove_cache,
+    save_dit,
 )
+from qandc_core.calibration.candidates import collect_pool, collect_statistics
 from qandc_core.calibration.file import Calibration, fingerprint
 from qandc_core.calibration.statistics import LayerStatistics, observed
+from qandc_core.diffusion.process import ReverseProcess
 from qandc_core.fused.linear import FloatLinear, Int8Linear, KitchenLinear, Modulation
 from qandc_core.models import DiT, DiTConfig
 from qandc_core.quantization.model import DIT_SKIP, QuantizationConfig, named_linears
@@ -176,6 +181,139 @@ def test_nothing_holds_on_to_layers_that_were_replaced():
     del model
     gc.collect()
     assert weight() is None and fused.blocks[0].qkv.codes.dtype == torch.int8
+
+
+def memory(tensors):
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor is not None}
+
+
+def tensors_of(module):
+    return [*module.parameters(), *module.buffers()]
+
+
+@pytest.mark.parametrize("kind", ["float", "int8", "static", "native W8A8", "native W4A8"])
+@pytest.mark.parametrize("kernels", ["reference", "kitchen"])
+def test_shares_nothing_with_what_it_was_made_of(kind, kernels):
+    model, layers = random_dit(), {}
+    if kind == "static" and kernels == "kitchen":
+        pytest.skip("comfy-kitchen has no static activations")
+    if kind.startswith("native"):
+        layers = native_layers(model, kind.removeprefix("native "))
+    elif kind != "float":
+        quantize_model(model, 8, 8, DIT_SKIP, calibrated(model) if kind == "static" else None)
+    fused = fuse_dit(model, kernels, layers)
+    given = [*tensors_of(model), *(tensor for layer in layers.values() for tensor in layer.tensors.values())]
+    assert not memory(given) & memory(tensors_of(fused))
+    x, t, y = inputs(model)
+    before = prediction(fused, x, t, y)
+    for tensor in given:
+        tensor.zero_()
+    assert torch.equal(prediction(fused, x, t, y), before) and before.abs().max() > 0
+
+
+def test_refuses_everything_but_sampling(tmp_path):
+    model = random_dit()
+    fused = fuse_dit(model)
+    x, t, y = inputs(model)
+    config = SamplingConfig(3, 1.5)
+    process = ReverseProcess(fused, LABELS, config)
+    before = {name: value.clone() for name, value in fused.named_parameters()}
+    for attempt in (
+        lambda: fused(x, t, y),
+        lambda: process.step(0, x, None),
+        lambda: collect_pool(fused, LABELS, config),
+        lambda: collect_statistics(fused, collect_pool(model, LABELS, config)),
+        lambda: fit_variance_compensation(model, fused, LABELS, config),
+        lambda: quantize_model(fused, 8, 8),
+        lambda: save_dit(fused, tmp_path / "fused.safetensors"),
+        lambda: fused.state_dict(),
+        lambda: fused.load_state_dict(model.state_dict()),
+        lambda: fused.half(),
+        lambda: fused.to(torch.bfloat16),
+        lambda: fused.double(),
+    ):
+        with pytest.raises(
+            ValueError, match=r"^A FusedDiT only samples, by generate\(\); [\w, ]+ the DiT it was made of"
+        ):
+            attempt()
+    assert not list(tmp_path.iterdir())
+    assert all(torch.equal(value, before[name]) for name, value in fused.named_parameters())
+    assert relative(prediction(fused, x, t, y), model(x, t, y)) < 1e-5
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_copies_predict_the_same_and_own_their_weights(quantized):
+    model = random_dit()
+    fused = fuse_dit(quantize_model(model, 8, 8, DIT_SKIP) if quantized else model, "reference")
+    generate(fused, LABELS, 3, 1.5, "ddim")
+    copied = copy.deepcopy(fused)
+    x, t, y = inputs(model)
+    assert fused.loops and not copied.loops
+    assert torch.equal(prediction(copied, x, t, y), prediction(fused, x, t, y))
+    assert not memory(tensors_of(copied)) & memory(tensors_of(fused))
+
+
+def test_moving_keeps_float32_scales_and_forgets_the_loop():
+    model = quantize_model(random_dit().bfloat16(), 8, 8, DIT_SKIP)
+    fused = fuse_dit(model, "reference")
+    generate(fused, LABELS, 3, 1.5, "ddim")
+    fused.to(torch.bfloat16).to("cpu")
+    assert fused.blocks[0].qkv.column_scale.dtype == torch.float32 and not fused.loops
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("cache", [None, {"mode": "branch"}, {"mode": "prediction", "order": 1}])
+def test_guides_some_channels_as_the_engine_does(channels, cache):
+    """A model of four channels and as many of variance, of which guidance takes the first ones."""
+    model = random_dit()
+    fused = fuse_dit(model)
+    settings = dict(class_labels=LABELS, steps=5, cfg_scale=3.0, sampler="ddim", seed=2)
+    if cache is not None:
+        apply_cache_to_dit(fused, 2, **cache)
+        if cache["mode"] == "branch":
+            apply_cache_to_dit(model, 2)
+    found, _ = generate(fused, **settings, guidance_channels=channels)
+    everywhere, _ = generate(fused, **settings)
+    assert relative(found, everywhere) > 1e-3
+    if cache is None or cache["mode"] == "branch":
+        assert relative(found, generate(model, **settings, guidance_channels=channels)[0]) < 1e-5
+    else:  # predictions of the first two steps have nothing to be extrapolated from
+        short, full = {**settings, "steps": 1}, {**settings, "steps": 1, "guidance_channels": channels}
+        assert relative(generate(fused, **full)[0], generate(model, **full)[0]) < 1e-5
+        assert relative(generate(fused, **short)[0], generate(model, **full)[0]) > 1e-4
+
+
+@pytest.mark.parametrize("cache", [{"mode": "prediction", "order": 1}, {"mode": "branch"}, {"mode": "block"}])
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_a_run_after_one_of_nan_is_as_before_it(cache, sampler):
+    fused = apply_cache_to_dit(fuse_dit(random_dit()), 3, **cache)
+    settings = dict(class_labels=LABELS, steps=6, cfg_scale=1.5, sampler=sampler, seed=3)
+    first, _ = generate(fused, **settings)
+    noise = torch.full((7, 3, 4, 8, 8), torch.nan)
+    assert generate(fused, **settings, noise=noise)[0].isnan().all()
+    assert torch.equal(generate(fused, **settings)[0], first)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_kitchen_without_an_activation_of_its_own(format, monkeypatch):
+    """comfy-kitchen before 0.2.38 has no input_act for W4A8, earlier ones none for W8A8."""
+    import comfy_kitchen
+
+    model = random_dit()
+    layers = native_layers(model, format)
+    x, t, y = inputs(model)
+    expected = prediction(fuse_dit(model, "kitchen", layers), x, t, y)
+    int8, w4a8 = comfy_kitchen.int8_linear, comfy_kitchen.w4a8_int8_linear
+
+    def int8_linear(x, weight, weight_scale, bias=None, out_dtype=None, convrot=False, convrot_groupsize=256):
+        return int8(x, weight, weight_scale, bias, out_dtype, convrot, convrot_groupsize)
+
+    def w4a8_int8_linear(x, qdata, s_rel, s_channel, codebook, correction, bias, group_size, convrot_groupsize, dtype):
+        return w4a8(x, qdata, s_rel, s_channel, codebook, correction, bias, group_size, convrot_groupsize, dtype)
+
+    monkeypatch.setattr(comfy_kitchen, "int8_linear", int8_linear)
+    monkeypatch.setattr(comfy_kitchen, "w4a8_int8_linear", w4a8_int8_linear)
+    assert relative(prediction(fuse_dit(model, "kitchen", layers), x, t, y), expected) < ROUNDED
 
 
 def test_refuses_what_it_cannot_run():

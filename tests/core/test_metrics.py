@@ -186,6 +186,28 @@ def test_ssim_matches_a_sliding_window():
     assert ssim(a / 2, b / 2, data_range=1.0).tolist() == pytest.approx(expected, rel=1e-10)
 
 
+@pytest.mark.parametrize("band", [1, 40, 500, 10**6])
+def test_bands_of_rows_change_no_number(monkeypatch, band):
+    """Sums over bands against the formulas on whole images; 37 rows are no multiple of a band."""
+    a, b = (torch.rand(3, 37, 40, generator=torch.Generator().manual_seed(seed)) * 2 - 1 for seed in (0, 1))
+    b, ticks = (a + 0.2 * b).clamp(-1, 1), []
+    expected = float(metrics.ssim_map(a.double(), b.double(), 2.0).mean())
+    monkeypatch.setattr(metrics, "BAND", band)
+    found = metrics.pair_fidelity(a, b, tick=lambda: ticks.append(1))
+    assert found.ssim == pytest.approx(expected, abs=1e-12)
+    assert found.ssim == pytest.approx(brute_force_ssim(a.numpy(), b.numpy(), 2.0), abs=1e-9)
+    assert found.psnr == pytest.approx(float(psnr(a[None], b[None])), abs=1e-9)
+    assert found.relative_l2 == pytest.approx(float((a - b).norm() / b.norm()), rel=1e-6)
+    assert len(ticks) == len(metrics.bands_of(37, 40))
+
+
+def test_fidelity_of_equal_and_of_small_images():
+    same = metrics.pair_fidelity(torch.zeros(3, 12, 12), torch.zeros(3, 12, 12))
+    assert (same.psnr, same.ssim, same.relative_l2) == (math.inf, pytest.approx(1), 0)
+    small = metrics.pair_fidelity(torch.ones(3, 8, 40), torch.zeros(3, 8, 40))
+    assert math.isnan(small.ssim) and small.relative_l2 == math.inf
+
+
 def test_ssim_identities():
     a, b = images(0), images(1)
     assert ssim(a, a).tolist() == pytest.approx([1] * 3)

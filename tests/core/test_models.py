@@ -256,3 +256,35 @@ def test_diffusers_names_are_modules_of_diffusers():
 def test_import_is_cheap():
     code = "import sys, qandc_core.models as m; assert not {'diffusers', 'sklearn', 'scipy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_tokens_are_row_major_through_every_block(rows, memory_format):
+    """Kernels read the residual stream row by row; a stream of another layout costs a copy in every norm."""
+    torch.manual_seed(0)
+    model = DiT(DiTConfig(input_size=8, hidden_size=32, depth=2, num_heads=2)).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.05)
+    model = model.to(memory_format=memory_format)
+    x = torch.randn(rows, 4, 8, 8).contiguous(memory_format=memory_format)
+    seen = []
+    for layer in (model.x_embedder, *model.blocks):
+        layer.register_forward_hook(lambda layer, args, out: seen.append(out.stride()[1:]))
+    for block in model.blocks:
+        for layer in (block.norm1, block.norm2, block.attn, block.mlp):
+            layer.register_forward_hook(lambda layer, args, out: seen.append(args[0].stride()[1:]))
+    model(x, torch.full((rows,), 300), torch.zeros(rows, dtype=torch.long))
+    assert set(seen) == {(32, 1)} and len(seen) == 3 + 8
+
+
+def test_positions_of_another_size_are_computed_once():
+    model = DiT(DiTConfig(input_size=8, hidden_size=32, depth=1, num_heads=2))
+    first = model.positions(4, 6)
+    assert model.positions(4, 6) is first and model.positions(6, 4) is not first
+    half = model.to(torch.bfloat16).positions(4, 6)
+    assert half.dtype == torch.bfloat16 and torch.equal(half, first.bfloat16())
+    assert model.positions(4, 4) is model.pos_embed
+    with torch.inference_mode():
+        late = model.positions(4, 8)
+    assert not late.is_inference()

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from qandc_core.calibration.statistics import LayerStatistics
+from qandc_core.quantization.formats.w4a8 import CodebookGrid, nearest_level, stock_grid
+from qandc_core.quantization.formats.w8a8 import int8_grid, row_errors
 from qandc_core.quantization.grids import quantize, unpack_int4
 from qandc_core.quantization.native import (
     SAMPLING_DAMPING,
@@ -23,7 +25,6 @@ from qandc_core.quantization.native import (
     output_error,
     quantize_weight,
 )
-from qandc_core.quantization.native_grids import CodebookGrid, int8_grid, nearest_level, row_errors, stock_grid
 from qandc_core.quantization.rotation import ROTATIONS, hadamard, rotate, rotate_fast, rotate_hessian, rotation_group
 
 FORMATS = ("W8A8", "W4A8")

@@ -72,6 +72,47 @@ def test_import_loads_nothing_heavy():
     assert not done.stderr
 
 
+def test_a_calibration_file_is_read_without_kernels_and_without_the_fused_engine():
+    code = "import sys; from qandc_core.calibration.file import load_calibration; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+    loaded = set(done.stdout.split())
+    assert "qandc_core.calibration.file" in loaded
+    assert not {
+        name for name in loaded if name.startswith(("qandc_core.fused", "qandc_core.sampling.generate", "triton"))
+    }
+
+
+def test_every_room_has_its_place_in_the_order_of_imports():
+    (contract,) = pyproject()["tool"]["importlinter"]["contracts"]
+    ordered = {room.strip("()") for layer in contract["layers"] for room in layer.split(" | ")}
+    rooms = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+    assert rooms - {"__init__", "__main__"} <= ordered
+
+
+def test_the_order_of_imports_is_kept():
+    from importlinter.cli import lint_imports
+
+    assert lint_imports(config_filename=str(ROOT / "pyproject.toml"), no_cache=True) == 0
+
+
+def test_import_loads_no_fused_engine():
+    code = (
+        "import sys; import qandc_core; print([m for m in sys.modules if 'qandc_core.fused' in m]); qandc_core.fuse_dit"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert done.stdout == "[]\n"
+
+
+def test_nothing_below_the_fused_engine_imports_it():
+    above = ("fused", "evaluation", "cli")
+    for path, tree in trees():
+        if path.parts[1] in (*above, "__init__.py"):
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                assert not (node.module or "").startswith("fused"), f"{path}:{node.lineno}"
+
+
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_public_function_has_the_documented_signature(name):
     found = inspect.signature(getattr(qandc_core, name)).parameters
@@ -134,7 +175,7 @@ def test_no_path_of_a_machine_is_written_anywhere():
 
 
 def test_only_the_command_line_and_the_training_scripts_print():
-    allowed = ("cli/", "demo/", "evaluation/benchmark")
+    allowed = ("cli/", "demo/")
     for place, name, _ in calls():
         assert name != "print" or any(part in place for part in allowed), place
 

@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from qandc_core.calibration.file import Calibration, fingerprint
-from qandc_core.calibration.statistics import CLIPPINGS, LayerStatistics
+from qandc_core.calibration.statistics import LayerStatistics
 from qandc_core.checkpoints import load_dit, save_dit
 from qandc_core.checkpoints.quantized import load_quantized, save_quantized
 from qandc_core.models import DiT, DiTConfig, preset
+from qandc_core.quantization.clipping import CLIPPINGS, activation_bounds
 from qandc_core.quantization.gptq import gptq_codes
 from qandc_core.quantization.grids import (
     affine_grid,
@@ -188,7 +189,7 @@ def test_static_layer_against_numpy(clipping, symmetric, symmetric_weights, lean
     config = QuantizationConfig(
         clipping=clipping, symmetric_activations=symmetric, symmetric_weights=symmetric_weights, percentile=99
     )
-    low, high = statistics.bounds(clipping, 8, 99, symmetric)
+    low, high = activation_bounds(statistics, clipping, 8, 99, symmetric)
     weight, bias = model[0].weight.numpy(), model[0].bias.numpy()
     quantize_model(model, calibration=Calibration(fingerprint(model), {"0": statistics}), config=config)
 

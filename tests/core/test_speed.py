@@ -8,13 +8,13 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from qandc_core.evaluation.speed import ceilings as ceilings_module
-from qandc_core.evaluation.speed import gemms as gemms_module
-from qandc_core.evaluation.speed import profile as profile_module
-from qandc_core.evaluation.speed.ceilings import Ceilings, best_rate, float32_products, measure_ceilings
-from qandc_core.evaluation.speed.clock import best_seconds, median_seconds, wall_seconds
-from qandc_core.evaluation.speed.gemms import Method, Problem, all_methods, gemm_table
-from qandc_core.evaluation.speed.profile import (
+from benchmarks.speed import ceilings as ceilings_module
+from benchmarks.speed import gemms as gemms_module
+from benchmarks.speed import profile as profile_module
+from benchmarks.speed.ceilings import Ceilings, best_rate, float32_products, measure_ceilings
+from benchmarks.speed.clock import best_seconds, median_seconds, wall_seconds
+from benchmarks.speed.gemms import Method, Problem, all_methods, gemm_table
+from benchmarks.speed.profile import (
     ATTENTION,
     COPIES,
     DECODING,
@@ -30,8 +30,8 @@ from qandc_core.evaluation.speed.profile import (
     grouped,
     profile_step,
 )
-from qandc_core.evaluation.speed.words import StepProfile, duration, explain, percent, times
-from qandc_core.evaluation.speed.work import (
+from benchmarks.speed.words import StepProfile, duration, explain, percent, times
+from benchmarks.speed.work import (
     Gemm,
     activation_bytes,
     attention_bytes,

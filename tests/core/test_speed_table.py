@@ -8,10 +8,10 @@ import torch
 
 from benchmarks.gpu.goals import goals
 from benchmarks.gpu.report import GPU_GOALS, markdown
-from qandc_core.evaluation.speed import gemms
-from qandc_core.evaluation.speed import table as table_module
-from qandc_core.evaluation.speed.ceilings import Ceilings, best_of
-from qandc_core.evaluation.speed.models import (
+from benchmarks.speed import gemms
+from benchmarks.speed import table as table_module
+from benchmarks.speed.ceilings import Ceilings, best_of
+from benchmarks.speed.models import (
     PACKED,
     PAPER,
     QANDC,
@@ -22,7 +22,7 @@ from qandc_core.evaluation.speed.models import (
     random_dit,
     resize,
 )
-from qandc_core.evaluation.speed.runs import Bench, Measured, Setting, schedules
+from benchmarks.speed.runs import Bench, Measured, Setting, schedules
 from qandc_core.fused.kernels import reference
 from qandc_core.models import DiTConfig
 
@@ -228,3 +228,17 @@ def test_the_whole_table_of_a_tiny_model(monkeypatch):
     assert set(found["floors"]) == {"64 px, batch 2", "128 px, batch 1"} and len(found["gemms"]) >= 4
     text = markdown({**table([]), **found})
     assert "## 128 px, batch 1" in text and QANDC in text
+
+
+def test_the_command_writes_the_part_asked_for(tmp_path, monkeypatch, capsys):
+    from benchmarks.speed import __main__ as command
+    from benchmarks.speed import ratios, table
+
+    sentences = ["A computed step takes 8 ms.", "A reused step takes 1 % of a computed one."]
+    monkeypatch.setattr(ratios, "bench_import", lambda: {"seconds": 0.125})
+    monkeypatch.setattr(table, "speed_table", lambda *_, **__: {"steps": [{"words": sentences}], "rows": []})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    command.main(["--parts", "import", "speed", "--out", str(tmp_path / "out")])
+    assert '"seconds": 0.125' in (tmp_path / "out" / "bench-cpu.json").read_text()
+    out = capsys.readouterr().out
+    assert "bench-cpu.json" in out and "\n".join(sentences) in out

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
 
+from benchmarks.speed.tap import benchmark_tap
 from qandc_core.calibration import tap
 from qandc_core.calibration.selection import draw_evenly, random_select, stratified_select
 from qandc_core.calibration.tap import (
@@ -26,7 +27,6 @@ from qandc_core.calibration.tap import (
     spectral_embedding,
     tap_select,
 )
-from qandc_core.evaluation.benchmark_tap import benchmark_tap
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -1,6 +1,9 @@
 """Shipped code imports without ComfyUI and does nothing that a node pack must not do."""
 
 import ast
+import importlib.util
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -118,3 +121,67 @@ def test_imports_keep_engine_and_comfyui_apart(name):
 def test_source_is_readable_on_windows(name):
     # Tools there read files in the code page of the system.
     (ROOT / name).read_text(encoding="utf-8").encode("cp1252")
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory):
+    """What the registry publishes of the engine."""
+    folder = tmp_path_factory.mktemp("archive")
+    for name in SOURCES:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    for weights in (ROOT / "qandc_core").rglob("*.safetensors"):
+        shutil.copy(weights, folder / weights.relative_to(ROOT))
+    return folder
+
+
+def run_in(folder, *argv):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, *argv], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_archive_is_the_package_as_it_stands(archive):
+    left_out = (ROOT / ".comfyignore").read_text(encoding="utf-8").split()
+    assert not [pattern for pattern in left_out if pattern.startswith(("qandc_core", "nodes", "web", "locales"))]
+    modules = [name[:-3].replace("/", ".") for name in SOURCES if name.startswith("qandc_core/")]
+    needs_triton = importlib.util.find_spec("triton") is None
+    able = [m for m in modules if not m.endswith("__main__") and not (needs_triton and "triton" in m)]
+    code = f"""
+import importlib, qandc_core
+for name in {able}:
+    importlib.import_module(name)
+print(qandc_core.__file__)
+"""
+    assert run_in(archive, "-c", code).startswith(str(archive))
+
+
+def test_every_command_of_the_archive_works(archive):
+    """Each one's help, and what four of them make of a small model."""
+    code = """
+import torch
+from qandc_core import DiT, DiTConfig, save_dit
+from qandc_core.cli.main import main
+
+torch.set_num_threads(1)
+for command in ("demo", "generate", "calibrate", "quantize", "experiment", "bench"):
+    try:
+        main([command, "--help"])
+    except SystemExit as stop:
+        assert stop.code == 0, command
+size = dict(input_size=8, in_channels=3, hidden_size=32, depth=1, num_heads=2, num_classes=5, learn_sigma=False)
+save_dit(DiT(DiTConfig(**size)), "model.safetensors")
+model, run = ["--model", "model.safetensors"], ["--steps", "3", "--cfg", "2"]
+few = ["--trajectories", "4", "--samples", "4", "--pairs", "2"]
+for argv in (
+    ["bench", *model, *run, "--images", "2"],
+    ["calibrate", *model, *run, *few, "--out", "made.safetensors"],
+    ["quantize", *model, "--calibration", "made.safetensors", "--out", "small.safetensors"],
+    ["generate", "--model", "small.safetensors", *run, "--calibration", "made.safetensors", "--classes", "1"],
+):
+    assert main(argv) == 0, argv
+"""
+    out = run_in(archive, "-c", code)
+    assert out.count("usage: python -m qandc_core") == 6 and "ms computed" in out
+    assert (archive / "out" / "images.png").is_file()

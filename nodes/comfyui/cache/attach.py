@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Hashable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,18 +14,20 @@ import comfy.patcher_extension
 from torch import Tensor, nn
 
 from ....qandc_core.caching.attach import cached_call, cached_modules
+from ....qandc_core.caching.blocks import CachedBlocks, blocks_at, read_between
 from ....qandc_core.caching.cost import reuse_cost
+from ....qandc_core.caching.families import block_lists
 from ....qandc_core.caching.features import FeatureCache
 from ....qandc_core.caching.policies import CachePolicy
+from ....qandc_core.caching.run import COMPUTED, SamplingRun
+from ....qandc_core.sampling.clock import CallTimes
 from ..model.dit import DiTModel
-from ..wrappers import REPORT, WRAPPERS, note, options_of_run, sampler_function_name, samples_flow, scalar
-from .blocks import CachedBlocks, block_lists, blocks_at, read_between
+from ..wrappers import REPORT, WRAPPERS, declares_noise, note, options_of_run, sampler_function_name, samples_flow
+from .calls import COMPILE, KEY, keep_inside, nothing_between, state_of
 from .others import other_caches
-from .run import PREDICTION, CachedRun
 
-KEY = "qandc_cache"
-COMPILE = "torch.compile"  # of core's compile nodes
-AUTOMATIC, BLOCKS, BRANCHES = "automatic", "blocks", "attention and MLP"
+AUTOMATIC, PREDICTION, BLOCKS, BRANCHES = "automatic", "whole prediction", "blocks", "attention and MLP"
+FEWEST = 64  # values of a sample that show whether noise was added
 TIERS = (AUTOMATIC, PREDICTION, BLOCKS, BRANCHES)
 SELF_TEST = {2: 3e-2, 4: 1e-3}  # relative difference allowed, by bytes of a value
 PRE_RUN = comfy.patcher_extension.CallbacksMP.ON_PRE_RUN
@@ -49,6 +52,62 @@ class CacheSettings:
         return self.policy.detail() + ("" if self.tier == AUTOMATIC else f" {self.tier}")
 
 
+class ModelRun(SamplingRun):
+    """A run on a model of ComfyUI: what of the model is reused, and how long its calls took."""
+
+    def __init__(self, settings: CacheSettings, sigmas: Tensor, sampler: Any, flow: bool, mask: Tensor | None):
+        name, levels = sampler_function_name(sampler), sigmas.tolist()
+        self.noisy, self.mask = declares_noise(sampler), mask
+        plan = settings.policy.plan(max(len(levels) - 1, 0), flow, sigmas=levels, noisy=self.noisy)
+        super().__init__(plan, levels, name.removeprefix("sample_"), name == "sample_heun", settings.offload)
+        self.blocks: dict[int, CachedBlocks] = {}
+        self.times = CallTimes()
+        self.tier, self.reason, self.tested, self.keeps_tokens = "", "", False, False
+        self.forecasts = settings.tier not in (BLOCKS, BRANCHES)
+        self.unconditional: Tensor | None = None
+
+    def begin(self, tier: str, reason: str, cost: float = 0.0) -> None:
+        """What is reused is known now, and what share of a computed step that costs.
+
+        Only forecasts of whole predictions suffer from noise that a sampler adds.
+        """
+        self.tier, self.reason = tier, reason
+        self.plan.charge(cost)
+        self.keeps_tokens = self.keeps_tokens or tier != PREDICTION
+        self.forecasts = tier == PREDICTION
+        if not self.forecasts:
+            self.watch = None
+
+    def look(self, x: Tensor) -> None:
+        """Watches the sampler for noise where that matters; values that a mask sets by half say nothing of it."""
+        if self.watch is not None or not self.forecasts or not self.plan.order:
+            return
+        free = None if self.mask is None else (self.mask.to(x.device) >= 1).expand(x.shape)
+        if x.numel() < FEWEST or (free is not None and int(free.sum()) < FEWEST):
+            self.forecasts = False
+            if self.noisy:
+                self.plan.order, self.plan.noisy = 0, True
+            return
+        self.watch_noise(x, free)
+
+    def finish(self) -> None:
+        """Warnings that only the whole run knows."""
+        actions = self.actions()
+        computed = {step for (_, step), column in self.columns.items() if actions[column] == COMPUTED}
+        for text in self.plan.review(computed):
+            self.warn(text)
+        if self.lines and not self.reuses:
+            self.warn(f"no effect: all {actions.count(COMPUTED)} steps were computed")
+
+    def summary(self) -> str:
+        speedup = self.times.speedup()
+        fast = "" if speedup is None else f", model calls {speedup:.2f}x faster"
+        return (
+            f"Q&C cache ({self.tier or 'no model call'}): {self.counts()}{fast}, {self.peak_bytes / 2**20:.1f} MiB"
+            + "".join(f"; {text}" for text in self.warnings)
+        )
+
+
 class RunWrapper:
     """OUTER_SAMPLE: the run's features live exactly as long as the run."""
 
@@ -59,12 +118,13 @@ class RunWrapper:
         guider = executor.class_obj
         saved, options = guider.model_options, options_of_run(guider)
         inside_compile(options)
-        run = options[KEY] = CachedRun(
-            self.settings.policy, sigmas, sampler_function_name(sampler), samples_flow(guider.model_patcher),
-            self.settings.offload,
-        )  # fmt: skip
+        mask = args[0] if args else kwargs.get("denoise_mask")
+        run = ModelRun(self.settings, sigmas, sampler, samples_flow(guider.model_patcher), mask)
         for text in (*self.settings.warnings, *other_caches(guider.model_patcher, guider.model_options)):
             run.warn(text)
+        options[KEY] = run
+        keep_inside(options)
+        keep_unconditional(guider.model_options, run)
         begun = running.set((*running.get(), self))
         try:
             out = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
@@ -79,6 +139,17 @@ class RunWrapper:
             guider.model_options = saved
 
 
+def keep_unconditional(model_options: dict[str, Any], run: ModelRun) -> None:
+    """Samplers of the CFG++ kind also step along the unconditional prediction."""
+
+    def look(args: dict[str, Any]) -> Tensor:
+        run.unconditional = args.get("uncond_denoised")
+        return args["denoised"]
+
+    others = model_options.get("sampler_post_cfg_function", [])
+    model_options["sampler_post_cfg_function"] = [look, *others]
+
+
 def inside_compile(options: dict[str, Any]) -> None:
     """Lets compiled modules be in place when our wrapper runs, whichever node came first."""
     wrappers = options.get("wrappers", {}).get(WRAPPERS.APPLY_MODEL, {})
@@ -86,11 +157,11 @@ def inside_compile(options: dict[str, Any]) -> None:
         wrappers[KEY] = wrappers.pop(KEY)
 
 
-def fill_report(report, run: CachedRun) -> None:
+def fill_report(report, run: ModelRun) -> None:
     if report is None:
         return
     report.computed, report.cache_bytes = run.computed(), run.peak_bytes
-    report.timeline = {name: "".join(line) for name, line in run.timeline.items()}
+    report.timeline, report.not_visited = run.timeline, run.not_visited
     report.tier = f"{run.tier}, {run.reason}" if run.reason else run.tier
     report.cache_speedup = run.times.speedup()
     report.warnings = [*report.warnings, *run.warnings]
@@ -120,9 +191,13 @@ def prediction_wrapper(executor, x, timestep, model_options, seed):
     run = model_options["transformer_options"].get(KEY)
     if run is None:
         return executor(x, timestep, model_options, seed)
-    run.begin_prediction(scalar(timestep))
+    keep_inside(model_options["transformer_options"])
+    run.look(x)
+    run.begin_prediction(run.noise_level(timestep, x))
     out = executor(x, timestep, model_options, seed)
     run.end_prediction(out)
+    unconditional, run.unconditional = run.unconditional, None
+    run.keep_values(out, *(() if unconditional is None else (unconditional,)))
     return out
 
 
@@ -133,20 +208,21 @@ class ModelWrapper:
         self.tier = tier
 
     def __call__(self, executor, x, t, c_concat, c_crossattn, control, transformer_options, **kwargs):
+        def call() -> Tensor:
+            return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+
         run, model = transformer_options.get(KEY), executor.class_obj
         if run is None:
             warn_of_no_run()
-            return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+            return call()
         if not run.tier:
             tier, reason = choose_tier(model, self.tier)
             run.begin(tier, reason, cost_of(model.diffusion_model, tier))
         # A batch of two prompts may be padded to the longer, which blocks see and the prediction does not.
         tokens = tuple(c_crossattn.shape[1:]) if run.keeps_tokens and c_crossattn is not None else ()
-        cache = run.place(x, transformer_options, (*state_of(model, control, transformer_options), tokens))
-
-        def call() -> Tensor:
-            return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
-
+        state = (*state_of(model, control, transformer_options), tokens)
+        known = run.identify(x, conditions_of(transformer_options), state, nothing_between(transformer_options))
+        cache = run.place(x, known)
         begun = run.times.mark(x.device)
         try:
             out = CALLS[run.tier](run, cache, model, transformer_options, call)
@@ -154,11 +230,19 @@ class ModelWrapper:
             if not run.num_bytes:
                 raise
             out = without_features(run, cache, call)
-        run.record(cache, begun, run.times.mark(x.device))
+        run.times.add(begun, run.times.mark(x.device), cache.run.reusing)
+        run.record(cache, known)
         return out
 
 
-def without_features(run: CachedRun, cache: FeatureCache, call) -> Tensor:
+def conditions_of(transformer_options: dict[str, Any]) -> list[tuple[Hashable, int]]:
+    """Id and side of each condition in the batch; without an id where a pack called the model by itself."""
+    sides = transformer_options.get("cond_or_uncond") or [0]
+    ids = transformer_options.get("uuids") or [None] * len(sides)
+    return list(zip(ids, sides))
+
+
+def without_features(run: ModelRun, cache: FeatureCache, call) -> Tensor:
     """After memory ran out: frees what was kept and computes."""
     run.drop()
     cache.run.reusing = False
@@ -167,7 +251,7 @@ def without_features(run: CachedRun, cache: FeatureCache, call) -> Tensor:
     return call()
 
 
-def reuse_prediction(run: CachedRun, cache: FeatureCache, model, transformer_options, call) -> Tensor:
+def reuse_prediction(run: ModelRun, cache: FeatureCache, model, transformer_options, call) -> Tensor:
     """The denoised sample itself is held or forecast; any sampler can use it, and Euler as well as its derivative."""
     if cache.run.reusing:
         return cache.recall("denoised").clone()
@@ -177,13 +261,13 @@ def reuse_prediction(run: CachedRun, cache: FeatureCache, model, transformer_opt
     return out
 
 
-def reuse_branches(run: CachedRun, cache: FeatureCache, model, transformer_options, call) -> Tensor:
+def reuse_branches(run: ModelRun, cache: FeatureCache, model, transformer_options, call) -> Tensor:
     """Attention and MLP outputs of our DiT are reused before the gate (FORA, arXiv 2407.01425)."""
     with cached_call(model.diffusion_model, cache):
         return call()
 
 
-def reuse_blocks(run: CachedRun, cache: FeatureCache, model, transformer_options, call) -> Tensor:
+def reuse_blocks(run: ModelRun, cache: FeatureCache, model, transformer_options, call) -> Tensor:
     """What the lists of blocks add to their streams is reused; embedding and output layers compute."""
     network = model.diffusion_model
     if not cache.run.reusing and not cache.needs(run.step):
@@ -246,18 +330,6 @@ def cost_of(network: nn.Module, tier: str) -> float:
     if tier == BRANCHES:
         return reuse_cost(network, cached_modules(network, "branch"))
     return reuse_cost(network, [block for path in block_lists(network) for block in blocks_at(network, path)])
-
-
-def state_of(model, control: Any, transformer_options: dict[str, Any]) -> tuple:
-    """What a condition's features also belong to: hooked weights, replaced layers, a ControlNet.
-
-    Hooked LoRAs change their strength in mid-run, skip-layer guidance begins and ends, a ControlNet ends.
-    """
-    hooks = getattr(model.current_patcher, "current_hooks", None)
-    strengths = () if hooks is None else tuple((id(hook.hook_ref), hook.strength) for hook in hooks.hooks)
-    replaced = transformer_options.get("patches_replace", {})
-    layers = frozenset((kind, layer) for kind, layers in replaced.items() for layer in layers)
-    return strengths, layers, control is not None
 
 
 def apply_cache(patcher, settings: CacheSettings):

@@ -6,42 +6,31 @@ import comfy.samplers
 
 from ....qandc_core.caching.runs import StepDistances
 from ....qandc_core.calibration.file import Calibration
-from ..wrappers import sampler_function_name
-from .run import adds_noise
+from ..calibrate.inputs import schedule_of
+from ..sampling import Settings
+from ..wrappers import declares_noise
 
 
 def placing(patcher, calibration: Calibration) -> tuple[StepDistances | None, list[str]]:
     """Its step distances with the run that they were measured on; or none and the reason."""
-    made = calibration.notes if calibration.sampling is None else {"sampler": calibration.sampling.sampler}
-    sampler, spaced = made.get("sampler", ""), "the computed steps have the default spacing"
-    if calibration.distances is not None:
-        return StepDistances(calibration.distances, noise_levels(patcher, calibration), noisy(sampler)), []
-    if "cache" in calibration.notes.get("attached", {}):
-        return None, [f"the calibration was made with a cache and cannot place steps, one made without can; {spaced}"]
-    if sampler:
-        return None, [
-            f"the calibration cannot place steps because {sampler} skips noise levels of the schedule; {spaced}"
-        ]
-    return None, [f"the calibration has no step distances, so {spaced}"]
+    if calibration.distances is None:
+        return None, [f"the calibration does not place the steps because {calibration.missing_distances}"]
+    sampling = calibration.sampling
+    sampler = calibration.notes.get("sampler") if sampling is None else sampling.sampler
+    return StepDistances(calibration.distances, noise_levels(patcher, calibration), noisy(sampler)), []
 
 
 def noise_levels(patcher, calibration: Calibration) -> tuple[float, ...] | None:
     """Those of the calibration's run; of files that do not note them, those that KSampler would take on this model."""
     notes = calibration.notes
-    if "sigmas" in notes:
-        return tuple(notes["sigmas"])
-    if calibration.sampling is not None:
-        return calibration.sampling.schedule().sigmas
-    if notes.get("scheduler") not in comfy.samplers.SCHEDULER_NAMES:
-        return None
-    run = comfy.samplers.KSampler(
-        patcher, notes["steps"], patcher.load_device, notes["sampler"], notes["scheduler"], denoise=1.0
-    )
-    return tuple(run.sigmas.tolist())
+    if calibration.sigmas is not None or notes.get("scheduler") not in comfy.samplers.SCHEDULER_NAMES:
+        return calibration.sigmas
+    settings = Settings(None, None, notes["steps"], 1.0, notes["sampler"], notes["scheduler"])
+    return tuple(schedule_of(patcher, settings).tolist())
 
 
-def noisy(sampler: str) -> bool | None:
+def noisy(sampler: str | None) -> bool | None:
     """Whether the sampler adds noise; None for one that is not known here."""
     if sampler not in comfy.samplers.SAMPLER_NAMES:
         return None
-    return adds_noise(sampler_function_name(comfy.samplers.sampler_object(sampler)))
+    return declares_noise(comfy.samplers.sampler_object(sampler))

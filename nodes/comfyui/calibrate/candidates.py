@@ -1,140 +1,12 @@
-"""What calibration may learn from: every sample of a MODEL's own trajectories, and the choice among them."""
+"""The first pass of calibration under ComfyUI: every sample of a MODEL's trajectories becomes a candidate."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-from ....qandc_core.calibration.distances import prediction_distances
-from ....qandc_core.calibration.selection import random_select, stratified_select
-from ....qandc_core.calibration.tap import tap_select
+from ....qandc_core.calibration.choice import Candidates, features_of
 from ..cache.attach import KEY as CACHE
 from ..cache.attach import is_reused
 from ..compensation import preserved_scale
 from ..wrappers import is_flow, scalar, step_at
-
-FEATURES = 16384  # values of a sample that TAP clusters; larger latents are averaged down to this
-SELECTIONS = ("tap", "stratified", "random")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How much to sample, how to choose from it, and how much of what layers see is kept."""
-
-    trajectories: int = 32
-    batch_size: int = 16
-    samples: int = 400
-    selection: str = "tap"
-    clusters: int = 50
-    time_scale: float = 5.0
-    computed_only: bool = True
-    hessians: bool = True
-    seed: int = 501
-    memory_gb: float = 4.0
-    tokens: int = 4096
-    held_out: int = 8
-
-    @property
-    def apart(self) -> bool:
-        """Whether the last trajectory is held out as a whole."""
-        return self.held_out > 0 and self.trajectories > 1
-
-    def batches(self) -> Iterator[tuple[int, int, int]]:
-        """Seed, size and number of the first image of every sampling run; a trajectory held out has its own."""
-        shared, first = self.trajectories - self.apart, 0
-        sizes = [min(self.batch_size, shared - start) for start in range(0, shared, self.batch_size)]
-        for number, size in enumerate([*sizes, 1] if self.apart else sizes):
-            yield self.seed + number, size, first
-            first += size
-
-
-@dataclass(frozen=True)
-class Choice:
-    """Samples to observe (n, 4): run, call within the run, image within the batch, how many conditions the call has;
-    and to hold out (h, 4): run, call, image, which condition.
-    """
-
-    samples: Tensor
-    held_out: Tensor
-
-    def __contains__(self, run: int) -> bool:
-        return bool((self.samples[:, 0] == run).any() or (self.held_out[:, 0] == run).any())
-
-
-@dataclass
-class Candidates:
-    """Every sample of every model call: features (N, D), step indices (N,), whether the call computed (N,), and
-    where it came from, (N, 4) as in a Choice.
-    """
-
-    features: list[Tensor] = field(default_factory=list)
-    steps: list[Tensor] = field(default_factory=list)
-    computed: list[Tensor] = field(default_factory=list)
-    origin: list[Tensor] = field(default_factory=list)
-    predictions: list[dict[int, Tensor]] = field(default_factory=list)
-    sigmas: Tensor | None = None
-
-    def distances(self) -> Tensor | None:
-        """How much each step's prediction differs from earlier ones; None where a cache left some out."""
-        if self.sigmas is None or not all(bool(part.all()) for part in self.computed):
-            return None
-        steps = range(len(self.sigmas) - 1)
-        if any(step not in run for run in self.predictions for step in steps):
-            return None
-        rows = [torch.cat([run[step] for run in self.predictions]) for step in steps]
-        return prediction_distances(torch.stack(rows), self.sigmas)
-
-    def choose(self, plan: Plan) -> Choice:
-        """The samples that the plan's selection takes, and computed ones that it could not or did not take."""
-        origin, computed = torch.cat(self.origin), torch.cat(self.computed)
-        allowed, spare = computed if plan.computed_only else torch.ones_like(computed), computed.clone()
-        if plan.apart:
-            last = origin[:, 0] == len(self.predictions) - 1
-            allowed, spare = allowed & ~last, spare & last
-        chosen = self.select(allowed.nonzero().flatten(), plan)
-        spare[chosen] = False
-        return Choice(origin[chosen], spread(origin[spare], plan.held_out))
-
-    def select(self, kept: Tensor, plan: Plan) -> Tensor:
-        """Indices of the samples that are taken from those at `kept`."""
-        steps = torch.cat(self.steps)[kept]
-        if plan.selection == "tap":
-            clusters, features = min(plan.clusters, plan.samples, len(kept)), torch.cat(self.features)[kept]
-            taken = tap_select(
-                features, steps, plan.samples, clusters, time_scale=plan.time_scale, seed=plan.seed
-            ).indices
-        elif plan.selection == "stratified":
-            taken = stratified_select(steps, plan.samples, plan.seed)
-        else:
-            taken = random_select(len(kept), plan.samples, plan.seed)
-        return kept[taken]
-
-
-def spread(calls: Tensor, count: int) -> Tensor:
-    """At most `count` conditions (h, 4) evenly over the calls (n, 4): one of each call in turn, then the next."""
-    found: list[list[int]] = []
-    for shift in range(int(calls[:, 3].max()) if len(calls) else 0):
-        wanted = min(count - len(found), len(calls))
-        for i in range(wanted):
-            *place, conditions = calls[(2 * i + 1) * len(calls) // (2 * wanted)].tolist()
-            if shift < conditions:
-                found.append([*place, (i + shift) % conditions])
-    return torch.tensor(found, dtype=torch.long).reshape(-1, 4)
-
-
-def features_of(x: Tensor) -> Tensor:
-    """A sample as TAP sees it (N, D), float32 on CPU."""
-    values = x[0].numel()
-    if values > FEATURES and x.ndim >= 4:
-        side = max(1, int((FEATURES / (values / (x.shape[-1] * x.shape[-2]))) ** 0.5))
-        x = F.adaptive_avg_pool2d(x.flatten(1, -3).float(), side)
-    elif values > FEATURES:  # sound, or several latents packed into one
-        x = F.adaptive_avg_pool1d(x.flatten(1).float(), FEATURES)
-    return x.flatten(1).float().cpu()
 
 
 def conditions_of(options: dict) -> int:
@@ -153,20 +25,17 @@ class Collecting:
 
     def __init__(self, candidates: Candidates, run: int):
         self.candidates, self.run, self.call, self.conditions = candidates, run, 0, 0
-        candidates.predictions.append({})
 
     def predict_noise(self, executor, x, timestep, model_options, seed):
         options, sigma = model_options["transformer_options"], scalar(timestep)
         scale = preserved_scale(sigma, is_flow(executor.class_obj.inner_model))
         features, self.conditions = features_of(x * scale), 0
         out = executor(x, timestep, model_options, seed)
-        found, count, step = self.candidates, len(x), step_at(options["sample_sigmas"].tolist(), sigma)
-        found.sigmas = options["sample_sigmas"]
-        found.predictions[-1].setdefault(step, features_of(out).flatten())
-        found.features.append(features)
-        found.steps.append(torch.full((count,), step))
-        found.computed.append(torch.full((count,), not is_reused(options)))
-        found.origin.append(torch.tensor([[self.run, self.call, image, self.conditions] for image in range(count)]))
+        sigmas = options["sample_sigmas"]
+        step = step_at(sigmas.tolist(), sigma)
+        self.candidates.add(
+            self.run, self.call, step, sigmas, features, out, self.conditions, computed=not is_reused(options)
+        )
         self.call += 1
         return out
 

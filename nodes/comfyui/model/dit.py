@@ -23,12 +23,13 @@ from ....qandc_core.calibration.file import FINGERPRINT, fingerprint_tensors
 from ....qandc_core.checkpoints.dit import dit_metadata, locate, read_dit, strip_prefix
 from ....qandc_core.checkpoints.native import holds_quantized, quantized_names
 from ....qandc_core.checkpoints.quantized import is_quantized, load_codes, quantized_metadata, read_quantized
-from ....qandc_core.diffusion.process import check_labels
+from ....qandc_core.diffusion.classes import read_classes
 from ....qandc_core.files import METADATA_KEY, metadata_tensor, pop_metadata, read_tensors
 from ....qandc_core.models.dit import DiT, DiTConfig
 from ....qandc_core.quantization.model import quantized_layers
 from ....qandc_core.quantization.native import FORMATS, layer_config
-from ..quantize.formats import check_supported, prepare
+from ..quantize.formats import check_supported
+from ..quantize.patcher import as_paper
 from ..quantize.rebuild import rebuilt
 
 LATENT_FORMATS = {3: comfy.latent_formats.ChromaRadiance, 4: comfy.latent_formats.SD15}
@@ -91,12 +92,11 @@ class DiTModel(comfy.model_base.BaseModel):
         self.model_sampling = (CleanImageSampling if clean else Sampling)(model_config)
 
     def extra_conds(self, **kwargs):
-        out = super().extra_conds(**kwargs)
         config = self.diffusion_model.config
-        if "class_label" not in kwargs and kwargs.get("cross_attn") is not None:
-            raise ValueError("This model draws classes, not text; connect the node Class Label instead of a prompt.")
+        tokens = kwargs.pop("cross_attn", None)  # no condition of its own: lists of unequal length would not batch
+        labels = read_classes(tokens, config.num_classes, config.has_null_class)
+        out = super().extra_conds(**kwargs)
         # A regular condition keeps int64 (class 417 is 416 in bfloat16) and batches with the null class.
-        labels = check_labels(kwargs.get("class_label", (config.num_classes,)), config.num_classes)
         out["y"] = comfy.conds.CONDRegular(labels)
         return out
 
@@ -145,7 +145,6 @@ def native_dit(empty, packed: dict[str, Tensor], disable_dynamic: bool):
     for format in FORMATS:
         if FORMATS[format] in formats:
             check_supported(format)
-    prepare(formats)
     if FINGERPRINT in metadata:
         setattr(empty.model.diffusion_model, FINGERPRINT, metadata[FINGERPRINT])
     return rebuilt(empty, tensors, disable_dynamic)
@@ -164,7 +163,7 @@ def quantized_dit(
     model = patcher.model.diffusion_model
     load_codes(model, tensors, header, name)
     model.to(dtype=model.dtype)
-    return resized(patcher)
+    return as_paper(resized(patcher))
 
 
 def new_patcher(

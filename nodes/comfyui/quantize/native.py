@@ -6,8 +6,7 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.model_management as mm
@@ -19,26 +18,32 @@ from ....qandc_core.calibration.file import FINGERPRINT, Calibration
 from ....qandc_core.quantization.budget import FLOAT, Budget, LayerSource, quantize_layers, stored_bytes
 from ....qandc_core.quantization.native import COLLAPSE, NativeConfig, NativeLayer
 from ....qandc_core.quantization.report import LayerReport, QuantizationReport
+from ....qandc_core.quantization.selection import unmatched
 from ..pictures import error_bars, report_picture
 from ..sampling import Progress
 from ..wrappers import QUANTIZATION, note
-from .formats import backend, check_supported, prepare
-from .layers import check_loras, check_not_quantized, quantizable
-from .rebuild import again, compiled_again, rebuilt, shapes_read_by_detection
-from .weights import base_tensors, base_weight, fingerprint_of, is_quantized, patched
+from .formats import backend, check_supported
+from .layers import all_linears, check_loras, check_not_quantized, quantizable
+from .patcher import as_native
+from .rebuild import again, compiled_again, rebuilt, shapes_read_by_detection, stored_dtype
+from .weights import SourceWeights, fingerprint_of, is_quantized
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class NativeSettings:
-    """What the node Quantize asks for. `loras`: bake them into the weights, or keep them as patches on top."""
+    """What the node Quantize asks for. `loras`: bake them into the weights, or keep them as patches on top.
+
+    `include`: parts of names of layers outside the blocks that are quantized too.
+    """
 
     format: str = "W8A8"
     rounding: str = "auto"
     budget: Budget = Budget()
     skip: tuple[str, ...] = ()
     loras: str = "bake"
+    include: tuple[str, ...] = ()
 
 
 def quantize_native(
@@ -50,18 +55,19 @@ def quantize_native(
     model, or the result is not finite or far from full precision.
     """
     check_supported(settings.format)
-    layers = chosen_layers(patcher, settings.skip)
+    layers = chosen_layers(patcher, settings.skip, settings.include)
     if calibration is not None:
         calibration.check_fingerprint(fingerprint_of(patcher))
     started = time.perf_counter()
     calls = calibration.held_out if calibration is not None else ()
     progress = Progress(patcher, len(layers) + 2 * len(calls))
-    quantized = quantized_weights(patcher, layers, settings, calibration, progress)
-    model = assembled(patcher, quantized, settings.loras == "bake")
+    weights = SourceWeights(patcher, settings.loras == "bake", stored_dtype(patcher.model.model_config))
+    quantized = quantized_weights(weights, layers, settings, calibration, progress)
+    model = assembled(weights, quantized)
     error = model_error(patcher, model, calls, progress)
     report = QuantizationReport(
         settings.format,
-        layer_reports(patcher, quantized),
+        layer_reports(weights, quantized),
         time.perf_counter() - started,
         backend(settings.format, model.load_device),
         error,
@@ -78,12 +84,12 @@ def quantize_native(
     return model, report
 
 
-def chosen_layers(patcher, skip: tuple[str, ...]) -> list[str]:
+def chosen_layers(patcher, skip: tuple[str, ...], include: tuple[str, ...] = ()) -> list[str]:
     """Names of the layers to quantize. Raises ValueError where there is none, or on weights that are no floats."""
     network = patcher.model.diffusion_model
     check_not_quantized(network)
     check_loras(patcher)
-    found = quantizable(network)
+    found = quantizable(network, include)
     for name, module in found:
         if not (is_quantized(module.weight) or module.weight.is_floating_point()):
             raise ValueError(
@@ -98,25 +104,31 @@ def chosen_layers(patcher, skip: tuple[str, ...]) -> list[str]:
     return names
 
 
-def quantized_weights(
-    patcher, names: list[str], settings: NativeSettings, calibration: Calibration | None, progress: Progress
-) -> dict[str, NativeLayer | None]:
-    """Every layer's tensors; None where it stays as it is."""
-    device, bake = mm.get_torch_device(), settings.loras == "bake"
+def ignored_patterns(patcher, settings: NativeSettings) -> list[str]:
+    """A sentence for each part of `skip` and `include` that no layer's name contains."""
+    names = list(all_linears(patcher.model.diffusion_model))
+    found = [
+        f"{kind}: {sentence}"
+        for kind, patterns in (("skip", settings.skip), ("include", settings.include))
+        for sentence in unmatched(patterns, names)
+    ]
+    for sentence in found:
+        log.warning("Q&C quantization: %s.", sentence)
+    return found
 
-    def tensor(name: str) -> Tensor:
-        value = base_weight(patcher, name)
-        return (patched(patcher, name, value) if bake else value).to(device)
+
+def quantized_weights(
+    weights: SourceWeights, names: list[str], settings: NativeSettings, calibration: Calibration | None,
+    progress: Progress,
+) -> dict[str, NativeLayer | None]:  # fmt: skip
+    """Every layer's tensors; None where it stays as it is. Raises ValueError where all of them do."""
+    device, patcher = mm.get_torch_device(), weights.patcher
 
     def source(name: str) -> LayerSource:
-        module = patcher.model.diffusion_model.get_submodule(name)
-        bias = None if module.bias is None else f"{name}.bias"
-        return LayerSource(
-            name, lambda: (tensor(f"{name}.weight"), bias and tensor(bias)), sizes[name], name in unpacked
-        )
+        return LayerSource(name, lambda: weights.layer(name, device), sizes[name], name in unpacked)
 
-    sizes = layer_bytes(patcher, names)
-    unpacked = {key.rpartition(".")[0] for key in shapes_read_by_detection(base_tensors(patcher))}
+    sizes = weights.bytes(names)
+    unpacked = {key.rpartition(".")[0] for key in shapes_read_by_detection(weights.tensors)}
     errors: dict[str, float] = {}
 
     def shown(name: str, error: float) -> None:
@@ -130,7 +142,18 @@ def quantized_weights(
     config = NativeConfig(settings.format, settings.rounding)
     statistics = calibration.statistics if calibration is not None else {}
     mm.free_memory(max(working_memory(patcher, name) for name in names), device)
-    return quantize_layers([source(name) for name in names], config, statistics, settings.budget, shown)
+    budget = settings.budget
+    if budget.max_bytes is not None and budget.max_bytes >= sum(sizes.values()):
+        # The layers as they are meet this limit: spending it would quantize nothing.
+        budget = replace(budget, max_bytes=None)
+    found = quantize_layers([source(name) for name in names], config, statistics, budget, shown)
+    if not any(found.values()):
+        raise ValueError(
+            f"Nothing would be quantized: in {settings.format} and every finer format all {len(names)} layers have a "
+            f"relative error above max_layer_error = {settings.budget.max_error or 0:g} or sizes that the format does "
+            "not take; raise max_layer_error, or set 0 for no limit."
+        )
+    return found
 
 
 def working_memory(patcher, name: str) -> int:
@@ -139,18 +162,8 @@ def working_memory(patcher, name: str) -> int:
     return 4 * module.in_features * (3 * module.in_features + 6 * module.out_features)
 
 
-def layer_bytes(patcher, names: Collection[str]) -> dict[str, int]:
-    """What each layer takes in the source."""
-    found = dict.fromkeys(names, 0)
-    for key, value in base_tensors(patcher).items():
-        owner = key.rpartition(".")[0]
-        if owner in found:
-            found[owner] += value.nbytes
-    return found
-
-
-def layer_reports(patcher, quantized: dict[str, NativeLayer | None]) -> list[LayerReport]:
-    before = layer_bytes(patcher, quantized)
+def layer_reports(weights: SourceWeights, quantized: dict[str, NativeLayer | None]) -> list[LayerReport]:
+    before = weights.bytes(quantized)
     return [
         LayerReport(name, FLOAT, 0.0, before[name], before[name])
         if layer is None
@@ -159,22 +172,19 @@ def layer_reports(patcher, quantized: dict[str, NativeLayer | None]) -> list[Lay
     ]
 
 
-def assembled(patcher, quantized: dict[str, NativeLayer | None], bake: bool):
-    """A model of the quantized layers and all that is left of the source, with the source's attachments."""
+def assembled(weights: SourceWeights, quantized: dict[str, NativeLayer | None]):
+    """A model of the quantized layers and all that is left of the source, with the source's wrappers and patches."""
+    patcher = weights.patcher
     layers = {name: layer for name, layer in quantized.items() if layer is not None}
-    tensors: dict[str, Tensor] = {}
-    for name, value in base_tensors(patcher).items():
-        if name.rpartition(".")[0] not in layers:
-            tensors[name] = (patched(patcher, name, value) if bake else value).cpu()
+    tensors = weights.without(layers)
     for name, layer in layers.items():
         tensors |= {f"{name}.{key}": value.cpu() for key, value in layer.tensors.items()}
-    prepare({layer.format for layer in layers.values()})
     fresh = rebuilt(patcher, tensors)
     setattr(fresh.model.diffusion_model, FINGERPRINT, fingerprint_of(patcher))
     fresh.cached_patcher_init = (again, (fresh,))
-    model = patcher.clone(model_override=fresh.get_clone_model_override())
+    model = as_native(patcher.clone(model_override=fresh.get_clone_model_override()))
     model.cached_patcher_init = fresh.cached_patcher_init
-    if bake:
+    if weights.bake:
         model.patches, model.patches_uuid = {}, uuid.uuid4()
     replaced = [key for key in patcher.object_patches if key.startswith("diffusion_model.")]
     if replaced:

@@ -24,6 +24,7 @@ from ..pictures import error_bars
 from ..sampling import Progress
 from ..wrappers import note
 from .layers import check_loras, check_not_quantized
+from .patcher import as_paper
 from .weights import fingerprint_of, patched_tensors
 
 log = logging.getLogger(__name__)
@@ -44,12 +45,14 @@ def quantized_patcher(
     tensors = patched_tensors(patcher)
     fresh = new_patcher(source.config, source.dtype, tensors)
     model = fresh.model.diffusion_model
+    model.float()  # LoRAs are in the weights in float32: half precision would lose a weak one before it is quantized
     fresh.model.load_model_weights(dict(tensors), "", assign=fresh.is_dynamic())
     setattr(model, FINGERPRINT, fingerprint_of(patcher))
     progress = Progress(patcher, 2 * len(list(named_linears(model, DIT_SKIP))))
     before = linear_weight_bytes(model)
     quantize_model(model, w_bits, a_bits, DIT_SKIP, calibration, config, lambda *_: progress.advance())
     errors = weight_errors(model, tensors, progress)
+    model.to(dtype=source.dtype)
     worst = max(errors, key=lambda name: errors[name])
     report = (
         f"{len(errors)} layers in W{w_bits}A{a_bits}, linear weights {before / 2**20:.1f} -> "
@@ -61,7 +64,7 @@ def quantized_patcher(
     # ComfyUI builds a second copy from this recipe where it needs one, for torch.compile or hooks with dynamic VRAM.
     quantized.cached_patcher_init = (quantized_dit, (model.state_dict(), quantized_metadata(model), source.dtype))
     note(quantized, "quantization", f"W{w_bits}A{a_bits}", f"W{w_bits}A{a_bits} {config}")
-    return resized(quantized), report
+    return as_paper(resized(quantized)), report
 
 
 def weight_errors(model: nn.Module, tensors: dict[str, Tensor], progress: Progress) -> dict[str, float]:

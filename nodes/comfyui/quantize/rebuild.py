@@ -9,10 +9,14 @@ import comfy.model_detection
 import comfy.model_management as mm
 import comfy.model_patcher
 import comfy.utils
+import torch
 from torch import Tensor
 
 from ....qandc_core.calibration.file import FINGERPRINT
+from ....qandc_core.precision import is_out_of_memory
 from ..wrappers import WRAPPERS
+from .formats import compilable
+from .patcher import as_native
 from .weights import base_tensors
 
 
@@ -46,10 +50,16 @@ def quantized_config(model_config) -> Any:
     config.unet_config = dict(model_config.unet_config)
     config.quant_config, config.custom_operations = {"mixed_ops": True}, None
     cast = mm.unet_manual_cast(None, mm.get_torch_device(), config.supported_inference_dtypes)
-    dtype = model_config.unet_config.get("dtype")
-    stored = cast if dtype is None or dtype.itemsize == 1 else dtype
-    config.set_inference_dtype(stored, cast)
+    config.set_inference_dtype(stored_dtype(model_config), cast)
     return config
+
+
+def stored_dtype(model_config) -> torch.dtype | None:
+    """The precision of what is not quantized: the model's own, or that of its computations for a model in float8."""
+    dtype = model_config.unet_config.get("dtype")
+    if dtype is not None and dtype.itemsize > 1:
+        return dtype
+    return mm.unet_manual_cast(None, mm.get_torch_device(), model_config.supported_inference_dtypes)
 
 
 def rebuilt(source, tensors: dict[str, Tensor], disable_dynamic: bool = False):
@@ -63,6 +73,8 @@ def rebuilt(source, tensors: dict[str, Tensor], disable_dynamic: bool = False):
     try:
         fresh = config.get_model({**tensors, **said_in_files}, "", device=offload)
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise ValueError(
             f"ComfyUI cannot build a second {type(model).__name__} from its configuration ({error}); "
             "models of this loader cannot be quantized."
@@ -75,7 +87,8 @@ def rebuilt(source, tensors: dict[str, Tensor], disable_dynamic: bool = False):
     known = getattr(model.diffusion_model, FINGERPRINT, None)
     if known is not None:
         setattr(fresh.diffusion_model, FINGERPRINT, known)
-    return patcher
+    compilable(fresh.diffusion_model)
+    return as_native(patcher)
 
 
 def again(patcher, disable_dynamic: bool = False):

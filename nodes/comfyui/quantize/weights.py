@@ -2,10 +2,85 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import comfy.lora
+import torch
 from torch import Tensor
 
 from ....qandc_core.calibration.file import FINGERPRINT, fingerprint_tensors
+
+
+class SourceWeights:
+    """A patcher's weights: with `bake` its LoRAs and merges are part of them, else they are left out.
+
+    LoRAs are added to decoded weights in float32, before anything is rounded again: float8 steps over a weak one.
+    `stored` is the dtype for what can no longer stay in float8.
+    """
+
+    def __init__(self, patcher, bake: bool, stored: torch.dtype | None = None):
+        self.patcher, self.bake, self.stored = patcher, bake, stored
+        self.tensors = base_tensors(patcher)
+
+    def bytes(self, names: Collection[str]) -> dict[str, int]:
+        """What each of these layers takes in the source."""
+        found = dict.fromkeys(names, 0)
+        for key, value in self.tensors.items():
+            owner = key.rpartition(".")[0]
+            if owner in found:
+                found[owner] += value.nbytes
+        return found
+
+    def layer(self, name: str, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """Weight (N, K) in floating point and bias (N,) or None of a linear layer."""
+        module = self.patcher.model.diffusion_model.get_submodule(name)
+        weight = self.value(f"{name}.weight").to(device)
+        smoothing = getattr(module, "pre_quant_scale", None)
+        if smoothing is not None:  # the layer multiplies its inputs by it; the quantized one will not
+            weight = weight.float() * smoothing.to(device, torch.float32)
+        if module.bias is None:
+            return weight, None
+        bias = self.value(f"{name}.bias")
+        return weight, bias.to(device, self.kept_dtype(base_weight(self.patcher, f"{name}.bias").dtype))
+
+    def value(self, name: str) -> Tensor:
+        """One weight or bias; float32 where a LoRA is in it."""
+        value = base_weight(self.patcher, name)
+        return patched(self.patcher, name, value) if self.bake else value
+
+    def without(self, layers: Collection[str]) -> dict[str, Tensor]:
+        """Every tensor of a file but those of `layers`, on the CPU.
+
+        A layer in scaled float8 (or another packed format) with a LoRA in it is stored in floating point: rounding it
+        to float8 again would lose a weak LoRA.
+        """
+        changed = self.changed(layers)
+        owners = {name.rpartition(".")[0] for name in changed if is_quantized(self.held(name))}
+        tensors = {
+            name: value.cpu()
+            for name, value in self.tensors.items()
+            if (owner := name.rpartition(".")[0]) not in layers and not (owner in owners and name != f"{owner}.bias")
+        }
+        for name in changed:
+            owner = name.rpartition(".")[0]
+            value = self.layer(owner, torch.device("cpu"))[0] if owner in owners and name.endswith(".weight") else None
+            value = self.value(name) if value is None else value
+            tensors[name] = value.to("cpu", self.kept_dtype(base_weight(self.patcher, name).dtype))
+        return tensors
+
+    def changed(self, layers: Collection[str]) -> list[str]:
+        """Weights and biases outside `layers` that a LoRA is in."""
+        if not self.bake:
+            return []
+        prefix = "diffusion_model."
+        names = [key.removeprefix(prefix) for key in self.patcher.patches if key.startswith(prefix)]
+        return [name for name in names if name in self.tensors and name.rpartition(".")[0] not in layers]
+
+    def held(self, name: str) -> Tensor:
+        return held_weight(self.patcher, name)
+
+    def kept_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return self.stored if dtype.itemsize == 1 and self.stored is not None else dtype
 
 
 def base_tensors(patcher) -> dict[str, Tensor]:
@@ -22,29 +97,36 @@ def base_tensors(patcher) -> dict[str, Tensor]:
     return tensors
 
 
-def is_quantized(value: Tensor) -> bool:
-    """Whether this is one of comfy-kitchen's tensors of codes and scales."""
+def is_quantized(value: object) -> bool:
+    """True for comfy-kitchen's tensors of codes and scales."""
     return hasattr(value, "dequantize") and hasattr(value, "_layout_cls")
 
 
-def base_weight(patcher, name: str) -> Tensor:
-    """One weight or bias in floating point and without patches; name is that within the diffusion model."""
+def held_weight(patcher, name: str) -> Tensor:
+    """One parameter without patches, packed where it is packed; name is that within the diffusion model."""
     backup = patcher.backup.get(f"diffusion_model.{name}")
+    if backup is not None:
+        return backup.weight
     owner, _, attribute = name.rpartition(".")
-    value = getattr(patcher.model.diffusion_model.get_submodule(owner), attribute) if backup is None else backup.weight
+    return getattr(patcher.model.diffusion_model.get_submodule(owner), attribute)
+
+
+def base_weight(patcher, name: str) -> Tensor:
+    """One weight or bias in floating point and without patches."""
+    value = held_weight(patcher, name)
     return value.dequantize() if is_quantized(value) else value.detach()
 
 
 def patched(patcher, name: str, value: Tensor) -> Tensor:
-    """The value with the patcher's LoRAs in it, in its own precision."""
+    """The value with the patcher's LoRAs in it, in float32; the value itself where there are none."""
     patches = patcher.patches.get(f"diffusion_model.{name}")
     if patches is None:
         return value
-    return comfy.lora.calculate_weight(patches, value.float().clone(), name).to(value.dtype)
+    return comfy.lora.calculate_weight(patches, value.float().clone(), name)
 
 
 def patched_tensors(patcher) -> dict[str, Tensor]:
-    """The diffusion model's weights with the patcher's LoRAs in them, on CPU."""
+    """The diffusion model's weights with the patcher's LoRAs in them, in float32 where there are any, on the CPU."""
     return {name: patched(patcher, name, value).cpu() for name, value in base_tensors(patcher).items()}
 
 

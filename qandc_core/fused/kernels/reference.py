@@ -10,7 +10,6 @@ from ...quantization.grids import Grid, quantize, token_grid
 from ...quantization.matmul import int_mm, int_mm_is_fast, simulated_matmul
 from ...quantization.rotation import rotate_fast
 
-INT_MM_ROWS = 17  # torch._int_mm on CUDA takes no fewer
 CPU = {"int_mm": False}  # what `prepare` found
 
 
@@ -67,16 +66,14 @@ def int8_matmul(
         return quantize(y, grid)
     if residual is not None and gate is not None:
         images = (len(gate), -1, y.shape[1])
-        y = (residual.float().view(images) + gate[:, None].float() * y.view(images)).flatten(0, 1)
+        y = (residual.float().reshape(images) + gate[:, None].float() * y.view(images)).flatten(0, 1)
     return y.to(out_dtype)
 
 
 def integer_product(a: Tensor, b: Tensor) -> Tensor:
-    """a (M, K) int8 times b (N, K) int8 transposed, exact in int32; on CUDA K and N are multiples of 8."""
-    if a.is_cuda:
-        missing = INT_MM_ROWS - len(a)
-        return int_mm(a, b) if missing <= 0 else int_mm(F.pad(a, (0, 0, 0, missing)), b)[: len(a)]
-    return int_mm(a, b) if CPU["int_mm"] else simulated_matmul(a, b)
+    """a (M, K) int8 times b (N, K) int8 transposed, exact in int32."""
+    fast = a.is_cuda or (a.device.type == "cpu" and CPU["int_mm"])
+    return int_mm(a, b) if fast else simulated_matmul(a, b)
 
 
 def prepare() -> None:

@@ -1,5 +1,7 @@
 """The functions of `reference` on the Triton kernels. They are custom operators: opaque to torch.compile, which would
 refuse the pruned tuning of the product. The first call of each shape tunes; do it before a CUDA graph is captured.
+The kernels read matrices row by row, so operands of another layout are copied first; rows of shift, scale and gate may
+be any distance apart.
 """
 
 from __future__ import annotations
@@ -49,13 +51,22 @@ def int8_matmul(
 
     The arithmetic after the exact integer product is in float32, stored as out_dtype unless there is a grid.
     """
-    return int8_matmul_op(codes, row_scale, weight, column_scale, bias, out_dtype, gelu, *flat(grid), gate, residual)
+    row_scale, bias, residual = (None if x is None else x.contiguous() for x in (row_scale, bias, residual))
+    return int8_matmul_op(
+        codes.contiguous(), row_scale, weight.contiguous(), column_scale.contiguous(), bias, out_dtype, gelu,
+        *flat(grid), whole_rows(gate), residual,
+    )  # fmt: skip
+
+
+def whole_rows(x: Tensor | None) -> Tensor | None:
+    """x (B, N) with the values of each row side by side."""
+    return x if x is None or x.shape[1] == 1 or x.stride(1) == 1 else x.contiguous()
 
 
 def quantize(
     x: Tensor, shift: Tensor | None, scale: Tensor | None, eps: float, group: int | None, gelu: bool, grid: Grid | None
 ) -> tuple[Tensor, Tensor | None]:
-    codes, rows = quantize_op(x, shift, scale, eps, LEVELS[group], gelu, *flat(grid))
+    codes, rows = quantize_op(x, whole_rows(shift), whole_rows(scale), eps, LEVELS[group], gelu, *flat(grid))
     return codes, rows if grid is None else None
 
 

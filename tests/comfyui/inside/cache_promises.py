@@ -112,10 +112,7 @@ def calibrations(host: Host) -> dict[str, list]:
         return [steps_of(report), report.warnings]
 
     # An older file does not note its noise levels: those of its scheduler on this model are taken.
-    older = SimpleNamespace(**{
-        **vars(made), "notes": {name: value for name, value in made.notes.items() if name != "sigmas"},
-        "check_fingerprint": made.check_fingerprint,
-    })  # fmt: skip
+    older = replace(made, notes={name: value for name, value in made.notes.items() if name != "sigmas"})
     found["optimum"] = list(core.optimal_schedule(made.distances, 5))
     found["sigmas"] = made.notes["sigmas"] == schedule(patcher, "ddim").tolist()
     found["default"] = run(calibration=None)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from families import build, empty_latent, inputs
 from families import conditioning as family_conditioning
-from family_list import FAMILIES
+from family_list import FAMILIES, WIDTH
 from host import Host, main, relative
 from sampling import cache_policy, demo
 from sampling import conditioning as class_labels
@@ -31,7 +31,7 @@ class Case:
 
     def plan(self, **changes):
         small = {"trajectories": 5, "batch_size": 2, "samples": 12, "clusters": 4, "seed": 3, "tokens": 100}
-        return self.host.module("nodes.comfyui.calibrate.run").Plan(**{**small, **changes})
+        return self.host.module("nodes.comfyui.calibrate.run").CalibrationConfig(**{**small, **changes})
 
     def calibrate(self, partial: Path | None = None, patcher=None, **plan):
         calibrate = self.host.module("nodes.comfyui.calibrate.run").calibrate
@@ -263,58 +263,352 @@ def never_runs(host: Host) -> dict[str, Any]:
     return {"unused": "blocks.0.unused" in found.statistics, "others": len(found.statistics)}
 
 
-def digests(host: Host) -> dict[str, int]:
-    """Names of partial files of equal inputs, built anew, and of such as differ in one thing each."""
+def controlled(strength: float, hint: float = 1.0, weight: float = 1.0, start: float = 0.0):
+    """Settings' conditions of Flux with a ControlNet whose weights, strength, range and image are given."""
+    import comfy.controlnet
+
+    from nodes import ControlNetApplyAdvanced
+
+    class Net(comfy.controlnet.ControlBase):
+        def __init__(self):
+            super().__init__()
+            self.control_model = torch.nn.Linear(4, WIDTH)
+            torch.nn.init.constant_(self.control_model.weight, weight)
+            torch.nn.init.zeros_(self.control_model.bias)
+
+        def get_control(self, x_noisy, t, cond, batched_number, transformer_options):
+            self.cond_hint = self.cond_hint_original.to(x_noisy)  # as core's do, until the run is over
+            features = self.control_model(self.cond_hint.mean((1, 2))[:, :4])
+            return self.control_merge({"input": [features[:, None].repeat(1, 16, 1)], "output": []}, None, None)
+
+        def copy(self):
+            made = Net()
+            made.control_model = self.control_model
+            self.copy_to(made)
+            return made
+
+    positive, negative = (family_conditioning(FAMILIES["Flux"], seed) for seed in (1, 2))
+    image = torch.full((1, 64, 64, 3), hint)
+    return ControlNetApplyAdvanced().apply_controlnet(positive, negative, Net(), image, strength, start, 1.0)
+
+
+def hooked(strength: float, weight: float = 1.0):
+    """A prompt with a LoRA hooked to it, of this strength, for a part of the run."""
+    import comfy.hooks
+
+    key = "diffusion_model.double_blocks.0.img_attn.proj.weight"
+    hook = comfy.hooks.WeightHook(strength, 0.0)
+    hook.weights, hook.need_weight_init = {key: ("diff", (torch.full((WIDTH, WIDTH), weight),))}, False
+    group = comfy.hooks.HookGroup()
+    group.add(hook)
+    return comfy.hooks.set_hooks_for_conditioning(family_conditioning(FAMILIES["Flux"], 1), group)
+
+
+class Scaling:
+    """A patch of another pack."""
+
+    def __init__(self, scale: float):
+        self.scale = scale
+
+    def __call__(self, x, *args):
+        return x * self.scale
+
+    def wrapper(self, executor, *args, **kwargs):
+        return executor(*args, **kwargs) * self.scale
+
+
+def patched(patcher, scale: float, how: str):
+    made = patcher.clone()
+    if how == "options":
+        made.set_model_sampler_post_cfg_function(lambda args: args["denoised"] * scale)
+    elif how == "patch":
+        made.set_model_attn1_patch(Scaling(scale))
+    elif how == "wrapper":
+        made.add_wrapper_with_key("apply_model", "other", Scaling(scale).wrapper)
+    elif how == "object":
+        made.add_object_patch("diffusion_model.other_pack", Scaling(scale))
+    return made
+
+
+def digests(host: Host) -> dict[str, Any]:
+    """Digests of equal inputs, built anew, and of such as differ in one thing each."""
     from comfy_extras.nodes_model_advanced import ModelSamplingFlux
 
     digest_of = host.module("nodes.comfyui.calibrate.run").digest_of
 
     def digest(case: Case, **plan) -> str:
-        return digest_of(case.patcher, case.settings, case.latent, case.plan(**plan))
+        found = digest_of(case.patcher, case.settings, case.latent, case.plan(**plan))
+        assert found.known, found.opaque
+        return found.hex
 
-    case, again = family_case(host, "Flux"), family_case(host, "Flux")
-    (shifted,) = ModelSamplingFlux().patch(case.patcher, 2.0, 0.5, 64, 64)
-    cached = host.module("nodes.comfyui.cache.attach").apply_cache(case.patcher, cache_policy(host, 2, tier="blocks"))
-    prompt = replace(case.settings, positive=family_conditioning(FAMILIES["Flux"], 4))
-    lora = case.patcher.clone()
-    lora.add_patches({"diffusion_model.double_blocks.0.img_attn.proj.weight": ("diff", (torch.ones(64, 64),))}, 0.1)
-    others = [replace(case, patcher=patcher) for patcher in (shifted, cached, lora)]
-    others += [case.guided(3.0), replace(case, settings=prompt), replace(case, latent=torch.zeros(1, 16, 8, 16))]
-    found = [digest(case), digest(case, tokens=99), *map(digest, others)]
-    return {"same": len({digest(case), digest(again)}), "different": len(set(found)), "of": len(found)}
+    case = family_case(host, "Flux")
+
+    def prompted(positive, negative=None) -> Case:
+        settings = replace(case.settings, positive=positive, negative=negative or case.settings.negative)
+        return replace(case, settings=settings)
+
+    def on(patcher) -> Case:
+        return replace(case, patcher=patcher)
+
+    def attached(how: str):
+        return lambda scale: on(patched(case.patcher, scale, how))
+
+    def lora(strength: float) -> Case:
+        patcher = case.patcher.clone()
+        key = "diffusion_model.double_blocks.0.img_attn.proj.weight"
+        patcher.add_patches({key: ("diff", (torch.ones(64, 64),))}, strength)
+        return on(patcher)
+
+    def cached(interval: int) -> Case:
+        return on(host.module("nodes.comfyui.cache.attach").apply_cache(
+            case.patcher, cache_policy(host, interval, tier="blocks")
+        ))  # fmt: skip
+
+    variants = {
+        "plain": [lambda: case, lambda: family_case(host, "Flux")],
+        "shift": [lambda s=s: on(ModelSamplingFlux().patch(case.patcher, s, 0.5, 64, 64)[0]) for s in (2.0, 2.1)],
+        "cache": [lambda n=n: cached(n) for n in (2, 3)],
+        "lora": [lambda s=s: lora(s) for s in (0.1, 0.2)],
+        "guidance": [lambda c=c: case.guided(c) for c in (3.0, 4.0)],
+        "prompt": [lambda n=n: prompted(family_conditioning(FAMILIES["Flux"], n)) for n in (4, 5)],
+        "size": [lambda n=n: replace(case, latent=torch.zeros(1, 16, 8, n)) for n in (12, 16)],
+        "control strength": [lambda s=s: prompted(*controlled(s)) for s in (1.0, 0.02)],
+        "control image": [lambda h=h: prompted(*controlled(0.5, h)) for h in (0.1, 0.2)],
+        "control weights": [lambda w=w: prompted(*controlled(0.5, 1.0, w)) for w in (2.0, 3.0)],
+        "control range": [lambda s=s: prompted(*controlled(0.5, start=s)) for s in (0.1, 0.2)],
+        "hook strength": [lambda s=s: prompted(hooked(s)) for s in (0.1, 0.2)],
+        "hook weights": [lambda w=w: prompted(hooked(0.5, w)) for w in (0.1, 0.2)],
+        **{
+            f"{how} of another pack": [lambda s=s, how=how: attached(how)(s) for s in (0.5, 0.6)]
+            for how in ("options", "patch", "wrapper", "object")
+        },
+    }
+    found = {f"{name} {n}": digest(make()) for name, makes in variants.items() for n, make in enumerate(makes)}
+    unequal = [n for n, makes in variants.items() if n != "plain" and digest(makes[0]()) != found[f"{n} 0"]]
+    assert found.pop("plain 1") == found["plain 0"]
+    for name in ("control strength", "hook strength", "cache", "shift", "wrapper of another pack"):
+        used = variants[name][0]()
+        before = digest(used)
+        used.sample(lambda executor, *args, **kwargs: executor(*args, **kwargs), trajectories=1)
+        unequal += [] if digest(used) == before else [f"{name}, after sampling"]
+    opaque = case.patcher.clone()
+    opaque.model_options["transformer_options"]["other"] = iter(())
+    unknown = digest_of(opaque, case.settings, case.latent, case.plan())
+    return {
+        "unequal": unequal, "different": len({digest(case, tokens=99), *found.values()}), "of": len(found) + 1,
+        "opaque": unknown.known,
+    }  # fmt: skip
+
+
+def resumes_with_other_controls(host: Host) -> dict[str, Any]:
+    """Through the node: cancelled with one strength of a ControlNet, then run with another."""
+    case = family_case(host, "Flux")
+    empty = {"samples": empty_latent(FAMILIES["Flux"])}
+    node, files = host.node("QandC_TAPCalibrate"), host.module("nodes.comfyui.files")
+
+    def tap(prefix: str, strength: float):
+        positive, negative = controlled(strength)
+        return node.execute(
+            case.patcher, "new", 3, 6, 2, 2.0, "euler", "simple", 1, 1, "random", 3, 5.0, True, True, prefix,
+            positive, negative, empty, held_out=0,
+        ).args[0]  # fmt: skip
+
+    expected = tap("control", 0.02)
+    cancel(host, 3 * 2 + 3, lambda: tap("resumed", 1.0))
+    found = tap("resumed", 0.02)
+    return {
+        "differing": [n for n in differing(found, expected) if n != "held out"],
+        "partial": len(list(files.calibration_folder().glob("resumed-*.partial"))),
+        "strength matters": len(differing(tap("other", 1.0), expected)) > 1,
+    }
+
+
+def cancel(host: Host, steps: int, run) -> None:
+    """Presses Cancel after so many sampling steps of run()."""
+    import comfy.model_management as mm
+
+    progress, done = host.module("nodes.comfyui.sampling").Progress, 0
+    step = progress.step
+
+    def counted(self, *args):
+        nonlocal done
+        done += 1
+        if done == steps:
+            mm.interrupt_current_processing()
+        step(self, *args)
+
+    progress.step = counted
+    try:
+        run()
+        raise AssertionError("it was not interrupted")
+    except mm.InterruptProcessingException:
+        pass
+    finally:
+        progress.step = step
 
 
 def through_the_node(host: Host) -> dict[str, Any]:
-    """Cancelled once, then run again with the same inputs: files before and after."""
-    import comfy.model_management as mm
-
+    """Cancelled, then run again with the same inputs, then once more, and with a damaged partial file."""
     node, files = host.node("QandC_TAPCalibrate"), host.module("nodes.comfyui.files")
     case, wires = demo_case(host), dict(zip(("positive", "negative"), class_labels(host)))
     (wires["latent_image"],) = host.nodes.EmptyLatentImage().generate(32, 32, 1)
-    given = ("new", 4, 8, STEPS, 1.5, "ddpm", "normal", 501, 2, "tap", 4, 5.0, True, True, "inside_tap")
     folder, before = files.calibration_folder(), files.calibration_files()
-    interrupting, calls = case.patcher.clone(), 0
 
-    def predict_noise(executor, *args):
-        nonlocal calls
-        calls += 1
-        if calls == 3 * STEPS + 2:
-            mm.interrupt_current_processing()
-        return executor(*args)
+    def tap(seed: int = 501, prefix: str = "inside_tap", file: str = "new", held_out: int = 2, tokens: int = 128):
+        given = (file, 4, 8, STEPS, 1.5, "ddpm", "normal", seed, 2, "tap", 4, 5.0, True, True, prefix)
+        return node.execute(
+            case.patcher, *given, **wires, memory_gb=1.0, tokens=tokens, held_out=held_out
+        ).args[0]  # fmt: skip
 
-    interrupting.add_wrapper_with_key("predict_noise", "interrupt", predict_noise)
-    try:
-        node.execute(interrupting, *given, **wires, memory_gb=1.0, tokens=128, held_out=2)
-    except mm.InterruptProcessingException:
-        pass
-    kept, listed = len(list(folder.glob("inside_tap-*.partial"))), files.calibration_files() == before
-    (found,) = node.execute(case.patcher, *given, **wires, memory_gb=1.0, tokens=128, held_out=2).args
+    cancel(host, 3 * STEPS + 2, tap)
+    partial = list(folder.glob("inside_tap-*.partial"))
+    kept, listed = len(partial), files.calibration_files() == before
+    content = partial[0].read_bytes()
+    found = tap()
     left, new = len(list(folder.glob("inside_tap-*"))), set(files.calibration_files()) - set(before)
     saved = host.module("qandc_core").load_calibration(folder / new.pop())
+    again, sampled = tap(), watched_steps(host, tap)
+    same = len(new) == 0 and len(set(files.calibration_files()) - set(before)) == 1
+    next_to_it = set(files.calibration_files())
+    other = tap(502)
+    others = sorted(set(files.calibration_files()) - next_to_it)
+    partial[0].write_bytes(content[:-1000])
+    (folder / "inside_tap_00001.safetensors").unlink()
+    afresh = tap()
+    layers = found.statistics.values()
     return {
         "partial": kept, "not listed": listed, "left": left, "new": len(new) == 0, "saved": differing(saved, found),
-        "notes": sorted(found.notes),
+        "again": differing(again, found), "sampled again": sampled, "one file": same, "others": others,
+        "other seed": len(differing(other, found)) > 1, "afresh": differing(afresh, found),
+        "damaged": [p.name.endswith(".partial.damaged") for p in folder.glob("inside_tap-*")],
+        "held out": [len(found.held_out), len(tap(503, "none", held_out=0).held_out)],
+        "rows": max(len(layer.rows) for layer in layers if layer.rows is not None),
+        "names": names(host, tap),
     }  # fmt: skip
+
+
+def watched_steps(host: Host, run) -> int:
+    """How many sampling steps run() takes."""
+    progress, steps = host.module("nodes.comfyui.sampling").Progress, 0
+    step = progress.step
+
+    def counted(self, *args):
+        nonlocal steps
+        steps += 1
+        step(self, *args)
+
+    progress.step = counted
+    try:
+        run()
+    finally:
+        progress.step = step
+    return steps
+
+
+def names(host: Host, tap) -> dict[str, list[str]]:
+    """Names of files: those listed and refused, not listed, absent ones that are made, prefixes."""
+    files = host.module("nodes.comfyui.files")
+    folder = files.calibration_folder()
+    content = next(folder.glob("inside_tap_*.safetensors")).read_bytes()
+    given = [
+        "a [fp8].safetensors", "flux, 50.safetensors", "dev@v1.safetensors", "\u6807\u5b9a\uff08v2\uff09.safetensors",
+        "it's.safetensors",
+        "cafe\u0301.safetensors", "50%;a=b&c#~!.safetensors", "NUL.safetensors", "a .safetensors", "a..safetensors",
+        "\U0001f600.safetensors", "new\nline.safetensors", "back\\slash.safetensors", ".hidden.safetensors",
+        "not utf8 \udcff.safetensors", "x.safetensors.", "..safetensors", "a\u2028b.safetensors",
+    ]  # fmt: skip
+    result: dict[str, list[str]] = {"refused": [], "not listed": [], "loaded unlisted": []}
+    for name in given:
+        (folder / name).write_bytes(content)
+        if name not in files.calibration_files():
+            result["not listed"].append(ascii(name))
+            continue
+        try:
+            files.file_state(name), tap(file=name)
+        except ValueError as error:
+            result["refused"].append(f"{ascii(name)}: {error}")
+    for name in given:
+        (folder / name).unlink()
+    (folder / "a folder.safetensors").mkdir()
+    result["folder listed"] = [name for name in files.calibration_files() if "folder" in name]
+    (folder / "a folder.safetensors").rmdir()
+    return result
+
+
+def disk(host: Host) -> dict[str, Any]:
+    """A full disk and a folder that cannot be written: what is said, what is left, and whether the next run works."""
+    import resource
+
+    files, folder = host.module("nodes.comfyui.files"), host.module("nodes.comfyui.files").calibration_folder()
+    case, core = family_case(host, "Flux"), host.module("qandc_core")
+    calibration = case.calibrate(trajectories=2, samples=2)
+    messages = []
+    before = sorted(path.name for path in folder.iterdir())
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
+    try:
+        files.save_new(calibration.save, "full")
+    except OSError as error:
+        messages.append(str(error))
+    partial = Path(host.base, "full.partial")
+    try:
+        resumed = case.calibrate(partial, trajectories=2, samples=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    unfinished = partial.exists()
+    left = sorted(path.name for path in folder.iterdir())
+    path = files.save_new(calibration.save, "full")
+    again = differing(core.load_calibration(path), calibration)
+    moved = folder.rename(folder.with_name("elsewhere"))
+    folder.write_bytes(b"")
+    try:
+        files.check_writable()
+    except OSError as error:
+        messages.append(str(error))
+    listed = files.calibration_files()
+    folder.unlink()
+    moved.rename(folder)
+    return {
+        "messages": messages, "left": left == before, "again": again, "listed": listed, "unfinished": unfinished,
+        "resumed": differing(resumed, calibration),
+    }  # fmt: skip
+
+
+def self_tested(host: Host) -> dict[str, Any]:
+    """Inputs counted with a cache that tests itself at the first step, and with one that does not: the same steps."""
+    apply_cache = host.module("nodes.comfyui.cache.attach").apply_cache
+
+    def counts(tier: str) -> dict[str, int]:
+        case = family_case(host, "Flux")
+        case.patcher = apply_cache(case.patcher, cache_policy(host, 2, tier=tier))
+        found = case.calibrate(trajectories=2, samples=1000, held_out=0)
+        return {name: layer.count for name, layer in found.statistics.items()}
+
+    tested, untested = counts("blocks"), counts("whole prediction")
+    return {"layers": len(tested), "different": [name for name, count in tested.items() if count != untested[name]]}
+
+
+def prompts_seen(host: Host) -> dict[str, Any]:
+    """Which of five prompts in one CONDITIONING the images of a calibration have, two at once, the last held out."""
+    case = family_case(host, "Flux")
+    contexts, options = case.settings.positive[0]
+    prompts = torch.cat([contexts + i for i in range(5)])
+    pooled = torch.cat([options["pooled_output"] + 10 * i for i in range(5)])
+    positive = [[prompts, {**options, "pooled_output": pooled}]]
+    case = replace(case, settings=replace(case.settings, positive=positive, cfg=1.0))
+    seen: list[set[int]] = [set(), set()]
+
+    def watch(executor, x, t, c_concat, c_crossattn, control, transformer_options, **kwargs):
+        for row in c_crossattn:
+            seen[0].add(int((row[None].float() - contexts.float()).mean().round()))
+        for row in kwargs["y"]:
+            seen[1].add(int((row[None].float() - options["pooled_output"].float()).mean().div(10).round()))
+        return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+
+    case.sample(watch, trajectories=6)
+    last = case.calibrate(trajectories=5, held_out=2).held_out
+    apart = {int((call.conditions["c_crossattn"].float() - contexts.float()).mean().round()) for call in last}
+    return {"prompts": sorted(seen[0]), "pooled": sorted(seen[1]), "held out": sorted(apart)}
 
 
 if __name__ == "__main__":
@@ -340,5 +634,9 @@ if __name__ == "__main__":
         "one trajectory": lambda host: one_trajectory(family_case(host, "Flux")),
         "never runs": never_runs,
         "digests": digests,
+        "controls": resumes_with_other_controls,
+        "prompts": prompts_seen,
+        "self-test": self_tested,
+        "disk": disk,
         "node": through_the_node,
     })  # fmt: skip

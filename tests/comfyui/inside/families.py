@@ -272,7 +272,7 @@ def never_reuses(host: Host, patcher, family: Family, tier: str, plain: torch.Te
 
 def check_tier(host: Host, family: Family, patcher, tier: str, plain: torch.Tensor, plain_calls: dict) -> dict:
     before, options = attributes(patcher), set(patcher.model_options["transformer_options"])
-    lists = host.module("nodes.comfyui.cache.blocks").block_lists(patcher.model.diffusion_model)
+    lists = host.module("qandc_core.caching.families").block_lists(patcher.model.diffusion_model)
     fast, report = with_report(host, patcher, tier)
     out, calls = Work(patcher.model.diffusion_model, lists).of(lambda: sample(fast, family))
     used = report.tier.partition(",")[0]
@@ -295,7 +295,7 @@ def check_tier(host: Host, family: Family, patcher, tier: str, plain: torch.Tens
 def check(host: Host, family: Family) -> dict:
     patcher = build(family)
     network = patcher.model.diffusion_model
-    lists = host.module("nodes.comfyui.cache.blocks").block_lists(network)
+    lists = host.module("qandc_core.caching.families").block_lists(network)
     plain, calls = Work(network, lists).of(lambda: sample(patcher, family))
     assert plain.isfinite().all() and plain.std() > 0, "the random model gives nothing to compare"
     return {

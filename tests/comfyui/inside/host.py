@@ -6,17 +6,18 @@ import asyncio
 import importlib
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 
 class Host:
-    """ComfyUI on CPU with the pack of `base`/custom_nodes; call it once, before anything imports comfy."""
+    """ComfyUI, on CPU by default, with the pack of `base`/custom_nodes; call it once, before anything imports comfy."""
 
-    def __init__(self, checkout: str, base: str):
+    def __init__(self, checkout: str, base: str, flags: Sequence[str] = ("--cpu",)):
         sys.path.insert(0, checkout)
-        sys.argv = ["main.py", "--cpu", "--base-directory", base]
+        sys.argv = ["main.py", *flags, "--base-directory", base]
         import comfy.options
 
         comfy.options.enable_args_parsing()

@@ -199,6 +199,58 @@ def bypass_lora_is_refused(host: Host) -> str:
     return ""
 
 
+def changes_after_the_method_paper(host: Host) -> dict[str, str]:
+    """What a LoRA, a LoRA hook and a merge on either side say."""
+    import comfy.hooks
+    import comfy.sd
+    from comfy_extras.nodes_model_merging import ModelMergeSimple
+
+    config = host.module("qandc_core.quantization.model").QuantizationConfig()
+    plain = load(host, tiny(host, host.base / "tiny.safetensors"))
+    made, _ = host.module("nodes.comfyui.quantize.paper").quantized_patcher(plain, 8, 8, None, config)
+    lora = {f"diffusion_model.blocks.0.attn.qkv.lora_{side}.weight": torch.ones(shape) for side, shape in
+            (("B", (288, 1)), ("A", (1, 96)))}  # fmt: skip
+    said = {}
+    for model, patcher in {"made": made, "clone": made.clone(), "file": load(host, quantized_file(host))}.items():
+        for change, attempt in {
+            "LoRA": lambda p: comfy.sd.load_lora_for_models(p, None, lora, 0.1, 0),
+            "hook": lambda p: p.clone().add_hook_patches(comfy.hooks.WeightHook(), {}),
+            "model1": lambda p: ModelMergeSimple().merge(p, plain, 0.5),
+            "model2": lambda p: ModelMergeSimple().merge(plain, p, 0.5),
+        }.items():
+            try:
+                attempt(patcher)
+                said[f"{model}, {change}"] = ""
+            except ValueError as error:
+                said[f"{model}, {change}"] = str(error)
+    return said
+
+
+def weak_lora_in_half_precision(host: Host) -> float:
+    """Share of a LoRA below the steps of bfloat16 that the method paper gets; no bit of it survives in bfloat16."""
+    import comfy.sd
+
+    config = host.module("qandc_core.quantization.model").QuantizationConfig()
+    plain = load(host, tiny(host, host.base / "tiny.safetensors", hidden_size=128), torch.bfloat16)
+    generator = torch.Generator().manual_seed(3)
+    up, down = torch.randn(384, 2, generator=generator), torch.randn(2, 128, generator=generator)
+    weight = plain.model.diffusion_model.blocks[0].attn.qkv.weight.float()
+    up *= 0.005 * weight.norm() / (up @ down).norm()
+    lora = {
+        "diffusion_model.blocks.0.attn.qkv.lora_B.weight": up,
+        "diffusion_model.blocks.0.attn.qkv.lora_A.weight": down,
+    }
+    patched, _ = comfy.sd.load_lora_for_models(plain, None, lora, 1.0, 0)
+    paper = host.module("nodes.comfyui.quantize.paper")
+    without, with_lora = (
+        paper.quantized_patcher(p, 8, 8, None, config)[0].model.diffusion_model.blocks[0].attn.qkv
+        for p in (plain, patched)
+    )
+    values = [layer.weight_codes().float() * layer.weight_scale[:, None] for layer in (without, with_lora)]
+    delta = up @ down
+    return float(((values[1] - values[0]) * delta).sum() / delta.square().sum())
+
+
 def fingerprints_ignore_what_was_sampled(host: Host) -> bool:
     """A LoRA that a clone has patched into the shared weights does not change what a model is known by."""
     import comfy.sd
@@ -233,5 +285,7 @@ if __name__ == "__main__":
         "quantized file, lazy layers": quantized_file_with_lazy_layers,
         "second copies": second_copies,
         "bypass LoRA": bypass_lora_is_refused,
+        "changes after the method paper": changes_after_the_method_paper,
+        "weak LoRA, method paper": weak_lora_in_half_precision,
         "fingerprints": fingerprints_ignore_what_was_sampled,
     })  # fmt: skip

@@ -21,7 +21,7 @@ def calibrate(host: Host, patcher, **plan):
     """Runs the node's function; all samples of computed steps, none held out, unless the plan says otherwise."""
     calibration, sampling = host.module("nodes.comfyui.calibrate.run"), host.module("nodes.comfyui.sampling")
     settings = sampling.Settings(*conditioning(host), *SETTINGS)
-    full = calibration.Plan(
+    full = calibration.CalibrationConfig(
         **{
             "trajectories": 6,
             "batch_size": 4,
@@ -116,7 +116,7 @@ def hooks_are_gone(host: Host) -> bool:
     return not any(m._forward_pre_hooks or m._forward_hooks for m in patcher.model.modules())
 
 
-def pipeline(host: Host, gptq: bool = False) -> dict[str, float]:
+def pipeline(host: Host, gptq: bool = False) -> dict[str, float | list[float]]:
     """The nodes' whole chain against the engine fed with the nodes' files: images in [0, 1], largest difference."""
     core = host.module("qandc_core")
     positive, negative = conditioning(host)
@@ -143,29 +143,38 @@ def pipeline(host: Host, gptq: bool = False) -> dict[str, float]:
     watch = Watch()
     compensated.add_wrapper_with_key("predict_noise", "watch", watch)
     ours = ksampler(host, compensated, "ddpm")
-    seed_change = noise(reference, "ddpm") * (1 + 1e-7)
-    chain = {"compensation": variance, "sampler": "ddpm"}
-    theirs, nudged = (engine(host, model, reference, **chain, start=start) for start in (None, seed_change))
+    chain, start = {"compensation": variance, "sampler": "ddpm"}, noise(reference, "ddpm")
+    theirs, *nudged = (engine(host, model, reference, **chain, start=x) for x in (start, *changed(start, 1e-6)))
     return {
-        "every step": largest_step_difference(host, model, reference, watch),
-        "images": relative(ours, theirs),
-        "engine against itself, noise changed by 1e-7": relative(nudged, theirs),
+        "every step": step_differences(host, model, reference, watch),
+        "images": each(ours, theirs),
+        "engine against itself, noise changed by 1e-6": max(max(each(x, theirs)) for x in nudged),
         "from full precision": relative(ours, ksampler(host, reference, "ddpm")),
     }
 
 
-def largest_step_difference(host: Host, model, patcher, watch: Watch) -> float:
+def each(images, expected) -> list[float]:
+    return [relative(a, b) for a, b in zip(images, expected)]
+
+
+def changed(x, share: float, times: int = 3) -> list[torch.Tensor]:
+    """x with every value changed by about this share of it, each in its own way."""
+    generator = torch.Generator().manual_seed(0)
+    return [x * (1 + share * torch.randn(x.shape, generator=generator)) for _ in range(times)]
+
+
+def step_differences(host: Host, model, patcher, watch: Watch) -> list[float]:
     """The engine's prediction at every step of a run in ComfyUI, given that run's sample."""
     process = host.module("qandc_core.diffusion.process")
     sigmas = schedule(patcher, "ddpm")
     config = process.SamplingConfig(cfg_scale=CFG, sigmas=tuple(sigmas.tolist()))
-    reverse, worst = process.ReverseProcess(model, LABELS, config), 0.0
+    reverse, found = process.ReverseProcess(model, LABELS, config), []
     host.module("qandc_core").reset_all_caches(model)
     for i, sigma in enumerate(sigmas[:-1].tolist()):
         x = watch.given[sigma] / (1 + sigma**2) ** 0.5
         _, denoised = reverse.step(i, x, torch.zeros_like(x))
-        worst = max(worst, relative(denoised, watch.returned[sigma]))
-    return worst
+        found.append(relative(denoised, watch.returned[sigma]))
+    return found
 
 
 def inputs_stay_as_they_are(host: Host) -> dict[str, bool]:
@@ -201,7 +210,7 @@ def corrected_samples_have_the_reference_deviation(host: Host) -> float:
     compensation, sampling = host.module("nodes.comfyui.compensation"), host.module("nodes.comfyui.sampling")
     settings, latent = sampling.Settings(*conditioning(host), *SETTINGS), torch.zeros(8, 3, 32, 32)
     reference, fast = demo(host), cached_demo(host)
-    variance = compensation.fit_compensation(
+    variance, fitted = compensation.fit_compensation(
         reference,
         fast,
         settings,
@@ -215,7 +224,7 @@ def corrected_samples_have_the_reference_deviation(host: Host) -> float:
     wanted, seen = Watch(), Watch()
     for patcher, watch in (
         (reference, wanted),
-        (compensation.attach_compensation(fast, variance, "sample_ddpm"), seen),
+        (compensation.attach_compensation(fast, variance, fitted), seen),
     ):
         watched = patcher.clone()
         watched.add_wrapper_with_key("predict_noise", "watch", watch)

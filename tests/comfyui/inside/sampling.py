@@ -202,8 +202,9 @@ def compensation_table(host: Host, sigmas):
 def compensated(host: Host, sampler: str) -> float:
     patcher = demo(host)
     table = compensation_table(host, schedule(patcher, sampler))
-    name = "sample_ddpm" if sampler == "ddpm" else "sample_euler"
-    corrected = host.module("nodes.comfyui.compensation").attach_compensation(patcher, table, name)
+    compensation = host.module("nodes.comfyui.compensation")
+    fitted = compensation.FittedFor("sample_ddpm" if sampler == "ddpm" else "sample_euler")
+    corrected = compensation.attach_compensation(patcher, table, fitted)
     x = engine(host, host.module("qandc_core").load_dit("demo"), patcher, sampler, table)
     assert relative(x, engine(host, host.module("qandc_core").load_dit("demo"), patcher, sampler)) > 0.01
     return relative(ksampler(host, corrected, sampler), x)
@@ -215,7 +216,8 @@ def identity_compensation_is_identical(host: Host) -> bool:
     ones = host.module("qandc_core").VarianceCompensation(
         sigmas[:-1].double(), torch.zeros(STEPS, 3), torch.ones(STEPS, 3)
     )
-    corrected = host.module("nodes.comfyui.compensation").attach_compensation(patcher, ones, "sample_ddpm")
+    compensation = host.module("nodes.comfyui.compensation")
+    corrected = compensation.attach_compensation(patcher, ones, compensation.FittedFor("sample_ddpm"))
     return torch.equal(ksampler(host, corrected, "ddpm"), ksampler(host, patcher, "ddpm"))
 
 

@@ -1,0 +1,126 @@
+"""What the result of a sampling node depends on, as a digest: models, prompts, controls, hooks, patches, settings."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import comfy.controlnet
+import comfy.hooks
+import comfy.model_patcher
+import comfy.samplers
+from torch import Tensor, nn
+
+from ....qandc_core.calibration.digest import Digest, Sampled, digest
+from ..cache.attach import KEY as CACHE
+from ..quantize.weights import base_tensors
+from ..sampling import Settings
+from ..wrappers import details
+
+log = logging.getLogger(__name__)
+OURS = "qandc"  # begins the names under which the pack keeps state and reports on a model
+# Attributes that sampling changes, and changes back or finds anew in every run.
+OF_A_RUN = {
+    comfy.controlnet.ControlBase: {
+        "cond_hint", "extra_concat", "timestep_range", "model_sampling_current", "multigpu_clones", "control_input"
+    },
+    comfy.hooks.Hook: {"hook_ref", "_skip_adding"},
+    comfy.hooks.HookKeyframe: {"start_t"},
+    comfy.hooks.HookKeyframeGroup: {
+        "_current_keyframe", "_current_used_steps", "_current_index", "_current_strength", "_curr_t", "curr_t"
+    },
+}  # fmt: skip
+
+
+def digest_of_inputs(*values: Any) -> Digest:
+    """Equal only for equal values, models among them, in any process; what it cannot tell makes it unique."""
+    found = digest(*values, replace=Standing())
+    if not found.known:
+        log.info(
+            "Q&C: a cancelled run of these inputs cannot be resumed, because %s cannot be compared.",
+            ", ".join(found.opaque),
+        )
+    return found
+
+
+def schedule_of(patcher, settings: Settings) -> Tensor:
+    """Noise levels of a run with these settings; some samplers leave out the last but one."""
+    return comfy.samplers.KSampler(
+        patcher, settings.steps, patcher.load_device, settings.sampler_name, settings.scheduler, settings.denoise,
+        patcher.model_options,
+    ).sigmas.cpu()  # fmt: skip
+
+
+class Standing:
+    """What stands for ComfyUI's objects: of a model what it computes with, not where its weights are just now."""
+
+    def __init__(self) -> None:
+        self.networks: dict[int, str] = {}
+        self.models: list[Any] = []
+
+    def __call__(self, value: Any) -> Any:
+        if id(value) in self.networks:
+            return self.networks[id(value)]
+        if isinstance(value, comfy.model_patcher.ModelPatcher):
+            return self.model(value)
+        for kind, names in OF_A_RUN.items():
+            if isinstance(value, kind):
+                return {name: kept for name, kept in sorted(vars(value).items()) if name not in names}
+        return value
+
+    def model(self, patcher) -> list:
+        if id(patcher.model) not in self.networks:
+            self.models.append(patcher.model)
+            self.named(f"model {len(self.models)}", patcher.model)
+        network = getattr(patcher.model, "diffusion_model", None)
+        return [
+            type(patcher.model), type(network), vars_of_config(patcher.model),
+            weights(patcher) if network is not None else plain_weights(patcher.model),
+            patcher.patches, patcher.object_patches, patcher.hook_patches, patcher.weight_wrapper_patches,
+            options_of(patcher.model_options), without_cache(patcher.wrappers), patcher.callbacks,
+            patcher.attachments, patcher.injections, patcher.additional_models, patcher.hook_mode,
+            getattr(patcher, "forced_hooks", None), details(patcher), hooks_of(patcher.model),
+        ]  # fmt: skip
+
+    def named(self, name: str, network: Any) -> None:
+        """Parts of a network that others refer to go by their names, whatever is patched into them just now."""
+        self.networks[id(network)] = name
+        for path, part in network.named_modules() if isinstance(network, nn.Module) else ():
+            self.networks.setdefault(id(part), f"{name}.{path}")
+
+
+def vars_of_config(model) -> list:
+    """Of what a model was made, and in what precision it computes."""
+    config = getattr(model, "model_config", None)
+    precision = getattr(model, "manual_cast_dtype", None), getattr(model, "model_type", None)
+    return [type(config), getattr(config, "unet_config", None), getattr(config, "sampling_settings", None), *precision]
+
+
+def weights(patcher) -> list:
+    return [(name, Sampled(value)) for name, value in base_tensors(patcher).items()]
+
+
+def plain_weights(model: nn.Module) -> list:
+    return [(name, Sampled(value.detach())) for name, value in model.state_dict().items()]
+
+
+def hooks_of(model: nn.Module) -> list:
+    """Hooks of PyTorch that something registered on a layer."""
+    layers = [(name, part._forward_pre_hooks, part._forward_hooks) for name, part in model.named_modules()]
+    return [(name, [*before.values()], [*after.values()]) for name, before, after in layers if before or after]
+
+
+def options_of(options: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's options without what the pack itself notes and measures there; caches are among its details."""
+    own = dict(options.get("transformer_options", {}))
+    wrappers = without_cache(own.pop("wrappers", {}))
+    kept = {name: value for name, value in own.items() if not name.startswith(OURS)}
+    return {**options, "transformer_options": {**kept, "wrappers": wrappers}}
+
+
+def without_cache(wrappers: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    found = {
+        kind: {key: kept for key, kept in keys.items() if key != CACHE and kept} for kind, keys in wrappers.items()
+    }
+    return {kind: keys for kind, keys in found.items() if keys}

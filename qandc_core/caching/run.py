@@ -1,0 +1,393 @@
+"""One sampling run under a cache: which step a prediction belongs to, whose features a model call may reuse, and what
+was computed or reused.
+
+A host (ComfyUI's samplers, or any loop) announces each prediction with its noise level and each model call with its
+conditions; nothing here knows the host. Three decisions are made, each by what can be known, never by counting:
+
+- **The step** is found in the schedule by the noise level and by the order in which levels come (`Steps`). Samplers
+  evaluate a step several times, leave steps out, run a schedule backwards, or go up again to add noise.
+- **The features** of a call belong to a condition, the part of the sample that it was evaluated on, and its patches
+  (`identity`). A call whose part cannot be located, and a condition that is evaluated twice with no difference to tell
+  the two apart, is computed.
+- **Forecasts** end where the sampler adds noise between its predictions, which the samples themselves show
+  (`trajectory`).
+
+A run costs the host one wait for each prediction, for the noise level; features are `order` + 1 values for every
+condition and part. Nothing outlives the run.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .features import FeatureCache
+from .identity import locate
+from .trajectory import NoiseWatch, probe_positions
+
+COMPUTED, HELD, FORECAST, ABSENT = "C", "R", "F", "."
+SIDES = {0: "positive", 1: "negative"}
+RESTARTS = 3  # more often a sampler does not go back to repeat steps
+TOLERANCE = 1e-4  # relative, between a noise level of the schedule and the same level as a sampler computes it
+Condition = tuple[Hashable, int]  # id, side of guidance; ids may be shared between sides
+
+
+def same_level(first: float, second: float) -> bool:
+    return abs(first - second) <= TOLERANCE * max(abs(first), abs(second))
+
+
+class Steps:
+    """Locates noise levels in a schedule (T + 1,) that falls, rises or does both, in the order in which they come.
+
+    A level belongs to the step that begins at it or passes it, the present one or the next after it. Where only an
+    earlier step does, or the level turns back, a new pass begins.
+    """
+
+    def __init__(self, sigmas: Sequence[float]):
+        self.sigmas = list(sigmas)
+        self.total = max(len(self.sigmas) - 1, 0)
+        self.at = 0
+        self.level: float | None = None
+        self.rises: bool | None = None  # direction of the present pass
+
+    def locate(self, sigma: float) -> bool:
+        """Sets `at` to the step of an evaluation at noise level sigma; returns whether it begins a new pass."""
+        if not self.total:
+            return False
+        level = min(max(sigma, min(self.sigmas)), max(self.sigmas))
+        before, found = self.at, self.find(level)
+        back = found < before or (found > before and self.turns(level))
+        moved = self.level is not None and not same_level(level, self.level)
+        if back:
+            self.rises = None
+        elif moved and self.level is not None and found > before:
+            self.rises = level > self.level
+        self.at, self.level = found, level
+        return back
+
+    def find(self, level: float) -> int:
+        ahead = (i for i in range(self.at, self.total) if self.holds(i, level) and not self.is_over(i, level))
+        behind = (i for i in reversed(range(self.at)) if self.holds(i, level))
+        return next(ahead, next(behind, self.total - 1))
+
+    def holds(self, i: int, level: float) -> bool:
+        begin, end = self.sigmas[i], self.sigmas[i + 1]
+        if same_level(begin, level):
+            return True
+        return not same_level(end, level) and min(begin, end) < level < max(begin, end)
+
+    def is_over(self, i: int, level: float) -> bool:
+        """A step of no length is evaluated once."""
+        zero = same_level(self.sigmas[i], self.sigmas[i + 1])
+        return zero and i == self.at and self.level is not None and same_level(self.level, level) and i + 1 < self.total
+
+    def turns(self, level: float) -> bool:
+        if self.level is None or self.rises is None or same_level(level, self.level):
+            return False
+        return (level > self.level) != self.rises
+
+    def fraction(self, sigma: float) -> float:
+        """How far an evaluation within the present step lies towards the next, 0..1, by noise level."""
+        if not self.total:
+            return 0.0
+        begin, end = self.sigmas[self.at], self.sigmas[self.at + 1]
+        return 0.0 if begin == end else min(max((begin - sigma) / (begin - end), 0.0), 1.0)
+
+
+@dataclass
+class Frame:
+    """What a host knows of the calls that follow: the input (b, C, ...) of every condition, and which piece of the
+    sample it is, None where that is not known. `trusted`: nothing can change the inputs on their way to the model.
+    """
+
+    pieces: dict[Condition, Hashable | None]
+    inputs: dict[Condition, Tensor]
+    trusted: bool = True
+
+    def holds(self, conditions: Sequence[Condition], x: Tensor, trusted: bool) -> bool:
+        """Whether x (N b, C, ...) is the inputs of these conditions; else something cut or changed them."""
+        if x.shape[0] % len(conditions) or not self.inputs.keys() >= set(conditions):
+            return False
+        inputs = [self.inputs[condition] for condition in conditions]
+        shape = x.shape[0] // len(conditions), *x.shape[1:]
+        if any(part.shape != shape for part in inputs):
+            return False
+        if trusted and self.trusted:
+            return True
+        return all(torch.equal(part, known.to(x.device)) for part, known in zip(x.chunk(len(conditions)), inputs))
+
+
+@dataclass(frozen=True)
+class ModelCall:
+    """`keys` of the features of each condition in the batch, None for a call that is computed whatever is planned;
+    `lines` of the timeline that it belongs to.
+    """
+
+    keys: tuple[Hashable, ...] | None
+    lines: tuple[tuple, ...]
+
+
+class SamplingRun:
+    """Features by condition, for each device; steps by noise level; nothing outlives the run.
+
+    `plan` says which steps compute, `sampler` is its name in messages. `corrects`: the sampler's first evaluation at a
+    noise level ends the step before it, as Heun's does.
+    """
+
+    def __init__(
+        self, plan: Any, sigmas: Sequence[float], sampler: str = "", corrects: bool = False, offload: bool = False
+    ):
+        self.plan, self.steps, self.sampler = plan, Steps(sigmas), sampler
+        self.corrects, self.offload = corrects, offload
+        self.total = self.steps.total
+        self.caches: dict[torch.device, FeatureCache] = {}
+        self.sample: Tensor | None = None  # what the sampler handed over, for calls whose part has to be located
+        self.frame: Frame | None = None
+        self.watch: NoiseWatch | None = None
+        self.positions: Tensor | None = None  # of the values that the watch sees
+        self.shape: tuple[int, ...] = ()
+        self.waiting: list[Tensor] = []
+        self.seen: tuple[Any, list] | None = None
+        self.visits: Counter[int] = Counter()
+        self.begun: set[int] = set()
+        self.met: set[Hashable] = set()  # keys and lines of the present prediction
+        self.turns: Counter[Hashable] = Counter()
+        self.ambiguous: set[Hashable] = set()
+        self.lines: dict[str, dict[int, str]] = {}
+        self.names: dict[Hashable, str] = {}
+        self.columns: dict[tuple[int, int], int] = {}  # (pass, step) -> column of the timeline
+        self.width, self.number = self.total, 0
+        self.warnings: list[str] = []
+        self.step, self.position, self.peak_bytes = 0, 0.0, 0
+        self.reused = self.computed_any = False
+
+    # Predictions
+
+    def begin_prediction(self, sigma: float) -> None:
+        """The sampler asks for a prediction at sigma."""
+        if self.steps.locate(sigma):
+            self.begin_pass()
+        self.see_noise(sigma)
+        at = self.steps.at
+        self.step = at - 1 if self.corrects and at and not self.visits[at] and self.visits[at - 1] else at
+        self.position = at + self.steps.fraction(sigma)
+        self.column()
+        if self.step not in self.begun:
+            self.begun.add(self.step)
+            following = self.steps.sigmas[min(self.step + 1, self.total)] if self.total else 0.0
+            self.plan.begin(self.step, self.position, sigma, following)
+        self.visits[at] += 1
+        self.met.clear()
+        self.turns.clear()
+        self.frame = None
+        self.computed_any = False
+
+    def begin_pass(self) -> None:
+        """The sampler went back: what was predicted before does not lead here."""
+        self.number += 1
+        self.drop()
+        self.visits.clear()
+        self.begun.clear()
+        self.plan.restart()
+        if self.watch is not None:
+            self.watch.forget()
+        if self.number > RESTARTS:  # a sampler that churns goes up at every step
+            self.end_forecasts()
+
+    def column(self) -> int:
+        """Of the present step in the timeline: its own, or one more where an earlier pass was there."""
+        where = self.number, self.step
+        if where not in self.columns:
+            taken = self.step in self.columns.values()
+            self.columns[where] = self.width if taken else self.step
+            self.width += taken
+        return self.columns[where]
+
+    def end_prediction(self, denoised: Tensor) -> None:
+        """What guidance made of the computed predictions."""
+        if self.computed_any:
+            self.plan.observe(self.position, denoised)
+        self.sample = self.frame = None
+
+    # Noise
+
+    def watch_noise(self, sample: Tensor, free: Tensor | None = None) -> None:
+        """From here on samples like this one are watched for noise. `free` masks the values that the sampler sets."""
+        positions = probe_positions(sample.numel())
+        if free is not None:
+            inside = free.expand(sample.shape).flatten().nonzero().flatten().cpu()
+            positions = inside[probe_positions(len(inside))]
+        self.watch, self.positions, self.shape = NoiseWatch(), positions.to(sample.device), sample.shape
+
+    def values(self, tensor: Tensor) -> Tensor:
+        """Those of a sample or a prediction that the watch sees."""
+        return tensor.detach().reshape(-1)[self.positions].float()
+
+    def keep_values(self, *tensors: Tensor) -> None:
+        """Of what the sampler was given; they come to the host with the next noise level."""
+        if self.watch is not None:
+            self.waiting = [self.values(tensor) for tensor in tensors if tensor.shape == self.shape]
+
+    def noise_level(self, sigma: Tensor, sample: Tensor) -> float:
+        """The level of a prediction, read in one wait together with the values that show noise."""
+        if self.watch is None:
+            return float(sigma.reshape(-1)[0])
+        if sample.shape != self.shape:  # a sampler that changes the size
+            self.watch_noise(sample)
+            self.waiting = []
+        parts = [sigma.reshape(-1)[:1].float(), self.values(sample), *self.waiting]
+        level, *values = torch.cat(parts).double().cpu().split([len(part) for part in parts])
+        now, *predicted = (part.numpy() for part in values)
+        self.seen = now, predicted
+        self.waiting = []
+        return float(level)
+
+    def see_noise(self, sigma: float) -> None:
+        """Ends forecasts once the sampler has added noise, which a forecast does not see."""
+        if self.watch is None or self.seen is None:
+            return
+        (now, predicted), self.seen = self.seen, None
+        if self.watch.vectors:
+            self.watch.predicted(*predicted)
+        if self.watch.see(now, sigma):
+            self.end_forecasts()
+
+    def end_forecasts(self) -> None:
+        if self.watch is not None and self.plan.order:
+            self.plan.order, self.plan.noisy = 0, True
+            self.warn(f"order 1 is not used with {self.sampler}, which adds noise between steps; using order 0")
+
+    # Model calls
+
+    def identify(self, x: Tensor, conditions: Sequence[Condition], state: Hashable, trusted: bool = True) -> ModelCall:
+        """Whose features a call on x (N b, C, ...) of N conditions may use.
+
+        `state` is what they depend on besides: patches, hooked weights, a control. With `trusted`, x is what the frame
+        says; otherwise that is compared, and parts that differ are located in the sample.
+        """
+        shape = tuple(x.shape[1:])
+        pieces, batch = self.pieces(x, conditions, trusted)
+        lines = []
+        for condition, piece in zip(conditions, pieces):
+            line = condition, shape, piece
+            lines.append((*line, self.turns[line]))
+            self.turns[line] += 1
+        if None in pieces or any(condition[0] is None for condition in conditions):
+            self.warn("model calls on parts of the sample that could not be identified were computed")
+            return ModelCall(None, tuple(lines))
+        keys = tuple((condition, x.device, shape, piece, state, batch) for condition, piece in zip(conditions, pieces))
+        for key in keys:
+            if key in self.met:
+                self.ambiguous.add(key)
+            self.met.add(key)
+        if self.ambiguous.intersection(keys):
+            self.warn("conditions that were evaluated again with nothing to tell the two apart were computed")
+            return ModelCall(None, tuple(lines))
+        return ModelCall(keys, tuple(lines))
+
+    def pieces(self, x: Tensor, conditions: Sequence[Condition], trusted: bool) -> tuple[list[Any], tuple]:
+        """The piece of each condition. Where the batch was put together anew, its parts also belong to all of it."""
+        frame = self.frame
+        if frame is not None and frame.holds(conditions, x, trusted):
+            return [frame.pieces[condition] for condition in conditions], ()
+        if self.sample is None or x.shape[0] % len(conditions):
+            return [None] * len(conditions), ()
+        whole = self.sample.to(x.device)
+        return [locate(part, whole) for part in x.chunk(len(conditions))], tuple(conditions)
+
+    def place(self, x: Tensor, call: ModelCall) -> FeatureCache:
+        """Begins a model call; the cache answers whether it reuses."""
+        home = x.device if self.offload else None
+        cache = self.caches.setdefault(x.device, FeatureCache(self.plan, offloaded_from=home))
+        if call.keys is None:
+            cache.pass_by(self.step, self.position)
+            cache.forget(self.ambiguous)
+        else:
+            cache.place(self.step, call.keys, self.position)
+        self.reused = cache.run.reusing
+        return cache
+
+    def record(self, cache: FeatureCache, call: ModelCall) -> None:
+        """A model call has ended; it may have computed after all what it was to reuse."""
+        self.reused = cache.run.reusing
+        self.computed_any = self.computed_any or not self.reused
+        self.peak_bytes = max(self.peak_bytes, self.num_bytes)
+        if not self.total:
+            return
+        for line in call.lines:
+            letters = self.lines.setdefault(self.name(line), {})
+            if letters.get(self.column()) != COMPUTED:
+                letters[self.column()] = self.action(cache)
+
+    def action(self, cache: FeatureCache) -> str:
+        if not cache.run.reusing:
+            return COMPUTED
+        return FORECAST if cache.forecasts else HELD
+
+    def name(self, line: tuple) -> str:
+        """positive, negative, or with a number where a side has several areas, windows or passes."""
+        side = line[0][1]
+        if line not in self.names:
+            base = SIDES.get(side, f"condition {side + 1}")
+            others = sum(name.split(" #")[0] == base for name in self.names.values())
+            self.names[line] = base if not others else f"{base} #{others + 1}"
+        return self.names[line]
+
+    def drop(self) -> None:
+        for cache in self.caches.values():
+            cache.drop()
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(cache.num_bytes for cache in self.caches.values())
+
+    # What happened
+
+    @property
+    def timeline(self) -> dict[str, str]:
+        """A letter for each step, by condition and part: C computed, R held, F forecast, . not evaluated. Steps that a
+        later pass evaluated once more follow after the last.
+        """
+        return {
+            name: "".join(letters.get(i, ABSENT) for i in range(self.width)) for name, letters in self.lines.items()
+        }
+
+    def actions(self) -> list[str]:
+        """Of each step and repeated step: computed if any condition was, reused, or not visited."""
+        columns = list(zip(*self.timeline.values())) if self.lines else [()] * self.width
+        return [COMPUTED if COMPUTED in column else max(column, default=ABSENT) for column in columns]
+
+    def computed(self) -> list[bool]:
+        """Whether each step computed for any condition; one that was not visited did not."""
+        return [action == COMPUTED for action in self.actions()]
+
+    @property
+    def not_visited(self) -> int:
+        return self.actions().count(ABSENT)
+
+    @property
+    def reuses(self) -> bool:
+        """Whether anything was reused."""
+        return any(letter in (HELD, FORECAST) for line in self.lines.values() for letter in line.values())
+
+    def counts(self) -> str:
+        """In words."""
+        actions = self.actions()
+        computed, absent, repeated = actions.count(COMPUTED), actions.count(ABSENT), self.width - self.total
+        mixed = sum(
+            COMPUTED in column and bool({HELD, FORECAST} & {*column}) for column in zip(*self.timeline.values())
+        )
+        in_part = f" ({mixed} in part)" if mixed else ""
+        left_out = f", {absent} not visited" if absent else ""
+        again = f", {repeated} of them again after the noise level turned back" if repeated else ""
+        reused = len(actions) - computed - absent
+        return f"{computed} of {len(actions)} steps computed{in_part}, {reused} reused{left_out}{again}"
+
+    def warn(self, text: str) -> None:
+        if text not in self.warnings:
+            self.warnings.append(text)

@@ -1,0 +1,151 @@
+"""What calibration may learn from: every sample of a model's own trajectories, and the choice among them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .distances import prediction_distances
+from .selection import random_select, stratified_select
+from .tap import tap_select
+
+FEATURES = 16384  # values of a sample that TAP clusters; larger latents are averaged down to this
+SELECTIONS = ("tap", "stratified", "random")
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """How much to sample, how to choose from it, and how much of what layers see is kept."""
+
+    trajectories: int = 32
+    batch_size: int = 16
+    samples: int = 400
+    selection: str = "tap"
+    clusters: int = 50
+    time_scale: float = 5.0
+    computed_only: bool = True
+    hessians: bool = True
+    seed: int = 501
+    memory_gb: float = 4.0
+    tokens: int = 4096
+    held_out: int = 8
+
+    @property
+    def apart(self) -> bool:
+        """Whether the last trajectory is held out as a whole."""
+        return self.held_out > 0 and self.trajectories > 1
+
+    def batches(self) -> Iterator[tuple[int, int, int]]:
+        """Seed, size and number of the first image of every sampling run; a trajectory held out has its own."""
+        shared, first = self.trajectories - self.apart, 0
+        sizes = [min(self.batch_size, shared - start) for start in range(0, shared, self.batch_size)]
+        for number, size in enumerate([*sizes, 1] if self.apart else sizes):
+            yield self.seed + number, size, first
+            first += size
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Samples to observe (n, 4): run, call within the run, image within the batch, how many conditions the call has;
+    and to hold out (h, 4): run, call, image, which condition.
+    """
+
+    samples: Tensor
+    held_out: Tensor
+
+    def __contains__(self, run: int) -> bool:
+        return bool((self.samples[:, 0] == run).any() or (self.held_out[:, 0] == run).any())
+
+
+@dataclass
+class Candidates:
+    """Every sample of every model call: features (N, D), step indices (N,), whether the call computed (N,), and
+    where it came from, (N, 4) as in a Choice.
+    """
+
+    features: list[Tensor] = field(default_factory=list)
+    steps: list[Tensor] = field(default_factory=list)
+    computed: list[Tensor] = field(default_factory=list)
+    origin: list[Tensor] = field(default_factory=list)
+    predictions: list[dict[int, Tensor]] = field(default_factory=list)
+    sigmas: Tensor | None = None
+
+    def add(
+        self, run: int, call: int, step: int, sigmas: Tensor, x: Tensor, out: Tensor, conditions: int, computed: bool
+    ) -> None:
+        """Notes the samples of one prediction: x as `features_of` gives it, and the denoised samples out (N, ...)."""
+        while len(self.predictions) <= run:
+            self.predictions.append({})
+        self.sigmas, count = sigmas, len(x)
+        self.predictions[run].setdefault(step, features_of(out).flatten())
+        self.features.append(x)
+        self.steps.append(torch.full((count,), step))
+        self.computed.append(torch.full((count,), computed))
+        self.origin.append(torch.tensor([[run, call, image, conditions] for image in range(count)]))
+
+    def missing(self) -> str:
+        """Why there are no distances between steps: a "cache" left some out, or the sampler skips "steps"; or ""."""
+        if not all(bool(part.all()) for part in self.computed):
+            return "cache"
+        steps = range(0 if self.sigmas is None else len(self.sigmas) - 1)
+        return "steps" if not steps or any(step not in run for run in self.predictions for step in steps) else ""
+
+    def distances(self) -> Tensor | None:
+        """How much each step's prediction differs from earlier ones; None where one is missing."""
+        if self.sigmas is None or self.missing():
+            return None
+        steps = range(len(self.sigmas) - 1)
+        rows = [torch.cat([run[step] for run in self.predictions]) for step in steps]
+        return prediction_distances(torch.stack(rows), self.sigmas)
+
+    def choose(self, plan: CalibrationConfig) -> Choice:
+        """The samples that the plan's selection takes, and computed ones that it could not or did not take."""
+        origin, computed = torch.cat(self.origin), torch.cat(self.computed)
+        allowed, spare = computed if plan.computed_only else torch.ones_like(computed), computed.clone()
+        if plan.apart:
+            last = origin[:, 0] == len(self.predictions) - 1
+            allowed, spare = allowed & ~last, spare & last
+        chosen = self.select(allowed.nonzero().flatten(), plan)
+        spare[chosen] = False
+        return Choice(origin[chosen], spread(origin[spare], plan.held_out))
+
+    def select(self, kept: Tensor, plan: CalibrationConfig) -> Tensor:
+        """Indices of the samples that are taken from those at `kept`."""
+        steps = torch.cat(self.steps)[kept]
+        if plan.selection == "tap":
+            clusters, features = min(plan.clusters, plan.samples, len(kept)), torch.cat(self.features)[kept]
+            taken = tap_select(
+                features, steps, plan.samples, clusters, time_scale=plan.time_scale, seed=plan.seed
+            ).indices
+        elif plan.selection == "stratified":
+            taken = stratified_select(steps, plan.samples, plan.seed)
+        else:
+            taken = random_select(len(kept), plan.samples, plan.seed)
+        return kept[taken]
+
+
+def spread(calls: Tensor, count: int) -> Tensor:
+    """At most `count` conditions (h, 4) evenly over the calls (n, 4): one of each call in turn, then the next."""
+    found: list[list[int]] = []
+    for shift in range(int(calls[:, 3].max()) if len(calls) else 0):
+        wanted = min(count - len(found), len(calls))
+        for i in range(wanted):
+            *place, conditions = calls[(2 * i + 1) * len(calls) // (2 * wanted)].tolist()
+            if shift < conditions:
+                found.append([*place, (i + shift) % conditions])
+    return torch.tensor(found, dtype=torch.long).reshape(-1, 4)
+
+
+def features_of(x: Tensor) -> Tensor:
+    """A sample as TAP sees it (N, D), float32 on CPU."""
+    values = x[0].numel()
+    if values > FEATURES and x.ndim >= 4:
+        side = max(1, int((FEATURES / (values / (x.shape[-1] * x.shape[-2]))) ** 0.5))
+        x = F.adaptive_avg_pool2d(x.flatten(1, -3).float(), side)
+    elif values > FEATURES:  # sound, or several latents packed into one
+        x = F.adaptive_avg_pool1d(x.flatten(1).float(), FEATURES)
+    return x.flatten(1).float().cpu()

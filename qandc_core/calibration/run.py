@@ -1,0 +1,224 @@
+"""Calibration on a model's own trajectories, with its cache on: candidates, TAP, then statistics of the chosen.
+
+The same trajectories are sampled twice. The first pass keeps a small picture of every sample, from which the selection
+chooses, and the distances between the predictions of the steps. The second samples them again, from the same noise, and
+looks into the layers on the chosen samples only. A layer therefore sees exactly what it sees in use: nothing on steps
+where a cache skips it. Keeping all layer inputs of the first pass instead would take terabytes.
+
+How to sample is the host's: ComfyUI's nodes and this package's own DiT each give the trajectories of theirs.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from .calls import ModelCall
+from .choice import CalibrationConfig, Candidates, Choice
+from .file import Calibration, load_calibration
+from .layer_inputs import HELD_OUT_ROWS, Observer
+from .memory import StatisticsPlan, plan_statistics
+from .statistics import LayerStatistics, check_finite, observed
+
+log = logging.getLogger(__name__)
+Layers = Sequence[tuple[str, nn.Module]]
+
+
+class Host(Protocol):
+    """What samples the trajectories: `layers` to observe by name, the model's `fingerprint`, and the `device` that its
+    layers run on. `all_run` says that every call of the model runs all of its layers, `steps` how many predictions a
+    run has at least.
+    """
+
+    layers: Layers
+    fingerprint: str
+    device: torch.device
+    all_run: bool
+    steps: int
+
+    def expect(self, steps: int) -> None:
+        """So many sampling steps are still to come, for a progress bar."""
+
+    def room(self) -> int:
+        """Bytes on the device that statistics may take."""
+
+    def collect(self, candidates: Candidates, run: int, seed: int, size: int, first: int) -> None:
+        """Samples `size` images from the noise of `seed`, the first with number `first`, and adds every prediction."""
+
+    def observe(self, observer: Observer, seed: int, size: int, first: int) -> None:
+        """Samples the same images and hands every model call through the observer."""
+
+
+@dataclass
+class Standing:
+    """How far a calibration has come: what was chosen, and what `runs` sampling runs of the second pass found."""
+
+    choice: Choice
+    distances: Tensor | None
+    statistics: dict[str, LayerStatistics]
+    held_out: tuple[ModelCall, ...] = ()
+    runs: int = 0
+    missing: str = ""  # why there are no distances
+
+    def result(self, model: str) -> Calibration:
+        """As a calibration, with notes on what is not found in one."""
+        places = {"samples": self.choice.samples.tolist(), "held_out": self.choice.held_out.tolist()}
+        notes = {**places, "runs": self.runs, "distances": self.missing}
+        return Calibration(model, self.statistics, distances=self.distances, notes=notes, held_out=self.held_out)
+
+
+@torch.inference_mode()
+def calibrate(host: Host, config: CalibrationConfig | None = None, partial: Path | None = None) -> Calibration:
+    """Statistics of every layer's input, distances between steps, and calls that are held out.
+
+    The file `partial` keeps what is done; a later call with the same arguments resumes from there. Raises ValueError
+    where there is no layer, the statistics do not fit, or inputs are not finite.
+    """
+    return Calibrating(host, config or CalibrationConfig(), partial).run()
+
+
+class Calibrating:
+    """Both passes over one model's trajectories."""
+
+    def __init__(self, host: Host, plan: CalibrationConfig, partial: Path | None):
+        self.host, self.layers, self.plan, self.partial = host, host.layers, plan, partial
+        self.space = planned(self.layers, plan)
+
+    def run(self) -> Calibration:
+        standing = self.interrupted()
+        if standing is None:
+            standing = self.first_pass()
+            self.keep(standing)
+        self.second_pass(standing)
+        leave_out_unseen(standing.statistics, self.host.all_run)
+        return standing.result(self.host.fingerprint)
+
+    def interrupted(self) -> Standing | None:
+        """What an interrupted calibration came to. A file that is damaged is set aside, with a warning."""
+        if self.partial is None or not self.partial.is_file():
+            return None
+        try:
+            found = load_calibration(self.partial)
+            found.check_fingerprint(self.host.fingerprint)
+            standing = resumed(found, dict(self.layers), self.space)
+        except Exception as error:  # a damaged file fails in as many ways as it has fields
+            aside = self.partial.with_name(f"{self.partial.name}.damaged")
+            log.warning("Q&C calibration: starts afresh, %s is damaged (%s).", self.partial.name, error)
+            os.replace(self.partial, aside)
+            return None
+        log.info("Q&C calibration: resumes from %s.", self.partial.name)
+        return standing
+
+    def first_pass(self) -> Standing:
+        """Samples all trajectories and chooses; layers that never run are left out."""
+        candidates, ran, batches = Candidates(), set[str](), list(self.plan.batches())
+        self.host.expect(2 * self.host.steps * len(batches))
+        for run, batch in enumerate(batches):
+            with observed(self.layers, lambda name, _: ran.add(name)):
+                self.host.collect(candidates, run, *batch)
+        unused = [name for name, _ in self.layers if name not in ran]
+        if unused:
+            log.info("Q&C calibration: %d layers never run, such as %s; they are left out.", len(unused), unused[0])
+        statistics = {name: empty_statistics(layer, self.space) for name, layer in self.layers if name in ran}
+        choice, missing = candidates.choose(self.plan), candidates.missing()
+        return Standing(choice, candidates.distances(), statistics, missing=missing)
+
+    def second_pass(self, standing: Standing) -> None:
+        """Samples the runs that are left once more and observes what was chosen; `standing` takes it up."""
+        batches, statistics = enumerate(self.plan.batches()), standing.statistics
+        left = [(run, batch) for run, batch in batches if run >= standing.runs and run in standing.choice]
+        self.host.expect(self.host.steps * len(left))
+        layers, room = [(name, layer) for name, layer in self.layers if name in statistics], self.host.room()
+        for layer in statistics.values():
+            room -= layer.settle(self.host.device, room)
+        for run, batch in left:
+            observer = Observer(layers, statistics, standing.choice, run, self.space.tokens, self.plan.seed)
+            self.host.observe(observer, *batch)
+            check_finite(statistics)
+            standing.held_out, standing.runs = (*standing.held_out, *observer.calls), run + 1
+            self.keep(standing)
+        for layer in statistics.values():
+            layer.fetch()
+
+    def keep(self, standing: Standing) -> None:
+        """Saves how far it has come; where the disk is full, a cancelled calibration starts afresh."""
+        if self.partial is None:
+            return
+        try:
+            standing.result(self.host.fingerprint).save(self.partial)
+        except (OSError, SafetensorError) as error:
+            log.warning(
+                "Q&C calibration: cannot be resumed if it is cancelled, %s is not saved (%s).", self.partial.name, error
+            )
+            self.partial = None
+
+
+def planned(layers: Layers, plan: CalibrationConfig) -> StatisticsPlan:
+    """What each layer's statistics keep. Raises ValueError where the plan's memory does not hold them."""
+    widths, budget = [layer.in_features for _, layer in layers], int(plan.memory_gb * 2**30)
+    tokens, held_out = plan.tokens if plan.hessians else 0, HELD_OUT_ROWS if plan.held_out else 0
+    space = plan_statistics(widths, budget, tokens, held_out)
+    blocks = {block_of(name) for name, _ in layers} - {""}
+    kept = f", {space.tokens} tokens each" if plan.hessians else ""
+    log.info(
+        "Q&C calibration: %d blocks, %d layers: %.2f GiB of statistics%s", len(blocks), len(layers),
+        space.bytes / 2**30, kept,
+    )  # fmt: skip
+    return space
+
+
+def block_of(name: str) -> str:
+    """double_blocks.3 of double_blocks.3.img_attn.qkv."""
+    parts = name.split(".")
+    return next((".".join(parts[: i + 1]) for i, part in enumerate(parts) if part.isdecimal()), "")
+
+
+def empty_statistics(layer: nn.Module, space: StatisticsPlan) -> LayerStatistics:
+    width = layer.in_features
+    return LayerStatistics.empty(width, space.hessian(width), space.rows(width), space.held_out)
+
+
+def resumed(found: Calibration, layers: Mapping[str, nn.Module], space: StatisticsPlan) -> Standing:
+    """What an interrupted calibration came to; its statistics have room for more."""
+    statistics = {}
+    for name in list(found.statistics):
+        # Taken out one by one: all of them twice would not fit the budget.
+        layer, room = found.statistics.pop(name), empty_statistics(layers[name], space)
+        if (layer.low.shape, layer.hessian is None) != (room.low.shape, room.hessian is None):
+            raise ValueError(f"the statistics of {name} are of another layer")
+        if layer.rows is not None:
+            room.keep_rows(layer.rows)
+        if layer.held_out is not None:
+            room.keep_held_out(layer.held_out)
+        statistics[name] = replace(layer, rows=room.rows, held_out=room.held_out)
+    samples, held_out = (torch.tensor(found.notes[key]).long().reshape(-1, 4) for key in ("samples", "held_out"))
+    runs, missing = found.notes["runs"], found.notes["distances"]
+    return Standing(Choice(samples, held_out), found.distances, statistics, found.held_out, runs, missing)
+
+
+def leave_out_unseen(statistics: dict[str, LayerStatistics], all_run: bool) -> None:
+    """Takes out layers without inputs: experts to which no token went, and what a network runs once and remembers.
+
+    Raises ValueError where none is left, or on any in a network whose calls run all of its layers.
+    """
+    unseen = [name for name, layer in statistics.items() if layer.count == 0]
+    if unseen and (all_run or len(unseen) == len(statistics)):
+        raise ValueError(
+            f"None of the selected samples falls on a step that computes {unseen[0]} (and {len(unseen) - 1} other "
+            "layers); increase samples."
+        )
+    if unseen:
+        log.warning(
+            "Q&C calibration: the selected samples give %s no input; %d such layers get no statistics.", unseen[0],
+            len(unseen),
+        )  # fmt: skip
+    for name in unseen:
+        del statistics[name]

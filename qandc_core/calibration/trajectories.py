@@ -1,0 +1,103 @@
+"""Trajectories of this package's own DiT, for calibrate()."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..caching.attach import feature_cache
+from ..diffusion.process import ReverseProcess, SamplingConfig
+from ..models.dit import DiT
+from ..quantization.model import DIT_SKIP, named_linears, quantized_layers
+from .choice import Candidates, features_of
+from .file import fingerprint
+from .layer_inputs import Observer
+
+
+class DiTTrajectories:
+    """A host of calibrate(): image number i has the class labels[i], and starts over at the end of the list.
+
+    Uses the cache that is attached to the model. Raises ValueError on a quantized model, or where skip_patterns leave
+    no layer.
+    """
+
+    all_run = True
+
+    def __init__(
+        self,
+        model: DiT,
+        class_labels: Sequence[int] | Tensor,
+        config: SamplingConfig,
+        *,
+        skip_patterns: Sequence[str] = DIT_SKIP,
+        callback: Callable[[int, int], None] | None = None,
+    ):
+        if quantized_layers(model):
+            raise ValueError("This model is quantized already; calibrate the full-precision one.")
+        self.model, self.labels, self.config = model, torch.as_tensor(class_labels), config
+        self.layers = list(named_linears(model, skip_patterns))
+        if not self.layers:
+            raise ValueError(f"No linear layer is left to observe with skip_patterns {list(skip_patterns)}.")
+        self.fingerprint, self.device, self.steps = fingerprint(model), model.pos_embed.device, len(config.schedule())
+        self.callback, self.done, self.total = callback, 0, 0
+
+    def expect(self, steps: int) -> None:
+        self.total = self.done + steps
+
+    def room(self) -> int:
+        """A DiT's statistics are small beside it."""
+        return sys.maxsize
+
+    def collect(self, candidates: Candidates, run: int, seed: int, size: int, first: int) -> None:
+        sigmas = torch.tensor(self.config.schedule().sigmas, dtype=torch.float64)
+        conditions, cache = 1 if self.config.cfg_scale == 1 else 2, feature_cache(self.model)
+        for step, x, denoised in self.steps_of(seed, size, first):
+            computed = cache is None or cache.computed(step)
+            candidates.add(run, step, step, sigmas, features_of(x), denoised, conditions, computed)
+
+    def observe(self, observer: Observer, seed: int, size: int, first: int) -> None:
+        with self.called_through(observer, size):
+            for _ in self.steps_of(seed, size, first, observer.next_prediction):
+                pass
+
+    def steps_of(
+        self, seed: int, size: int, first: int, begin: Callable[[], None] = lambda: None
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Step, sample before it and predicted clean image of one run; begin() is called before each step."""
+        labels = self.labels[(torch.arange(size) + first) % len(self.labels)]
+        process, cache = ReverseProcess(self.model, labels, self.config), feature_cache(self.model)
+        source = process.noise_source(seed, range(size))
+        if cache is not None:
+            cache.reset()
+        try:
+            x = source.draw().to(process.device)
+            for step in range(len(process)):
+                begin()
+                before, noise = x, source.draw().to(process.device) if process.needs_noise(step) else None
+                x, denoised = process.step(step, x, noise)
+                yield step, before, denoised
+                self.done += 1
+                if self.callback is not None:
+                    self.callback(self.done, self.total)
+        finally:
+            if cache is not None:
+                cache.reset()
+
+    @contextmanager
+    def called_through(self, observer: Observer, size: int) -> Iterator[None]:
+        """The model's calls go through the observer, for as long as the context lasts."""
+        forward = self.model.forward
+
+        def called(x: Tensor, t: Tensor, y: Tensor) -> Any:
+            return observer.called(lambda: forward(x, t, y), x, t, {"y": y}, len(x) // size)
+
+        self.model.forward = called  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            del self.model.forward

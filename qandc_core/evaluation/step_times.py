@@ -1,0 +1,79 @@
+"""What a step of a model takes: computed, reused from the cache, and both again with quantized layers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+import torch
+
+from ..caching.attach import apply_cache_to_dit
+from ..diffusion.process import SamplingConfig
+from ..models.dit import DiT
+from ..quantization.model import DIT_SKIP, linear_weight_bytes, quantize_model, quantized_layers
+from ..sampling.generate import generate
+
+PLAIN, QUANTIZED = "as loaded", "W8A8"
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Median seconds of a computed and of a reused step, and the bytes of the linear layers' weights."""
+
+    computed: float
+    reused: float
+    weight_bytes: int
+
+
+@torch.inference_mode()
+def measure_step_times(
+    model: DiT, class_labels: Sequence[int], config: SamplingConfig, interval: int = 2, rounds: int = 3
+) -> dict[str, StepTimes]:
+    """Both models in turn, so that a slow moment of the machine hits them alike; a first round that is not counted
+    compiles and tunes. A model that is quantized already is measured as it is. Raises ValueError where no step reuses.
+    """
+    if interval < 2 or config.steps < 2:
+        raise ValueError(f"No step is reused with {config.steps} steps and interval {interval}; use 2 or more of both.")
+    subjects: dict[str, Any] = {PLAIN: copy.deepcopy(model)}
+    if not quantized_layers(model):
+        subjects[QUANTIZED] = quantize_model(copy.deepcopy(model), 8, 8, DIT_SKIP)
+    seconds: dict[str, dict[bool, list[float]]] = {name: {True: [], False: []} for name in subjects}
+    for subject in subjects.values():
+        apply_cache_to_dit(subject, interval)
+    for number in range(1 + rounds):
+        for name, subject in subjects.items():
+            _, report = generate(subject, class_labels, config.steps, config.cfg_scale, config.sampler)
+            for taken, computed in zip(report.seconds, report.computed):
+                if number:
+                    seconds[name][computed].append(taken)
+    return {
+        name: StepTimes(median(found[True]), median(found[False]), linear_weight_bytes(subjects[name]))
+        for name, found in seconds.items()
+    }
+
+
+def in_words(times: Mapping[str, StepTimes]) -> list[str]:
+    plain = times[PLAIN]
+    sentences = [sentence("A step", plain)]
+    if QUANTIZED in times:
+        quantized = times[QUANTIZED]
+        sentences.append(sentence(f"In {QUANTIZED} a step", quantized))
+        sentences.append(
+            f"{QUANTIZED} computes a step {plain.computed / quantized.computed:.2f} times as fast, with linear weights "
+            f"of {quantized.weight_bytes / 2**20:.1f} MiB instead of {plain.weight_bytes / 2**20:.1f}."
+        )
+    return sentences
+
+
+def sentence(subject: str, times: StepTimes) -> str:
+    return (
+        f"{subject} takes {1000 * times.computed:.3g} ms computed and {1000 * times.reused:.3g} ms reused "
+        f"({100 * times.reused / times.computed:.0f} %)."
+    )
+
+
+def as_json(times: Mapping[str, StepTimes]) -> dict[str, Any]:
+    return {name: asdict(found) for name, found in times.items()}

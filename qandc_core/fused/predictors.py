@@ -1,0 +1,77 @@
+"""What a DeviceLoop asks for a prediction: a DiT as it is, or a FusedDiT with the modulations of all steps at hand."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..models.dit import DiT
+from .attention import fastest_attention
+
+if TYPE_CHECKING:
+    from .loop import DeviceLoop
+
+ROWS_AT_ONCE = 512  # conditions whose modulations are computed in one product
+
+
+class PlainPredictor:
+    """A DiT as it is: baselines."""
+
+    def __init__(self, loop: DeviceLoop):
+        if loop.cache.mode != "prediction":
+            raise ValueError("On the device a DiT reuses predictions only; make it a FusedDiT for other modes.")
+        self.model, self.rows = loop.model, loop.rows
+        self.timesteps = torch.tensor(loop.schedule.timesteps, device=loop.device)
+        self.labels = torch.zeros_like(loop.rows)
+
+    def prepare(self, labels: Tensor) -> None:
+        self.labels.copy_(labels[self.rows])
+
+    def attention(self, loop: DeviceLoop) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def __call__(self, x: Tensor, index: Tensor, reuse: bool) -> Tensor:
+        return self.model(x, self.timesteps.index_select(0, index).expand(len(x)), self.labels)
+
+
+class FusedPredictor:
+    """A FusedDiT with the modulations of all steps at hand: weights of a third of the model are read once for a run."""
+
+    def __init__(self, loop: DeviceLoop):
+        config, needed = loop.model.config, loop.needed
+        self.model: Any = loop.model
+        self.rows = loop.rows
+        self.timesteps = torch.tensor([loop.schedule.timesteps[i] for i in needed], device=loop.device)
+        slots = torch.zeros(len(loop.schedule), dtype=torch.long)
+        slots[needed] = torch.arange(len(needed))
+        self.slots = slots.to(loop.device)
+        conditions = int(loop.rows.max()) + 1
+        tensor: dict[str, Any] = {"dtype": loop.dtype, "device": loop.device}
+        self.table = torch.zeros(len(needed), conditions, 6 * config.depth + 2, config.hidden_size, **tensor)
+        tokens = (len(loop.rows), (config.input_size // config.patch_size) ** 2, config.hidden_size)
+        shapes = {"branch": (config.depth, 2, *tokens), "block": tokens}
+        mode = loop.cache.mode
+        self.kept = torch.zeros(shapes[mode], **tensor) if mode in shapes else None
+
+    def prepare(self, labels: Tensor) -> None:
+        at_once = max(1, ROWS_AT_ONCE // len(labels))
+        for timesteps, table in zip(self.timesteps.split(at_once), self.table.split(at_once)):
+            found = self.model.modulations(timesteps.repeat_interleave(len(labels)), labels.repeat(len(timesteps)))
+            table.copy_(found.view_as(table))
+
+    def attention(self, loop: DeviceLoop) -> AbstractContextManager[None]:
+        config = loop.model.config
+        tokens = (config.input_size // config.patch_size) ** 2
+        width = config.hidden_size // config.num_heads
+        return fastest_attention(len(loop.rows), config.num_heads, tokens, width, self.table)
+
+    def __call__(self, x: Tensor, index: Tensor, reuse: bool) -> Tensor:
+        modulations = self.table.index_select(0, self.slots.index_select(0, index))[0]
+        return self.model(x, modulations.index_select(0, self.rows), self.kept, reuse)
+
+
+def predictor_of(loop: DeviceLoop) -> PlainPredictor | FusedPredictor:
+    return PlainPredictor(loop) if isinstance(loop.model, DiT) else FusedPredictor(loop)

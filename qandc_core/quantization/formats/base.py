@@ -1,0 +1,62 @@
+"""What a quantized format of ComfyUI's is: its limits as data, and how weights become its tensors and come back.
+
+A format stores weights rotated in groups of inputs (ConvRot), with 8-bit activations scaled anew for every token. To
+add one, write a module with a subclass and one instance, and name the instance in `ALL` of formats/__init__.py.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Format(ABC):
+    """One format. `name` is what users choose, `stored` the checkpoint's name for it. `finer` is the next format with a
+    smaller error; None where only full precision has one.
+
+    A layer of N outputs and K inputs is taken where N is a multiple of `outputs` and K of `inputs`. `since` is the
+    first ComfyUI that loads it, `kernel` comfy-kitchen's matmul, `layouts` the names of its tensors' layouts, `parts`
+    the tensors of a layer in a file, comfy_quant aside. `keeps_shape`: the stored weight has the shape (N, K).
+    """
+
+    name: str
+    stored: str
+    weight_bits: int
+    since: str
+    kernel: str
+    layouts: tuple[str, ...]
+    parts: tuple[str, ...]
+    outputs: int = 4
+    inputs: int = 4
+    keeps_shape: bool = True
+    finer: Format | None = None
+
+    def takes(self, outputs: int, inputs: int) -> bool:
+        return outputs % self.outputs == 0 and inputs % self.inputs == 0
+
+    @abstractmethod
+    def config(self, group: int) -> dict[str, Any]:
+        """What comfy_quant says of a weight rotated in groups of this size."""
+
+    @abstractmethod
+    def encode(
+        self, weight: Tensor, rotated: Tensor, group: int, hessian: Tensor | None, clip_search: bool, damping: float
+    ) -> dict[str, Tensor]:
+        """The tensors `parts` for weight (N, K), also given rotated; hessian (K, K) of rotated inputs for GPTQ."""
+
+    @abstractmethod
+    def decode(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The rotated weight (N, K) that the tensors stand for, float32."""
+
+    def rotation(self, config: Mapping[str, Any]) -> int | None:
+        """The group in which a stored weight's inputs are rotated; None where they are not."""
+        return config["convrot_groupsize"]
+
+    def traced(self, weight: Any) -> Any:
+        """A loaded weight in a layout that torch.compile can trace."""
+        return weight

@@ -1,0 +1,71 @@
+"""W8A8, ComfyUI's int8_tensorwise with ConvRot: one scale for each row of int8 weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...precision import widest_float
+from ..gptq import gptq_codes
+from ..grids import Grid, quantize, symmetric_grid
+from ..grids import dequantize as grid_values
+from .base import Format
+
+# Rounding costs a row K (absmax / 127)^2 / 12: cutting its one outlier pays up to K / (12 * 127^2), 6 % at K = 12288.
+CLIPS = tuple(1 - step / 100 for step in range(1, 11))
+
+
+class Int8(Format):
+    def config(self, group: int) -> dict[str, Any]:
+        return {"format": self.stored, "convrot": True, "convrot_groupsize": group}
+
+    def encode(
+        self, weight: Tensor, rotated: Tensor, group: int, hessian: Tensor | None, clip_search: bool, damping: float
+    ) -> dict[str, Tensor]:
+        channels = int8_grid(rotated, clip_search)
+        return {"weight": int8_codes(rotated, channels, hessian, damping), "weight_scale": channels.scale}
+
+    def decode(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        return tensors["weight"].float() * tensors["weight_scale"]
+
+    def rotation(self, config: Mapping[str, Any]) -> int | None:
+        return config["convrot_groupsize"] if config.get("convrot") else None
+
+
+def int8_grid(rotated: Tensor, clip_search: bool) -> Grid:
+    """One symmetric grid for each row of (N, K), up to absmax or, by search, to where its squared error is least."""
+    absmax = rotated.abs().amax(dim=1, keepdim=True)
+    best = symmetric_grid(absmax, 8)
+    if not clip_search:
+        return best
+    least = row_errors(rotated, best)
+    for clip in CLIPS:
+        grid = symmetric_grid(clip * absmax, 8)
+        error = row_errors(rotated, grid)
+        best = Grid(torch.where(error < least, grid.scale, best.scale), best.zero, best.low, best.high)
+        least = torch.minimum(error, least)
+    return best
+
+
+def row_errors(weight: Tensor, grid: Grid) -> Tensor:
+    squares = (grid_values(quantize(weight, grid), grid) - weight).square_()
+    return squares.sum(1, keepdim=True, dtype=widest_float(weight.device))
+
+
+def int8_codes(rotated: Tensor, grid: Grid, hessian: Tensor | None, damping: float) -> Tensor:
+    """int8 (N, K), by gptq where the rotated inputs' Hessian is given."""
+    return quantize(rotated, grid) if hessian is None else gptq_codes(rotated, hessian, grid, damping)
+
+
+W8A8 = Int8(
+    name="W8A8",
+    stored="int8_tensorwise",
+    weight_bits=8,
+    since="0.27",
+    kernel="int8_linear",
+    layouts=("TensorWiseINT8Layout",),
+    parts=("weight", "weight_scale"),
+)

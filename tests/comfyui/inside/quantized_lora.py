@@ -1,0 +1,188 @@
+"""How much of a LoRA arrives in the weights of a quantized model, and what a quantized model's patcher does."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from host import Host, main
+from quantized_families import available, load, quantize, save
+
+FAMILY = "Flux"
+RELATIVE = {"strong": 0.5, "weak": 0.01}  # |delta| / |W|
+SKIP = ("double_blocks",)
+
+
+def scaled_float8(host: Host) -> str:
+    """The family's file with its blocks' layers in core's scaled float8."""
+    import safetensors.torch
+
+    path = Path(load(host, FAMILY).cached_patcher_init[1][0])
+    tensors = {}
+    for key, value in safetensors.torch.load_file(path).items():
+        name, _, part = key.rpartition(".")
+        tensors[key] = value
+        if part == "weight" and "_blocks." in name and value.ndim == 2:
+            scale = value.float().abs().max() / 448
+            tensors[key], tensors[f"{name}.weight_scale"] = (value.float() / scale).to(torch.float8_e4m3fn), scale
+            mark = json.dumps({"format": "float8_e4m3fn"}).encode()
+            tensors[f"{name}.comfy_quant"] = torch.tensor(list(mark), dtype=torch.uint8)
+    scaled = path.with_name("scaled.safetensors")
+    safetensors.torch.save_file(tensors, scaled)
+    return str(scaled)
+
+
+def sources(host: Host) -> dict:
+    import comfy.sd
+
+    plain = load(host, FAMILY)
+    path = plain.cached_patcher_init[1][0]
+    float8 = comfy.sd.load_diffusion_model(path, model_options={"dtype": torch.float8_e4m3fn})
+    return {"float": plain, "float8": float8, "scaled float8": comfy.sd.load_diffusion_model(scaled_float8(host))}
+
+
+def decoded(weight) -> torch.Tensor:
+    return (weight.dequantize() if hasattr(weight, "_layout_cls") else weight).float().cpu()
+
+
+def with_lora(patcher, layers: list[str], relative: float) -> tuple:
+    """A clone with a LoRA of this size on each layer, through core's loader, and the change of each weight."""
+    import comfy.sd
+
+    generator, lora, deltas = torch.Generator().manual_seed(7), {}, {}
+    for name in layers:
+        weight = decoded(patcher.model.diffusion_model.get_submodule(name).weight)
+        up = torch.randn(weight.shape[0], 4, generator=generator)
+        down = torch.randn(4, weight.shape[1], generator=generator)
+        up *= relative * weight.norm() / (up @ down).norm()
+        deltas[name] = up @ down
+        lora |= {f"diffusion_model.{name}.lora_B.weight": up, f"diffusion_model.{name}.lora_A.weight": down}
+    patched, _ = comfy.sd.load_lora_for_models(patcher, None, lora, 1.0, 0)
+    assert len(patched.patches) == len(layers), "core's loader did not take the LoRA"
+    return patched, deltas
+
+
+def held(patcher, name: str) -> torch.Tensor:
+    """The weight with which the model runs: its patches are in it."""
+    key = f"diffusion_model.{name}.weight"
+    return decoded(patcher.patch_weight_to_device(key, device_to=torch.device("cpu"), return_weight=True))
+
+
+def share(patcher, plain, deltas: dict[str, torch.Tensor], names: list[str]) -> float:
+    """Projection of what the LoRA changes in these layers on the LoRA itself: 1 where all of it arrives."""
+    changed = sum(float(((held(patcher, n) - held(plain, n)) * deltas[n]).sum()) for n in names)
+    return changed / sum(float(deltas[n].square().sum()) for n in names)
+
+
+def arrives(host: Host) -> dict[str, float]:
+    """Source, format, size and way of the LoRA -> its share in quantized layers, in those left out, and in the file."""
+    import comfy.sd
+
+    found = {}
+    for source, full in sources(host).items():
+        # Without a pattern at all some layers of float8 sources would be left out nowhere.
+        layers = [name for name, m in full.model.diffusion_model.named_modules() if "_blocks." in name and linear(m)]
+        kept = [name for name in layers if SKIP[0] in name]
+        packed = [name for name in layers if name not in kept]
+        for format in available(host):
+            plain, _ = quantize(host, full, format, rounding="nearest", skip=SKIP)
+            for size, relative in RELATIVE.items():
+                patched, deltas = with_lora(full, layers, relative)
+                for how in ("bake", "keep"):
+                    lossy, _ = quantize(host, patched, format, rounding="nearest", skip=SKIP, loras=how)
+                    key = f"{source}, {format}, {size}, {how}"
+                    found[f"{key}: quantized"] = share(lossy, plain, deltas, packed)
+                    found[f"{key}: left out"] = share(lossy, plain, deltas, kept)
+                    if size == "weak":
+                        again = comfy.sd.load_diffusion_model(str(save(lossy, "lora")))
+                        found[f"{key}: saved"] = share(again, plain, deltas, layers)
+                found[f"{source}, {format}, {size}: stock"] = share(patched, full, deltas, layers)
+    return found
+
+
+def linear(module) -> bool:
+    return hasattr(module, "comfy_cast_weights") and hasattr(module, "in_features")
+
+
+def merges(host: Host) -> dict[str, float]:
+    """Share of a merge that arrives with a quantized model on either side; 1 is all of it."""
+    from comfy_extras.nodes_model_merging import ModelMergeSimple
+
+    full = load(host, FAMILY)
+    names = [n for n, m in full.model.diffusion_model.named_modules() if "_blocks." in n and linear(m)]
+    other, deltas = with_lora(full, names, 0.5)
+    found = {}
+    for format in available(host):
+        quantized = {name: quantize(host, p, format, rounding="nearest")[0] for name, p in (("a", full), ("b", other))}
+        wanted = {name: 0.5 * delta for name, delta in deltas.items()}
+        for key, first, second in (
+            ("model2", full, quantized["b"]),
+            ("model1", quantized["a"], other),
+            ("both", quantized["a"], quantized["b"]),
+        ):
+            (merged,) = ModelMergeSimple().merge(first, second, 0.5)
+            found[f"{format}, {key}"] = share(merged, first, wanted, names)
+    return found
+
+
+def hooks(host: Host) -> dict[str, float | bool]:
+    """A LoRA hook on the model, twice so that its cached weights are used, and what is left after it."""
+    import comfy.hooks
+
+    full, found = load(host, FAMILY), {}
+    names = [n for n, m in full.model.diffusion_model.named_modules() if "_blocks." in n and linear(m)]
+    for format in available(host):
+        lossy, _ = quantize(host, full, format, rounding="nearest")
+        patched, deltas = with_lora(lossy, names, 0.5)
+        before = {name: held(lossy, name) for name in names}
+        hook = comfy.hooks.WeightHook()
+        group = comfy.hooks.HookGroup()
+        group.add(hook)
+        user = lossy.clone()
+        user.add_hook_patches(hook, {key: patch[0][1] for key, patch in patched.patches.items()})
+        for turn in ("first", "cached"):
+            user.apply_hooks(group)
+            now = {name: decoded(user.model.diffusion_model.get_submodule(name).weight) for name in names}
+            change = sum(float(((now[n] - before[n]) * deltas[n]).sum()) for n in names)
+            found[f"{format}, {turn}"] = change / sum(float(d.square().sum()) for d in deltas.values())
+            user.apply_hooks(None)
+            found[f"{format}, {turn}, restored"] = all(torch.equal(held(user, n), before[n]) for n in names)
+    return found
+
+
+def saving(host: Host) -> dict[str, dict[str, bool]]:
+    """What core's patcher hands to a file where weights are cast at every call, as with low VRAM, against the plain."""
+    import comfy.model_management
+
+    full, found = load(host, FAMILY), {}
+    for format in available(host):
+        lossy, report = quantize(host, full, format, rounding="nearest")
+        patched, _ = with_lora(lossy, [layer.name for layer in report.layers], 0.5)
+        for kind, patcher in (("plain", lossy), ("LoRA", patched)):
+            comfy.model_management.unload_all_models()
+            patcher.load(patcher.load_device, full_load=True)
+            wanted = {key: value.to("cpu") for key, value in patcher.state_dict_for_saving().items()}
+            patcher.detach()
+            patcher.load(patcher.load_device, lowvram_model_memory=1)
+            state = patcher.state_dict_for_saving()
+            written = {key: value.to("cpu") for key, value in state.items()}
+            patcher.detach()
+            same = wanted.keys() == written.keys()
+            found[f"{format}, {kind}"] = {
+                "same": same and all(equal(written[key], wanted[key]) for key in wanted),
+                "offloaded": any(type(value).__name__ == "SavedPiece" for value in state.values()),
+            }
+    return found
+
+
+def equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+CHECKS = {"arrives": arrives, "merges": merges, "hooks": hooks, "saving": saving}
+
+if __name__ == "__main__":
+    chosen = [name for name in CHECKS if name in sys.argv[3:]] or list(CHECKS)
+    main({name: CHECKS[name] for name in chosen})
