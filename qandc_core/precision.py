@@ -21,6 +21,11 @@ def widest_float(device: torch.device) -> torch.dtype:
     return torch.float64 if _has_float64(device.type, device.index) else torch.float32
 
 
+def with_float64(device: torch.device) -> torch.device:
+    """The device, or the CPU for one without float64."""
+    return device if widest_float(device) == torch.float64 else torch.device("cpu")
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """True for what Python, torch's CPU allocator and its accelerators raise when memory runs out."""
     known = (MemoryError, torch.cuda.OutOfMemoryError)

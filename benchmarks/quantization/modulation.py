@@ -21,8 +21,9 @@ from qandc_core import DiT, SamplingConfig, fuse_dit, generate, load_dit
 from qandc_core.calibration.candidates import collect_pool, collect_statistics
 from qandc_core.calibration.statistics import LayerStatistics
 from qandc_core.evaluation.experiment import hardware
+from qandc_core.models.layers import DIT_SKIP, named_linears
 from qandc_core.models.presets import preset
-from qandc_core.quantization.model import DIT_SKIP, NATIVE_SKIP, named_linears
+from qandc_core.quantization.model import NATIVE_SKIP
 from qandc_core.quantization.native import FORMATS, NativeConfig, NativeLayer, quantize_weight
 
 RESULTS = Path(__file__).parents[1] / "results"

@@ -15,7 +15,8 @@ from qandc_core.calibration.file import Calibration, fingerprint
 from qandc_core.diffusion.process import SamplingConfig
 from qandc_core.fused.dit import FusedDiT, fuse_dit
 from qandc_core.models.dit import DiT, DiTConfig, initialize_weights, sincos_positions
-from qandc_core.quantization.model import DIT_SKIP, NATIVE_SKIP, named_linears, quantize_model
+from qandc_core.models.layers import DIT_SKIP, named_linears
+from qandc_core.quantization.model import NATIVE_SKIP, quantize_model
 from qandc_core.quantization.native import NativeConfig, NativeLayer, quantize_weight
 
 PAPER = "fp32 eager, 250 steps"  # the paper's 1x

@@ -19,10 +19,11 @@ from qandc_core.caching.attach import apply_cache_to_dit, feature_cache
 from qandc_core.fused.dit import fuse_dit
 from qandc_core.models import DiT, preset
 from qandc_core.models.dit import initialize_weights
+from qandc_core.models.layers import DIT_SKIP
 from qandc_core.quantization.grids import quantize, weight_grid
 from qandc_core.quantization.linear import LinearFormat, QuantizedLinear
 from qandc_core.quantization.matmul import pick_backend
-from qandc_core.quantization.model import DIT_SKIP, linear_weight_bytes, quantize_model
+from qandc_core.quantization.model import linear_weight_bytes, quantize_model
 from qandc_core.sampling.generate import generate
 
 SHAPES = ((768, 2304), (768, 768), (768, 3072), (3072, 768))

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from qandc_core.models.dit import FREQUENCIES, DiT, DiTConfig
+from qandc_core.models.layers import DIT_SKIP, named_linears
 from qandc_core.quantization.formats.w4a8 import GROUP
-from qandc_core.quantization.model import DIT_SKIP, named_linears
 from qandc_core.quantization.native import FORMATS, INT8, native_format
 
 from .ceilings import Ceilings

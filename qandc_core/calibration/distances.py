@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..caching.attach import cache_bypassed
 from ..diffusion.process import ReverseProcess, SamplingConfig
 from ..models.dit import DiT
-from .statistics import precise
+from ..precision import with_float64
 
 
 def prediction_distances(denoised: Tensor, sigmas: Tensor) -> Tensor:
@@ -20,7 +20,7 @@ def prediction_distances(denoised: Tensor, sigmas: Tensor) -> Tensor:
     denoised (T, V) holds the values of every step's prediction; a step from sigma to the following moves the sample by
     (1 - following / sigma) of an error in it. sigmas (T + 1,).
     """
-    values, sigmas = denoised.to(precise(denoised.device)).double(), sigmas.cpu().double()
+    values, sigmas = denoised.to(with_float64(denoised.device)).double(), sigmas.cpu().double()
     relative = torch.cdist(values, values) / values.norm(dim=1).clamp(min=1e-12)[None]
     return torch.triu(relative * (1 - sigmas[1:] / sigmas[:-1]).to(values.device)[None], diagonal=1).cpu()
 

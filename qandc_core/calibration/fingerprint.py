@@ -42,7 +42,7 @@ class Fingerprint(str):
     def of(cls, value: str) -> Fingerprint:
         return value if isinstance(value, cls) else cls(value)
 
-    def __getnewargs__(self) -> tuple[str, str]:
+    def __getnewargs__(self) -> tuple[str, str]:  # type: ignore[override]
         return str(self), self.sketch
 
 

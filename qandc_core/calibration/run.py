@@ -15,7 +15,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from safetensors import SafetensorError
@@ -163,7 +163,7 @@ class Calibrating:
 
 def planned(layers: Layers, plan: CalibrationConfig) -> StatisticsPlan:
     """What each layer's statistics keep. Raises ValueError where the plan's memory does not hold them."""
-    widths, budget = [layer.in_features for _, layer in layers], int(plan.memory_gb * 2**30)
+    widths, budget = [width_of(layer) for _, layer in layers], int(plan.memory_gb * 2**30)
     tokens, held_out = plan.tokens if plan.hessians else 0, HELD_OUT_ROWS if plan.held_out else 0
     space = plan_statistics(widths, budget, tokens, held_out)
     blocks = {block_of(name) for name, _ in layers} - {""}
@@ -181,8 +181,13 @@ def block_of(name: str) -> str:
     return next((".".join(parts[: i + 1]) for i, part in enumerate(parts) if part.isdecimal()), "")
 
 
+def width_of(layer: nn.Module) -> int:
+    """in_features of a linear layer, torch's or a host's."""
+    return cast(int, layer.in_features)
+
+
 def empty_statistics(layer: nn.Module, space: StatisticsPlan) -> LayerStatistics:
-    width = layer.in_features
+    width = width_of(layer)
     return LayerStatistics.empty(width, space.hessian(width), space.rows(width), space.held_out)
 
 

@@ -11,6 +11,8 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
+from ..precision import widest_float
+
 BINS = 2048
 
 
@@ -38,7 +40,7 @@ class LayerStatistics:
         second = torch.zeros(width, width) if hessian else None
         bins = torch.zeros(BINS, dtype=torch.float64)
         kept = reserved(rows, width), reserved(held_out, width)
-        return cls(0, low, high, torch.zeros(width), bins, 2.0**-20, second, *kept)
+        return cls(0, low, high, torch.zeros(width), bins, torch.tensor(2.0**-20), second, *kept)
 
     def __post_init__(self) -> None:
         self.span = torch.as_tensor(self.span, dtype=torch.float32)
@@ -70,7 +72,7 @@ class LayerStatistics:
             self.low, self.high, self.mean, self.span = (
                 value.to(device) for value in (self.low, self.high, self.mean, self.span)
             )
-            self.histogram = self.histogram.to(device, widest(device))
+            self.histogram = self.histogram.to(device, widest_float(device))
 
     def settle(self, device: torch.device, room: int) -> int:
         """Moves X^T X and kept inputs to a device that has room for so many bytes. Returns those that it took."""
@@ -128,16 +130,6 @@ class LayerStatistics:
     def centers(self) -> Tensor:
         width = 2 * self.reach / BINS
         return torch.arange(BINS) * width - self.reach + width / 2
-
-
-def widest(device: torch.device) -> torch.dtype:
-    """The dtype to add up in: float64, or float32 on devices that may have none, such as Apple's and Intel's GPUs."""
-    return torch.float64 if device.type in ("cpu", "cuda") else torch.float32
-
-
-def precise(device: torch.device) -> torch.device:
-    """The device, or the CPU for one without float64."""
-    return device if widest(device) == torch.float64 else torch.device("cpu")
 
 
 @cache

@@ -34,8 +34,8 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from ..precision import with_float64
 from .selection import checked_timesteps, draw_evenly, require_at_least_one
-from .statistics import precise
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
@@ -191,7 +191,7 @@ def checked_pool(features: Tensor | ArrayLike, timesteps: Tensor | ArrayLike, al
         raise ValueError(f"alpha is {alpha}, expected a weight between 0 (time only) and 1 (features only).")
     if not time_scale > 0:
         raise ValueError(f"time_scale is {time_scale}, expected a positive number of steps.")
-    x = x.to(precise(x.device))
+    x = x.to(with_float64(x.device))
     # Relative to the first step, where float32 holds any realistic index exactly.
     pool = Pool(x, (t - t.min()).float().to(x.device), float(alpha), float(time_scale))
     if not all(part.features.isfinite().all() for part in pool.blocks(BLOCK)):

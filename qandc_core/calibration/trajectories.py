@@ -13,9 +13,9 @@ from torch import Tensor
 from ..caching.attach import feature_cache
 from ..diffusion.process import ReverseProcess, SamplingConfig
 from ..models.dit import DiT
-from ..quantization.model import DIT_SKIP, named_linears, quantized_layers
+from ..models.layers import DIT_SKIP, named_linears
 from .choice import Candidates, features_of
-from .file import fingerprint
+from .file import FINGERPRINT, fingerprint
 from .layer_inputs import Observer
 
 
@@ -37,7 +37,7 @@ class DiTTrajectories:
         skip_patterns: Sequence[str] = DIT_SKIP,
         callback: Callable[[int, int], None] | None = None,
     ):
-        if quantized_layers(model):
+        if hasattr(model, FINGERPRINT):
             raise ValueError("This model is quantized already; calibrate the full-precision one.")
         self.model, self.labels, self.config = model, torch.as_tensor(class_labels), config
         self.layers = list(named_linears(model, skip_patterns))
@@ -96,7 +96,7 @@ class DiTTrajectories:
         def called(x: Tensor, t: Tensor, y: Tensor) -> Any:
             return observer.called(lambda: forward(x, t, y), x, t, {"y": y}, len(x) // size)
 
-        self.model.forward = called  # type: ignore[method-assign]
+        self.model.forward = called  # type: ignore[method-assign, assignment]
         try:
             yield
         finally:

@@ -22,7 +22,8 @@ def add(command: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from ..calibration.file import load_calibration
     from ..checkpoints.quantized import save_quantized
-    from ..quantization.model import DIT_SKIP, QuantizationConfig, linear_weight_bytes, quantize_model
+    from ..models.layers import DIT_SKIP
+    from ..quantization.model import QuantizationConfig, linear_weight_bytes, quantize_model
 
     model = load(args)
     calibration = load_calibration(args.calibration) if args.calibration else None

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..calibration.candidates import CandidatePool, collect_pool, is_cached_layer
 from ..models.dit import DiT
-from ..quantization.model import named_linears, quantized_layers
+from ..models.layers import named_linears
+from ..quantization.model import quantized_layers
 from ..sampling.generate import generate
 from .metrics import relative_l2, standard_error
 from .variants import CalibrationPlan, Variant, Workbench, balanced_labels, block_features, select

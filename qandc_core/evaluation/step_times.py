@@ -13,7 +13,8 @@ import torch
 from ..caching.attach import apply_cache_to_dit
 from ..diffusion.process import SamplingConfig
 from ..models.dit import DiT
-from ..quantization.model import DIT_SKIP, linear_weight_bytes, quantize_model, quantized_layers
+from ..models.layers import DIT_SKIP
+from ..quantization.model import linear_weight_bytes, quantize_model, quantized_layers
 from ..sampling.generate import generate
 
 PLAIN, QUANTIZED = "as loaded", "W8A8"

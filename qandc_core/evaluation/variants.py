@@ -21,7 +21,8 @@ from ..compensation.correction import VarianceCompensation
 from ..compensation.fit import fit_variance_compensation
 from ..diffusion.process import SamplingConfig
 from ..models.dit import DiT
-from ..quantization.model import DIT_SKIP, QuantizationConfig, quantize_model
+from ..models.layers import DIT_SKIP
+from ..quantization.model import QuantizationConfig, quantize_model
 
 # Seeds of calibration and fitting lie apart from those of the images that are judged.
 CALIBRATION_SEED, FIT_SEED = 501, 502

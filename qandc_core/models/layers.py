@@ -8,6 +8,8 @@ from torch import nn
 
 from .layouts import diffusers_names
 
+DIT_SKIP = ("pos_embed", "norm")  # diffusers' names of a DiT's layers that stay in full precision
+
 
 def named_linears(model: nn.Module, skip_patterns: Iterable[str] = ()) -> Iterator[tuple[str, nn.Linear]]:
     """Linear layers whose name, in diffusers' terms, contains none of the patterns."""

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from ..calibration.file import Calibration
     from ..calibration.statistics import LayerStatistics
 
-DIT_SKIP = ("pos_embed", "norm")
 NATIVE_SKIP = ("t_embedder",)  # of our DiT in ComfyUI's formats: modulations, a third of its weights, are quantized
 ROUNDINGS = ("nearest", "gptq")
 

@@ -20,8 +20,9 @@ from qandc_core.compensation.correction import VarianceCompensation
 from qandc_core.diffusion.noise import image_seed
 from qandc_core.diffusion.process import SamplingConfig
 from qandc_core.models import DiT, DiTConfig
+from qandc_core.models.layers import named_linears
 from qandc_core.quantization.clipping import activation_bounds
-from qandc_core.quantization.model import QuantizationConfig, named_linears, quantize_model
+from qandc_core.quantization.model import QuantizationConfig, quantize_model
 from qandc_core.sampling.generate import generate
 
 TINY = DiTConfig(input_size=8, hidden_size=32, depth=2, num_heads=4, num_classes=10)
@@ -341,7 +342,9 @@ def full_calibration():
         fingerprint(model),
         collect_statistics(model, pool, hessians=True),
         schedule=(0, 2, 5),
-        variance=VarianceCompensation(torch.rand(3, dtype=torch.float64), torch.randn(3, 4), torch.rand(3, 4), "paper"),
+        variance=VarianceCompensation(
+            torch.tensor([9.5, 1 / 3, 0.1], dtype=torch.float64), torch.randn(3, 4), torch.rand(3, 4), "paper"
+        ),
         sampling=replace(sampling("ddim"), guidance_channels=3, sigmas=(14.6, 1 / 3, 0.0)),
         notes={"seed": 3, "classes": [1, 2], "selection": {"method": "tap", "alpha": 0.5}, "made": "\u00e9 1.0"},
     )
@@ -387,7 +390,7 @@ def test_file_round_trip_is_exact(tmp_path):
 def test_a_calibration_without_distances_says_what_to_do():
     distances = torch.rand(4, 4)
     assert Calibration("abc", distances=distances).step_distances() is distances
-    with pytest.raises(ValueError, match="calibrate the model without a cache"):
+    with pytest.raises(ValueError, match="calibrate without a cache"):
         Calibration("abc").step_distances()
 
 

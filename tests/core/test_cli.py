@@ -26,7 +26,8 @@ from qandc_core import (
 from qandc_core.cli.main import main, parser
 from qandc_core.evaluation.demo import RECOMMENDED
 from qandc_core.evaluation.figure import to_pil
-from qandc_core.quantization.model import DIT_SKIP, quantized_layers
+from qandc_core.models.layers import DIT_SKIP
+from qandc_core.quantization.model import quantized_layers
 
 COMMANDS = ("demo", "generate", "calibrate", "quantize", "experiment", "bench")
 CONFIG = DiTConfig(input_size=8, in_channels=3, hidden_size=32, depth=2, num_heads=2, num_classes=5, learn_sigma=False)

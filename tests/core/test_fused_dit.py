@@ -25,7 +25,8 @@ from qandc_core.calibration.statistics import LayerStatistics, observed
 from qandc_core.diffusion.process import ReverseProcess
 from qandc_core.fused.linear import FloatLinear, Int8Linear, KitchenLinear, Modulation
 from qandc_core.models import DiT, DiTConfig
-from qandc_core.quantization.model import DIT_SKIP, QuantizationConfig, named_linears
+from qandc_core.models.layers import DIT_SKIP, named_linears
+from qandc_core.quantization.model import QuantizationConfig
 from qandc_core.quantization.native import FORMATS, NativeConfig, dequantize, quantize_weight
 
 CONFIG = DiTConfig(input_size=8, in_channels=4, hidden_size=64, depth=3, num_heads=4, num_classes=10)

@@ -91,22 +91,24 @@ def test_a_layer_whose_tensors_are_elsewhere_copies_them_for_the_call(bits):
     wanted = layer(x)
     assert isinstance(layer, QuantizedLinear)
     assert layer(x.to("meta")).device.type == "meta"
-    copied = layer.on_device(torch.device("cpu"))
+    copied = layer.on(torch.device("cpu"))
     assert torch.equal(copied(x), wanted) and copied is not layer
     assert layer.codes.device.type == "cpu" and torch.equal(layer(x), wanted)
 
 
-def test_distances_are_computed_on_the_cpu():
-    """Whatever the device has: a step's predictions on another device may not become float64 there."""
+def test_distances_need_no_float64_of_the_device(monkeypatch):
+    """Where the device has none they are computed on the CPU, from float32 that moved there first."""
     values, sigmas = torch.randn(4, 9), torch.linspace(3, 0, 5)
-    moved = []
+    wanted, moved = prediction_distances(values, sigmas), []
 
     class Elsewhere(torch.Tensor):
         @classmethod
         def __torch_function__(cls, func, types, args=(), kwargs=None):
-            moved.append(func.__name__)
+            moved.append((func.__name__, args[1:]))
             return super().__torch_function__(func, types, args, kwargs or {})
 
-    found = prediction_distances(values.as_subclass(Elsewhere), sigmas.as_subclass(Elsewhere))
-    assert torch.equal(found.as_subclass(torch.Tensor), prediction_distances(values, sigmas))
-    assert moved.index("cpu") < moved.index("double")
+    monkeypatch.setattr(precision, "_has_float64", lambda kind, index: False)
+    found = prediction_distances(values.as_subclass(Elsewhere), sigmas)
+    assert torch.equal(found.as_subclass(torch.Tensor), wanted)
+    names = [name for name, _ in moved]
+    assert ("to", (torch.device("cpu"),)) in moved[: names.index("double")]

@@ -18,6 +18,7 @@ from qandc_core.calibration.statistics import LayerStatistics
 from qandc_core.checkpoints import load_dit, save_dit
 from qandc_core.checkpoints.quantized import load_quantized, save_quantized
 from qandc_core.models import DiT, DiTConfig, preset
+from qandc_core.models.layers import named_linears
 from qandc_core.quantization.clipping import CLIPPINGS, activation_bounds
 from qandc_core.quantization.gptq import gptq_codes
 from qandc_core.quantization.grids import (
@@ -31,13 +32,7 @@ from qandc_core.quantization.grids import (
     weight_grid,
 )
 from qandc_core.quantization.linear import LinearFormat, QuantizedLinear
-from qandc_core.quantization.model import (
-    QuantizationConfig,
-    linear_weight_bytes,
-    named_linears,
-    quantize_model,
-    quantized_layers,
-)
+from qandc_core.quantization.model import QuantizationConfig, linear_weight_bytes, quantize_model, quantized_layers
 
 SKIP = ["pos_embed", "norm"]
 TINY = DiTConfig(input_size=8, hidden_size=32, depth=2, num_heads=4, num_classes=10)

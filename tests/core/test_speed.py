@@ -44,8 +44,9 @@ from benchmarks.speed.work import (
     weight_bytes,
 )
 from qandc_core.models import DiT, DiTConfig, preset
+from qandc_core.models.layers import DIT_SKIP, named_linears
 from qandc_core.quantization.matmul import int_mm_is_fast, kitchen_is_available
-from qandc_core.quantization.model import DIT_SKIP, linear_weight_bytes, named_linears, quantize_model
+from qandc_core.quantization.model import linear_weight_bytes, quantize_model
 from qandc_core.quantization.native import NativeConfig, quantize_weight, stored_values
 
 CPU = torch.device("cpu")

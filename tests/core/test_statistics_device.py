@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.overrides import TorchFunctionMode
 
 from qandc_core.calibration.distances import prediction_distances
-from qandc_core.calibration.statistics import BINS, LayerStatistics, check_finite, precise, widest
+from qandc_core.calibration.statistics import BINS, LayerStatistics, check_finite
 
 
 class Forbidding(TorchFunctionMode):
@@ -86,15 +86,6 @@ def test_kept_inputs_move_within_what_a_device_has_room_for():
     statistics.keep_held_out(torch.ones(3, 8))
     assert len(statistics.held_out) == 3
     assert LayerStatistics.empty(8, hessian=True).settle(device, 0) == 0
-
-
-@pytest.mark.parametrize(
-    ("kind", "dtype"), [("cpu", torch.float64), ("cuda", torch.float64), ("mps", torch.float32), ("xpu", torch.float32)]
-)
-def test_float64_only_where_there_is_some(kind, dtype):
-    device = torch.device(kind)
-    assert widest(device) == dtype
-    assert precise(device) == (device if dtype == torch.float64 else torch.device("cpu"))
 
 
 def test_going_on_gives_the_same_bits():

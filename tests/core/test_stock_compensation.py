@@ -211,9 +211,9 @@ def test_tensors_that_do_not_fit_together_are_refused(changes):
 
 @pytest.mark.parametrize("cfg", [math.nan, math.inf])
 def test_a_guidance_that_is_no_number_is_refused(cfg):
-    with pytest.raises(ValueError, match="cfg_scale must be a finite number"):
+    with pytest.raises(ValueError, match="cfg_scale is .*, expected a number"):
         generate(load_dit("demo"), [3], 4, cfg_scale=cfg)
-    with pytest.raises(ValueError, match="cfg_scale must be a finite number"):
+    with pytest.raises(ValueError, match="cfg_scale is .*, expected a number"):
         replace(SamplingConfig(), cfg_scale=cfg)
 
 

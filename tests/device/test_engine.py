@@ -16,9 +16,10 @@ from qandc_core import (
 )
 from qandc_core.fused.loop import DeviceLoop
 from qandc_core.models.dit import DiT, DiTConfig
+from qandc_core.models.layers import DIT_SKIP
 from qandc_core.quantization.linear import QuantizedLinear
 from qandc_core.quantization.matmul import int_mm, kitchen_is_available, simulated_matmul
-from qandc_core.quantization.model import DIT_SKIP, QuantizationConfig, quantized_layers
+from qandc_core.quantization.model import QuantizationConfig, quantized_layers
 
 from . import fake
 

@@ -10,14 +10,8 @@ from torch import Tensor, nn
 
 from ....qandc_core.calibration.file import FINGERPRINT, Calibration
 from ....qandc_core.checkpoints.quantized import quantized_metadata
-from ....qandc_core.quantization.model import (
-    DIT_SKIP,
-    QuantizationConfig,
-    linear_weight_bytes,
-    named_linears,
-    quantize_model,
-    quantized_layers,
-)
+from ....qandc_core.models.layers import DIT_SKIP, named_linears
+from ....qandc_core.quantization.model import QuantizationConfig, linear_weight_bytes, quantize_model, quantized_layers
 from ....qandc_core.quantization.native import COLLAPSE
 from ..model.dit import is_dit, new_patcher, quantized_dit, resized
 from ..pictures import error_bars

@@ -139,7 +139,7 @@ def pipeline(host: Host, gptq: bool = False) -> dict[str, float | list[float]]:
     saved, variance = core.load_calibration(files[-2]), core.load_calibration(files[-1]).variance
     config = host.module("qandc_core.quantization.model").QuantizationConfig(rounding=rounding)
     model = core.apply_cache_to_dit(core.load_dit("demo"), 3)
-    core.quantize_model(model, 8, 8, host.module("qandc_core.quantization.model").DIT_SKIP, saved, config)
+    core.quantize_model(model, 8, 8, host.module("qandc_core.models.layers").DIT_SKIP, saved, config)
     watch = Watch()
     compensated.add_wrapper_with_key("predict_noise", "watch", watch)
     ours = ksampler(host, compensated, "ddpm")
