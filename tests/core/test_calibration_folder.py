@@ -62,7 +62,7 @@ def test_processes_that_save_at_the_same_moment_lose_nothing(tmp_path):
 
 
 ODD = (
-    "a [fp8]", "flux, 50", "dev@v1", "标定（v2）", "it's", "cafe\u0301", "50%;a=b&c#~!", "NUL", "a ", "a.",
+    "a [fp8]", "flux, 50", "dev@v1", "\u6807\u5b9a\uff08v2\uff09", "it's", "cafe\u0301", "50%;a=b&c#~!", "NUL", "a ", "a.",
     "\U0001f600", "new\nline", "back\\slash", ".hidden", "", "a\u2028b", "x\0y", "not utf8 \udcff",
 )  # fmt: skip
 
@@ -89,11 +89,11 @@ def test_folders_and_other_files_are_not_listed(tmp_path):
     assert listed(tmp_path) == ["b.safetensors"] and listed(tmp_path / "absent") == []
 
 
-@pytest.mark.parametrize("name", ["CON", "nul", "Lpt1.b", "com9", "a:b", "a?", "x" * 250, "标" * 100])
+@pytest.mark.parametrize("name", ["CON", "nul", "Lpt1.b", "com9", "a:b", "a?", "x" * 250, "\u6807" * 100])
 def test_names_that_another_system_cannot_hold_become_numbers(tmp_path, name):
     assert not is_portable(f"{name}.safetensors")
     assert save_new(tmp_path, saving(b""), "kept", f"{name}.safetensors").name == "kept_00001.safetensors"
-    assert is_portable("CONTROL.safetensors") and is_portable("标定（v2）.safetensors")
+    assert is_portable("CONTROL.safetensors") and is_portable("\u6807\u5b9a\uff08v2\uff09.safetensors")
 
 
 @given(st.text(max_size=400))
