@@ -10,11 +10,13 @@ from hypothesis import strategies as st
 
 from qandc_core.caching.plans import Plan
 from qandc_core.caching.policies import ErrorBudget, Interval, StepCount
-from qandc_core.caching.run import SamplingRun, Steps
+from qandc_core.caching.run import SamplingRun
+from qandc_core.caching.steps import Steps
 from qandc_core.caching.trajectory import NoiseWatch, probe_positions
 
-falling = st.lists(st.floats(0.05, 20), min_size=1, max_size=12, unique_by=lambda s: round(math.log(s), 2)).map(
-    lambda levels: [*sorted(levels, reverse=True), 0.0]
+# Levels at least 2 % apart: closer ones, and what lies between them, may count as the same.
+falling = st.lists(st.integers(-150, 150), min_size=1, max_size=12, unique=True).map(
+    lambda places: [*(math.exp(place / 50) for place in sorted(places, reverse=True)), 0.0]
 )
 
 
@@ -197,6 +199,17 @@ def test_forecasts_go_on_without_noise_and_end_with_the_first():
         assert run.warnings == ["order 1 is not used with mine, which adds noise between steps; using order 0"]
     later = watched(noised(0.5, first=5)).timeline["positive"]
     assert later[:6] == "CRCFCF" and set(later[6:]) == {"C", "R"}
+
+
+@pytest.mark.parametrize("churn", [0.0, 0.02, 0.2])
+def test_going_back_at_every_step_is_noise_only_between_the_levels_of_the_schedule(churn):
+    """Heun++ evaluates this level, the next and the one after it, then steps to the next; churn raises the level."""
+    run = SamplingRun(Plan(11, 1, {0}), SIGMAS, sampler="mine")
+    run.watch_noise(start(1.0))
+    for i in range(len(SIGMAS) - 2):
+        sigmas = [SIGMAS[i] * (1 + churn), *SIGMAS[i + 1 : i + 3]]
+        euler(run, gaussian, [*sigmas, 0.05], start(sigmas[0]))
+    assert (run.plan.order == 0) == (churn > 0) == bool(run.warnings)
 
 
 def test_a_mask_that_sets_the_rest_of_the_sample_is_no_noise():
