@@ -2,18 +2,26 @@ from __future__ import annotations
 
 from comfy_api.v0_0_2 import io
 
-from ..qandc_core.caching.policies import CachePolicy
-from ..qandc_core.caching.schedule import CacheConfig
+from ..qandc_core.caching.policies import CachePolicy, ChosenSteps, ErrorBudget, Interval, Placed, Speedup, StepCount
 from . import schema
 from .comfyui.cache.attach import TIERS, CacheSettings, apply_cache
+from .comfyui.cache.placing import placing
 from .comfyui.quantize.weights import fingerprint_of
 
+# What each option of `policy` makes; its inputs are the fields.
+CLASSES: dict[str, type[CachePolicy]] = {
+    "speedup": Speedup,
+    "number of steps": StepCount,
+    "error budget": ErrorBudget,
+    "interval": Interval,
+    "chosen steps": ChosenSteps,
+}
 POLICIES = [
     io.DynamicCombo.Option("speedup", [
         io.Float.Input(
             "speedup", default=2.0, min=1.0, max=20.0, step=0.1,
-            tooltip="How much faster the model calls shall be together. The run measures what a reused step costs and "
-            "picks the steps. 1 takes the cache off.",
+            tooltip="Target speedup of the model calls. The cost of a reused step is counted on the network and "
+            "decides how many steps are computed; a calibration decides which. 1 disables the cache.",
         ),
     ]),
     io.DynamicCombo.Option("number of steps", [
@@ -27,16 +35,16 @@ POLICIES = [
         io.Float.Input(
             "max_error", default=0.02, min=0.0, max=1.0, step=0.001, round=0.0001,
             tooltip="Relative error of the image that reuse may add in all, as estimated in the run. Harder images "
-            "compute more steps. 0 takes the cache off.",
+            "compute more steps. 0 disables the cache.",
         ),
         io.Int.Input(
-            "max_reused", default=4, min=1, max=50, tooltip="At most so many reused steps in a row.",
+            "max_reused", default=4, min=1, max=50, tooltip="Maximum number of consecutive reused steps.",
         ),
     ]),
     io.DynamicCombo.Option("interval", [
         io.Int.Input(
             "interval", default=3, min=1, max=50,
-            tooltip="Compute every so many steps: 3 computes one step in three. 1 takes the cache off.",
+            tooltip="Compute every so many steps: 3 computes one step in three. 1 disables the cache.",
         ),
     ]),
     io.DynamicCombo.Option("chosen steps", [
@@ -84,7 +92,8 @@ class ApplyCache(io.ComfyNode):
                 ),
                 schema.Calibration.Input(
                     "calibration", optional=True,
-                    tooltip="From TAP Calibrate on the model without cache: places the number of steps best.",
+                    tooltip="From TAP Calibrate on the model without cache, with the same steps and scheduler: places "
+                    "the computed steps of speedup and number of steps.",
                 ),
             ],
             outputs=[io.Model.Output(tooltip="The model with the cache.")],
@@ -95,13 +104,28 @@ class ApplyCache(io.ComfyNode):
         cls, model: io.Model.Type, policy: dict, order: int, start_percent: float = 0.0, end_percent: float = 1.0,
         reuse: str = TIERS[0], offload: bool = False, calibration=None,
     ) -> io.NodeOutput:  # fmt: skip
-        steps = frozenset(schema.parse_numbers(policy["computed_steps"])) if "computed_steps" in policy else None
-        distances = None
-        if calibration is not None and "computed" in policy:
+        kind, distances, warnings = policy_class(policy), None, []
+        if calibration is not None:
             calibration.check_fingerprint(fingerprint_of(model))
-            distances = calibration.step_distances()
-        when = CachePolicy(
-            CacheConfig(policy.get("interval", 1), steps, order=order), policy.get("computed"), start_percent,
-            end_percent, policy.get("speedup"), policy.get("max_error"), policy.get("max_reused", 4), distances,
-        )  # fmt: skip
-        return io.NodeOutput(apply_cache(model, CacheSettings(when, reuse, offload)))
+            if issubclass(kind, Placed):
+                distances, warnings = placing(model, calibration)
+            else:
+                warnings = [
+                    f"the policy {policy['policy']} does not use the calibration; speedup and number of steps do"
+                ]
+        when = policy_of(policy, order, start_percent, end_percent, distances)
+        return io.NodeOutput(apply_cache(model, CacheSettings(when, reuse, offload, tuple(warnings))))
+
+
+def policy_class(policy: dict) -> type[CachePolicy]:
+    return CLASSES[policy["policy"]]
+
+
+def policy_of(policy: dict, order: int, start: float, end: float, distances=None) -> CachePolicy:
+    """The policy that an option of the node describes; its inputs are named as the fields of the dataclass."""
+    kind, values = policy_class(policy), {name: value for name, value in policy.items() if name != "policy"}
+    if kind is ChosenSteps:
+        values = {"steps": frozenset(schema.parse_numbers(values["computed_steps"]))}
+    if distances is not None:
+        values["distances"] = distances
+    return kind(**values, order=order, start=start, end=end)

@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .caching.attach import apply_cache_to_dit, fresh_caches, remove_cache, reset_all_caches
+from .caching.policies import ChosenSteps, ErrorBudget, Interval, Speedup, StepCount
 from .caching.schedule import optimal_schedule
 from .calibration.choice import CalibrationConfig
 from .calibration.file import Calibration, load_calibration
@@ -38,13 +39,18 @@ LATER = {
 __all__ = [
     "Calibration",
     "CalibrationConfig",
+    "ChosenSteps",
     "DiT",
     "DiTConfig",
     "DiTTrajectories",
+    "ErrorBudget",
     "FusedDiT",
+    "Interval",
     "QuantizationConfig",
     "RunReport",
     "SamplingConfig",
+    "Speedup",
+    "StepCount",
     "StepInfo",
     "TapSelection",
     "VarianceCompensation",

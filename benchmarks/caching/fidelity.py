@@ -102,8 +102,12 @@ def copied_input(patcher):
 
 
 def ours(host: Host, patcher, tier: str, order: int, interval: int = 1, **choices):
-    config = host.module("qandc_core.caching.schedule").CacheConfig(interval, order=order)
-    policy = host.module("qandc_core.caching.policies").CachePolicy(config, **choices)
+    policies = host.module("qandc_core.caching.policies")
+    if "distances" in choices:
+        choices["distances"] = host.module("qandc_core.caching.runs").StepDistances(choices["distances"])
+    kinds = {"computed": policies.StepCount, "speedup": policies.Speedup, "max_error": policies.ErrorBudget}
+    kind = next((kinds[name] for name in choices if name in kinds), None)
+    policy = policies.Interval(interval, order=order) if kind is None else kind(**choices, order=order)
     caching = host.module("nodes.comfyui.cache.attach")
     return caching.apply_cache(patcher, caching.CacheSettings(policy, tier))
 
@@ -167,8 +171,11 @@ def main() -> None:
     from host import Host
 
     host = Host(checkout, base)
-    run = host.module("nodes.comfyui.cache.run")
-    adds_noise, run.adds_noise = run.adds_noise, lambda sampler: False  # to measure also what Apply Cache refuses
+    run = host.module("nodes.comfyui.cache.attach").ModelRun
+    run.look = lambda self, x: None  # measures also the forecasts that Apply Cache ends
+    from comfy.samplers import sampler_object
+
+    declares_noise = host.module("nodes.comfyui.wrappers").declares_noise
     subjects = {
         "built-in, ddim, 50 steps": built_in(host, "ddim"),
         "built-in, ddpm, 50 steps": built_in(host, "ddpm"),
@@ -182,7 +189,7 @@ def main() -> None:
             if only and not any(part in name for part in only):
                 continue
             references = {seed: subject.images(subject.patcher, seed)[0] for seed in range(int(seeds))}
-            order = 0 if adds_noise(subject.sampler) else 1
+            order = 0 if declares_noise(sampler_object(subject.sampler)) else 1
             for method, settings in methods(host, subject, order).items():
                 for setting, run in settings.items():
                     results = [run(seed) for seed in references]

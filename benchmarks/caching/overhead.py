@@ -56,20 +56,20 @@ def main() -> None:
 
     host = Host(checkout, base)
     patcher = patcher_of({**flow_model.CONFIG, **WIDE})
-    policies, schedules = (host.module(f"qandc_core.caching.{name}") for name in ("policies", "schedules"))
+    policies = host.module("qandc_core.caching.policies")
     caching = host.module("nodes.comfyui.cache.attach")
 
-    def cached(tier: str, **choices):
-        config = schedules.CacheConfig(1, choices.pop("steps", None), order=1)
-        return caching.apply_cache(patcher, caching.CacheSettings(policies.CachePolicy(config, **choices), tier))
+    def cached(tier: str, kind: str, *values):
+        policy = getattr(policies, kind)(*values, order=1)
+        return caching.apply_cache(patcher, caching.CacheSettings(policy, tier))
 
     variants = {
         "plain": patcher,
-        "all steps planned": cached("whole prediction", computed=STEPS),
-        "error budget never met": cached("whole prediction", max_error=1e-9),
-        "error budget never met, blocks": cached("blocks", max_error=1e-9),
-        "reused, whole prediction": cached("whole prediction", steps=frozenset({0})),
-        "reused, blocks": cached("blocks", steps=frozenset({0})),
+        "all steps planned": cached("whole prediction", "StepCount", STEPS),
+        "error budget never met": cached("whole prediction", "ErrorBudget", 1e-9),
+        "error budget never met, blocks": cached("blocks", "ErrorBudget", 1e-9),
+        "reused, whole prediction": cached("whole prediction", "ChosenSteps", {0}),
+        "reused, blocks": cached("blocks", "ChosenSteps", {0}),
     }
     times: dict[str, list[float]] = {name: [] for name in variants}
     with torch.inference_mode():

@@ -58,6 +58,11 @@ def is_flow(model) -> bool:
     return isinstance(model.model_sampling, comfy.model_sampling.CONST)
 
 
+def samples_flow(patcher) -> bool:
+    """The same of a run that has not begun: the model still holds the sampling of the run before."""
+    return isinstance(patcher.get_model_object("model_sampling"), comfy.model_sampling.CONST)
+
+
 def options_of_run(guider) -> dict[str, Any]:
     """transformer_options that this run alone sees; wrappers put its state there, never into the model."""
     guider.model_options = comfy.model_patcher.create_model_options_clone(guider.model_options)

@@ -9,8 +9,10 @@ from typing import Any
 from torch import nn
 
 from .blocks import CachedStreams
+from .cost import reuse_cost
 from .families import BRANCHED, DIFFUSERS, diffusers_lists
 from .features import CachedBranch, FeatureCache
+from .policies import CachePolicy, ChosenSteps, Interval, PolicyConfig
 from .schedule import CacheConfig, step_set
 
 ATTRIBUTE = "feature_cache"
@@ -59,31 +61,45 @@ def branches(model: nn.Module, mode: str) -> list[tuple[Any, str, str]]:
 
 def apply_cache_to_dit(
     model: nn.Module,
-    cache_interval: int = 3,
+    cache_interval: int | CachePolicy = 3,
     *,
     steps: Iterable[int] | None = None,
     mode: str | None = None,
-    order: int = 0,
+    order: int | None = None,
+    num_steps: int | None = None,
 ) -> nn.Module:
     """Caches features over timesteps (FORA, arXiv 2407.01425), in place; replaces a cache already there.
 
-    `model` is our DiT or a transformer of diffusers (DiT, PixArt, Flux, SD3, Wan, CogVideoX). `steps` lists the
-    computed steps instead of every `cache_interval`-th; see CacheConfig for `mode` ("branch" where the model has
-    attention and MLP apart, else "block") and `order`.
+    `model` is our DiT or a transformer of diffusers (DiT, PixArt, Flux, SD3, Wan, CogVideoX). The second argument is an
+    interval or a policy: apply_cache_to_dit(model, Speedup(2)). `steps` lists the computed steps instead of every
+    `cache_interval`-th; see CacheConfig for `mode` ("branch" where the model has attention and MLP apart, else "block")
+    and `order`, which a policy holds itself.
+    generate() tells a policy the steps of a run; a loop of your own gives them as `num_steps`.
     A call reuses only what provably belongs to its own run (`calls`); fresh_caches says so outright.
     Raises ValueError, and changes nothing, on other models and settings.
     """
+    policy = cache_interval if isinstance(cache_interval, CachePolicy) else None
+    if policy is not None and (steps is not None or order is not None):
+        raise ValueError("A policy holds steps and order itself; leave `steps` and `order` out beside it.")
     mode = mode or default_mode(model)
-    config = CacheConfig(cache_interval, step_set(steps), mode, order)
     own: Any = getattr(model, "set_cache", None)
+    config: CacheConfig | PolicyConfig
+    if isinstance(cache_interval, CachePolicy):
+        config = PolicyConfig(cache_interval, mode)
+    else:
+        config = CacheConfig(cache_interval, step_set(steps), mode, order or 0)
     if own is not None:  # a FusedDiT, whose loop follows the configuration itself
         own(config)
         return model
     if mode == "prediction":
         raise ValueError("mode='prediction' needs our own DiT made ready by fuse_dit(); use 'branch' or 'block' here.")
     branches(model, mode)
+    cost = reuse_cost(model, cached_modules(model, mode)) if policy is not None else 0.0
+    if isinstance(config, PolicyConfig):
+        config = config_of(config, num_steps, cost)
     remove_cache(model)
     cache = FeatureCache(config, mode)
+    cache.policy, cache.cost = policy, cost
     wrap_branches(model, cache)
     cache.hooks = [
         model.register_forward_pre_hook(cache.before_forward, with_kwargs=True),
@@ -91,6 +107,24 @@ def apply_cache_to_dit(
     ]
     setattr(model, ATTRIBUTE, cache)
     return model
+
+
+def config_of(config: PolicyConfig, num_steps: int | None, cost: float) -> CacheConfig | PolicyConfig:
+    """The steps where they are known by now; else the policy, which answers once a run has told it its steps."""
+    policy = config.policy
+    if num_steps is not None:
+        return config.for_run(num_steps, cost)
+    if (policy.start, policy.end) == (0, 1) and isinstance(policy, Interval):
+        return CacheConfig(policy.interval, None, config.mode, policy.order)
+    if (policy.start, policy.end) == (0, 1) and isinstance(policy, ChosenSteps):
+        return CacheConfig(1, policy.steps, config.mode, policy.order)
+    return config
+
+
+def cached_modules(model: nn.Module, mode: str) -> list[nn.Module]:
+    """The modules whose work a reused step leaves out."""
+    inside = {"attention_branch": "attn", "mlp_branch": "mlp"}
+    return [getattr(owner, inside.get(attribute, ""), owner) for owner, attribute, _ in branches(model, mode)]
 
 
 def wrap_branches(model: nn.Module, cache: FeatureCache) -> None:

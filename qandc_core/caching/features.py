@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .calls import SAMPLES, CallLocator, ModelInput, arguments, first_of
+from .plans import Plan
+from .policies import CachePolicy
 
 Key = tuple[Hashable, str]  # condition, branch name
 NEAREST = 0.25  # of a step, between the two features of a forecast
@@ -59,9 +61,11 @@ class FeatureCache:
     """
 
     def __init__(self, config: Schedule, mode: str = "branch", offloaded_from: torch.device | None = None):
-        self.config = config
+        self.config: Schedule = config
         self.mode = mode
         self.offloaded_from = offloaded_from
+        self.policy: CachePolicy | None = None  # makes `config` anew for each run that tells its steps
+        self.cost = 0.0
         self.enabled = True
         self.run = CacheRun()
         # What attaching changed, as plain data so that a deep copy of the model owns a working cache.
@@ -78,9 +82,21 @@ class FeatureCache:
     def num_bytes(self) -> int:
         return self.run.num_bytes
 
-    def begin_step(self) -> None:
-        """The next call begins a step even at the timestep of the last one; fine noise levels can share a timestep."""
+    def begin_step(self, step: int = -1, sigmas: Sequence[float] = ()) -> None:
+        """The next call begins a step even at the timestep of the last one; fine noise levels can share a timestep.
+
+        With the noise levels of the run (T + 1,), a policy learns its steps.
+        """
         self.run.begins = True
+        if self.policy is not None and sigmas:
+            if step == 0 or not isinstance(self.config, Plan):
+                self.config = self.policy.plan(len(sigmas) - 1, cost=self.cost, sigmas=sigmas)
+            self.config.begin(step, float(step), sigmas[step], sigmas[step + 1])
+
+    def observe(self, step: int, denoised: Tensor) -> None:
+        """The guided clean image (N, C, H, W) of a step; a plan learns from those that computed."""
+        if isinstance(self.config, Plan) and self.config.computes(step):
+            self.config.observe(float(step), denoised)
 
     def before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if not self.enabled:

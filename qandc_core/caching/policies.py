@@ -1,234 +1,274 @@
-"""How a run decides which of its steps compute: fixed in advance, for a speedup, or within an error budget."""
+"""The cache policies: one dataclass for each way to say which steps compute and which reuse.
+
+A policy is immutable and knows no run; `plan` makes the steps of one run of it. All but ErrorBudget fix them before the
+run from counts alone (how many steps, what a reused one costs), so the same settings compute the same steps everywhere.
+A new policy is a subclass with plan, describe, detail and off; node, command line and engine take any.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import ceil, hypot, log2, prod
+from math import ceil, isfinite
 
 from torch import Tensor
 
-from .schedule import CacheConfig, optimal_schedule, spaced_steps
-
-WARM_UP = 3  # steps that an error budget computes first: a curvature needs three
-NEGLIGIBLE = 1 / 64  # of a computed step; a reused one below it counts as nothing
+from .plans import BudgetPlan, CountedPlan, Plan, SpeedupPlan
+from .runs import RunFacts, StepDistances
+from .schedule import CacheConfig, check_order
 
 
 @dataclass(frozen=True)
 class CachePolicy:
-    """When to reuse: as `config` says, or so that `computed` steps compute, or for a `speedup` that the run measures,
-    or while the estimated relative error of the image stays within `max_error`. Only in start..end, fractions of the
-    run.
+    """What all policies share: reuse only in start..end, fractions of the run, by a forecast of this order.
 
-    `distances` (T, T) of a calibration place the `computed` steps at their optimum instead of the default spacing.
+    order 0 holds the last computed value, 1 extrapolates linearly from the last two.
     """
 
-    config: CacheConfig = CacheConfig()
-    computed: int | None = None
-    start: float = 0.0
-    end: float = 1.0
-    speedup: float | None = None
-    max_error: float | None = None
-    max_reused: int = 4
-    distances: Tensor | None = field(default=None, compare=False)
+    order: int = field(default=0, kw_only=True)
+    start: float = field(default=0.0, kw_only=True)
+    end: float = field(default=1.0, kw_only=True)
 
-    def plan(self, total: int, flow: bool = False) -> Plan:
-        """The plan for a run of `total` steps; `flow` says that noise replaces the image instead of adding to it."""
-        inside = range(ceil(self.start * total), ceil(self.end * total))
-        order = self.config.order
-        if self.speedup is not None:
-            return SpeedupPlan(total, order, inside, self.speedup)
-        if self.max_error is not None:
-            return ErrorBudget(total, order, inside, self.max_error, self.max_reused, flow)
-        if self.computed is None:
-            return Plan(total, order, {i for i in range(total) if i not in inside or self.config.computes(i)})
-        if self.distances is None or len(self.distances) == total:
-            return Plan(total, order, spread(total, self.computed, inside, self.distances))
-        plan = Plan(total, order, spread(total, self.computed, inside))
-        plan.warnings.append(
-            f"the calibration is of {len(self.distances)} steps and this run has {total}: default spacing"
-        )
+    def __post_init__(self) -> None:
+        check_order(self.order)
+        for name, low, high in self.limits():
+            value = getattr(self, name)
+            if not (low <= value <= high and isfinite(value)):
+                span = f"{low:g} or more" if high == float("inf") else f"between {low:g} and {high:g}"
+                raise ValueError(f"{name} must be {span}, got {value:g}.")
+
+    def limits(self) -> list[tuple[str, float, float]]:
+        """Least and greatest value of every number."""
+        return [("start", 0, 1), ("end", 0, 1)]
+
+    def inside(self, total: int) -> range:
+        """The steps that may reuse."""
+        return range(ceil(self.start * total), ceil(self.end * total))
+
+    def plan(
+        self,
+        total: int,
+        flow: bool = False,
+        *,
+        cost: float = 0.0,
+        sigmas: Sequence[float] | None = None,
+        noisy: bool | None = None,
+    ) -> Plan:
+        """The plan for a run of `total` steps; for the other arguments see RunFacts."""
+        run, inside = RunFacts(total, flow, cost, sigmas, noisy), self.inside(total)
+        plan = self.planned(run, inside)
+        plan.part, plan.noisy = self.part, bool(noisy)
+        plan.warnings += self.remarks(run)
+        if total and not inside:
+            plan.warnings.append(f"no step of {total} lies in the part{self.part}")
         return plan
 
+    def planned(self, run: RunFacts, inside: range) -> Plan:
+        raise NotImplementedError
+
+    def remarks(self, run: RunFacts) -> list[str]:
+        """What the user should know before the run."""
+        return []
+
+    def phrase(self) -> str:
+        """The policy in a few words."""
+        raise NotImplementedError
+
+    @property
+    def part(self) -> str:
+        return "" if (self.start, self.end) == (0.0, 1.0) else f" from {self.start:g} to {self.end:g}"
+
     def describe(self) -> str:
-        if self.speedup is not None:
-            steps = f"{self.speedup:g}x"
-        elif self.max_error is not None:
-            steps = f"error {self.max_error:g}"
-        elif self.computed is not None:
-            steps = f"{self.computed} steps"
-        elif self.config.steps is not None:
-            steps = f"{len(self.config.steps)} chosen steps"
-        else:
-            steps = f"every {self.config.interval} steps"
-        part = "" if (self.start, self.end) == (0.0, 1.0) else f" from {self.start:g} to {self.end:g}"
-        return f"cache, {steps}{part}"
+        return f"cache, {self.phrase()}{self.part}"
 
     def detail(self) -> str:
-        """All of it, the same text in every process."""
-        config = self.config
-        steps = None if config.steps is None else sorted(config.steps)
-        fixed = f"{config.interval} {steps} {config.mode} {config.order} {self.computed} {self.start} {self.end}"
-        if self.distances is not None:
-            fixed += f" optimum {float(self.distances.sum()):.6g}"
-        return fixed if self.decided_before else f"{fixed} {self.speedup} {self.max_error} {self.max_reused}"
+        """All of it, the same text in every process. Saved compensations are found by it, so its form stays."""
+        return self.line()
+
+    def line(
+        self, interval: int = 1, steps: list[int] | None = None, computed: int | None = None, rest: str = ""
+    ) -> str:
+        return f"{interval} {steps} branch {self.order} {computed} {self.start} {self.end}{rest}"
 
     @property
     def decided_before(self) -> bool:
-        """Whether the steps are known before the run."""
-        return self.speedup is None and self.max_error is None
+        """Whether the steps of a run are known before it."""
+        return True
 
     @property
     def off(self) -> bool:
-        fixed = self.decided_before and self.computed is None and self.config.steps is None
-        return self.speedup == 1 or self.max_error == 0 or (fixed and self.config.interval == 1)
-
-
-def spread(total: int, computed: int, inside: range, distances: Tensor | None = None) -> set[int]:
-    """All steps outside, and of those inside as many as make up the number: spaced, or where distances are least."""
-    outside = set(range(total)) - set(inside)
-    if not len(inside):
-        return outside
-    count = min(max(computed - len(outside), 1), len(inside))
-    if distances is None:
-        steps = spaced_steps(len(inside), count)
-    else:
-        steps = optimal_schedule(distances[inside.start : inside.stop, inside.start : inside.stop], count)
-    return outside | {inside.start + step for step in steps}
-
-
-class Plan:
-    """The steps of one run that compute; step 0 always does."""
-
-    def __init__(self, total: int, order: int, steps: set[int]):
-        self.total, self.order, self.steps = total, order, steps | {0}
-        self.warnings: list[str] = []
-        self.measures = False  # wants to be told times
-        self.noisy = False  # the sampler adds noise
-
-    def computes(self, step: int) -> bool:
-        return step in self.steps or step >= self.total
-
-    def keeps(self, step: int) -> bool:
-        """Whether a reused step reads what `step` computes: it reads the last order + 1 of them."""
-        newer = 0
-        for later in range(step + 1, self.total):
-            if not self.computes(later):
-                return True
-            newer += 1
-            if newer > self.order:
-                return False
+        """Whether nothing is ever reused."""
         return False
 
-    def begin(self, step: int, position: float, sigma: float, following: float) -> None:
-        """The sampler begins a step at noise level sigma; the next step begins at `following`."""
 
-    def observe(self, position: float, denoised: Tensor) -> None:
-        """What the guided model computed."""
+@dataclass(frozen=True)
+class Interval(CachePolicy):
+    """Every `interval`-th step computes, from the first on (FORA, arXiv 2407.01425). 1 reuses nothing."""
 
-    def time(self, computed: float, reused: float) -> None:
-        """Seconds of a computed and of a reused evaluation, when both are known."""
+    interval: int = 3
 
-    def restart(self) -> None:
-        """The sampler went back to an earlier noise level: what was observed does not lead there."""
+    def limits(self) -> list[tuple[str, float, float]]:
+        return [("interval", 1, float("inf")), *super().limits()]
 
+    def planned(self, run: RunFacts, inside: range) -> Plan:
+        return Plan(run.total, self.order, {i for i in range(run.total) if i not in inside or i % self.interval == 0})
 
-class SpeedupPlan(Plan):
-    """As many computed steps as take 1 / speedup of the time of all, given what a reused step costs."""
+    def phrase(self) -> str:
+        return f"every {self.interval} steps"
 
-    def __init__(self, total: int, order: int, inside: range, speedup: float):
-        super().__init__(total, order, spread(total, affordable(total, speedup, 0.0), inside))
-        self.inside, self.speedup, self.measures, self.step = inside, speedup, True, 0
+    def detail(self) -> str:
+        return self.line(interval=self.interval)
 
-    def keeps(self, step: int) -> bool:
-        return True
-
-    def begin(self, step: int, position: float, sigma: float, following: float) -> None:
-        self.step = step
-
-    def time(self, computed: float, reused: float) -> None:
-        """Plans the rest anew where reuse is dearer than assumed; in powers of two, so that noise changes no image.
-
-        Out of reach, the plan stays: computing still fewer steps would spoil the image and not be fast enough either.
-        """
-        self.measures, ratio = False, reused / computed
-        if ratio < NEGLIGIBLE:
-            return
-        cost = min(1.0, 2.0 ** ceil(log2(ratio)))
-        if cost >= 1 / self.speedup:
-            share = f"a reused step takes {100 * ratio:.0f} % of a computed one"
-            self.warnings.append(f"{self.speedup:g}x may be out of reach: {share}")
-            return
-        planned = spread(self.total, affordable(self.total, self.speedup, cost), self.inside)
-        self.steps = {i for i in self.steps if i <= self.step} | {i for i in planned if i > self.step}
+    @property
+    def off(self) -> bool:
+        return self.interval == 1
 
 
-def affordable(total: int, speedup: float, cost: float) -> int:
-    """The n with n + (total - n) cost <= total / speedup; at least one."""
-    return min(total, max(1, int((total / speedup - total * cost) / (1 - cost)))) if cost < 1 else 1
+@dataclass(frozen=True)
+class ChosenSteps(CachePolicy):
+    """Exactly these steps compute, and step 0."""
+
+    steps: frozenset[int]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "steps", frozenset(map(int, self.steps)))
+        if any(step < 0 for step in self.steps):
+            raise ValueError(f"Steps are counted from 0, got {min(self.steps)}.")
+
+    def planned(self, run: RunFacts, inside: range) -> Plan:
+        return Plan(run.total, self.order, {i for i in range(run.total) if i not in inside or i in self.steps})
+
+    def remarks(self, run: RunFacts) -> list[str]:
+        beyond = [step for step in self.steps if step >= run.total]
+        return [f"chosen steps from {min(beyond)} on lie past the last step, {run.total - 1}"] if beyond else []
+
+    def phrase(self) -> str:
+        return f"{len(self.steps)} chosen steps"
+
+    def detail(self) -> str:
+        return self.line(steps=sorted(self.steps))
 
 
-class ErrorBudget(Plan):
-    """Reuses while the estimated error of the image stays within its share of the budget.
+@dataclass(frozen=True)
+class Placed(CachePolicy):
+    """A policy whose number of computed steps is known, so that `distances` of a calibration can say which.
 
-    The remainder of a forecast of order p is Newton's next term, a divided difference of the computed predictions times
-    the product of the distances; the term after it is added, because the next one alone vanishes where its sign turns.
-    A step moves the sample by (1 - following / sigma) of an error in the prediction; relative to the sample this is the
-    relative error of the final image where image and noise are Gaussian. No coefficient belongs to a model.
+    Where these belong to another run, the steps have the default spacing and the plan says so.
     """
 
-    def __init__(self, total: int, order: int, inside: range, max_error: float, max_reused: int, flow: bool):
-        super().__init__(total, order, set())
-        self.inside, self.max_error, self.max_reused, self.flow = inside, max_error, max_reused, flow
-        self.history: list[tuple[float, Tensor]] = []
-        self.spent, self.reused = 0.0, 0
+    distances: StepDistances | None = field(default=None, compare=False, kw_only=True)
 
-    def restart(self) -> None:
-        self.history, self.reused, self.steps = [], 0, {0}
+    def placing(self, run: RunFacts) -> Tensor | None:
+        """Distances (T, T) by which this run's computed steps are placed; None: by the default spacing."""
+        found = self.distances
+        return None if found is None or found.mismatch(run) else found.values
 
-    def keeps(self, step: int) -> bool:
-        return True
+    def remarks(self, run: RunFacts) -> list[str]:
+        reason = self.distances.mismatch(run) if self.distances is not None else ""
+        return [f"the calibration does not place the steps because {reason}; default spacing"] if reason else []
 
-    def begin(self, step: int, position: float, sigma: float, following: float) -> None:
-        free = WARM_UP <= step < self.total - 1 and step in self.inside and self.reused < self.max_reused
-        error = self.estimate(position, sigma, following) if free else 0.0
-        if free and self.spent + error <= self.max_error * (step + 1) / self.total:
-            self.spent += error
-            self.reused += 1
-        else:
-            self.steps.add(step)
-            self.reused = 0
+    def optimum(self) -> str:
+        return "" if self.distances is None else f" optimum {float(self.distances.values.sum()):.6g}"
 
-    def observe(self, position: float, denoised: Tensor) -> None:
-        older = [(at, value) for at, value in self.history if position - at > 0.5 and value.shape == denoised.shape]
-        self.history = [*older, (position, denoised.float())][-3 - self.order :]
 
-    def estimate(self, position: float, sigma: float, following: float) -> float:
-        """Relative error of the final image if this step is forecast; infinite while too few predictions are known."""
-        if len(self.history) < self.order + 2:
-            return float("inf")
-        remainder = sum(
-            root_mean_square(newton_term(self.history[-points:], position))
-            for points in range(self.order + 2, len(self.history) + 1)
+@dataclass(frozen=True)
+class StepCount(Placed):
+    """`computed` steps of the run compute, those outside start..end counted."""
+
+    computed: int
+
+    def limits(self) -> list[tuple[str, float, float]]:
+        return [("computed", 1, float("inf")), *super().limits()]
+
+    def planned(self, run: RunFacts, inside: range) -> Plan:
+        return CountedPlan(run.total, self.order, inside, self.computed, self.placing(run))
+
+    def phrase(self) -> str:
+        return f"{self.computed} steps"
+
+    def detail(self) -> str:
+        return self.line(computed=self.computed) + self.optimum()
+
+
+@dataclass(frozen=True)
+class Speedup(Placed):
+    """As many steps compute as make the model calls `speedup` times faster, by the counted cost of a reused step."""
+
+    speedup: float
+
+    def limits(self) -> list[tuple[str, float, float]]:
+        return [("speedup", 1, float("inf")), *super().limits()]
+
+    def planned(self, run: RunFacts, inside: range) -> Plan:
+        return SpeedupPlan(run.total, self.order, inside, self.speedup, self.placing(run), run.cost)
+
+    def phrase(self) -> str:
+        return f"{self.speedup:g}x"
+
+    def detail(self) -> str:
+        return self.line(rest=f"{self.optimum()} {self.speedup} None 4")
+
+    @property
+    def off(self) -> bool:
+        return self.speedup == 1
+
+
+@dataclass(frozen=True)
+class ErrorBudget(CachePolicy):
+    """Steps reuse while the estimated relative error of the image stays within `max_error`, at most `max_reused` in a
+    row. Harder images compute more steps.
+    """
+
+    max_error: float
+    max_reused: int = 4
+
+    def limits(self) -> list[tuple[str, float, float]]:
+        return [("max_error", 0, float("inf")), ("max_reused", 0, float("inf")), *super().limits()]
+
+    def planned(self, run: RunFacts, inside: range) -> Plan:
+        return BudgetPlan(run.total, self.order, inside, self.max_error, self.max_reused, run.flow)
+
+    def phrase(self) -> str:
+        return f"error {self.max_error:g}"
+
+    def detail(self) -> str:
+        return self.line(rest=f" None {self.max_error} {self.max_reused}")
+
+    @property
+    def decided_before(self) -> bool:
+        return False
+
+    @property
+    def off(self) -> bool:
+        return self.max_error == 0
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """A policy and what it reuses (`mode`), for an engine that learns the number of steps with each run."""
+
+    policy: CachePolicy
+    mode: str = "branch"
+
+    @property
+    def order(self) -> int:
+        return self.policy.order
+
+    def computes(self, step: int) -> bool:
+        raise ValueError(
+            f"{type(self.policy).__name__} needs the number of steps: sample with generate(), or give num_steps to "
+            "apply_cache_to_dit."
         )
-        signal = root_mean_square(self.history[-1][1])
-        image = (1 - following) if self.flow else 1.0
-        return remainder * (1 - following / sigma) / hypot(image * signal, following)
 
+    keeps = computes
 
-def root_mean_square(values: Tensor) -> float:
-    return float(values.square().mean().sqrt())
-
-
-def newton_term(points: list[tuple[float, Tensor]], position: float) -> Tensor:
-    """What the oldest point adds at `position` to the polynomial through the others."""
-    return divided_difference(points) * prod(position - at for at, _ in points[1:])
-
-
-def divided_difference(points: list[tuple[float, Tensor]]) -> Tensor:
-    """Newton's divided difference over all points."""
-    values = [value for _, value in points]
-    for width in range(1, len(points)):
-        values = [
-            (values[i + 1] - values[i]) / (points[i + width][0] - points[i][0]) for i in range(len(points) - width)
-        ]
-    return values[0]
+    def for_run(self, total: int, cost: float = 0.0) -> CacheConfig:
+        """Raises ValueError where the steps are decided during the run."""
+        if not self.policy.decided_before:
+            raise ValueError(
+                f"{type(self.policy).__name__} decides each step during the run, but this loop fixes all steps before "
+                "it; use another policy, such as Speedup."
+            )
+        steps = self.policy.plan(total, cost=cost).steps
+        return CacheConfig(1, frozenset(steps), self.mode, self.order)

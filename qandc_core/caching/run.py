@@ -4,7 +4,7 @@ was computed or reused.
 A host (ComfyUI's samplers, or any loop) announces each prediction with its noise level and each model call with its
 conditions; nothing here knows the host. Three decisions are made, each by what can be known, never by counting:
 
-- **The step** is found in the schedule by the noise level and by the order in which levels come (`Steps`). Samplers
+- **The step** is found in the schedule by the noise level and by the order in which levels come (`steps`). Samplers
   evaluate a step several times, leave steps out, run a schedule backwards, or go up again to add noise.
 - **The features** of a call belong to a condition, the part of the sample that it was evaluated on, and its patches
   (`identity`). A call whose part cannot be located, and a condition that is evaluated twice with no difference to tell
@@ -20,116 +20,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .features import FeatureCache
+from .frame import Condition, Frame, ModelCall
 from .identity import locate
+from .steps import Steps, same_level
 from .trajectory import NoiseWatch, probe_positions
 
 COMPUTED, HELD, FORECAST, ABSENT = "C", "R", "F", "."
 SIDES = {0: "positive", 1: "negative"}
-RESTARTS = 3  # more often a sampler does not go back to repeat steps
-TOLERANCE = 1e-4  # relative, between a noise level of the schedule and the same level as a sampler computes it
-Condition = tuple[Hashable, int]  # id, side of guidance; ids may be shared between sides
-
-
-def same_level(first: float, second: float) -> bool:
-    return abs(first - second) <= TOLERANCE * max(abs(first), abs(second))
-
-
-class Steps:
-    """Locates noise levels in a schedule (T + 1,) that falls, rises or does both, in the order in which they come.
-
-    A level belongs to the step that begins at it or passes it, the present one or the next after it. Where only an
-    earlier step does, or the level turns back, a new pass begins.
-    """
-
-    def __init__(self, sigmas: Sequence[float]):
-        self.sigmas = list(sigmas)
-        self.total = max(len(self.sigmas) - 1, 0)
-        self.at = 0
-        self.level: float | None = None
-        self.rises: bool | None = None  # direction of the present pass
-
-    def locate(self, sigma: float) -> bool:
-        """Sets `at` to the step of an evaluation at noise level sigma; returns whether it begins a new pass."""
-        if not self.total:
-            return False
-        level = min(max(sigma, min(self.sigmas)), max(self.sigmas))
-        before, found = self.at, self.find(level)
-        back = found < before or (found > before and self.turns(level))
-        moved = self.level is not None and not same_level(level, self.level)
-        if back:
-            self.rises = None
-        elif moved and self.level is not None and found > before:
-            self.rises = level > self.level
-        self.at, self.level = found, level
-        return back
-
-    def find(self, level: float) -> int:
-        ahead = (i for i in range(self.at, self.total) if self.holds(i, level) and not self.is_over(i, level))
-        behind = (i for i in reversed(range(self.at)) if self.holds(i, level))
-        return next(ahead, next(behind, self.total - 1))
-
-    def holds(self, i: int, level: float) -> bool:
-        begin, end = self.sigmas[i], self.sigmas[i + 1]
-        if same_level(begin, level):
-            return True
-        return not same_level(end, level) and min(begin, end) < level < max(begin, end)
-
-    def is_over(self, i: int, level: float) -> bool:
-        """A step of no length is evaluated once."""
-        zero = same_level(self.sigmas[i], self.sigmas[i + 1])
-        return zero and i == self.at and self.level is not None and same_level(self.level, level) and i + 1 < self.total
-
-    def turns(self, level: float) -> bool:
-        if self.level is None or self.rises is None or same_level(level, self.level):
-            return False
-        return (level > self.level) != self.rises
-
-    def fraction(self, sigma: float) -> float:
-        """How far an evaluation within the present step lies towards the next, 0..1, by noise level."""
-        if not self.total:
-            return 0.0
-        begin, end = self.sigmas[self.at], self.sigmas[self.at + 1]
-        return 0.0 if begin == end else min(max((begin - sigma) / (begin - end), 0.0), 1.0)
-
-
-@dataclass
-class Frame:
-    """What a host knows of the calls that follow: the input (b, C, ...) of every condition, and which piece of the
-    sample it is, None where that is not known. `trusted`: nothing can change the inputs on their way to the model.
-    """
-
-    pieces: dict[Condition, Hashable | None]
-    inputs: dict[Condition, Tensor]
-    trusted: bool = True
-
-    def holds(self, conditions: Sequence[Condition], x: Tensor, trusted: bool) -> bool:
-        """Whether x (N b, C, ...) is the inputs of these conditions; else something cut or changed them."""
-        if x.shape[0] % len(conditions) or not self.inputs.keys() >= set(conditions):
-            return False
-        inputs = [self.inputs[condition] for condition in conditions]
-        shape = x.shape[0] // len(conditions), *x.shape[1:]
-        if any(part.shape != shape for part in inputs):
-            return False
-        if trusted and self.trusted:
-            return True
-        return all(torch.equal(part, known.to(x.device)) for part, known in zip(x.chunk(len(conditions)), inputs))
-
-
-@dataclass(frozen=True)
-class ModelCall:
-    """`keys` of the features of each condition in the batch, None for a call that is computed whatever is planned;
-    `lines` of the timeline that it belongs to.
-    """
-
-    keys: tuple[Hashable, ...] | None
-    lines: tuple[tuple, ...]
+CHURNED = 3  # passes that began between the levels of the schedule; a restart begins at one of them
 
 
 class SamplingRun:
@@ -161,7 +65,7 @@ class SamplingRun:
         self.lines: dict[str, dict[int, str]] = {}
         self.names: dict[Hashable, str] = {}
         self.columns: dict[tuple[int, int], int] = {}  # (pass, step) -> column of the timeline
-        self.width, self.number = self.total, 0
+        self.width, self.number, self.churned = self.total, 0, 0
         self.warnings: list[str] = []
         self.step, self.position, self.peak_bytes = 0, 0.0, 0
         self.reused = self.computed_any = False
@@ -171,7 +75,7 @@ class SamplingRun:
     def begin_prediction(self, sigma: float) -> None:
         """The sampler asks for a prediction at sigma."""
         if self.steps.locate(sigma):
-            self.begin_pass()
+            self.begin_pass(sigma)
         self.see_noise(sigma)
         at = self.steps.at
         self.step = at - 1 if self.corrects and at and not self.visits[at] and self.visits[at - 1] else at
@@ -187,7 +91,7 @@ class SamplingRun:
         self.frame = None
         self.computed_any = False
 
-    def begin_pass(self) -> None:
+    def begin_pass(self, sigma: float) -> None:
         """The sampler went back: what was predicted before does not lead here."""
         self.number += 1
         self.drop()
@@ -196,7 +100,9 @@ class SamplingRun:
         self.plan.restart()
         if self.watch is not None:
             self.watch.forget()
-        if self.number > RESTARTS:  # a sampler that churns goes up at every step
+        # A sampler that churns goes up to a level of its own at every step; Heun++ returns to one of the schedule.
+        self.churned += not any(same_level(sigma, level) for level in self.steps.sigmas)
+        if self.churned > CHURNED:
             self.end_forecasts()
 
     def column(self) -> int:

@@ -9,6 +9,12 @@ import torch
 from torch import Tensor
 
 MODES = ("branch", "block", "prediction")
+ORDERS = (0, 1)
+
+
+def check_order(order: int) -> None:
+    if order not in ORDERS:
+        raise ValueError(f"forecast order must be {' or '.join(map(str, ORDERS))}, got {order}.")
 
 
 @dataclass(frozen=True)
@@ -30,8 +36,10 @@ class CacheConfig:
             raise ValueError(f"cache_interval must be 1 (no reuse) or more, got {self.interval}.")
         if self.mode not in MODES:
             raise ValueError(f"cache mode must be one of {', '.join(MODES)}, got {self.mode!r}.")
-        if self.order not in (0, 1):
-            raise ValueError(f"forecast order must be 0 or 1, got {self.order}.")
+        check_order(self.order)
+
+    def for_run(self, total: int, cost: float = 0.0) -> CacheConfig:
+        return self
 
     def computes(self, step: int) -> bool:
         """FORA (arXiv 2407.01425): computed where mod(step, interval) = 0."""
@@ -44,18 +52,42 @@ class CacheConfig:
         return self.order > 0 or not self.computes(step + 1)
 
 
+SPACING = 0.7  # exponent of the default spacing; chosen on the models of benchmarks/caching
+
+
 def spaced_steps(total: int, computed: int) -> tuple[int, ...]:
     """`computed` of `total` steps, first and last among them, closer together towards the end, where images sharpen.
 
-    Step k lies at (total - 1) (k / (computed - 1))^0.7; the exponent was chosen on the models of benchmarks/caching.
+    Step k lies at (total - 1) (k / (computed - 1))^SPACING, rounded, and earlier where two would coincide.
     Raises ValueError unless 1 <= computed <= total.
     """
     if not 1 <= computed <= total:
         raise ValueError(f"The number of computed steps must be between 1 and {total}, got {computed}.")
-    steps = [round((total - 1) * (k / max(computed - 1, 1)) ** 0.7) for k in range(computed)]
+    steps = [round((total - 1) * (k / max(computed - 1, 1)) ** SPACING) for k in range(computed)]
     for k in reversed(range(computed - 1)):
         steps[k] = min(steps[k], steps[k + 1] - 1)
     return tuple(steps)
+
+
+def spread(total: int, computed: int, inside: range, distances: Tensor | None = None) -> set[int]:
+    """All steps outside `inside`, and within it as many as make up `computed`, at least one.
+
+    Those are spaced, or lie where the distances (T, T) are least.
+    """
+    outside = set(range(total)) - set(inside)
+    if not len(inside):
+        return outside
+    count = min(max(computed - len(outside), 1), len(inside))
+    if distances is None:
+        steps = spaced_steps(len(inside), count)
+    else:
+        steps = optimal_schedule(distances[inside.start : inside.stop, inside.start : inside.stop], count)
+    return outside | {inside.start + step for step in steps}
+
+
+def affordable(total: int, speedup: float, cost: float) -> int:
+    """The largest n with n + (total - n) cost <= total / speedup; at least one."""
+    return min(total, max(1, int((total / speedup - total * cost) / (1 - cost)))) if cost < 1 else 1
 
 
 def step_set(steps: Iterable[int] | None) -> frozenset[int] | None:

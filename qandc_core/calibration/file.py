@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from ..caching.runs import schedule_mismatch
 from ..compensation.correction import VarianceCompensation
 from ..diffusion.process import SamplingConfig
 from ..files import parse_json, read_safetensors, reading, save_tensors
@@ -76,7 +77,8 @@ class Calibration:
     @property
     def missing_distances(self) -> str:
         """Why there are no distances, and what to do."""
-        if self.notes.get("distances") == "steps":
+        older = "steps" if "cache" not in self.notes.get("attached", {"cache": ""}) else "cache"
+        if self.notes.get("distances", older) == "steps":
             sampler = self.notes.get("sampler", "its sampler")
             return f"{sampler} does not evaluate the model at every step of its schedule; use the default spacing"
         return "it was made with a cache; calibrate without a cache to place steps"
@@ -95,17 +97,7 @@ class Calibration:
         """
         made, steps = self.sigmas, len(sigmas) - 1
         known = len(made) - 1 if made is not None else len(self.distances) if self.distances is not None else steps
-        if known != steps:
-            return f"it was made for {known} steps and this run has {steps}"
-        if made is None:
-            return ""
-        for index, (ours, theirs) in enumerate(zip(made, sigmas)):
-            if abs(ours - theirs) > 0.02 * max(abs(ours), abs(theirs)):
-                return (
-                    "it was made for another part of the schedule, or another scheduler (noise level "
-                    f"{ours:.3g} at step {index}, {theirs:.3g} in this run)"
-                )
-        return ""
+        return schedule_mismatch(known, made, steps, sigmas)
 
     def belongs_to_schedule(self, sigmas: Sequence[float]) -> bool:
         """Whether it was made on a run at these noise levels, the last included."""

@@ -3,10 +3,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..caching.policies import CachePolicy, ChosenSteps, Interval, Speedup, StepCount
 from ..calibration.file import Calibration, load_calibration
 from ..diffusion.process import SamplingConfig
 from ..files import written_whole
-from .common import CACHE_INTERVAL, add_model, add_sampling, at_least, class_id, load, log, sampling
+from .common import CACHE_INTERVAL, add_model, add_sampling, at_least, class_id, finite, load, log, sampling
 
 SUMMARY = "sample images of given classes"
 
@@ -14,11 +15,7 @@ SUMMARY = "sample images of given classes"
 def add(command: argparse.ArgumentParser) -> None:
     add_model(command)
     add_sampling(command)
-    command.add_argument(
-        "--cache-interval", type=at_least(1), metavar="N",
-        help="compute every N-th step, 1 caches nothing; replaces the steps of a calibration "
-        f"(default {CACHE_INTERVAL} without them)",
-    )  # fmt: skip
+    add_policy(command)
     command.add_argument("--classes", type=class_id, nargs="+", required=True, help="class ids, one for each image")
     command.add_argument("--seed", type=at_least(0), default=0, help="seed of the noise (default 0)")
     command.add_argument(
@@ -31,6 +28,24 @@ def add(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", type=Path, default=Path("out/images.png"), help="picture to write")
 
 
+def add_policy(command: argparse.ArgumentParser) -> None:
+    """Which steps compute; each of these replaces the steps of a calibration."""
+    policies = command.add_mutually_exclusive_group()
+    policies.add_argument(
+        "--cache-interval", type=at_least(1), metavar="N",
+        help="compute every N-th step, 1 caches nothing; replaces the steps of a calibration "
+        f"(default {CACHE_INTERVAL} without them)",
+    )  # fmt: skip
+    policies.add_argument(
+        "--speedup", type=finite, metavar="X",
+        help="compute as many steps as make the model calls X times faster; replaces the steps of a calibration",
+    )  # fmt: skip
+    policies.add_argument(
+        "--computed-steps", type=at_least(1), metavar="N",
+        help="compute N steps, closer together at the end; replaces the steps of a calibration",
+    )  # fmt: skip
+
+
 def run(args: argparse.Namespace) -> None:
     from ..caching.attach import apply_cache_to_dit
     from ..evaluation.figure import to_pil
@@ -38,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
     from ..fused.dit import fuse_dit
     from ..sampling.generate import generate
 
-    format = picture_format(args.out)
+    format, asked = picture_format(args.out), asked_policy(args)
     model, config = load(args), sampling(args)
     channels = model.config.in_channels
     if channels != 3 and args.vae is None:
@@ -47,11 +62,9 @@ def run(args: argparse.Namespace) -> None:
     calibration = load_calibration(args.calibration) if args.calibration else None
     if calibration is not None:
         calibration.check_model(model)
-        check_run(calibration, config, args.cache_interval)
+        check_run(calibration, config, asked)
     sampled = fuse_dit(model) if args.fused else model
-    interval = args.cache_interval or CACHE_INTERVAL
-    steps = calibration.schedule if calibration is not None and args.cache_interval is None else None
-    apply_cache_to_dit(sampled, interval, steps=steps)
+    apply_cache_to_dit(sampled, asked or found_policy(calibration))
     compensation = calibration.variance if calibration else None
     x, report = generate(
         sampled, args.classes, config.steps, config.cfg_scale, config.sampler, args.seed,
@@ -77,16 +90,34 @@ def picture_format(path: Path) -> str:
     return format
 
 
-def check_run(calibration: Calibration, config: SamplingConfig, interval: int | None) -> None:
+def asked_policy(args: argparse.Namespace) -> CachePolicy | None:
+    """The policy that the options name. Raises ValueError on a number out of range."""
+    if args.speedup is not None:
+        return Speedup(args.speedup)
+    if args.computed_steps is not None:
+        return StepCount(args.computed_steps)
+    return None if args.cache_interval is None else Interval(args.cache_interval)
+
+
+def found_policy(calibration: Calibration | None) -> CachePolicy:
+    """Where none is asked for: the steps of the calibration, or the default interval."""
+    if calibration is not None and calibration.schedule is not None:
+        return ChosenSteps(frozenset(calibration.schedule))
+    return Interval(CACHE_INTERVAL)
+
+
+def check_run(calibration: Calibration, config: SamplingConfig, asked: CachePolicy | None) -> None:
     """Computed steps and a variance compensation fit the sampler, steps and guidance that they were measured with.
 
-    `interval` None follows the calibration's own steps where it has any. Raises ValueError on another run.
+    `asked` None follows the calibration's own steps where it has any. Raises ValueError on another run.
     """
-    follows = calibration.schedule is not None and interval is None
+    follows = calibration.schedule is not None and asked is None
     if calibration.variance is None and not follows:
         return
     made, noted = calibration.sampling, calibration.notes.get("cache_interval")
-    cached = follows or calibration.schedule is None and noted in (None, interval or CACHE_INTERVAL)
+    policy = asked or found_policy(calibration)
+    interval = policy.interval if isinstance(policy, Interval) else None
+    cached = follows or (calibration.schedule is None and interval is not None and noted in (None, interval))
     sampled = made == config if made is not None else fits_steps(calibration, config.steps)
     if not cached or not sampled:
         fitted = "" if made is None else f"--sampler {made.sampler} --steps {made.steps} --cfg {made.cfg_scale:g} "

@@ -86,7 +86,7 @@ class ReverseProcess:
         """x_i -> (x_{i+1}, predicted clean image), both (N, C, H, W) float32."""
         config, cache = self.config, feature_cache(self.model)
         if cache is not None:
-            cache.begin_step()
+            cache.begin_step(i, self.schedule.sigmas)
         t = torch.full((len(x),), self.schedule.timesteps[i], device=self.device)
         eps, v = guided_prediction(
             self.model, x.to(self.dtype), t, self.labels, self.null_class,
@@ -96,6 +96,8 @@ class ReverseProcess:
         # Guidance is linear, so guiding the predicted image guides the noise.
         predicts_image = self.model.config.prediction == "sample"
         x0 = eps.float() if predicts_image else coefficients.clean_image(x, eps.float())
+        if cache is not None:
+            cache.observe(i, x0)
         deviation = None
         if noise is not None and v is not None and config.variance == "learned_range":
             deviation = learned_range_std(v.float(), *self.schedule.alpha_bar[i : i + 2])

@@ -24,6 +24,7 @@ from .linear import KERNELS, GatedResidual, Int8Linear, Modulation, fused_linear
 from .loop import generate_on_device
 
 if TYPE_CHECKING:
+    from ..caching.policies import PolicyConfig
     from ..caching.schedule import CacheConfig
     from ..compensation.correction import VarianceCompensation
     from ..diffusion.process import NoiseSource, ReverseProcess
@@ -72,7 +73,7 @@ class FusedDiT(PatchGrid):
     def __init__(self, model: DiT, layers: Mapping[str, nn.Module], dtype: torch.dtype, kernels: str):
         super().__init__()
         self.config, self.dtype, self.kernels = model.config, dtype, kernels
-        self.cache: CacheConfig | None = None
+        self.cache: CacheConfig | PolicyConfig | None = None
         self.x_embedder, self.t_embedder, self.y_embedder = map(
             copy.deepcopy, (model.x_embedder, model.t_embedder, model.y_embedder)
         )
@@ -118,11 +119,18 @@ class FusedDiT(PatchGrid):
         self.loops.clear()
         return super()._apply(lambda tensor: tensor.to(moved.device), recurse)
 
-    def set_cache(self, config: CacheConfig | None) -> None:
+    def set_cache(self, config: CacheConfig | PolicyConfig | None) -> None:
         """Raises ValueError on a forecast of features."""
         if config is not None and config.order and config.mode != "prediction":
             raise ValueError("A FusedDiT forecasts predictions only; use mode='prediction' with order 1.")
         self.cache = config
+
+    def reuse_cost(self, mode: str) -> float:
+        """Share of a computed step that a reused one takes: of the matmuls over tokens, those outside the blocks."""
+        config, patch = self.config, self.config.patch_size**2
+        around = patch * (config.in_channels + config.out_channels)
+        blocks = config.depth * (4 + 2 * config.mlp_ratio) * config.hidden_size
+        return 0.0 if mode == "prediction" else around / (around + blocks)
 
     def modulations(self, timesteps: Tensor, labels: Tensor) -> Tensor:
         """Shifts, scales and gates of R conditions at once: timesteps, labels (R,) -> (R, 6 depth + 2, D)."""

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..caching.policies import PolicyConfig
 from ..caching.schedule import CacheConfig
 from ..compensation.correction import VarianceCompensation
 from ..diffusion.guidance import guide, split_variance
@@ -228,9 +229,11 @@ class DeviceLoop:
 
 
 def device_loop(
-    model: FusedDiT, images: int, config: SamplingConfig, compensated: bool, cache: CacheConfig | None
+    model: FusedDiT, images: int, config: SamplingConfig, compensated: bool, cache: CacheConfig | PolicyConfig | None
 ) -> DeviceLoop:
     """The loop of the model's latest run where it fits this one; its graphs and buffers are the costly part."""
+    if cache is not None:
+        cache = cache.for_run(len(config.schedule()), model.reuse_cost(cache.mode))
     key = images, config, compensated, cache, model.pos_embed.device
     if key not in model.loops:
         model.loops = {key: DeviceLoop(model, images, config, cache, compensated)}

@@ -11,6 +11,7 @@ from torch import nn
 
 from qandc_core import apply_cache_to_dit, fresh_caches, remove_cache
 from qandc_core.caching.attach import feature_cache
+from qandc_core.caching.policies import ChosenSteps, Speedup, StepCount
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -272,6 +273,16 @@ def test_other_options_of_a_call_are_another_condition():
     assert all(torch.equal(a, b) for a, b in zip(first, plain))
     assert all(torch.allclose(a, b, atol=1e-3) for a, b in zip(second, plain))
     assert (plain[0] - plain[1]).norm() > 1e-2 * plain[0].norm()
+
+
+@everywhere
+@pytest.mark.parametrize("policy", [Speedup(2.0), StepCount(3), ChosenSteps({0, 2, 5})])
+def test_a_policy_decides_the_steps_of_any_family(family, policy):
+    model = apply_cache_to_dit(made(family), policy, num_steps=len(TIMESTEPS))
+    sampled(model, noise_of(family), rest=rest_of(model))
+    cache = feature_cache(model)
+    plan = policy.plan(len(TIMESTEPS), cost=cache.cost)
+    assert 0 < cache.cost < 1 and cache.run.computed == [plan.computes(step) for step in range(len(TIMESTEPS))]
 
 
 @pytest.mark.parametrize(

@@ -62,8 +62,8 @@ def test_processes_that_save_at_the_same_moment_lose_nothing(tmp_path):
 
 
 ODD = (
-    "a [fp8]", "flux, 50", "dev@v1", "\u6807\u5b9a\uff08v2\uff09", "it's", "cafe\u0301", "50%;a=b&c#~!", "NUL", "a ", "a.",
-    "\U0001f600", "new\nline", "back\\slash", ".hidden", "", "a\u2028b", "x\0y", "not utf8 \udcff",
+    "a [fp8]", "flux, 50", "dev@v1", "\u6807\u5b9a\uff08v2\uff09", "it's", "cafe\u0301", "50%;a=b&c#~!", "NUL", "a ",
+    "a.", "\U0001f600", "new\nline", "back\\slash", ".hidden", "", "a\u2028b", "x\0y", "not utf8 \udcff",
 )  # fmt: skip
 
 

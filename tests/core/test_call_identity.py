@@ -4,9 +4,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qandc_core.caching.frame import Frame
 from qandc_core.caching.identity import WHOLE, area, is_changed, locate, signature
 from qandc_core.caching.policies import Plan
-from qandc_core.caching.run import Frame, SamplingRun
+from qandc_core.caching.run import SamplingRun
 
 seeds = st.integers(0, 2**31)
 

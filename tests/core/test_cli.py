@@ -176,6 +176,10 @@ BAD = {
     "device meta": ([*GENERATE, "--device", "meta"], "meta hold no values; leave --device out"),
     "model of NaN": (["generate", "--model", "{nan}", "--classes", "0"], "mlp.fc1.weight holds values that are not"),
     "unknown sampler": ([*GENERATE, "--sampler", "euler"], "invalid choice: 'euler'"),
+    "speedup below 1": ([*GENERATE, "--speedup", "0.5"], "speedup must be 1 or more, got 0.5"),
+    "speedup nan": ([*GENERATE, "--speedup", "nan"], "--speedup: must be a finite number, got nan"),
+    "no computed steps": ([*GENERATE, "--computed-steps", "0"], "--computed-steps: must be 1 or more, got 0"),
+    "two policies": ([*GENERATE, "--speedup", "2", "--cache-interval", "2"], "--cache-interval: not allowed with"),
     "interval 0": ([*GENERATE, "--cache-interval", "0"], "must be 1 or more, got 0"),
     "negative seed": ([*GENERATE, "--seed", "-1"], "must be 0 or more, got -1"),
     "no class": (["generate", "--model", "{model}"], "required: --classes"),
@@ -401,9 +405,13 @@ def test_an_interval_that_is_asked_for_beats_the_steps_of_a_calibration(folder, 
     assert "5 steps computed and 0 reused" in capsys.readouterr().err
     assert sample(folder, tmp_path / "b.png", *options) == 0
     assert "2 steps computed and 3 reused" in capsys.readouterr().err
+    for asked in (["--computed-steps", "3"], ["--speedup", "1.6"]):
+        assert sample(folder, tmp_path / "c.png", *options, *asked) == 0
+        assert "3 steps computed and 2 reused" in capsys.readouterr().err
     assert calibrate(folder, path, "--optimal-steps") == 0
     argv = ["generate", "--model", f"{folder}/model.safetensors", *SAMPLING, "--classes", "0", *options]
-    assert "without --cache-interval" in refused(capsys, [*argv, "--cache-interval", "1"])
+    for asked in (["--cache-interval", "1"], ["--computed-steps", "2"], ["--speedup", "2"]):
+        assert "without --cache-interval" in refused(capsys, [*argv, *asked])
 
 
 def test_images_that_are_not_finite_are_not_written(folder, tmp_path, capsys):

@@ -8,13 +8,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qandc_core.caching.policies import CachePolicy, Plan
-from qandc_core.caching.run import SamplingRun, Steps
-from qandc_core.caching.schedule import CacheConfig
+from qandc_core.caching.plans import Plan
+from qandc_core.caching.policies import ErrorBudget, Interval, StepCount
+from qandc_core.caching.run import SamplingRun
+from qandc_core.caching.steps import Steps
 from qandc_core.caching.trajectory import NoiseWatch, probe_positions
 
-falling = st.lists(st.floats(0.05, 20), min_size=1, max_size=12, unique_by=lambda s: round(math.log(s), 2)).map(
-    lambda levels: [*sorted(levels, reverse=True), 0.0]
+# Levels at least 2 % apart: closer ones, and what lies between them, may count as the same.
+falling = st.lists(st.integers(-150, 150), min_size=1, max_size=12, unique=True).map(
+    lambda places: [*(math.exp(place / 50) for place in sorted(places, reverse=True)), 0.0]
 )
 
 
@@ -130,7 +132,7 @@ def test_a_restarted_run_reports_what_happened_and_begins_its_features_anew(orde
         calls.append(sigma)
         return gaussian(x, sigma)
 
-    plan = CachePolicy(CacheConfig(2, order=order)).plan(11)
+    plan = Interval(2, order=order).plan(11)
     run = SamplingRun(plan, SIGMAS)
     x = euler(run, predict, SIGMAS[:8], start(14.0))
     x = x + start(2.0, seed=1)
@@ -142,15 +144,13 @@ def test_a_restarted_run_reports_what_happened_and_begins_its_features_anew(orde
     assert "of them again after the noise level turned back" in run.counts()
 
 
-@pytest.mark.parametrize(
-    "policy", [CachePolicy(CacheConfig(2, order=1)), CachePolicy(CacheConfig(order=1), max_error=0.5)]
-)
+@pytest.mark.parametrize("policy", [Interval(2, order=1), ErrorBudget(0.5, order=1)])
 def test_a_flipped_schedule_is_cached_by_its_steps(policy):
     sigmas = SIGMAS[::-1]
     run = SamplingRun(policy.plan(11), sigmas)
     x = euler(run, gaussian, sigmas, start(0.1))
     assert x.isfinite().all() and len(run.timeline["positive"]) == 11
-    if policy.max_error is None:
+    if policy.decided_before:
         assert run.timeline["positive"] == "CRCFCFCFCFC"
         full = euler(SamplingRun(Plan(11, 0, set(range(11))), sigmas), gaussian, sigmas, start(0.1))
         assert (x - full).norm() < 0.2 * full.norm()
@@ -167,7 +167,7 @@ def test_steps_that_were_left_out_did_not_compute():
 
 @pytest.mark.parametrize("sigmas", [[], [1.0], [1.0, 0.0]])
 def test_runs_of_no_step_and_of_one(sigmas):
-    run = SamplingRun(CachePolicy(computed=3).plan(max(len(sigmas) - 1, 0)), sigmas)
+    run = SamplingRun(StepCount(3).plan(max(len(sigmas) - 1, 0)), sigmas)
     euler(run, gaussian, sigmas, start(1.0))
     assert run.computed() == [True] * max(len(sigmas) - 1, 0)
 
@@ -199,6 +199,17 @@ def test_forecasts_go_on_without_noise_and_end_with_the_first():
         assert run.warnings == ["order 1 is not used with mine, which adds noise between steps; using order 0"]
     later = watched(noised(0.5, first=5)).timeline["positive"]
     assert later[:6] == "CRCFCF" and set(later[6:]) == {"C", "R"}
+
+
+@pytest.mark.parametrize("churn", [0.0, 0.02, 0.2])
+def test_going_back_at_every_step_is_noise_only_between_the_levels_of_the_schedule(churn):
+    """Heun++ evaluates this level, the next and the one after it, then steps to the next; churn raises the level."""
+    run = SamplingRun(Plan(11, 1, {0}), SIGMAS, sampler="mine")
+    run.watch_noise(start(1.0))
+    for i in range(len(SIGMAS) - 2):
+        sigmas = [SIGMAS[i] * (1 + churn), *SIGMAS[i + 1 : i + 3]]
+        euler(run, gaussian, [*sigmas, 0.05], start(sigmas[0]))
+    assert (run.plan.order == 0) == (churn > 0) == bool(run.warnings)
 
 
 def test_a_mask_that_sets_the_rest_of_the_sample_is_no_noise():

@@ -4,37 +4,45 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Hashable
+from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import comfy.model_management
+import comfy.patcher_extension
 from torch import Tensor, nn
 
-from ....qandc_core.caching.attach import cached_call
-from ....qandc_core.caching.blocks import CachedBlocks, read_between
+from ....qandc_core.caching.attach import cached_call, cached_modules
+from ....qandc_core.caching.blocks import CachedBlocks, blocks_at, read_between
+from ....qandc_core.caching.cost import reuse_cost
 from ....qandc_core.caching.families import block_lists
 from ....qandc_core.caching.features import FeatureCache
 from ....qandc_core.caching.policies import CachePolicy
-from ....qandc_core.caching.run import SamplingRun
+from ....qandc_core.caching.run import COMPUTED, SamplingRun
 from ....qandc_core.sampling.clock import CallTimes
 from ..model.dit import DiTModel
-from ..wrappers import REPORT, WRAPPERS, declares_noise, is_flow, note, options_of_run, sampler_function_name
+from ..wrappers import REPORT, WRAPPERS, declares_noise, note, options_of_run, sampler_function_name, samples_flow
 from .calls import COMPILE, KEY, keep_inside, nothing_between, state_of
+from .others import other_caches
 
 AUTOMATIC, PREDICTION, BLOCKS, BRANCHES = "automatic", "whole prediction", "blocks", "attention and MLP"
 FEWEST = 64  # values of a sample that show whether noise was added
 TIERS = (AUTOMATIC, PREDICTION, BLOCKS, BRANCHES)
 SELF_TEST = {2: 3e-2, 4: 1e-3}  # relative difference allowed, by bytes of a value
+PRE_RUN = comfy.patcher_extension.CallbacksMP.ON_PRE_RUN
 log = logging.getLogger(__name__)
+running: ContextVar[tuple[RunWrapper, ...]] = ContextVar("running", default=())  # runs that have begun
 
 
 @dataclass(frozen=True)
 class CacheSettings:
-    """What Apply Cache attaches: when to reuse, what, and where it is kept."""
+    """What Apply Cache attaches: when to reuse, what, where it is kept, and what the node has to say of every run."""
 
     policy: CachePolicy
     tier: str = AUTOMATIC
     offload: bool = False
+    warnings: tuple[str, ...] = ()
 
     def describe(self) -> str:
         return self.policy.describe()
@@ -50,7 +58,7 @@ class ModelRun(SamplingRun):
     def __init__(self, settings: CacheSettings, sigmas: Tensor, sampler: Any, flow: bool, mask: Tensor | None):
         name, levels = sampler_function_name(sampler), sigmas.tolist()
         self.noisy, self.mask = declares_noise(sampler), mask
-        plan = settings.policy.plan(max(len(levels) - 1, 0), flow)
+        plan = settings.policy.plan(max(len(levels) - 1, 0), flow, sigmas=levels, noisy=self.noisy)
         super().__init__(plan, levels, name.removeprefix("sample_"), name == "sample_heun", settings.offload)
         self.blocks: dict[int, CachedBlocks] = {}
         self.times = CallTimes()
@@ -58,9 +66,13 @@ class ModelRun(SamplingRun):
         self.forecasts = settings.tier not in (BLOCKS, BRANCHES)
         self.unconditional: Tensor | None = None
 
-    def begin(self, tier: str, reason: str) -> None:
-        """What is reused is known now. Only forecasts of whole predictions suffer from noise that a sampler adds."""
+    def begin(self, tier: str, reason: str, cost: float = 0.0) -> None:
+        """What is reused is known now, and what share of a computed step that costs.
+
+        Only forecasts of whole predictions suffer from noise that a sampler adds.
+        """
         self.tier, self.reason = tier, reason
+        self.plan.charge(cost)
         self.keeps_tokens = self.keeps_tokens or tier != PREDICTION
         self.forecasts = tier == PREDICTION
         if not self.forecasts:
@@ -80,9 +92,12 @@ class ModelRun(SamplingRun):
 
     def finish(self) -> None:
         """Warnings that only the whole run knows."""
-        self.warnings += [text for text in self.plan.warnings if text not in self.warnings]
+        actions = self.actions()
+        computed = {step for (_, step), column in self.columns.items() if actions[column] == COMPUTED}
+        for text in self.plan.review(computed):
+            self.warn(text)
         if self.lines and not self.reuses:
-            self.warn(f"no effect: all {self.width} steps were computed")
+            self.warn(f"no effect: all {actions.count(COMPUTED)} steps were computed")
 
     def summary(self) -> str:
         speedup = self.times.speedup()
@@ -104,16 +119,20 @@ class RunWrapper:
         saved, options = guider.model_options, options_of_run(guider)
         inside_compile(options)
         mask = args[0] if args else kwargs.get("denoise_mask")
-        run = ModelRun(self.settings, sigmas, sampler, is_flow(guider.model_patcher.model), mask)
+        run = ModelRun(self.settings, sigmas, sampler, samples_flow(guider.model_patcher), mask)
+        for text in (*self.settings.warnings, *other_caches(guider.model_patcher, guider.model_options)):
+            run.warn(text)
         options[KEY] = run
         keep_inside(options)
         keep_unconditional(guider.model_options, run)
+        begun = running.set((*running.get(), self))
         try:
             out = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
             run.finish()
-            log.info(run.summary())
+            log.log(logging.WARNING if run.warnings else logging.INFO, run.summary())
             return out
         finally:
+            running.reset(begun)
             fill_report(options.get(REPORT), run)
             run.caches.clear()
             run.blocks.clear()
@@ -148,9 +167,30 @@ def fill_report(report, run: ModelRun) -> None:
     report.warnings = [*report.warnings, *run.warnings]
 
 
+def before_run(patcher) -> None:
+    """ON_PRE_RUN: tells of a model whose own cache does not run, such as the second one of a guider with two models."""
+    active = running.get()
+    for wrapper in patcher.get_wrappers(WRAPPERS.OUTER_SAMPLE, KEY):
+        if wrapper not in active:
+            own = wrapper.settings.describe()
+            how = "with the cache of the guider's main model" if active else "without a cache"
+            text = f"a model is sampled {how} instead of its own ({own}); apply the cache to the main model"
+            log.warning("Q&C cache: %s", text)
+            report = patcher.model_options["transformer_options"].get(REPORT)
+            if report is not None:
+                report.warnings = [*report.warnings, text]
+
+
+@lru_cache(maxsize=1)
+def warn_of_no_run() -> None:
+    log.warning("Q&C cache: a model call outside a sampling run is computed; nothing is reused for it.")
+
+
 def prediction_wrapper(executor, x, timestep, model_options, seed):
     """PREDICT_NOISE: every prediction of the sampler evaluates its conditions anew."""
-    run = model_options["transformer_options"][KEY]
+    run = model_options["transformer_options"].get(KEY)
+    if run is None:
+        return executor(x, timestep, model_options, seed)
     keep_inside(model_options["transformer_options"])
     run.look(x)
     run.begin_prediction(run.noise_level(timestep, x))
@@ -158,9 +198,6 @@ def prediction_wrapper(executor, x, timestep, model_options, seed):
     run.end_prediction(out)
     unconditional, run.unconditional = run.unconditional, None
     run.keep_values(out, *(() if unconditional is None else (unconditional,)))
-    if not run.computed_any and run.plan.measures and run.times.known:
-        computed, reused = run.times.seconds(False), run.times.seconds(True)
-        run.plan.time(min(computed[1:] or computed), min(reused))
     return out
 
 
@@ -175,10 +212,12 @@ class ModelWrapper:
             return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
 
         run, model = transformer_options.get(KEY), executor.class_obj
-        if run is None:  # called outside of a sampling run
+        if run is None:
+            warn_of_no_run()
             return call()
         if not run.tier:
-            run.begin(*choose_tier(model, self.tier))
+            tier, reason = choose_tier(model, self.tier)
+            run.begin(tier, reason, cost_of(model.diffusion_model, tier))
         # A batch of two prompts may be padded to the longer, which blocks see and the prediction does not.
         tokens = tuple(c_crossattn.shape[1:]) if run.keeps_tokens and c_crossattn is not None else ()
         state = (*state_of(model, control, transformer_options), tokens)
@@ -284,17 +323,28 @@ def choose_tier(model, wanted: str) -> tuple[str, str]:
     return PREDICTION, "which measured best"
 
 
+def cost_of(network: nn.Module, tier: str) -> float:
+    """Share of a computed step that a reused one takes, counted on the network."""
+    if tier == PREDICTION:
+        return 0.0
+    if tier == BRANCHES:
+        return reuse_cost(network, cached_modules(network, "branch"))
+    return reuse_cost(network, [block for path in block_lists(network) for block in blocks_at(network, path)])
+
+
 def apply_cache(patcher, settings: CacheSettings):
     """A clone of the model that caches; interval 1 attaches nothing and takes off a cache that was there."""
     clone = patcher.clone()
     for kind in (WRAPPERS.OUTER_SAMPLE, WRAPPERS.PREDICT_NOISE, WRAPPERS.APPLY_MODEL):
         clone.remove_wrappers_with_key(kind, KEY)
+    clone.remove_callbacks_with_key(PRE_RUN, KEY)
     if settings.policy.off:
         note(clone, "cache", "")
         return clone
     clone.add_wrapper_with_key(WRAPPERS.OUTER_SAMPLE, KEY, RunWrapper(settings))
     clone.add_wrapper_with_key(WRAPPERS.PREDICT_NOISE, KEY, prediction_wrapper)
     clone.add_wrapper_with_key(WRAPPERS.APPLY_MODEL, KEY, ModelWrapper(settings.tier))
+    clone.add_callback_with_key(PRE_RUN, KEY, before_run)
     note(clone, "cache", settings.describe(), settings.detail())
     return clone
 
@@ -302,7 +352,7 @@ def apply_cache(patcher, settings: CacheSettings):
 def steps_vary(patcher) -> bool:
     """Whether its cache picks other steps for other images."""
     wrappers = patcher.get_wrappers(WRAPPERS.OUTER_SAMPLE, KEY)
-    return any(wrapper.settings.policy.max_error is not None for wrapper in wrappers)
+    return any(not wrapper.settings.policy.decided_before for wrapper in wrappers)
 
 
 def is_reused(transformer_options: dict[str, Any]) -> bool:

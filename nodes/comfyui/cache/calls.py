@@ -13,8 +13,8 @@ from typing import Any
 from comfy.samplers import add_area_dims
 from torch import Tensor
 
+from ....qandc_core.caching.frame import Frame
 from ....qandc_core.caching.identity import CHANGED, WHOLE, area, is_changed, locate, signature
-from ....qandc_core.caching.run import Frame
 from ..wrappers import WRAPPERS
 
 KEY = "qandc_cache"

@@ -58,6 +58,18 @@ def operators() -> tuple[Any, Any]:
     return linear, weight
 
 
+def runs(weight: Any, transposed: bool) -> bool:
+    """Whether the operators take this weight."""
+    from comfy_kitchen.tensor import QuantizedTensor
+
+    return (
+        isinstance(weight, QuantizedTensor)
+        and weight._layout_cls == LAYOUT
+        and weight._params.correction is None
+        and weight._params.transposed == transposed
+    )
+
+
 @cache
 def register() -> None:
     """Adds the layout and what it does for F.linear, mm, addmm and t to comfy-kitchen's tables."""
@@ -80,14 +92,6 @@ def register() -> None:
         def linear_input_act(cls, weight, x, bias=None, input_act=None, *args, **kwargs):
             # The caller then does the activation itself.
             return NotImplemented
-
-    def runs(weight: Any, transposed: bool) -> bool:
-        return (
-            isinstance(weight, kitchen.QuantizedTensor)
-            and weight._layout_cls == LAYOUT
-            and weight._params.correction is None
-            and weight._params.transposed == transposed
-        )
 
     def product(x: Tensor, weight: Any, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
         params, x = weight._params, kitchen.dequantize_args(x)

@@ -64,8 +64,14 @@ def plain(host: Host, sampler: str) -> float:
 
 def cache_policy(host: Host, interval: int, order: int = 0, tier: str = "attention and MLP", offload=False, **choices):
     """What Apply Cache attaches."""
-    config = host.module("qandc_core.caching.schedule").CacheConfig(interval, order=order)
-    policy = host.module("qandc_core.caching.policies").CachePolicy(config, **choices)
+    policies = host.module("qandc_core.caching.policies")
+    kinds = {
+        "computed": policies.StepCount, "speedup": policies.Speedup, "max_error": policies.ErrorBudget,
+        "steps": policies.ChosenSteps,
+    }  # fmt: skip
+    kind = next((kinds[name] for name in choices if name in kinds), policies.Interval)
+    given = {"interval": interval} if kind is policies.Interval else {}
+    policy = kind(**given, **choices, order=order)
     return host.module("nodes.comfyui.cache.attach").CacheSettings(policy, tier, offload)
 
 
