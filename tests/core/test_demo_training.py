@@ -36,7 +36,7 @@ from qandc_core.demo.training.train import (
     train,
 )
 from qandc_core.demo.training.train import main as train_main
-from qandc_core.sampling.schedule import linear_alpha_bar
+from qandc_core.diffusion.schedule import linear_alpha_bar
 
 TINY = TrainConfig(
     images=8 * 40, batch=8, warmup=4, compile=False, bf16=False,

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Generator, Tensor
 
-from ...models.checkpoints import load_dit
+from ...checkpoints.dit import load_dit
 from ...models.dit import DiT
 from ...sampling.generate import generate
 from .classes import CLASSES

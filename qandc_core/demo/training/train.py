@@ -32,10 +32,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Generator, Tensor
 
-from ...models.checkpoints import save_dit
+from ...checkpoints.dit import save_dit
+from ...diffusion.schedule import linear_alpha_bar
 from ...models.dit import DiT, DiTConfig, initialize_weights
 from ...sampling.generate import generate
-from ...sampling.schedule import linear_alpha_bar
 from .classes import CLASSES
 from .drawings import Drawings, augment, balanced_draw, load_drawings
 
