@@ -10,6 +10,7 @@ import comfy.controlnet
 import comfy.hooks
 import comfy.model_patcher
 import comfy.samplers
+import comfy.utils
 from torch import Tensor, nn
 
 from ....qandc_core.calibration.digest import Digest, Sampled, digest
@@ -72,7 +73,7 @@ class Standing:
     def model(self, patcher) -> list:
         if id(patcher.model) not in self.networks:
             self.models.append(patcher.model)
-            self.named(f"model {len(self.models)}", patcher.model)
+            self.named(f"model {len(self.models)}", patcher)
         network = getattr(patcher.model, "diffusion_model", None)
         return [
             type(patcher.model), type(network), vars_of_config(patcher.model),
@@ -83,11 +84,23 @@ class Standing:
             getattr(patcher, "forced_hooks", None), details(patcher), hooks_of(patcher.model),
         ]  # fmt: skip
 
-    def named(self, name: str, network: Any) -> None:
-        """Parts of a network that others refer to go by their names, whatever is patched into them just now."""
-        self.networks[id(network)] = name
-        for path, part in network.named_modules() if isinstance(network, nn.Module) else ():
-            self.networks.setdefault(id(part), f"{name}.{path}")
+    def named(self, name: str, patcher) -> None:
+        """Parts of a network that others refer to go by their names; what is patched into it just now does not."""
+        self.networks[id(patcher.model)] = name
+        parts = {"": patcher.model, **{key: original(patcher, key) for key in patcher.object_patches}}
+        for root, network in parts.items():
+            for path, part in network.named_modules() if isinstance(network, nn.Module) else ():
+                full = ".".join(filter(None, (root, path)))
+                if not any(f"{full}.".startswith(f"{key}.") for key in patcher.object_patches if key != root):
+                    self.networks.setdefault(id(part), f"{name}.{full}")
+
+
+def original(patcher, key: str) -> Any:
+    """The part of a model that a patch takes the place of, if any; it is kept aside while the model is loaded."""
+    try:
+        return patcher.object_patches_backup.get(key, comfy.utils.get_attr(patcher.model, key))
+    except AttributeError:
+        return None
 
 
 def vars_of_config(model) -> list:
