@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Hashable
 from contextvars import ContextVar
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -18,94 +17,16 @@ from ....qandc_core.caching.blocks import CachedBlocks, blocks_at, read_between
 from ....qandc_core.caching.cost import reuse_cost
 from ....qandc_core.caching.families import block_lists
 from ....qandc_core.caching.features import FeatureCache
-from ....qandc_core.caching.policies import CachePolicy
-from ....qandc_core.caching.run import COMPUTED, SamplingRun
-from ....qandc_core.sampling.clock import CallTimes
 from ..model.dit import DiTModel
-from ..wrappers import REPORT, WRAPPERS, declares_noise, note, options_of_run, sampler_function_name, samples_flow
+from ..wrappers import REPORT, WRAPPERS, note, options_of_run, samples_flow
 from .calls import COMPILE, KEY, keep_inside, nothing_between, state_of
 from .others import other_caches
+from .run import AUTOMATIC, BLOCKS, BRANCHES, PREDICTION, CacheSettings, ModelRun
 
-AUTOMATIC, PREDICTION, BLOCKS, BRANCHES = "automatic", "whole prediction", "blocks", "attention and MLP"
-FEWEST = 64  # values of a sample that show whether noise was added
-TIERS = (AUTOMATIC, PREDICTION, BLOCKS, BRANCHES)
 SELF_TEST = {2: 3e-2, 4: 1e-3}  # relative difference allowed, by bytes of a value
 PRE_RUN = comfy.patcher_extension.CallbacksMP.ON_PRE_RUN
 log = logging.getLogger(__name__)
 running: ContextVar[tuple[RunWrapper, ...]] = ContextVar("running", default=())  # runs that have begun
-
-
-@dataclass(frozen=True)
-class CacheSettings:
-    """What Apply Cache attaches: when to reuse, what, where it is kept, and what the node has to say of every run."""
-
-    policy: CachePolicy
-    tier: str = AUTOMATIC
-    offload: bool = False
-    warnings: tuple[str, ...] = ()
-
-    def describe(self) -> str:
-        return self.policy.describe()
-
-    def detail(self) -> str:
-        """All of it that changes an image."""
-        return self.policy.detail() + ("" if self.tier == AUTOMATIC else f" {self.tier}")
-
-
-class ModelRun(SamplingRun):
-    """A run on a model of ComfyUI: what of the model is reused, and how long its calls took."""
-
-    def __init__(self, settings: CacheSettings, sigmas: Tensor, sampler: Any, flow: bool, mask: Tensor | None):
-        name, levels = sampler_function_name(sampler), sigmas.tolist()
-        self.noisy, self.mask = declares_noise(sampler), mask
-        plan = settings.policy.plan(max(len(levels) - 1, 0), flow, sigmas=levels, noisy=self.noisy)
-        super().__init__(plan, levels, name.removeprefix("sample_"), name == "sample_heun", settings.offload)
-        self.blocks: dict[int, CachedBlocks] = {}
-        self.times = CallTimes()
-        self.tier, self.reason, self.tested, self.keeps_tokens = "", "", False, False
-        self.forecasts = settings.tier not in (BLOCKS, BRANCHES)
-        self.unconditional: Tensor | None = None
-
-    def begin(self, tier: str, reason: str, cost: float = 0.0) -> None:
-        """What is reused is known now, and what share of a computed step that costs.
-
-        Only forecasts of whole predictions suffer from noise that a sampler adds.
-        """
-        self.tier, self.reason = tier, reason
-        self.plan.charge(cost)
-        self.keeps_tokens = self.keeps_tokens or tier != PREDICTION
-        self.forecasts = tier == PREDICTION
-        if not self.forecasts:
-            self.watch = None
-
-    def look(self, x: Tensor) -> None:
-        """Watches the sampler for noise where that matters; values that a mask sets by half say nothing of it."""
-        if self.watch is not None or not self.forecasts or not self.plan.order:
-            return
-        free = None if self.mask is None else (self.mask.to(x.device) >= 1).expand(x.shape)
-        if x.numel() < FEWEST or (free is not None and int(free.sum()) < FEWEST):
-            self.forecasts = False
-            if self.noisy:
-                self.plan.order, self.plan.noisy = 0, True
-            return
-        self.watch_noise(x, free)
-
-    def finish(self) -> None:
-        """Warnings that only the whole run knows."""
-        actions = self.actions()
-        computed = {step for (_, step), column in self.columns.items() if actions[column] == COMPUTED}
-        for text in self.plan.review(computed):
-            self.warn(text)
-        if self.lines and not self.reuses:
-            self.warn(f"no effect: all {actions.count(COMPUTED)} steps were computed")
-
-    def summary(self) -> str:
-        speedup = self.times.speedup()
-        fast = "" if speedup is None else f", model calls {speedup:.2f}x faster"
-        return (
-            f"Q&C cache ({self.tier or 'no model call'}): {self.counts()}{fast}, {self.peak_bytes / 2**20:.1f} MiB"
-            + "".join(f"; {text}" for text in self.warnings)
-        )
 
 
 class RunWrapper:

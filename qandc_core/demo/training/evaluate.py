@@ -1,0 +1,116 @@
+"""How good a trained model is: `python -m qandc_core.demo.training.evaluate drawings.safetensors MODEL JUDGE OUT`.
+
+Prints how many generated pictures the judge takes for their class, and how much is copied: a generated picture is
+compared with many augmentations of every drawing of its class, put on the picture's own ground. Real pictures
+that were made anew, and pictures of drawings left out of the comparison, say what a copy and an original measure.
+Writes grid.png (generated pictures of every class) and nearest.png (generated above, nearest real picture below).
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import Generator, Tensor
+
+from ...checkpoints.dit import load_dit
+from ...models.dit import DiT
+from ...sampling.generate import generate
+from .classes import CLASSES
+from .drawings import Drawings, augment, load_drawings, on_ground, warped
+from .judge import PicturesJudge, classify, load_judge
+from .train import picture_grid
+
+BORDER = 2  # pixels at the edge whose median is taken for the ground
+
+
+def sampled(model: DiT, each: int, steps: int, cfg_scale: float, sampler: str) -> tuple[Tensor, Tensor]:
+    """`each` pictures of every class, in order of class, and their labels."""
+    labels = torch.arange(model.config.num_classes).repeat_interleave(each)
+    parts, first = [], 0
+    for part in labels.split(200):
+        parts.append(generate(model, part, steps, cfg_scale, sampler, seed=1, first_index=first)[0])
+        first += len(part)
+    return torch.cat(parts).clamp(-1, 1), labels
+
+
+def report_recognised(judge: PicturesJudge, images: Tensor, labels: Tensor) -> None:
+    _, probabilities = classify(judge, images)
+    right = (probabilities.argmax(1) == labels).double()
+    print(f"recognised: {100 * right.mean():.1f} % of {len(labels)}")
+    by_class = [(float(right[labels == c].mean()), thing.name) for c, thing in enumerate(CLASSES)]
+    print("worst: " + ", ".join(f"{name} {100 * share:.0f} %" for share, name in sorted(by_class)[:8]))
+
+
+class Bank:
+    """Many augmentations of every drawing, without their ground."""
+
+    def __init__(self, drawings: Drawings, repeats: int, seed: int):
+        self.indices = torch.arange(len(drawings)).repeat_interleave(repeats)
+        generator = Generator().manual_seed(seed)
+        parts = [warped(drawings, part, generator) for part in self.indices.split(1000)]
+        self.colour, self.alpha = (torch.cat(layers) for layers in zip(*parts))
+        self.labels = drawings.labels[self.indices]
+
+    def nearest(self, image: Tensor, label: int, without: int | None = None) -> tuple[float, Tensor]:
+        """Root mean square distance and picture of the nearest of that class; `without` leaves a drawing out."""
+        of_class = self.labels == label
+        if without is not None:
+            of_class &= self.indices != without
+        pictures = on_ground(self.colour[of_class], self.alpha[of_class], ground_of(image))
+        distance = (pictures - image).square().mean(dim=(1, 2, 3)).sqrt()
+        best = int(distance.argmin())
+        return float(distance[best]), pictures[best]
+
+
+def ground_of(image: Tensor) -> Tensor:
+    """The ground of a picture (3, H, W) in [-1, 1], as a colour (3, 1, 1) in [0, 1]."""
+    edge = torch.ones(image.shape[1:], dtype=torch.bool)
+    edge[BORDER:-BORDER, BORDER:-BORDER] = False
+    return (image[:, edge].median(dim=1).values[:, None, None] + 1) / 2
+
+
+def report_copied(drawings: Drawings, images: Tensor, labels: Tensor, repeats: int) -> list[Tensor]:
+    """Prints median distances; returns the nearest real picture of each."""
+    bank = Bank(drawings, repeats, seed=2)
+    found = [bank.nearest(image, int(label)) for image, label in zip(images, labels)]
+    fresh = torch.randint(len(drawings), (len(images),), generator=Generator().manual_seed(3))
+    real = augment(drawings, fresh, Generator().manual_seed(4))
+    known, new = ([
+        bank.nearest(image, int(drawings.labels[i]), int(i) if leave_out else None)[0] for image, i in zip(real, fresh)
+    ] for leave_out in (False, True))  # fmt: skip
+    for name, values in (("generated", [d for d, _ in found]), ("real, drawing known", known),
+                         ("real, drawing left out", new)):  # fmt: skip
+        low, middle, high = torch.tensor(values).quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
+        print(f"distance to the nearest real picture, {name}: median {middle:.3f} ({low:.3f} to {high:.3f})")
+    return [picture for _, picture in found]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("drawings", type=Path)
+    parser.add_argument("model", type=Path, help="model.safetensors of a run")
+    parser.add_argument("judge", type=Path)
+    parser.add_argument("out", type=Path, help="folder for the grids")
+    parser.add_argument("--each", type=int, default=10, help="pictures of every class")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--cfg", type=float, default=2.0)
+    parser.add_argument("--sampler", default="ddpm")
+    parser.add_argument("--bank", type=int, default=100, help="augmentations of every drawing to look for copies in")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    drawings = load_drawings(args.drawings)
+    model = load_dit(args.model, dtype=torch.float32)
+    images, labels = sampled(model, args.each, args.steps, args.cfg, args.sampler)
+    report_recognised(load_judge(args.judge), images, labels)
+    picture_grid(images, 2 * args.each).save(args.out / "grid.png")
+    some = torch.arange(0, len(images), max(1, args.each // 2))
+    nearest = report_copied(drawings, images[some], labels[some], args.bank)
+    pairs = torch.stack([images[some], torch.stack(nearest)], 1)
+    rows = [torch.cat([part[:, 0], part[:, 1]]) for part in pairs.split(20)]
+    picture_grid(torch.cat(rows), 20).save(args.out / "nearest.png")
+
+
+if __name__ == "__main__":
+    main()
