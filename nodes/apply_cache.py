@@ -5,8 +5,8 @@ from comfy_api.v0_0_2 import io
 from ..qandc_core.caching.policies import CachePolicy, ChosenSteps, ErrorBudget, Interval, Placed, Speedup, StepCount
 from . import schema
 from .comfyui.cache.attach import apply_cache
-from .comfyui.cache.run import TIERS, CacheSettings
 from .comfyui.cache.placing import placing
+from .comfyui.cache.run import TIERS, CacheSettings
 from .comfyui.quantize.weights import fingerprint_of
 
 # What each option of `policy` makes; its inputs are the fields.
