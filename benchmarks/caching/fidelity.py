@@ -171,7 +171,7 @@ def main() -> None:
     from host import Host
 
     host = Host(checkout, base)
-    run = host.module("nodes.comfyui.cache.attach").ModelRun
+    run = host.module("nodes.comfyui.cache.run").ModelRun
     run.look = lambda self, x: None  # measures also the forecasts that Apply Cache ends
     from comfy.samplers import sampler_object
 

@@ -60,7 +60,7 @@ def test_a_calibration_of_another_model_is_refused_by_every_policy(run):
     assert len(said) == 5 and all("made for another model" in text for text in said)
 
 
-@pytest.mark.parametrize("case", ["EasyCache", "LazyCache", "wrapper", "function", "option"])
+@pytest.mark.parametrize("case", ["EasyCache", "LazyCache", "wrapper", "function", "option", "module"])
 def test_another_cache_on_the_model_is_found(run, case):
     (text,) = run(NAME)["other caches"][case]
     assert text.startswith("another cache is on the model (")
@@ -71,7 +71,7 @@ def test_another_cache_on_the_model_is_said_in_report_and_log(run):
     assert len(found["run"]) == len(found["log"]) == 1 and found["run"][0] in found["log"][0]
 
 
-@pytest.mark.parametrize("case", ["nothing", "off", "exact", "a wrapper"])
+@pytest.mark.parametrize("case", ["nothing", "off", "exact", "a wrapper", "module alone"])
 def test_nothing_is_said_where_no_other_cache_is(run, case):
     assert run(NAME)["other caches"][case] == []
 

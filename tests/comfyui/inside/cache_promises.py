@@ -158,9 +158,12 @@ def rivals(host: Host) -> dict[str, list[str]]:
         def __call__(self, apply_model, values):
             return apply_model(values["input"], values["timestep"], **values["c"])
 
-    def wrapped(kind: str, key: str):
-        clone = demo(host).clone()
-        clone.add_wrapper_with_key(kind, key, through)
+    def wrapped(kind: str, key: str, module: str = __name__):
+        def wrapper(executor, *args, **kwargs):
+            return through(executor, *args, **kwargs)
+
+        clone, wrapper.__module__ = demo(host).clone(), module
+        clone.add_wrapper_with_key(kind, key, wrapper)
         return clone
 
     def function(wrapper):
@@ -183,6 +186,8 @@ def rivals(host: Host) -> dict[str, list[str]]:
         "off": option("enable_teacache", False),
         "exact": option("kv_cache", {}),
         "a wrapper": wrapped(kinds.APPLY_MODEL, "preview"),
+        "module": wrapped(kinds.APPLY_MODEL, "preview", "packs.teacache_nodes"),
+        "module alone": wrapped(kinds.APPLY_MODEL, "preview", "packs.cache_tools"),
     }
     others = host.module("nodes.comfyui.cache.others").other_caches
     found = {name: others(fast, fast.model_options) for name, fast in cached(host, models).items()}
