@@ -8,10 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from qandc_core import generate, load_dit
-from qandc_core.demo.training import evaluate, judge, prepare
-from qandc_core.demo.training.classes import CLASSES
-from qandc_core.demo.training.drawings import (
+from benchmarks.training import evaluate, judge, prepare
+from benchmarks.training.classes import CLASSES
+from benchmarks.training.drawings import (
     Drawings,
     augment,
     balanced_draw,
@@ -22,7 +21,7 @@ from qandc_core.demo.training.drawings import (
     save_drawings,
     warped,
 )
-from qandc_core.demo.training.train import (
+from benchmarks.training.train import (
     CHECKPOINT,
     LOG,
     PICTURES_CONFIG,
@@ -35,7 +34,8 @@ from qandc_core.demo.training.train import (
     timestep_density,
     train,
 )
-from qandc_core.demo.training.train import main as train_main
+from benchmarks.training.train import main as train_main
+from qandc_core import generate, load_dit
 from qandc_core.diffusion.schedule import linear_alpha_bar
 
 TINY = TrainConfig(
@@ -221,7 +221,7 @@ def test_timesteps_are_normal_in_log_snr_but_for_the_uniform_part():
 
 def test_the_command_trains_and_resumes(drawings, tmp_path, monkeypatch):
     save_drawings(drawings, tmp_path / "d.safetensors", {})
-    monkeypatch.setattr("qandc_core.demo.training.train.PICTURES_CONFIG", TINY.model)
+    monkeypatch.setattr("benchmarks.training.train.PICTURES_CONFIG", TINY.model)
     command = ["train", *map(str, (tmp_path / "d.safetensors", tmp_path / "run")), "--batch", "4", "--no-compile"]
     for until in ("1", "2"):
         monkeypatch.setattr(sys, "argv", [*command, "--float32", "--until", until])

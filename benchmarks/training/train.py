@@ -1,4 +1,4 @@
-"""Trains the built-in model: `python -m qandc_core.demo.training.train drawings.safetensors RUN`.
+"""Trains the built-in model: `python -m benchmarks.training.train drawings.safetensors RUN`.
 
 RUN is a folder with checkpoint.safetensors, log.txt, grids of samples, and model.safetensors (the average of the
 weights in half precision, which `load_dit` reads). The same command goes on where the checkpoint stands.
@@ -32,10 +32,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Generator, Tensor
 
-from ...checkpoints.dit import save_dit
-from ...diffusion.schedule import linear_alpha_bar
-from ...models.dit import DiT, DiTConfig, initialize_weights
-from ...sampling.generate import generate
+from qandc_core.checkpoints.dit import save_dit
+from qandc_core.diffusion.schedule import linear_alpha_bar
+from qandc_core.models.dit import DiT, DiTConfig, initialize_weights
+from qandc_core.sampling.generate import generate
+
 from .classes import CLASSES
 from .drawings import Drawings, augment, balanced_draw, load_drawings
 
@@ -274,7 +275,7 @@ def log(folder: Path, line: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("drawings", type=Path, help="drawings.safetensors of qandc_core.demo.training.prepare")
+    parser.add_argument("drawings", type=Path, help="drawings.safetensors of benchmarks.training.prepare")
     parser.add_argument("folder", type=Path, help="folder of the run")
     parser.add_argument("--images", type=int, default=TrainConfig.images, help="images to train on, repeats counted")
     parser.add_argument("--batch", type=int, default=TrainConfig.batch)

@@ -1,4 +1,4 @@
-"""How good a trained model is: `python -m qandc_core.demo.training.evaluate drawings.safetensors MODEL JUDGE OUT`.
+"""How good a trained model is: `python -m benchmarks.training.evaluate drawings.safetensors MODEL JUDGE OUT`.
 
 Prints how many generated pictures the judge takes for their class, and how much is copied: a generated picture is
 compared with many augmentations of every drawing of its class, put on the picture's own ground. Real pictures
@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 from torch import Generator, Tensor
 
-from ...checkpoints.dit import load_dit
-from ...models.dit import DiT
-from ...sampling.generate import generate
+from qandc_core.checkpoints.dit import load_dit
+from qandc_core.models.dit import DiT
+from qandc_core.sampling.generate import generate
+
 from .classes import CLASSES
 from .drawings import Drawings, augment, load_drawings, on_ground, warped
 from .judge import PicturesJudge, classify, load_judge

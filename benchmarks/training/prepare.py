@@ -1,6 +1,6 @@
 """Makes drawings.safetensors of the npm packages that ATTRIBUTION.md lists (needs `pip install resvg-py`).
 
-python -m qandc_core.demo.training.prepare DIR, where DIR holds the archives that `npm pack` wrote.
+python -m benchmarks.training.prepare DIR, where DIR holds the archives that `npm pack` wrote.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Trains the judge of generated pictures: `python -m qandc_core.demo.training.judge drawings.safetensors OUT`.
+"""Trains the judge of generated pictures: `python -m benchmarks.training.judge drawings.safetensors OUT`.
 
 It sees real pictures only. How well it knows the things themselves, rather than these drawings of them, is measured on
 artists that are held out: four times a network is trained without the packages of one fold and tested on their
@@ -117,7 +117,7 @@ def load_judge(path: str | Path) -> PicturesJudge:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("drawings", type=Path, help="drawings.safetensors of qandc_core.demo.training.prepare")
+    parser.add_argument("drawings", type=Path, help="drawings.safetensors of benchmarks.training.prepare")
     parser.add_argument("out", type=Path, help="file of the judge")
     parser.add_argument("--steps", type=int, default=JudgeConfig.steps)
     args = parser.parse_args()
