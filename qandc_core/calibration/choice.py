@@ -134,9 +134,10 @@ def spread(calls: Tensor, count: int) -> Tensor:
     for shift in range(int(calls[:, 3].max()) if len(calls) else 0):
         wanted = min(count - len(found), len(calls))
         for i in range(wanted):
-            *place, conditions = calls[(2 * i + 1) * len(calls) // (2 * wanted)].tolist()
-            if shift < conditions:
-                found.append([*place, (i + shift) % conditions])
+            number = (2 * i + 1) * len(calls) // (2 * wanted)
+            *place, conditions = calls[number].tolist()
+            if shift < conditions:  # the first full pass takes condition i of call i, and later ones go on from there
+                found.append([*place, ((number if shift else i) + shift) % conditions])
     return torch.tensor(found, dtype=torch.long).reshape(-1, 4)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from itertools import product
 
 import pytest
 
@@ -22,40 +23,46 @@ def families() -> list[str]:
     return [key.value for key in table.keys]
 
 
-@pytest.fixture
-def family(run, request):
+def on(found: dict, family: str) -> dict:
     """What the program found on one family."""
-    found = run("families")[request.param]
-    if "absent" in found:
-        assert "comfy.supported_models" in found["absent"]
-        pytest.skip(found["absent"])
-    if request.param in KNOWN:
-        pytest.xfail(KNOWN[request.param])
-    assert "failed" not in found, found["failed"]
-    return found
+    result = found[family]
+    if "absent" in result:
+        assert "comfy.supported_models" in result["absent"]
+        pytest.skip(result["absent"])
+    if family in KNOWN:
+        pytest.xfail(KNOWN[family])
+    assert "failed" not in result, result["failed"]
+    return result
 
 
-@pytest.mark.parametrize("family", families(), indirect=True)
-@pytest.mark.parametrize("tier", TIERS)
-def test_apply_cache_on(family, tier):
-    found, used = family["tiers"][tier], f"{tier}, as chosen"
-    if tier == "blocks" and family["network"] in WITHOUT_BLOCKS:
-        used = f"whole prediction, because the blocks of {family['network']} are not known"
-    assert (found["tier"], found["computed"], found["reused"]) == (used, 2, 4)
-    plain, cached = found["calls"]
-    assert cached * 3 == plain > 0
-    assert found["never reused"] is True and found["clean"] is True
-    assert error(found) < 1e-4 < 1e-2 < found["effect"]
+def test_apply_cache_on_every_family(run, subtests):
+    found = run("families")
+    for name, tier in product(families(), TIERS):
+        with subtests.test(f"{name}, {tier}"):
+            family = on(found, name)
+            result, used = family["tiers"][tier], f"{tier}, as chosen"
+            if tier == "blocks" and family["network"] in WITHOUT_BLOCKS:
+                used = f"whole prediction, because the blocks of {family['network']} are not known"
+            assert (result["tier"], result["computed"], result["reused"]) == (used, 2, 4)
+            plain, cached = result["calls"]
+            assert cached * 3 == plain > 0
+            assert result["never reused"] is True and result["clean"] is True
+            assert error(result) < 1e-4 < 1e-2 < result["effect"]
 
 
-@pytest.mark.parametrize("family", families(), indirect=True)
-def test_a_cache_that_is_off_changes_nothing_on(family):
-    assert family["interval 1"] is True and family["no error"] is True
+def test_a_cache_that_is_off_changes_nothing_on_any_family(run, subtests):
+    found = run("families")
+    for name in families():
+        with subtests.test(name):
+            family = on(found, name)
+            assert family["interval 1"] is True and family["no error"] is True
 
 
-@pytest.mark.parametrize("family", families(), indirect=True)
-def test_every_list_of_blocks_is_longer_than_one(family):
-    assert all(length > 1 for length in family["lists"].values())
+def test_every_list_of_blocks_is_longer_than_one(run, subtests):
+    found = run("families")
+    for name in families():
+        with subtests.test(name):
+            assert all(length > 1 for length in on(found, name)["lists"].values())
 
 
 def test_at_least_twenty_families_are_there(run, checkout):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 
-import pytest
-
 from .server import FOLDER, ROOT
 
 NODES = (
@@ -50,31 +48,34 @@ def test_all_nodes_are_there_and_no_others(server):
     assert found == set(NODES)
 
 
-@pytest.mark.parametrize("node", NODES)
-def test_node_is_described(server, node):
-    info = server.object_info(node)[node]
-    assert info["category"] == "Q&C"
-    assert info["description"].strip() and info["display_name"].strip()
-    assert info["search_aliases"]
+def test_nodes_are_described(server, subtests):
+    for node in NODES:
+        with subtests.test(node):
+            info = server.object_info(node)[node]
+            assert info["category"] == "Q&C"
+            assert info["description"].strip() and info["display_name"].strip()
+            assert info["search_aliases"]
 
 
-@pytest.mark.parametrize("node", NODES)
-def test_every_input_and_output_has_a_tooltip(server, node):
-    info = server.object_info(node)[node]
-    inputs = inputs_of(info["input"])
-    assert inputs
-    assert [name for name, options in inputs.items() if not options.get("tooltip", "").strip()] == []
-    assert len(info["output_tooltips"]) == len(info["output"]) > 0
-    assert all(tooltip and tooltip.strip() for tooltip in info["output_tooltips"])
+def test_every_input_and_output_has_a_tooltip(server, subtests):
+    for node in NODES:
+        with subtests.test(node):
+            info = server.object_info(node)[node]
+            inputs = inputs_of(info["input"])
+            assert inputs
+            assert [name for name, options in inputs.items() if not options.get("tooltip", "").strip()] == []
+            assert len(info["output_tooltips"]) == len(info["output"]) > 0
+            assert all(tooltip and tooltip.strip() for tooltip in info["output_tooltips"])
 
 
-@pytest.mark.parametrize("node", NODES)
-def test_recorded_schema_is_the_server_s(server, node):
+def test_recorded_schema_is_the_server_s(server, subtests):
     """The record that the tests without a server go by; choices of samplers and files differ between machines."""
-    live, recorded = server.object_info(node)[node], RECORDED[node]
-    for key in (*TEXTS, *OUTPUTS, "input_order"):
-        assert live[key] == recorded[key], key
-    assert without_choices(live) == without_choices(recorded)
+    for node in NODES:
+        with subtests.test(node):
+            live, recorded = server.object_info(node)[node], RECORDED[node]
+            for key in (*TEXTS, *OUTPUTS, "input_order"):
+                assert live[key] == recorded[key], key
+            assert without_choices(live) == without_choices(recorded)
 
 
 def without_choices(info: dict) -> dict[str, dict]:
@@ -89,24 +90,26 @@ def test_inputs_inside_dynamic_inputs_are_seen(server):
     assert "images.image" in inputs_of(server.object_info("QandC_Compare")["QandC_Compare"]["input"])
 
 
-@pytest.mark.parametrize("node", NODES)
-def test_help_page_is_served(server, node):
-    path = f"/extensions/{FOLDER}/docs/{node}/en.md"
-    assert server.status_of(path) == 200, path
-    assert server.get(path).strip()
+def test_help_pages_are_served(server, subtests):
+    for node in NODES:
+        with subtests.test(node):
+            path = f"/extensions/{FOLDER}/docs/{node}/en.md"
+            assert server.status_of(path) == 200, path
+            assert server.get(path).strip()
 
 
-@pytest.mark.parametrize("language", ["en", "zh"])
-def test_translations_are_served(server, language):
-    translated = server.get_json("/i18n").get(language, {}).get("nodeDefs", {})
-    assert set(NODES) <= set(translated)
+def test_translations_are_served(server, subtests):
+    for language in ("en", "zh"):
+        with subtests.test(language):
+            assert set(NODES) <= set(server.get_json("/i18n").get(language, {}).get("nodeDefs", {}))
 
 
 def test_templates_are_listed(server):
     assert sorted(server.get_json("/api/workflow_templates").get(FOLDER, [])) == TEMPLATES
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
-def test_template_and_its_picture_are_served(server, template):
-    for ending in ("json", "jpg"):
-        assert server.status_of(f"/api/workflow_templates/{FOLDER}/{template}.{ending}") == 200, ending
+def test_templates_and_their_pictures_are_served(server, subtests):
+    for template in TEMPLATES:
+        with subtests.test(template):
+            for ending in ("json", "jpg"):
+                assert server.status_of(f"/api/workflow_templates/{FOLDER}/{template}.{ending}") == 200, ending

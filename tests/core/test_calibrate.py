@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from qandc_core import (
     CalibrationConfig,
@@ -16,8 +18,11 @@ from qandc_core import (
     load_calibration,
     quantize_model,
 )
-from qandc_core.calibration.choice import Candidates, Choice, features_of
+from qandc_core.calibration.choice import Candidates, Choice, features_of, spread
+from qandc_core.calibration.layer_inputs import HELD_OUT_ROWS
+from qandc_core.calibration.memory import LEAST, plan_statistics
 from qandc_core.calibration.run import Calibrating
+from qandc_core.calibration.statistics import observed
 
 CONFIG = DiTConfig(input_size=8, in_channels=3, hidden_size=32, depth=2, num_heads=2, num_classes=5, learn_sigma=False)
 STEPS, LABELS = 5, [0, 3, 1, 4]
@@ -194,3 +199,100 @@ def test_sigmas_on_any_device_and_steps_without_prediction():
         0 in Choice(torch.tensor([[0, 0, 0, 1]]), torch.empty(0, 4))
         and features_of(torch.ones(2, 3, 200, 200)).shape[1] <= 16384
     )
+
+
+def rows_of(x):
+    return {row.view(torch.uint8).numpy().tobytes() for row in x.reshape(-1, x.shape[-1]).bfloat16().contiguous()}
+
+
+@pytest.mark.parametrize("batched", [True, False])
+@pytest.mark.parametrize("cache", [0, 2])
+def test_kept_inputs_are_those_that_layers_see_and_the_held_out_image_is_not_among_them(cache, batched):
+    """Against hooks on all calls; inputs of attention and MLP differ for each image."""
+    subject = host(cache, batched=batched)
+    found, last = calibrate(subject, PLAN), len(list(PLAN.batches())) - 1
+    seen = {name: [set() for _ in PLAN.batches()] for name in found.statistics}
+    for run, batch in enumerate(PLAN.batches()):
+
+        def note(name, x, run=run):
+            seen[name][run] |= rows_of(x)
+
+        with torch.inference_mode(), observed(subject.layers, note):
+            list(subject.steps_of(*batch))
+    for name, layer in found.statistics.items():
+        rows, held_out = rows_of(layer.rows), rows_of(layer.held_out)
+        assert len(layer.rows) <= PLAN.tokens and rows and rows <= set.union(*seen[name][:last]), name
+        assert len(layer.held_out) <= HELD_OUT_ROWS and held_out and held_out <= seen[name][last], name
+        if ".attn." in name or ".mlp." in name:
+            assert len(layer.rows) == PLAN.tokens and not rows & seen[name][last], name
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_statistics_stay_within_the_memory_they_may_take(share):
+    widths = [layer.in_features for _, layer in host().layers]
+    least, most = (plan_statistics(widths, 2**40, tokens, HELD_OUT_ROWS).bytes for tokens in (LEAST, 4096))
+    budget = int(least + share * (most - least))
+    found = calibrate(host(), replace(PLAN, tokens=4096, memory_gb=budget / 2**30))
+    kept = [getattr(layer, key) for layer in found.statistics.values() for key in TENSORS]
+    taken = sum(tensor.untyped_storage().nbytes() for tensor in kept if tensor is not None)
+    assert least <= taken <= budget and len(found.statistics) == len(widths)
+
+
+def test_one_trajectory_holds_out_computed_samples_that_were_not_chosen():
+    one = replace(PLAN, trajectories=1, samples=2)
+    for cache, steps in {0: range(STEPS), 2: range(0, STEPS, 2)}.items():
+        choice = Calibrating(host(cache), one, None).first_pass().choice
+        chosen, apart = (
+            {(run, call) for run, call, *_ in places.tolist()} for places in (choice.samples, choice.held_out)
+        )
+        assert chosen | apart <= {(0, step) for step in steps} and not chosen & apart
+        assert len(chosen) == 2 and len(apart) == min(PLAN.held_out, len(steps) - 2)
+        assert len(calibrate(host(cache), replace(one, samples=100)).held_out) == 0
+        assert len(calibrate(host(cache), replace(one, held_out=0)).held_out) == 0
+
+
+@given(st.integers(0, 40), st.integers(1, 3), st.integers(0, 60))
+@settings(deadline=None)
+def test_held_out_calls_spread_over_the_run_and_no_condition_is_held_out_twice(calls, conditions, count):
+    places = torch.tensor([[2, call, 0, conditions] for call in range(calls)], dtype=torch.long).reshape(-1, 4)
+    found = [tuple(place) for place in spread(places, count).tolist()]
+    assert len(found) == len(set(found)) == min(count, calls * conditions)
+    assert all(run == 2 and image == 0 and 0 <= condition < conditions for run, _, image, condition in found)
+    times = [sum(call == other for _, other, _, _ in found) for call in range(calls)]
+    assert not times or max(times) - min(times) <= 1
+    held = [call for call in range(calls) if times[call] == max(times)]
+    gaps = [later - call for call, later in zip(held, held[1:])]
+    assert not gaps or max(gaps) - min(gaps) <= 1
+
+
+class Routed(torch.nn.Module):
+    """A layer with an expert to which no token goes, and one that is never called."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.always, self.rare, self.unused = layer, torch.nn.Linear(128, 32), torch.nn.Linear(128, 32)
+
+    def forward(self, x):
+        self.rare(x[x[..., 0] > 1e9])
+        return self.always(x)
+
+
+def routed(all_run):
+    subject = host()
+    subject.model.blocks[0].mlp.fc2 = Routed(subject.model.blocks[0].mlp.fc2)
+    subject = DiTTrajectories(subject.model, LABELS, subject.config)
+    subject.all_run = all_run
+    return subject
+
+
+def test_layers_without_inputs_get_no_statistics(caplog):
+    found, names = calibrate(routed(all_run=False), PLAN), {name for name, _ in routed(False).layers}
+    assert names - set(found.statistics) == {"blocks.0.mlp.fc2.rare", "blocks.0.mlp.fc2.unused"}
+    assert all(layer.count > 0 for layer in found.statistics.values())
+    assert [r.message for r in caplog.records if "blocks.0.mlp.fc2.rare no input; 1 such" in r.message]
+
+
+def test_a_network_whose_calls_run_all_layers_refuses_samples_that_miss_one():
+    said = r"^None of the selected samples falls on a step that computes blocks[.]0[.]mlp[.]fc2[.]rare .*samples[.]$"
+    with pytest.raises(ValueError, match=said):
+        calibrate(routed(all_run=True), PLAN)

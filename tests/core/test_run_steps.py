@@ -144,6 +144,24 @@ def test_a_restarted_run_reports_what_happened_and_begins_its_features_anew(orde
     assert "of them again after the noise level turned back" in run.counts()
 
 
+@pytest.mark.parametrize("order", [0, 1])
+@pytest.mark.parametrize("budget", [0.05, 0.5, 5.0])
+def test_an_error_budget_survives_a_restart(budget, order):
+    """What it observed in the first pass does not lead into the second."""
+    calls = []
+
+    def predict(x, sigma):
+        calls.append(sigma)
+        return gaussian(x, sigma)
+
+    run = SamplingRun(ErrorBudget(budget, order=order).plan(11), SIGMAS)
+    x = euler(run, predict, SIGMAS[:8], start(14.0))
+    x = euler(run, predict, SIGMAS[4:], x + start(2.0, seed=1))
+    letters = run.timeline["positive"]
+    assert x.isfinite().all() and len(letters) == 11 + 3 and "." not in letters and letters[0] == letters[11] == "C"
+    assert len(calls) == letters.count("C") == sum(run.computed())
+
+
 @pytest.mark.parametrize("policy", [Interval(2, order=1), ErrorBudget(0.5, order=1)])
 def test_a_flipped_schedule_is_cached_by_its_steps(policy):
     sigmas = SIGMAS[::-1]
