@@ -71,7 +71,7 @@ def native(study: Study, format: str, rounding: str, corrected: bool, calibratio
 
 def paper(study: Study, format: str, calibration) -> tuple[Any, dict[str, float]]:
     """The same of the method paper."""
-    model, native = (study.host.module(f"nodes.comfyui.{name}") for name in ("paper_quantization", "quantization"))
+    model, native = (study.host.module(f"nodes.comfyui.{name}") for name in ("quantize.paper", "quantize.native"))
     config = study.host.module("qandc_core.quantization.model").QuantizationConfig()
     patcher, _ = model.quantized_patcher(study.cached, int(format[1]), 8, calibration, config)
     source, errors = study.cached.model.diffusion_model, []

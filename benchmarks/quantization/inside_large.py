@@ -30,7 +30,9 @@ def forget_peak() -> None:
 
 def make(host: Host, width: int, depth: int) -> dict[str, Any]:
     """A checkpoint whose every layer acts: the paper's initialisation, with random values where that has zeros."""
-    dit, presets, checkpoints = (host.module(f"qandc_core.models.{name}") for name in ("dit", "presets", "checkpoints"))
+    dit, presets, checkpoints = (
+        host.module(f"qandc_core.{name}") for name in ("models.dit", "models.presets", "checkpoints")
+    )
     torch.manual_seed(0)
     config = presets.preset("DiT-XL/2", hidden_size=width, depth=depth, num_heads=width // HEAD)
     model = dit.DiT(config)

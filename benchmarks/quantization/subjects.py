@@ -29,11 +29,11 @@ class Study:
 
     def calibration(self, patcher, seed: int, **plan):
         """A Calibration of samples of other noise for every seed."""
-        module, sampling = (self.host.module(f"nodes.comfyui.{name}") for name in ("calibration", "sampling"))
+        module, sampling = (self.host.module(f"nodes.comfyui.{name}") for name in ("calibrate.run", "sampling"))
         s = self.subject
         settings = sampling.Settings(s.positive, s.negative, s.steps, s.cfg, s.sampler, s.scheduler)
         wanted = {"trajectories": TRAJECTORIES, "samples": SAMPLES, "hessians": True, "held_out": 0, **plan}
-        chosen = module.Plan(seed=seed, batch_size=fidelity.IMAGES, **wanted)
+        chosen = module.CalibrationConfig(seed=seed, batch_size=fidelity.IMAGES, **wanted)
         return module.calibrate(patcher, settings, s.latent[:1], chosen)
 
     def held_out(self) -> tuple[dict[str, torch.Tensor], tuple]:
