@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -143,7 +144,7 @@ def weight_tensors(weight: Tensor, format: str, config: NativeConfig, hessian: T
     chosen = BY_STORED[format]
     tensors = chosen.encode(weight, rotated, group, hessian, config.clip_search, config.damping)
     conf = chosen.config(group)
-    tensors["comfy_quant"] = torch.tensor(list(json.dumps(conf).encode()), dtype=torch.uint8)
+    tensors["comfy_quant"] = mark(conf)
     return tensors
 
 
@@ -157,6 +158,11 @@ def corrected_bias(
     if not torch.isfinite(corrected).all():
         raise ValueError(f"The corrected bias of {name} is not finite; calibrate again.")
     return corrected
+
+
+def mark(config: Mapping[str, Any]) -> Tensor:
+    """The comfy_quant tensor that says `config`."""
+    return torch.tensor(list(json.dumps(config).encode()), dtype=torch.uint8)
 
 
 def layer_config(tensors: dict[str, Tensor]) -> dict[str, Any]:

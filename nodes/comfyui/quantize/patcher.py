@@ -17,6 +17,8 @@ import comfy.utils
 import torch
 from torch import Tensor, nn
 
+from ....qandc_core.quantization.formats import BY_LAYOUT
+from .finer import corrected_mark, decode_at_call, finer_format, finer_parts, growth, set_finer
 from .weights import is_quantized
 
 
@@ -31,24 +33,72 @@ class NativePatcher:
         found = super().model_state_dict(*args, **kwargs)  # type: ignore[misc]
         return {key: value for key, value in found.items() if has_parameter(self.model, key)}  # type: ignore[attr-defined]
 
+    def patch_weight_to_device(self, key: str, *args, **kwargs):
+        """As core's; a weight of 4 bits is stored in 8 while patches are on it."""
+        if key not in self.patches:  # type: ignore[attr-defined]
+            return super().patch_weight_to_device(key, *args, **kwargs)  # type: ignore[misc]
+        with set_finer(self.model, key):  # type: ignore[attr-defined]
+            return super().patch_weight_to_device(key, *args, **kwargs)  # type: ignore[misc]
+
+    def load(self, *args, **kwargs) -> None:
+        super().load(*args, **kwargs)  # type: ignore[misc]
+        for module in self.model.modules():  # type: ignore[attr-defined]
+            decode_at_call(module)
+
+    def model_size(self) -> int:
+        return super().model_size() + sum(self.growths().values())  # type: ignore[misc]
+
+    def _load_list(self, *args, **kwargs) -> list[tuple]:
+        """Core's list of (..., bytes, module's name, module, parameters), with the bytes that a module will have."""
+        growths = self.growths()
+        found = []
+        for *order, size, name, module, params in super()._load_list(*args, **kwargs):  # type: ignore[misc]
+            pending = growths.get(f"{name}.weight", 0) if finer_format(getattr(module, "weight", None)) else 0
+            found.append((*order, size + pending, name, module, params))
+        return found
+
+    def growths(self) -> dict[str, int]:
+        """Bytes that patched weights take more than unpatched ones, by their keys; under dynamic VRAM none do."""
+        if getattr(self, "is_dynamic", bool)():
+            return {}
+        return {key: growth(self.unpatched(key)) for key in self.patches}  # type: ignore[attr-defined]
+
+    def unpatched(self, key: str):
+        backup = self.backup.get(key)  # type: ignore[attr-defined]
+        return comfy.utils.get_attr(self.model, key) if backup is None else backup.weight  # type: ignore[attr-defined]
+
     def model_state_dict_for_saving(self, model: nn.Module | None = None, prefix: str = "") -> dict[str, Any]:
-        """As core's, which asks integer codes for gradients where weights are cast at every call."""
+        """As core's, which asks integer codes for gradients where weights are cast at every call.
+
+        A patched layer of 4 bits is saved in its finer format.
+        """
         model = self.model if model is None else model  # type: ignore[attr-defined]
-        packed = {
-            name: module.weight
-            for name, module in model.named_modules()
-            if is_quantized(getattr(module, "weight", None)) and not getattr(module, "comfy_patched_weights", False)
-        }
-        pieces: dict[str, Any] = {}
-        for name, weight in packed.items():
-            caster = comfy.model_patcher.LazyCastingQuantizedParam(self, f"{prefix}{name}.weight")
-            for key, tensor in weight.state_dict(f"{name}.weight").items():
-                pieces[key] = SavedPiece(caster, prefix + key, tensor)
-        rest = super().model_state_dict_for_saving(WithoutTensors(model, pieces), prefix)  # type: ignore[misc]
-        return {**rest, **pieces}
+        replaced: dict[str, Any] = {}
+        gone: set[str] = set()
+        for name, module in model.named_modules():
+            if is_quantized(getattr(module, "weight", None)):
+                gone.update(module.weight.state_dict(f"{name}.weight"))
+                replaced |= self.saved_parts(name, module, prefix)
+        rest = super().model_state_dict_for_saving(WithoutTensors(model, gone | replaced.keys()), prefix)  # type: ignore[misc]
+        return {**rest, **replaced}
+
+    def saved_parts(self, name: str, module: Any, prefix: str) -> dict[str, Any]:
+        """A quantized layer's weight under its names in a file, and its mark where the module's own is wrong."""
+        key, weight = f"{prefix}{name}.weight", module.weight
+        format = BY_LAYOUT.get(weight._layout_cls)
+        parts = weight.state_dict(f"{name}.weight")
+        if not (getattr(module, "comfy_patched_weights", False) or key in self.backup):  # type: ignore[attr-defined]
+            finer = finer_format(weight) if key in self.patches else None  # type: ignore[attr-defined]
+            if finer is not None:
+                format, parts = finer, {f"{name}.{part}": value for part, value in finer_parts(weight).items()}
+            caster = comfy.model_patcher.LazyCastingQuantizedParam(self, key)
+            parts = {part: SavedPiece(caster, prefix + part, tensor) for part, tensor in parts.items()}
+        said = None if format is None else corrected_mark(module, format)
+        return parts if said is None else {**parts, f"{name}.comfy_quant": said}
 
     def patch_hook_weight_to_device(self, hooks, combined_patches, key, original_weights, memory_counter) -> None:
-        weight, set_weight, convert = comfy.model_patcher.get_key_weight(self.model, key)  # type: ignore[attr-defined]
+        with set_finer(self.model, key):  # type: ignore[attr-defined]
+            weight, set_weight, convert = comfy.model_patcher.get_key_weight(self.model, key)  # type: ignore[attr-defined]
         if key not in combined_patches or not is_quantized(weight):
             super().patch_hook_weight_to_device(  # type: ignore[misc]
                 hooks, combined_patches, key, original_weights, memory_counter

@@ -91,7 +91,10 @@ def base_tensors(patcher) -> dict[str, Tensor]:
     for name in list(tensors):
         backup = patcher.backup.get(f"diffusion_model.{name}")
         if backup is not None:
-            # A quantized weight is several tensors of a file.
+            # A quantized weight is several tensors of a file, and the patched one may be in another format.
+            now = patcher.model.diffusion_model.get_parameter(name)
+            for key in now.state_dict(name) if is_quantized(now) else ():
+                del tensors[key]
             parts = {name: backup.weight} if not is_quantized(backup.weight) else backup.weight.state_dict(name)
             tensors.update({key: part.detach() for key, part in parts.items()})
     return tensors

@@ -95,9 +95,8 @@ def arrives(host: Host) -> dict[str, float]:
                     key = f"{source}, {format}, {size}, {how}"
                     found[f"{key}: quantized"] = share(lossy, plain, deltas, packed)
                     found[f"{key}: left out"] = share(lossy, plain, deltas, kept)
-                    if size == "weak":
-                        again = comfy.sd.load_diffusion_model(str(save(lossy, "lora")))
-                        found[f"{key}: saved"] = share(again, plain, deltas, layers)
+                    again = comfy.sd.load_diffusion_model(str(save(lossy, "lora")))
+                    found[f"{key}: saved"] = share(again, plain, deltas, layers)
                 found[f"{source}, {format}, {size}: stock"] = share(patched, full, deltas, layers)
     return found
 
@@ -128,31 +127,164 @@ def merges(host: Host) -> dict[str, float]:
 
 
 def hooks(host: Host) -> dict[str, float | bool]:
-    """A LoRA hook on the model, twice so that its cached weights are used, and what is left after it."""
+    """LoRA hooks on the model, twice so that their cached weights are used, and what is left after them."""
     import comfy.hooks
 
     full, found = load(host, FAMILY), {}
-    names = [n for n, m in full.model.diffusion_model.named_modules() if "_blocks." in n and linear(m)]
+    names = block_layers(full)
     for format in available(host):
         lossy, _ = quantize(host, full, format, rounding="nearest")
-        patched, deltas = with_lora(lossy, names, 0.5)
         before = {name: held(lossy, name) for name in names}
-        hook = comfy.hooks.WeightHook()
-        group = comfy.hooks.HookGroup()
-        group.add(hook)
-        user = lossy.clone()
-        user.add_hook_patches(hook, {key: patch[0][1] for key, patch in patched.patches.items()})
-        for turn in ("first", "cached"):
-            user.apply_hooks(group)
-            now = {name: decoded(user.model.diffusion_model.get_submodule(name).weight) for name in names}
-            change = sum(float(((now[n] - before[n]) * deltas[n]).sum()) for n in names)
-            found[f"{format}, {turn}"] = change / sum(float(d.square().sum()) for d in deltas.values())
-            user.apply_hooks(None)
-            found[f"{format}, {turn}, restored"] = all(torch.equal(held(user, n), before[n]) for n in names)
+        for size, relative in RELATIVE.items():
+            patched, deltas = with_lora(lossy, names, relative)
+            hook = comfy.hooks.WeightHook()
+            group = comfy.hooks.HookGroup()
+            group.add(hook)
+            user = lossy.clone()
+            user.add_hook_patches(hook, {key: patch[0][1] for key, patch in patched.patches.items()})
+            for turn in ("first", "cached"):
+                user.apply_hooks(group)
+                now = {name: decoded(user.model.diffusion_model.get_submodule(name).weight) for name in names}
+                found[f"{format}, {size}, {turn}"] = projected({n: now[n] - before[n] for n in names}, deltas)
+                user.apply_hooks(None)
+                found[f"{format}, {size}, {turn}, restored"] = all(torch.equal(held(user, n), before[n]) for n in names)
     return found
 
 
-def saving(host: Host) -> dict[str, dict[str, bool]]:
+def block_layers(patcher) -> list[str]:
+    return [name for name, m in patcher.model.diffusion_model.named_modules() if "_blocks." in name and linear(m)]
+
+
+def projected(changes: dict[str, torch.Tensor], deltas: dict[str, torch.Tensor]) -> float:
+    """Projection of changes on what the LoRA changes: 1 where all of it arrives."""
+    found = sum(float((changes[name] * deltas[name]).sum()) for name in deltas)
+    return found / sum(float(delta.square().sum()) for delta in deltas.values())
+
+
+def kept(host: Host) -> dict[str, dict]:
+    """A LoRA on a quantized model that is loaded whole, in part, under dynamic VRAM and compiled, and its traces."""
+    from cache_compile import Graphs, steady_memory
+    from host import relative
+    from quantized_use import aot_eager, compiled
+    from stock_models import STOCK, run
+
+    steady_memory()
+    full, model, found = load(host, FAMILY), STOCK[FAMILY], {}
+    names = block_layers(full)
+    for format in available(host):
+        lossy, _ = quantize(host, full, format, rounding="nearest")
+        plain = run(lossy, model)
+        for size, amount in RELATIVE.items():
+            patched, deltas = with_lora(lossy, names, amount)
+            part = found[f"{format}, {size}"] = loadings(host, lossy, patched, deltas)
+            out = run(patched, model)
+            wanted = run(with_lora(full, names, amount)[0], model)
+            part["samples"], part["samples, without"] = relative(out, wanted), relative(plain, run(full, model))
+        for name, backend in (("graphs", Graphs()), ("aot_eager", aot_eager)):
+            part[name] = relative(run(compiled(patched, backend), model), out)
+            part[f"{name}, without"] = relative(run(compiled(lossy, backend), model), plain)
+    return found
+
+
+def loadings(host: Host, lossy, patched, deltas: dict[str, torch.Tensor]) -> dict:
+    """The share of the LoRA that arrives however the model is loaded, and what it takes and leaves."""
+    weights, network = host.module("nodes.comfyui.quantize.weights"), lossy.model.diffusion_model
+    lossy.detach()
+    base = {name: network.get_submodule(name).weight for name in deltas}
+
+    def share_of(weight_of) -> float:
+        modules = {name: network.get_submodule(name) for name in deltas}
+        return projected({n: decoded(weight_of(module)) - decoded(base[n]) for n, module in modules.items()}, deltas)
+
+    def dynamic(module) -> torch.Tensor:
+        return cast_dynamic(host, patched, module)
+
+    tensors, bytes_before, part = weights.base_tensors(patched), lossy.model_size(), {}
+    patched.load(patched.load_device, full_load=True)
+    part["whole"] = share_of(lambda module: module.weight)
+    part["layouts"] = sorted({network.get_submodule(name).weight._layout_cls for name in deltas})
+    part["bytes"] = [bytes_before, patched.model_size(), patched.loaded_size(), size_of(patched.model)]
+    loaded = weights.base_tensors(patched)
+    part["base"] = loaded.keys() == tensors.keys() and all(equal(loaded[key], tensors[key]) for key in tensors)
+    patched.detach()
+    part["restored"] = all(same_packed(network.get_submodule(name).weight, base[name]) for name in base)
+
+    patched.load(patched.load_device, lowvram_model_memory=1)
+    part["low VRAM"] = share_of(cast)
+    patched.detach()
+    # Not all of it fits: some layers are patched at once and some at every call.
+    patched.load(patched.load_device, lowvram_model_memory=patched.model_size() * 2 // 3)
+    part["in part"] = share_of(cast)
+    part["layouts in part"] = sorted({network.get_submodule(name).weight._layout_cls for name in deltas})
+    part["bytes in part"] = [patched.loaded_size(), loaded_modules(patched.model)]
+    patched.partially_unload(patched.offload_device, 1e9)
+    part["bytes unloaded"] = [patched.loaded_size(), loaded_modules(patched.model)]
+    part["unloaded"] = share_of(cast)
+    patched.detach()
+    part["dynamic"] = share_of(dynamic)
+    return part
+
+
+def size_of(model) -> int:
+    import comfy.model_management
+
+    return comfy.model_management.module_size(model)
+
+
+def loaded_modules(model) -> int:
+    """Bytes of the modules whose patches are in them."""
+    return sum(size_of(module) for module in model.modules() if getattr(module, "comfy_patched_weights", False))
+
+
+def cast(module) -> torch.Tensor:
+    """The weight that core casts for a call."""
+    import comfy.ops
+
+    dtype = torch.float32 if len(module.weight_function) else module.weight.dtype
+    weight, _ = comfy.ops.cast_bias_weight(module, dtype=dtype, device=torch.device("cpu"), bias_dtype=dtype)
+    return weight
+
+
+def cast_dynamic(host: Host, patcher, module) -> torch.Tensor:
+    """The weight that core makes for a call under dynamic VRAM, with the layer set up as the dynamic patcher does.
+
+    That patcher itself needs a GPU.
+    """
+    import comfy.memory_management
+    import comfy.model_patcher
+    import comfy.ops
+    import comfy.utils
+
+    key = next(key for key in patcher.patches if comfy.utils.get_attr(patcher.model, key) is module.weight)
+    module.seed_key = key.removesuffix(".weight")
+    module.weight_function, module.bias_function = [], []
+    module.weight_lowvram_function = comfy.model_patcher.LowVramPatch(key, patcher.patches)
+    host.module("nodes.comfyui.quantize.finer").decode_at_call(module)
+    parts = [module.weight, module.bias]
+    buffer = torch.empty(comfy.memory_management.vram_aligned_size(parts), dtype=torch.uint8)
+    views = comfy.memory_management.interpret_gathered_like(parts, buffer)
+    for view, part in zip(views, parts):
+        if part is not None:
+            view.copy_(part)
+    module._prefetch = {
+        "resident": False, "signature": None, "needs_cast": False, "xfer_dest": buffer,
+        "cast_geometry": comfy.memory_management.tensors_to_geometries(parts),
+    }  # fmt: skip
+    dtype = module.weight.dtype
+    weight, _ = comfy.ops.resolve_cast_module_with_vbar(
+        module, dtype, torch.device("cpu"), dtype, torch.float32, want_requant=True
+    )
+    del module._prefetch, module.weight_lowvram_function
+    module.weight_function = []
+    return weight
+
+
+def same_packed(a, b) -> bool:
+    parts, others = a.state_dict(""), b.state_dict("")
+    return parts.keys() == others.keys() and all(equal(parts[key], others[key]) for key in parts)
+
+
+def saving(host: Host) -> dict[str, dict]:
     """What core's patcher hands to a file where weights are cast at every call, as with low VRAM, against the plain."""
     import comfy.model_management
 
@@ -173,15 +305,20 @@ def saving(host: Host) -> dict[str, dict[str, bool]]:
             found[f"{format}, {kind}"] = {
                 "same": same and all(equal(written[key], wanted[key]) for key in wanted),
                 "offloaded": any(type(value).__name__ == "SavedPiece" for value in state.values()),
+                "formats": sorted({mark["format"] for mark in marks(written)}),
             }
     return found
 
 
+def marks(tensors: dict[str, torch.Tensor]) -> list[dict]:
+    return [json.loads(bytes(value.tolist())) for key, value in tensors.items() if key.endswith(".comfy_quant")]
+
+
 def equal(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.dtype == b.dtype and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    return a.dtype == b.dtype and torch.equal(a.flatten().view(torch.uint8), b.flatten().view(torch.uint8))
 
 
-CHECKS = {"arrives": arrives, "merges": merges, "hooks": hooks, "saving": saving}
+CHECKS = {"arrives": arrives, "merges": merges, "hooks": hooks, "saving": saving, "kept": kept}
 
 if __name__ == "__main__":
     chosen = [name for name in CHECKS if name in sys.argv[3:]] or list(CHECKS)
