@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -32,6 +33,7 @@ class CacheRun:
     computed: list[bool] = field(default_factory=list)
     features: dict[Key, list[tuple[float, Tensor]]] = field(default_factory=dict)
     announced: bool = False  # the loop says when a step begins
+    announced_timestep: float | None = None  # of the step that goes on
     locator: CallLocator = field(default_factory=CallLocator)
     numbers: dict[Hashable, int] = field(default_factory=dict)  # of conditions, in the order of their first calls
 
@@ -82,6 +84,16 @@ class FeatureCache:
     def num_bytes(self) -> int:
         return self.run.num_bytes
 
+    @contextmanager
+    def step(self, step: int, sigmas: Sequence[float], timestep: float) -> Iterator[None]:
+        """Calls within are of one step. That saves reading their timestep from the device, which the host waits for."""
+        self.begin_step(step, sigmas)
+        self.run.announced_timestep = float(timestep)
+        try:
+            yield
+        finally:
+            self.run.announced_timestep = None
+
     def begin_step(self, step: int = -1, sigmas: Sequence[float] = ()) -> None:
         """The next call begins a step even at the timestep of the last one; fine noise levels can share a timestep.
 
@@ -128,9 +140,10 @@ class FeatureCache:
         """For a loop that says when a step begins: a step, a further call of it, or, on a rising timestep or new shape,
         a new run.
         """
-        run, timestep = self.run, float(timesteps.reshape(-1)[0])
+        run, announced = self.run, self.run.announced_timestep
+        timestep = float(timesteps.reshape(-1)[0]) if announced is None else announced
         if run.step < 0 or timestep > run.timestep or tuple(x.shape) != run.shape:
-            run = self.run = CacheRun(shape=tuple(x.shape))
+            run = self.run = CacheRun(shape=tuple(x.shape), announced_timestep=announced)
         run.announced = True
         if run.step < 0 or timestep != run.timestep or run.begins:
             run.step, run.call, run.timestep, run.begins = run.step + 1, 0, timestep, False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -85,13 +86,13 @@ class ReverseProcess:
     def step(self, i: int, x: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
         """x_i -> (x_{i+1}, predicted clean image), both (N, C, H, W) float32."""
         config, cache = self.config, feature_cache(self.model)
-        if cache is not None:
-            cache.begin_step(i, self.schedule.sigmas)
-        t = torch.full((len(x),), self.schedule.timesteps[i], device=self.device)
-        eps, v = guided_prediction(
-            self.model, x.to(self.dtype), t, self.labels, self.null_class,
-            config.cfg_scale, config.guidance_channels, config.batched_guidance,
-        )  # fmt: skip
+        timestep = self.schedule.timesteps[i]
+        t = torch.full((len(x),), timestep, device=self.device)
+        with nullcontext() if cache is None else cache.step(i, self.schedule.sigmas, timestep):
+            eps, v = guided_prediction(
+                self.model, x.to(self.dtype), t, self.labels, self.null_class,
+                config.cfg_scale, config.guidance_channels, config.batched_guidance,
+            )  # fmt: skip
         coefficients = step_coefficients(self.schedule, config.sampler, i)
         # Guidance is linear, so guiding the predicted image guides the noise.
         predicts_image = self.model.config.prediction == "sample"

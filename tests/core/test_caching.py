@@ -428,6 +428,19 @@ def test_rising_timestep_begins_a_new_run(any_model):
         assert_same(outputs, expected[:stop])
 
 
+def test_another_loop_after_a_run_that_broke_off_goes_by_its_own_timesteps(model):
+    def breaks(*_):
+        raise InterruptedError
+
+    expected = trajectory(brute_force(model, [0, 3, 6]))
+    apply_cache_to_dit(model, 3)
+    hook = model.final_layer.register_forward_pre_hook(breaks)
+    with pytest.raises(InterruptedError):
+        generate(model, LABELS, 7)
+    hook.remove()
+    assert_same(trajectory(lambda x, t: call(model, x, t)), expected)
+
+
 def test_new_shape_begins_a_new_run(any_model):
     x = start(images=3, seed=2)
     expected = call(any_model, x, 100, [1, 2, 3])

@@ -1,22 +1,30 @@
 """Runs ComfyUI with the pack on the fake device: a program for ComfyUI's own Python, with a CUDA build of torch.
 
 argv: checkout, base directory, mode. "half" is what ComfyUI chooses for this device, "low" leaves nearly all weights on
-the host as where the model does not fit. Prints one JSON object: check -> value.
+the host as where the model does not fit; "pages" is dynamic VRAM, core's default on NVIDIA, and "refused" the same
+where VRAM is short. Prints one JSON object: check -> value.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
+from unittest import mock
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "comfyui" / "inside")]
 import fake  # noqa: E402
 import host  # noqa: E402
+import pages  # noqa: E402
+from quantized_families import save  # noqa: E402
 
 COMMON = ("--disable-pinned-memory", "--disable-async-offload")
-FLAGS = {"half": COMMON, "low": ("--force-fp32", *COMMON)}
+FULL = ("--force-fp32", *COMMON)
+FLAGS = {"half": COMMON, "low": FULL, "pages": COMMON, "refused": FULL}
+REFUSED = 3  # every third request for pages
 STEPS = 4
+LABELS = "0,3"
 
 
 def kernels_of_torch() -> None:
@@ -42,42 +50,109 @@ def main() -> None:
         kernels_of_torch()
         if mode == "low":
             short_of_memory()
-        print("RESULTS " + json.dumps(checks(h, device)))
+        if mode in ("pages", "refused"):
+            pages.enable(REFUSED if mode == "refused" else 0)
+        print("RESULTS " + json.dumps(Checks(h, device).found()))
 
 
-def checks(h: host.Host, device: fake.FakeDevice) -> dict:
+@contextlib.contextmanager
+def cpu_chosen():
+    """Models that are made within stay on the CPU."""
     import comfy.model_management as mm
+    import torch
 
-    node = h.node
-    positive, negative = node("QandC_ClassLabel").execute("0,3", "none").args
-    (latent,) = h.nodes.EmptyLatentImage().generate(32, 32, 2)
+    with mock.patch.object(mm, "get_torch_device", lambda: torch.device("cpu")):
+        yield
 
-    def sample(model, steps=STEPS):
-        out, _ = node("QandC_Sample").execute(
-            model, positive=positive, negative=negative, latent_image=latent, seed=7, steps=steps, cfg=1.5,
-            sampler_name="euler", scheduler="normal", denoise=1.0, label="",
+
+class Checks:
+    def __init__(self, h: host.Host, device: fake.FakeDevice):
+        self.h, self.device = h, device
+        self.positive, self.negative = h.node("QandC_ClassLabel").execute(LABELS, "none").args
+        (self.latent,) = h.nodes.EmptyLatentImage().generate(32, 32, len(LABELS.split(",")))
+
+    def load(self):
+        return self.h.node("QandC_LoadDiT").execute("built-in demo", "auto", "auto").args[0]
+
+    def cached(self, model):
+        return self.h.node("QandC_ApplyCache").execute(model, {"policy": "interval", "interval": 2}, 1).args[0]
+
+    def quantized(self, model, format, method, loras="bake in"):
+        return self.h.node("QandC_Quantize").execute(model, format, method, 0.3, 0, "", loras, "auto").args[0]
+
+    def with_lora(self, model):
+        """A LoRA that changes the images by about a tenth."""
+        import comfy.sd
+        import torch
+
+        name, g = "diffusion_model.blocks.0.mlp.fc1", torch.Generator().manual_seed(2)
+        rows, columns = model.model.diffusion_model.blocks[0].mlp.fc1.weight.shape
+        lora = {
+            f"{name}.lora_B.weight": torch.randn(rows, 4, generator=g),
+            f"{name}.lora_A.weight": torch.randn(4, columns, generator=g),
+        }
+        return comfy.sd.load_lora_for_models(model, None, lora, 0.03, 0)[0]
+
+    def run(self, model, steps=STEPS):
+        out, report = self.h.node("QandC_Sample").execute(
+            model, positive=self.positive, negative=self.negative, latent_image=self.latent, seed=7, steps=steps,
+            cfg=1.5, sampler_name="euler", scheduler="normal", denoise=1.0, label="",
         ).args  # fmt: skip
-        return out["samples"]
+        return out["samples"].cpu(), report
 
-    def waits_for_a_prediction(model):
+    def variants(self):
+        """Name -> model, all made anew."""
+        plain = self.load()
+        yield "plain", plain
+        yield "cached", self.cached(plain)
+        for format, method in (("W8A8", "paper"), ("W8A8", "native"), ("W4A8", "native")):
+            yield f"{method} {format}", self.quantized(plain, format, method)
+        patched = self.with_lora(plain)
+        yield "lora", patched
+        for loras in ("bake in", "keep on top"):
+            yield f"lora {loras}", self.quantized(patched, "W8A8", "native", loras)
+
+    def waits_for_a_prediction(self, model) -> float:
         """Beyond those that a run has once; by kind and place on stderr."""
         counts = []
+        self.run(model)  # brings its weights back
         for steps in (STEPS, 2 * STEPS):
-            device.waits.clear()
-            sample(model, steps)
-            counts.append(sum(device.waits.values()))
-        print(dict(device.waits), file=sys.stderr)
+            self.device.waits.clear()
+            self.run(model, steps)
+            counts.append(sum(self.device.waits.values()))
+        print(dict(self.device.waits), file=sys.stderr)
         return (counts[1] - counts[0]) / STEPS
 
-    plain = node("QandC_LoadDiT").execute("built-in demo", "auto", "auto").args[0]
-    cached = node("QandC_ApplyCache").execute(plain, {"policy": "interval", "interval": 2}, 1).args[0]
-    x = sample(plain)
-    found = {"device": str(mm.get_torch_device()), "finite": bool(x.isfinite().all())}
-    found["waits"] = {"plain": waits_for_a_prediction(plain), "cached": waits_for_a_prediction(cached)}
-    for method in ("paper", "native"):
-        quantized = node("QandC_Quantize").execute(plain, "W8A8", method, 0.3, 0, "", "bake in", "auto").args[0]
-        found[method] = host.relative(sample(quantized).cpu(), x.cpu())
-    return found
+    def reloaded(self, model) -> float:
+        """How far the images of a saved model are from those of the file."""
+        again = self.h.module("nodes.comfyui.model.dit").load_dit_patcher(str(save(model, "device")))
+        return host.relative(self.run(again)[0], self.run(model)[0])
+
+    def found(self) -> dict:
+        import comfy.model_management as mm
+
+        with cpu_chosen():
+            expected = {name: self.run(model)[0] for name, model in self.variants()}
+        models = dict(self.variants())
+        samples = {name: self.run(model)[0] for name, model in models.items()}
+        found = {
+            "device": str(mm.get_torch_device()),
+            "dynamic": {name: model.is_dynamic() for name, model in models.items()},
+            "to CPU": {name: host.relative(x, expected[name]) for name, x in samples.items()},
+            "to plain": {name: host.relative(x, samples["plain"]) for name, x in samples.items()},
+            "to lora": {name: host.relative(x, samples["lora"]) for name, x in samples.items() if "lora" in name},
+            "reloaded": {name: self.reloaded(models[name]) for name in models if "native" in name or "paper" in name},
+            "waits": {name: self.waits_for_a_prediction(models[name]) for name in ("plain", "cached")},
+        }
+        _, report = self.run(models["plain"])
+        found["peak memory"] = {
+            "reported": report.peak_memory,
+            "allocated": self.device.peak,
+            "paged": sum(vbar.loaded_size() for vbar in getattr(models["plain"].model, "dynamic_vbars", {}).values()),
+            "weights": models["plain"].model_size(),
+        }
+        found["requests"] = dict(pages.Pages.requests)
+        return found
 
 
 if __name__ == "__main__":

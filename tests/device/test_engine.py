@@ -206,21 +206,22 @@ def test_peak_memory_holds_the_weights(device):
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
-@pytest.mark.parametrize("kind", ["plain", "cached", "fused", "fused and cached"])
+@pytest.mark.parametrize("kind", ["plain", "cached", "cached, two calls", "fused", "fused and cached"])
 def test_the_host_waits_at_most_once_for_a_prediction(device, sampler, kind):
-    """A feature cache reads the timestep of every call; ddpm's noise, which the CPU draws, is copied at every step."""
+    """ddpm's noise, which the CPU draws, is copied at every step."""
     model = small_dit("cuda:0")
     model = fuse_dit(model) if "fused" in kind else model
     model = apply_cache_to_dit(model, 2) if "cached" in kind else model
 
     def waits(steps, compensation=None):
-        arguments = {**RUN, "sampler": sampler, "steps": steps, "compensation": compensation}
+        changes = dict(sampler=sampler, steps=steps, batched_guidance="two calls" not in kind)
+        arguments = {**RUN, **changes, "compensation": compensation}
         generate(model, **arguments)  # captures, and finds what is kept between runs
         device.waits.clear()
         generate(model, **arguments)
         return sum(device.waits.values())
 
-    assert (waits(12) - waits(4)) / 8 == (sampler == "ddpm") + (kind == "cached")
+    assert (waits(12) - waits(4)) / 8 == (sampler == "ddpm")
     sigmas = torch.tensor(SamplingConfig(STEPS).schedule().sigmas[:-1])
     compensation = VarianceCompensation(sigmas, torch.zeros(STEPS, 3), torch.full((STEPS, 3), 1.01))
     assert waits(STEPS, compensation) <= waits(STEPS) + 2  # its two tables

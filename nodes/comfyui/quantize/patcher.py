@@ -7,7 +7,7 @@ classes stay as they are.
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import comfy.hooks
 import comfy.lora
@@ -20,6 +20,13 @@ from torch import Tensor, nn
 from ....qandc_core.quantization.formats import BY_LAYOUT
 from .finer import corrected_mark, decode_at_call, finer_format, finer_parts, growth, set_finer
 from .weights import is_quantized
+
+
+class Backup(NamedTuple):
+    """What core keeps of a weight while another is in its place."""
+
+    weight: Tensor
+    inplace_update: bool
 
 
 class NativePatcher:
@@ -95,6 +102,21 @@ class NativePatcher:
             parts = {part: SavedPiece(caster, prefix + part, tensor) for part, tensor in parts.items()}
         said = None if format is None else corrected_mark(module, format)
         return parts if said is None else {**parts, f"{name}.comfy_quant": said}
+
+    def patch_weight_to_device(self, key: str, device_to=None, **how):
+        """As core's, which moves small layers for dynamic VRAM by decoding them and rounding them anew, at random."""
+        weight = comfy.utils.get_attr(self.model, key)  # type: ignore[attr-defined]
+        if key in self.patches or not how.get("force_cast") or not is_quantized(weight):  # type: ignore[attr-defined]
+            return super().patch_weight_to_device(key, device_to=device_to, **how)  # type: ignore[misc]
+        moved = weight.to(device=device_to)
+        if how.get("return_weight"):
+            return moved
+        backup = self.backup  # type: ignore[attr-defined]
+        if key not in backup:
+            kept = weight.to(device=self.offload_device)  # type: ignore[attr-defined]
+            backup[key] = Backup(kept, inplace_update=False)
+        comfy.utils.set_attr_param(self.model, key, moved)  # type: ignore[attr-defined]
+        return None
 
     def patch_hook_weight_to_device(self, hooks, combined_patches, key, original_weights, memory_counter) -> None:
         with set_finer(self.model, key):  # type: ignore[attr-defined]
