@@ -40,6 +40,7 @@ def test_nodes_run_on_a_device(mode, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RESULTS "))[8:])
     assert found["device"] == "cuda:0" and found["finite"]
+    assert found["offloaded"] == {"off": ["cuda"], "on": ["cpu"], "difference": 0.0}
     assert found["paper"] < 0.05 and found["native"] < 0.05
     if mode == "half":  # core waits as well; a cache adds one wait for each prediction, to find its step
         assert found["waits"]["cached"] <= found["waits"]["plain"] + 1
