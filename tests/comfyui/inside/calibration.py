@@ -592,14 +592,17 @@ def disk(host: Host) -> dict[str, Any]:
 
 
 def self_tested(host: Host) -> dict[str, Any]:
-    """Inputs counted with a cache that tests itself at the first step, and with one that does not: the same steps."""
+    """Inputs counted and kept with a cache that tests itself at the first step, and with one that does not: the same
+    steps, and as many rows of each.
+    """
     apply_cache = host.module("nodes.comfyui.cache.attach").apply_cache
 
-    def counts(tier: str) -> dict[str, int]:
+    def counts(tier: str) -> dict[str, tuple[int, int]]:
         case = family_case(host, "Flux")
         case.patcher = apply_cache(case.patcher, cache_policy(host, 2, tier=tier))
         found = case.calibrate(trajectories=2, samples=1000, held_out=0)
-        return {name: layer.count for name, layer in found.statistics.items()}
+        kept = {name: 0 if layer.rows is None else len(layer.rows) for name, layer in found.statistics.items()}
+        return {name: (layer.count, kept[name]) for name, layer in found.statistics.items()}
 
     tested, untested = counts("blocks"), counts("whole prediction")
     return {"layers": len(tested), "different": [name for name, count in tested.items() if count != untested[name]]}
