@@ -27,6 +27,21 @@ def test_a_calibration_places_the_steps_of_the_run_that_it_is_of(run):
         assert found[case] == [found["optimum"], []], case
 
 
+def test_a_calibration_places_the_steps_within_their_part(run):
+    found = run(NAME)["calibrations"]
+    assert found["part"] == [found["optimum of the part"], []] and found["part"][0] != found["part, default"][0]
+    assert set(found["part"][0]) >= {0, 1, 2, 9, 10, 11} and len(found["part"][0]) == 8
+
+
+def test_what_the_node_is_given_is_what_it_attaches(run):
+    found = run(NAME)["inputs"]
+    assert len(found) == 5 and all(found.values()), found
+
+
+def test_no_more_steps_in_a_row_are_reused_than_asked(run):
+    assert run(NAME)["most in a row"] == {"1": "CCCRCRCRCRCC", "2": "CCCRRCRRCRRC"}
+
+
 @pytest.mark.parametrize("case", ["denoise", "scheduler", "noisy", "older file, denoise"])
 def test_a_calibration_of_another_run_is_not_used_and_this_is_said(run, case):
     found = run(NAME)["calibrations"]

@@ -123,6 +123,7 @@ def test_a_damaged_partial_file_is_set_aside(run):
 def test_the_node_hands_its_inputs_on(run):
     found = run("calibration")["node"]
     assert found["held out"] == [2, 0] and found["rows"] == 128
+    assert run("calibration")["node's inputs"] is True
 
 
 def test_a_name_is_listed_and_loads_or_is_not_listed(run):

@@ -206,7 +206,7 @@ def test_a_compensation_is_used_only_where_it_belongs(run):
 
 
 def test_bounds_of_the_fit_choose_steps(run):
-    assert run("sample_node")["belongs"]["part"] == "0 0 0 1 1 1"  # 0.5 to 0.84 of 6 steps
+    assert run("sample_node")["belongs"]["part"] == "0 0 0 1 1 0"  # 0.5 to 0.7 of 6 steps
 
 
 def test_class_label_composes_with_stock_conditioning_nodes(run):

@@ -67,6 +67,12 @@ def test_a_calibration_of_another_model_is_refused(found):
     assert "made for another model" in found("another calibration")
 
 
+def test_a_model_far_from_full_precision_is_refused(found):
+    said = found("far off")
+    assert said["harmless"] == ""
+    assert "away from full precision on held-out samples, the worst layer is" in said["blinded"]
+
+
 def test_running_out_of_memory_is_said_as_such(found):
     assert found("memory") == {
         "OutOfMemoryError": "OutOfMemoryError", "MemoryError": "MemoryError", "TypeError": "ValueError"

@@ -194,6 +194,16 @@ def test_layers_with_large_errors_come_first():
     assert chosen(10**6) == dict.fromkeys(("a", "b", "c", "wide"), "float")
 
 
+def test_error_removed_is_weighed_against_the_bytes_that_it_takes():
+    """The wide layer loses more, and for its ten times as many bytes less: both do not fit."""
+    ladders = {
+        "narrow": [Step("W4A8", 0.1, 100), Step("W8A8", 0.0, 200)],
+        "a wide one": [Step("W4A8", 0.2, 1000), Step("W8A8", 0.0, 2000)],
+    }
+    assert upgrades(ladders, "W4A8", Budget(max_bytes=1100 + 1000)) == {"narrow": "W8A8"}
+    assert upgrades(ladders, "W4A8", Budget(max_bytes=1100 + 1100)) == dict.fromkeys(ladders, "W8A8")
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_greedy_is_close_to_the_best_of_all_choices(seed):
     generator = seeded(seed)

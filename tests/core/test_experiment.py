@@ -253,6 +253,20 @@ def test_time_is_measured_in_turns_and_paired(shared, monkeypatch):
     assert timing == {FULL.name: {**dict.fromkeys(expected, 1.0), "seconds": 2.0}, "b": expected}
 
 
+def test_compensated_rows_are_timed_with_a_correction_of_every_step(shared, monkeypatch):
+    given, sample = [], module.generate
+
+    def watched(*args, compensation=None, **kwargs):
+        given.append(compensation)
+        return sample(*args, compensation=compensation, **kwargs)
+
+    monkeypatch.setattr(module, "generate", watched)
+    measure_time(shared.bench, [FORA, replace(FORA, name="+ VC", compensation="variance_match")], batch=2, repeats=1)
+    without, correction = given
+    assert without is None
+    assert len(correction.factor) == STEPS and (correction.factor != 1).all()
+
+
 # --- the tables -------------------------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@ import math
 from dataclasses import replace
 
 import diffusers.schedulers.scheduling_ddpm as diffusers_ddpm
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
@@ -335,6 +336,16 @@ def test_from_sigmas_keeps_the_noise_levels(values):
     schedule = from_sigmas(sigmas)
     assert schedule.sigmas == pytest.approx(sigmas, rel=1e-6)
     assert list(schedule.timesteps) == sorted(schedule.timesteps, reverse=True)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.49, 0.51, 0.75])
+def test_a_level_between_two_training_steps_is_the_nearer_in_log_sigma(share):
+    """As in ComfyUI's ModelSamplingDiscrete and k-diffusion; low levels are so far apart that linear differs."""
+    alpha_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+    table = np.log((1 - alpha_bar) / alpha_bar) / 2
+    levels = np.exp(table[:-1] + share * np.diff(table))
+    nearer = np.arange(999) + (share > 0.5)
+    assert from_sigmas(levels[::-1].tolist()).timesteps == tuple(nearer[:0:-1])
 
 
 def test_cache_counts_steps_that_share_a_timestep(model):

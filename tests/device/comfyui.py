@@ -152,7 +152,31 @@ class Checks:
             "weights": models["plain"].model_size(),
         }
         found["requests"] = dict(pages.Pages.requests)
+        found["offloaded"] = offloaded(self.h.node, lambda model: self.run(model)[0], models["plain"])
         return found
+
+
+def offloaded(node, sample, plain) -> dict:
+    """Where a run keeps its features with the node's offload off and on, and how far the second image is away."""
+    images, found = [], {}
+    for offload in (False, True):
+        devices = set()
+
+        def look(
+            executor, x, t, c_concat, c_crossattn, control, transformer_options, devices=devices, **kwargs
+        ):  # fmt: skip
+            out = executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+            runs = [cache.run for cache in transformer_options["qandc_cache"].caches.values()]
+            devices.update(kept.device.type for run in runs for history in run.features.values() for _, kept in history)
+            return out
+
+        watched = plain.clone()
+        watched.add_wrapper_with_key("apply_model", "look", look)
+        policy = {"policy": "interval", "interval": 2}
+        fast = node("QandC_ApplyCache").execute(watched, policy, 1, offload=offload).args[0]
+        images.append(sample(fast).cpu())
+        found["on" if offload else "off"] = sorted(devices)
+    return {**found, "difference": host.relative(images[1], images[0])}
 
 
 if __name__ == "__main__":

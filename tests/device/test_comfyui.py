@@ -80,3 +80,7 @@ def test_a_cache_costs_one_wait_for_a_prediction(found):
         pytest.skip("weights that are copied at every call")
     assert found["waits"]["cached"] <= found["waits"]["plain"] + 1
     assert found["waits"]["plain"] <= 4
+
+
+def test_features_wait_where_the_node_says(found):
+    assert found["offloaded"] == {"off": ["cuda"], "on": ["cpu"], "difference": 0.0}

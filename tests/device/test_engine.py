@@ -14,6 +14,8 @@ from qandc_core import (
     generate,
     quantize_model,
 )
+from qandc_core.caching.policies import Plan
+from qandc_core.caching.run import SamplingRun
 from qandc_core.fused.loop import DeviceLoop
 from qandc_core.models.dit import DiT, DiTConfig
 from qandc_core.models.layers import DIT_SKIP
@@ -110,6 +112,25 @@ def test_samples_the_same_images(device, sampler, dtype, fused):
 @pytest.mark.parametrize("mode, order", [("branch", 0), ("branch", 1), ("block", 0)])
 def test_caches_the_same_features(device, mode, order):
     assert on_both(lambda where: apply_cache_to_dit(small_dit(where), 2, mode=mode, order=order)) < 1e-5
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_features_wait_on_the_host_and_return(device, order):
+    """Two conditions of a run that computes two steps and reuses two, against a run that keeps them on the device."""
+    x, answers, kept = torch.randn(2, 3, 4, 4).to("cuda:0"), {}, {}
+    for offload in (False, True):
+        run = SamplingRun(Plan(4, order, {0, 1}), [8.0, 6.0, 4.0, 2.0, 0.0], offload=offload)
+        for level in (8.0, 6.0, 4.0, 2.0):
+            run.begin_prediction(level)
+            run.sample = x[:1]
+            call = torch.cat([x[:1], x[:1]])
+            cache = run.place(call, run.identify(call, [("a", 0), ("b", 1)], ()))
+            if not cache.run.reusing:
+                cache.store("denoised", x * level)
+        answers[offload] = cache.recall("denoised")
+        kept[offload] = {t.device.type for history in cache.run.features.values() for _, t in history}
+    assert kept == {False: {"cuda"}, True: {"cpu"}}
+    assert answers[True].device.type == "cuda" and torch.equal(answers[True].cpu(), answers[False].cpu())
 
 
 def backends():

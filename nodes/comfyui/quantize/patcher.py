@@ -40,13 +40,6 @@ class NativePatcher:
         found = super().model_state_dict(*args, **kwargs)  # type: ignore[misc]
         return {key: value for key, value in found.items() if has_parameter(self.model, key)}  # type: ignore[attr-defined]
 
-    def patch_weight_to_device(self, key: str, *args, **kwargs):
-        """As core's; a weight of 4 bits is stored in 8 while patches are on it."""
-        if key not in self.patches:  # type: ignore[attr-defined]
-            return super().patch_weight_to_device(key, *args, **kwargs)  # type: ignore[misc]
-        with set_finer(self.model, key):  # type: ignore[attr-defined]
-            return super().patch_weight_to_device(key, *args, **kwargs)  # type: ignore[misc]
-
     def load(self, *args, **kwargs) -> None:
         super().load(*args, **kwargs)  # type: ignore[misc]
         for module in self.model.modules():  # type: ignore[attr-defined]
@@ -104,9 +97,14 @@ class NativePatcher:
         return parts if said is None else {**parts, f"{name}.comfy_quant": said}
 
     def patch_weight_to_device(self, key: str, device_to=None, **how):
-        """As core's, which moves small layers for dynamic VRAM by decoding them and rounding them anew, at random."""
+        """As core's, but a weight of 4 bits is stored in 8 while patches are on it, and a small layer that dynamic VRAM
+        moves stays as it is, where core decodes it and rounds it anew, at random.
+        """
+        if key in self.patches:  # type: ignore[attr-defined]
+            with set_finer(self.model, key):  # type: ignore[attr-defined]
+                return super().patch_weight_to_device(key, device_to=device_to, **how)  # type: ignore[misc]
         weight = comfy.utils.get_attr(self.model, key)  # type: ignore[attr-defined]
-        if key in self.patches or not how.get("force_cast") or not is_quantized(weight):  # type: ignore[attr-defined]
+        if not how.get("force_cast") or not is_quantized(weight):
             return super().patch_weight_to_device(key, device_to=device_to, **how)  # type: ignore[misc]
         moved = weight.to(device=device_to)
         if how.get("return_weight"):

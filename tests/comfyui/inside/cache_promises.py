@@ -101,9 +101,10 @@ def calibrations(host: Host) -> dict[str, list]:
     count, found = {"policy": "number of steps", "computed": 5}, {}
 
     def run(
-        policy=count, calibration=made, model=patcher, sampler="ddim", scheduler="normal", denoise=1.0, steps=STEPS
-    ):
-        fast = node(host, model, policy, calibration)
+        policy=count, calibration=made, model=patcher, sampler="ddim", scheduler="normal", denoise=1.0, steps=STEPS,
+        part=(0.0, 1.0),
+    ):  # fmt: skip
+        fast = node(host, model, policy, calibration, part=part)
         report, latent = reported(fast), torch.zeros(1, 3, 32, 32)
         comfy.sample.sample(
             fast, comfy.sample.prepare_noise(latent, 1), steps, 1.0, sampler, scheduler, positive, negative, latent,
@@ -120,6 +121,10 @@ def calibrations(host: Host) -> dict[str, list]:
     found["speedup"] = run({"policy": "speedup", "speedup": STEPS / 5})
     found["older file"], found["older file, denoise"] = run(calibration=older), run(calibration=older, denoise=0.3)
     found["denoise"], found["scheduler"] = run(denoise=0.3), run(scheduler="karras")
+    eight, spread = {**count, "computed": 8}, host.module("qandc_core.caching.schedule").spread
+    found["part"] = run(eight, part=(0.25, 0.75))
+    found["part, default"] = run(eight, None, part=(0.25, 0.75))
+    found["optimum of the part"] = sorted(spread(STEPS, 8, range(3, 9), made.distances))
     found["noisy"], found["multistep"] = run(sampler="euler_ancestral"), run(sampler="dpmpp_2m")
     found["steps"] = run(steps=STEPS + 1)
     found["interval"] = run(INTERVAL)
@@ -127,6 +132,38 @@ def calibrations(host: Host) -> dict[str, list]:
     cached = host.module("nodes.comfyui.cache.attach").apply_cache(patcher, cache_policy(host, 3))
     found["with a cache"] = run(calibration=calibrated(host, patcher=cached))
     found["dpm_fast"] = run(calibration=calibrated(host, "dpm_fast"))
+    return found
+
+
+def inputs(host: Host) -> dict[str, bool]:
+    """Whether each policy is attached with what the node was given, all of it at other than its defaults."""
+    policies = host.module("qandc_core.caching.policies")
+    settings = host.module("nodes.comfyui.cache.run").CacheSettings
+    rest = {"order": 0, "start": 0.2, "end": 0.9}
+    expected = {
+        "speedup": ({"speedup": 3.5}, policies.Speedup(3.5, **rest)),
+        "number of steps": ({"computed": 7}, policies.StepCount(7, **rest)),
+        "error budget": ({"max_error": 0.3, "max_reused": 2}, policies.ErrorBudget(0.3, 2, **rest)),
+        "interval": ({"interval": 5}, policies.Interval(5, **rest)),
+        "chosen steps": ({"computed_steps": "1, 4-6"}, policies.ChosenSteps(frozenset({1, 4, 5, 6}), **rest)),
+    }
+    found = {}
+    for name, (given, policy) in expected.items():
+        chosen = {"policy": name, **given}
+        (fast,) = host.node("QandC_ApplyCache").execute(demo(host), chosen, 0, 0.2, 0.9, "blocks", True).args
+        (wrapper,) = fast.get_wrappers("outer_sample", "qandc_cache")
+        found[name] = wrapper.settings == settings(policy, "blocks", True)
+    return found
+
+
+def most_in_a_row(host: Host) -> dict[str, str]:
+    """Steps of an error budget that never ends, by max_reused of the node."""
+    found = {}
+    for most in (1, 2):
+        fast = node(host, demo(host), {"policy": "error budget", "max_error": 1e6, "max_reused": most})
+        report = reported(fast)
+        ksampler(host, fast, "euler", labels=LABELS[:1])
+        found[str(most)] = "".join("C" if computed else "R" for computed in report.computed)
     return found
 
 
@@ -274,6 +311,8 @@ if __name__ == "__main__":
         "clocks": clocks,
         "sampling of this run": sampling_of_this_run,
         "calibrations": calibrations,
+        "inputs": inputs,
+        "most in a row": most_in_a_row,
         "another model": another_model,
         "other caches": rivals,
         "two models": two_models,

@@ -487,6 +487,23 @@ def through_the_node(host: Host) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def node_inputs(host: Host) -> bool:
+    """Whether the node calibrates with what it is given, all of it at other than its defaults."""
+    case, run = demo_case(host), host.module("nodes.comfyui.calibrate.run")
+    (latent,) = host.nodes.EmptyLatentImage().generate(32, 32, 1)
+    given = ("new", 3, 9, 4, 2.0, "ddim", "karras", 77, 1, "stratified", 3, 2.5, False, False, "handed")
+    found = host.node("QandC_TAPCalibrate").execute(
+        case.patcher, *given, *class_labels(host), latent, memory_gb=0.5, tokens=99, held_out=3
+    ).args[0]  # fmt: skip
+    settings = host.module("nodes.comfyui.sampling").Settings(*class_labels(host), 4, 2.0, "ddim", "karras")
+    plan = run.CalibrationConfig(
+        trajectories=3, batch_size=1, samples=9, selection="stratified", clusters=3, time_scale=2.5,
+        computed_only=False, hessians=False, seed=77, memory_gb=0.5, tokens=99, held_out=3,
+    )  # fmt: skip
+    expected = run.digest_of(case.patcher, settings, run.empty_latent(case.patcher, latent), plan)
+    return expected.known and found.notes["inputs"] == expected.hex
+
+
 def watched_steps(host: Host, run) -> int:
     """How many sampling steps run() takes."""
     progress, steps = host.module("nodes.comfyui.sampling").Progress, 0
@@ -575,14 +592,17 @@ def disk(host: Host) -> dict[str, Any]:
 
 
 def self_tested(host: Host) -> dict[str, Any]:
-    """Inputs counted with a cache that tests itself at the first step, and with one that does not: the same steps."""
+    """Inputs counted and kept with a cache that tests itself at the first step, and with one that does not: the same
+    steps, and as many rows of each.
+    """
     apply_cache = host.module("nodes.comfyui.cache.attach").apply_cache
 
-    def counts(tier: str) -> dict[str, int]:
+    def counts(tier: str) -> dict[str, tuple[int, int]]:
         case = family_case(host, "Flux")
         case.patcher = apply_cache(case.patcher, cache_policy(host, 2, tier=tier))
         found = case.calibrate(trajectories=2, samples=1000, held_out=0)
-        return {name: layer.count for name, layer in found.statistics.items()}
+        kept = {name: 0 if layer.rows is None else len(layer.rows) for name, layer in found.statistics.items()}
+        return {name: (layer.count, kept[name]) for name, layer in found.statistics.items()}
 
     tested, untested = counts("blocks"), counts("whole prediction")
     return {"layers": len(tested), "different": [name for name, count in tested.items() if count != untested[name]]}
@@ -639,4 +659,5 @@ if __name__ == "__main__":
         "self-test": self_tested,
         "disk": disk,
         "node": through_the_node,
+        "node's inputs": node_inputs,
     })  # fmt: skip

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from dataclasses import replace
 from unittest.mock import patch
 
 import families
 import torch
 from family_list import FAMILIES
 from host import Host, main
-from quantized_families import available, load, slug
+from quantized_families import available, calibrate, load, slug
+from stock_models import STOCK
 
 BUILT = ("SDXL", "Chroma", "Wan VACE", "Lumina 2", "HiDream-I1", "Cosmos 1", "Anima", "Hunyuan3D 2.1", "LTX-AV")
 
@@ -78,6 +80,43 @@ def another_calibration(host: Host) -> str:
         return str(error)
 
 
+def blinded(patcher) -> None:
+    """Gives every block one input, far above all others, that its weights ignore: rounding each token loses the rest.
+
+    Weights and their rounding stay as harmless as before.
+    """
+    network = patcher.model.diffusion_model
+    layers = [
+        (mod.lin.bias, [attention.qkv.weight, mlp[0].weight])
+        for block in network.double_blocks
+        for mod, attention, mlp in (
+            (block.img_mod, block.img_attn, block.img_mlp), (block.txt_mod, block.txt_attn, block.txt_mlp)
+        )
+    ]  # fmt: skip
+    layers += [(block.modulation.lin.bias, [block.linear1.weight]) for block in network.single_blocks]
+    for bias, weights in layers:
+        for (shift, _, gate), weight in zip(bias.data.view(len(weights), 3, -1), weights):
+            shift[0] = 1e4
+            gate.fill_(30.0)
+            weight.data[:, 0] = 0
+
+
+def far_off(host: Host) -> dict[str, str]:
+    """What is said of a model whose layers round well and whose answers do not, and of the same model before."""
+    found = {}
+    for name in ("harmless", "blinded"):
+        full = load(host, "Flux")
+        if name == "blinded":
+            blinded(full)
+        held_out = replace(calibrate(host, full, STOCK["Flux"]), statistics={})
+        try:
+            node(host, full, skip="mod", calibration=held_out)
+            found[name] = ""
+        except ValueError as error:
+            found[name] = str(error)
+    return found
+
+
 def memory(host: Host) -> dict[str, str]:
     """What comes of an error while ComfyUI builds the second model, by the error."""
     full, found = load(host, "Flux"), {}
@@ -114,5 +153,5 @@ def compiled_elsewhere(host: Host) -> dict[str, bool]:
 if __name__ == "__main__":
     main({
         "chosen": chosen, "patterns": patterns, "limits": limits, "another calibration": another_calibration,
-        "memory": memory, "untouched": compiled_elsewhere,
+        "far off": far_off, "memory": memory, "untouched": compiled_elsewhere,
     })  # fmt: skip
