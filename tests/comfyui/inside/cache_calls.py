@@ -360,11 +360,18 @@ def windows_that_move(host: Host) -> dict:
     patcher.model_options["context_handler"].context_schedule = schedule
     seen: dict = {}
     wrong = [0, 0]
+    steps: list[tuple[float, set]] = []  # noise level and calls of each
+    expected = 0
 
     def watch(executor, x, t, c_concat, c_crossattn, control, transformer_options, **kwargs):
+        nonlocal expected
         before = network.calls
         out = executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
         key = tuple(transformer_options["context_window"].index_list), tuple(transformer_options["uuids"])
+        if not steps or steps[-1][0] != float(t[0]):
+            steps.append((float(t[0]), set()))
+        steps[-1][1].add(key)
+        expected += len(steps) % 2 == 0 and key in steps[-2][1]  # every other step reuses what the one before computed
         if network.calls == before:
             wrong[0] += 1
             wrong[1] += not torch.equal(out, seen[key])
@@ -376,6 +383,7 @@ def windows_that_move(host: Host) -> dict:
     network.sample(fast, "euler")
     return {
         "reused": wrong[0],
+        "expected": expected,
         "foreign": wrong[1],
         "windows": len(report.timeline) // 2,
         "steps": len(report.computed),
