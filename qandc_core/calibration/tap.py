@@ -103,8 +103,6 @@ def spectral_embedding(pool: Pool, landmarks: Pool, k: int, block: int = BLOCK) 
     The right ones come from the Gram matrix L^T L (n, n), summed over blocks; the left ones are L V / s. Vectors of
     (numerically) zero singular values are left out, so a pool of low rank gets fewer columns.
     """
-    from scipy.linalg import eigh
-
     n = len(landmarks)
     column_sums = torch.zeros(n, dtype=torch.float64)
     gram = torch.zeros(n, n, dtype=torch.float64)
@@ -116,13 +114,27 @@ def spectral_embedding(pool: Pool, landmarks: Pool, k: int, block: int = BLOCK) 
     column_scale = column_sums.rsqrt()
     gram *= column_scale[:, None] * column_scale[None]
 
-    squared, right = eigh(gram.numpy(), subset_by_index=[max(n - k, 0), n - 1])
+    squared, right = largest_eigenpairs(gram.numpy(), k)
     singular = np.sqrt(squared.clip(min=0))[::-1]
     kept = singular > SMALLEST_SINGULAR * singular[0]
     basis = column_scale[:, None] * torch.from_numpy(right[:, ::-1][:, kept] / singular[kept])
     basis = basis.to(pool.features.device)
     left = [(row_normalized(affinity(part, landmarks)) @ basis).float() for part in pool.blocks(block)]
     return torch.cat(left).cpu().numpy()
+
+
+def largest_eigenpairs(matrix: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The k largest eigenvalues of a symmetric matrix (n, n), rising, and their vectors (n, <= k)."""
+    from scipy.linalg import LinAlgError, eigh
+
+    n = len(matrix)
+    try:
+        return eigh(matrix, subset_by_index=[max(n - k, 0), n - 1])
+    except (
+        LinAlgError
+    ):  # LAPACK's evr, which finds some of them, gives up on a few matrices with many equal eigenvalues
+        values, vectors = eigh(matrix, driver="evd")
+        return values[-k:], vectors[:, -k:]
 
 
 def kmeans(

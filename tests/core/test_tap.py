@@ -24,6 +24,7 @@ from qandc_core.calibration.tap import (
     aggregate,
     checked_pool,
     count_distinct,
+    largest_eigenpairs,
     spectral_embedding,
     tap_select,
 )
@@ -500,6 +501,31 @@ def test_any_small_pool_gets_an_answer(num_points, dim, num_samples, num_cluster
     result = tap_select(torch.tensor(features), timesteps, num_samples, num_clusters, alpha=alpha)
     assert_valid(result, num_points, num_samples)
     assert result.num_clusters <= num_clusters
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_pool_whose_affinities_have_many_equal_eigenvalues():
+    """On some processors LAPACK's evr ends in an internal error here."""
+    features = [1, 0, 0, 1, 0, 1, 0, 1, 1, 1, 0, -1, 1, 0, 0, 1, 0.1, 0, 0.1, 0, 0.1]
+    timesteps = [150, 399, 21, 4, 3, 427, 721, 190, 224, 0, 109, 392, 70, 207, 180, 54, 718, 713, 92, 21, 38]
+    assert_valid(tap_select(torch.tensor(features)[:, None], timesteps, 2, 49, alpha=0.5), 21, 2)
+
+
+def test_largest_eigenpairs_where_the_partial_solver_gives_up(monkeypatch):
+    from scipy import linalg
+
+    x = torch.randn(9, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).numpy()
+    matrix, whole = x @ x.T, linalg.eigh
+
+    def gives_up(a, subset_by_index=None, **settings):
+        if subset_by_index is not None:
+            raise linalg.LinAlgError("Internal Error.")
+        return whole(a, **settings)
+
+    expected = largest_eigenpairs(matrix, 4)
+    monkeypatch.setattr(linalg, "eigh", gives_up)
+    values, vectors = largest_eigenpairs(matrix, 4)
+    assert np.allclose(values, expected[0]) and np.allclose(np.abs(expected[1].T @ vectors), np.eye(4), atol=1e-9)
 
 
 # Errors
