@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
+
+from .optimum import optimal_schedule
 
 MODES = ("branch", "block", "prediction")
 ORDERS = (0, 1)
@@ -69,15 +70,26 @@ def spaced_steps(total: int, computed: int) -> tuple[int, ...]:
     return tuple(steps)
 
 
-def spread(total: int, computed: int, inside: range, distances: Tensor | None = None) -> set[int]:
+def spread(
+    total: int,
+    computed: int,
+    inside: range,
+    distances: Tensor | None = None,
+    order: int = 0,
+    lengths: Tensor | None = None,
+) -> set[int]:
     """All steps outside `inside`, and within it as many as make up `computed`, at least one.
 
-    Those are spaced, or lie where the distances (T, T) are least.
+    Those are spaced, or lie where the distances (T, T) make the error of forecasts of this order least. For `lengths`
+    see `optimal_schedule`.
     """
     outside = set(range(total)) - set(inside)
     if not len(inside):
         return outside
     count = min(max(computed - len(outside), 1), len(inside))
+    if distances is not None and order:
+        forced = outside | {total - 1} if count > 1 else outside
+        return set(optimal_schedule(distances, len(outside | {0}) + count - (0 in inside), order=order, forced=forced, lengths=lengths))
     if distances is None:
         steps = spaced_steps(len(inside), count)
     else:
@@ -92,30 +104,3 @@ def affordable(total: int, speedup: float, cost: float) -> int:
 
 def step_set(steps: Iterable[int] | None) -> frozenset[int] | None:
     return None if steps is None else frozenset(int(s) for s in steps)
-
-
-def optimal_schedule(distances: Tensor, num_computed: int) -> tuple[int, ...]:
-    """Computed steps of least total reuse error, by dynamic programming (CacheQuant, arXiv 2503.01323).
-
-    distances (T, T) upper triangular: [i, j] is the error of using at step j what step i computed. Step 0 is
-    always computed. Raises ValueError unless 1 <= num_computed <= T.
-    """
-    total = len(distances)
-    if distances.ndim != 2 or distances.shape[1] != total or not torch.isfinite(distances).all():
-        raise ValueError(f"distances must be a finite (T, T) matrix, got shape {tuple(distances.shape)}.")
-    if not 1 <= num_computed <= total:
-        raise ValueError(f"num_computed must be between 1 and the {total} steps, got {num_computed}.")
-    held = torch.triu(distances.double(), diagonal=1).cumsum(dim=1)  # [i, j]: steps i + 1..j reuse step i
-    best = held[0].clone()  # best[j]: least error of steps 0..j with the segments placed so far
-    previous = []
-    for _ in range(num_computed - 1):
-        cost = torch.full((total, total), float("inf"), dtype=torch.float64)
-        for i in range(1, total):
-            cost[i, i:] = best[i - 1] + held[i, i:]
-        best, start = cost.min(dim=0)
-        previous.append(start)
-    schedule, end = [], total - 1
-    for start in reversed(previous):
-        schedule.append(int(start[end]))
-        end = schedule[-1] - 1
-    return (0, *reversed(schedule))
