@@ -66,7 +66,11 @@ class ApplyCache(io.ComfyNode):
             category=schema.CATEGORY,
             description="Computes the model only on some steps and reuses what it found on the others. Works on any "
             "MODEL; every other step is enough for 2x.",
-            search_aliases=["fora", "teacache", "easycache", "feature cache", "speed up"],
+            search_aliases=[
+                "cache", "faster", "speed up", "accelerate", "skip steps", "fewer steps", "teacache", "spectrum",
+                "easycache", "first block cache", "fora", "feature cache",
+                "\u52a0\u901f", "\u63d0\u901f", "\u7f13\u5b58",  # speed up, faster, cache
+            ],
             inputs=[
                 io.Model.Input("model", tooltip="Any MODEL; it stays as it is."),
                 io.DynamicCombo.Input("policy", options=POLICIES, tooltip="Which steps are computed."),
