@@ -32,13 +32,16 @@ class Frontend:
         self.errors: list[str] = []
         page.on("pageerror", lambda error: self.errors.append(str(error)))
 
-    def load(self, workflow: dict, name: str) -> None:
+    def load(self, workflow: dict, name: str, wait: int = 1500) -> None:
+        """`wait` is in milliseconds, for what the frontend does after it has loaded a graph."""
         self.page.evaluate("([w, name]) => app.loadGraphData(w, true, true, name)", [workflow, name])
-        self.page.wait_for_timeout(1500)
+        self.page.wait_for_timeout(wait)
 
     def missing_nodes(self) -> list[str]:
+        """Types that the frontend does not know, inside subgraphs too."""
         return self.page.evaluate(
-            "() => app.graph._nodes.filter(n => !LiteGraph.registered_node_types[n.type]).map(n => n.type)"
+            """() => { const inside = graph => graph._nodes.flatMap(n => n.subgraph ? inside(n.subgraph) : [n]);
+            return inside(app.graph).filter(n => !LiteGraph.registered_node_types[n.type]).map(n => n.type) }"""
         )
 
     def prompt(self) -> dict:
