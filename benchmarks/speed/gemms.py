@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qandc_core.numerics import relative_error
 from qandc_core.quantization.formats.w4a8 import GROUP
 from qandc_core.quantization.grids import Grid
 from qandc_core.quantization.matmul import int_mm, int_mm_is_fast
@@ -134,8 +135,9 @@ def differences(problem: Problem, module: ModuleType, reference: ModuleType) -> 
 
     def apart(call: Callable[[ModuleType], Tensor]) -> float:
         ours, theirs = call(module), call(reference)
-        gap = (ours.double() - theirs.double()).abs()
-        return float(gap.max() if ours.dtype == torch.int8 else gap.norm() / theirs.double().norm())
+        if ours.dtype == torch.int8:
+            return float((ours.int() - theirs.int()).abs().max())
+        return relative_error(ours, theirs)
 
     return {
         "modulated codes": apart(lambda m: m.quantize_modulated(x, shift, scale, EPS, problem.group)[0]),
