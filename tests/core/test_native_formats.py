@@ -388,9 +388,9 @@ def test_activations_cost_in_the_held_out_error():
 @pytest.mark.parametrize("format", FORMATS)
 def test_rows_serve_as_the_hessian_does(format):
     weight, x, unseen = gaussian(48, 256), inputs(256, 2048, 0), inputs(256, 256, 1)
-    rows = LayerStatistics.empty(256, rows=1024)
+    rows = LayerStatistics.empty(256, inputs=1024)
     rows.update(x)
-    rows.keep_rows(x[::2])
+    rows.keep_inputs(x[::2])
     layers = [quantized(weight, format, rounding, x) for rounding in ("nearest", "gptq")]
     layers.append(quantize_weight("fc", weight, None, NativeConfig(format), rows))
     nearest, hessian, ours = (held_out_error(weight, layer.tensors, unseen) for layer in layers)
