@@ -507,9 +507,7 @@ def test_auto_takes_what_is_known():
 
 def test_a_comfy_kitchen_without_w4a8(monkeypatch):
     monkeypatch.delattr(comfy_kitchen, "quantize_w4a8_int8_weight")
-    with pytest.raises(
-        ValueError, match=r"^W4A8 needs comfy-kitchen 0\.2\.31 or newer, this is 0.*, or choose W8A8"
-    ):
+    with pytest.raises(ValueError, match=r"^W4A8 needs comfy-kitchen 0\.2\.31 or newer, this is 0.*, or choose W8A8"):
         quantized(gaussian(8, 16), "W4A8")
     assert quantized(gaussian(8, 16)).error > 0
 
