@@ -151,8 +151,8 @@ class Training:
         """Goes on where a checkpoint stands. Raises ValueError where it is of a model of another shape."""
         with safe_open(path, "pt") as file:
             metadata = file.metadata()
-            saved = json.loads(metadata["config"])["model"]
-            if saved != asdict(self.config.model):
+            saved = DiTConfig(**json.loads(metadata["config"])["model"])
+            if saved != self.config.model:
                 raise ValueError(f"{path} is of another model, {saved}; choose another folder or the same model.")
             tensors = {key: file.get_tensor(key) for key in file.keys()}
         self.step = int(metadata["step"])

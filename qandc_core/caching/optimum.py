@@ -5,7 +5,7 @@ and on nothing before. That makes those steps the state: adding the next compute
 the steps between j and k, and the cheapest way to each state is kept (CacheQuant, arXiv 2503.01323, for order 0; the
 path-aware cost is the idea of DPCache, arXiv 2602.22654).
 
-The error of a forecast needs no predictions, only distances between them. The coefficients of a prediction minus its
+A forecast is a sum of computed predictions (`forecast`). Its error needs no predictions, only distances between them. The coefficients of a prediction minus its
 extrapolation sum to 0, and for such coefficients
 
     |sum_a c_a v_a|^2 = - sum_{a < b} c_a c_b |v_a - v_b|^2.
@@ -21,6 +21,8 @@ from itertools import combinations, pairwise
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+from .forecast import coefficients
 
 Weighted = Sequence["tuple[Tensor, Tensor]"]  # coefficients and the steps that they belong to
 LONGEST = {1: 200, 2: 60}  # steps of a run up to which an order is priced; the tables grow with the power order + 2
@@ -72,16 +74,10 @@ def squared_norm(parts: Weighted, squares: Tensor) -> Tensor:
     return (-total).clamp(min=0.0)
 
 
-def through(known: Sequence[Tensor], at: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """The value at steps `at` minus the polynomial through those of the `known` steps, with coefficients (Lagrange)."""
-    parts = [(torch.ones_like(at, dtype=torch.float64), at)]
-    for step in known:
-        weight = torch.ones_like(at, dtype=torch.float64)
-        for other in known:
-            if other is not step:
-                weight = weight * (at - other) / (step - other)
-        parts.append((-weight, step))
-    return parts
+def missed(known: Sequence[Tensor], at: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """What a forecast from the `known` steps misses at the steps `at`, as coefficients and their steps."""
+    weights = [torch.as_tensor(weight, dtype=torch.float64) for weight in coefficients(known, at)]
+    return [(torch.ones((), dtype=torch.float64), at), *((-weight, step) for weight, step in zip(weights, known))]
 
 
 def errors_after(j: int, order: int, squares: Tensor) -> Tensor:
@@ -91,14 +87,14 @@ def errors_after(j: int, order: int, squares: Tensor) -> Tensor:
     cannot be are infinite.
     """
     last, later, before = torch.tensor(j), torch.arange(j + 1, len(squares)), torch.arange(j)
-    held = squared_norm(through([last], later), squares)
-    linear = torch.cat([held[None], squared_norm(through([before[:, None], last], later), squares)])
+    held = squared_norm(missed([last], later), squares)
+    linear = torch.cat([held[None], squared_norm(missed([before[:, None], last], later), squares)])
     if order == 1:
         return linear.sqrt()
     found = torch.full((j + 1, *linear.shape), float("inf"), dtype=torch.float64)
     found[0] = linear
     for i in range(1, j):
-        found[1 : i + 1, i + 1] = squared_norm(through([before[:i, None], torch.tensor(i), last], later), squares)
+        found[1 : i + 1, i + 1] = squared_norm(missed([before[:i, None], torch.tensor(i), last], later), squares)
     return found.sqrt()
 
 

@@ -7,36 +7,36 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from .forecast import ORDERS
 from .optimum import optimal_schedule
 
-MODES = ("branch", "block", "prediction")
-ORDERS = (0, 1)
+REUSE = ("branch", "block", "prediction")
 
 
 def check_order(order: int) -> None:
     if order not in ORDERS:
-        raise ValueError(f"forecast order must be {' or '.join(map(str, ORDERS))}, got {order}.")
+        raise ValueError(f"forecast order must be {', '.join(map(str, ORDERS[:-1]))} or {ORDERS[-1]}, got {order}.")
 
 
 @dataclass(frozen=True)
 class CacheConfig:
     """Reuse policy. `steps` lists the computed steps and replaces `interval`; step 0 always computes.
 
-    `mode` "branch" keeps attention and MLP outputs before the gate (FORA), "block" what each block adds, "prediction"
+    `reuse` "branch" keeps attention and MLP outputs before the gate (FORA), "block" what each block adds, "prediction"
     the predicted clean image, which needs a FusedDiT: only its loop sees predictions.
     `order` 1 extrapolates linearly over the last two computed steps instead of holding the last.
     """
 
     interval: int = 3
     steps: frozenset[int] | None = None
-    mode: str = "branch"
+    reuse: str = "branch"
     order: int = 0
 
     def __post_init__(self) -> None:
         if self.interval < 1:
             raise ValueError(f"cache_interval must be 1 (no reuse) or more, got {self.interval}.")
-        if self.mode not in MODES:
-            raise ValueError(f"cache mode must be one of {', '.join(MODES)}, got {self.mode!r}.")
+        if self.reuse not in REUSE:
+            raise ValueError(f"reuse must be one of {', '.join(REUSE)}, got {self.reuse!r}.")
         check_order(self.order)
 
     def for_run(self, total: int, cost: float = 0.0) -> CacheConfig:
@@ -53,45 +53,65 @@ class CacheConfig:
         return self.order > 0 or not self.computes(step + 1)
 
 
-SPACING = 0.7  # exponent of the default spacing; chosen on the models of benchmarks/caching
+SPACING = 0.7  # exponent of the spacing for orders 0 and 1, which saved compensations were fitted with
 
 
-def spaced_steps(total: int, computed: int) -> tuple[int, ...]:
-    """`computed` of `total` steps, first and last among them, closer together towards the end, where images sharpen.
+@dataclass(frozen=True)
+class Spacing:
+    """Where computed steps lie when no calibration says it: the first `leading` side by side, the others from there to
+    the last step, denser towards the end, where images sharpen.
 
-    Step k lies at (total - 1) (k / (computed - 1))^SPACING, rounded, and earlier where two would coincide.
-    Raises ValueError unless 1 <= computed <= total.
+    Step k of n that follow the leading ones lies at (k / n)^exponent of the way, rounded, and earlier where two would
+    coincide.
     """
-    if not 1 <= computed <= total:
-        raise ValueError(f"The number of computed steps must be between 1 and {total}, got {computed}.")
-    steps = [round((total - 1) * (k / max(computed - 1, 1)) ** SPACING) for k in range(computed)]
-    for k in reversed(range(computed - 1)):
-        steps[k] = min(steps[k], steps[k + 1] - 1)
-    return tuple(steps)
+
+    exponent: float = SPACING
+    leading: int = 1
+
+    def steps(self, total: int, num_computed: int) -> tuple[int, ...]:
+        """`num_computed` of `total` steps, the first and the last among them.
+
+        Raises ValueError unless 1 <= num_computed <= total.
+        """
+        if not 1 <= num_computed <= total:
+            raise ValueError(f"The number of computed steps must be between 1 and {total}, got {num_computed}.")
+        first = max(min(self.leading, num_computed - 1), 1) - 1
+        count, way = num_computed - first, total - 1 - first
+        steps = [round(way * (k / max(count - 1, 1)) ** self.exponent) for k in range(count)]
+        for k in reversed(range(count - 1)):
+            steps[k] = min(steps[k], steps[k + 1] - 1)
+        return (*range(first), *(first + step for step in steps))
+
+
+def spaced_steps(total: int, num_computed: int) -> tuple[int, ...]:
+    """`num_computed` of `total` steps by the default spacing."""
+    return Spacing().steps(total, num_computed)
 
 
 def spread(
     total: int,
-    computed: int,
+    num_computed: int,
     inside: range,
     distances: Tensor | None = None,
     order: int = 0,
     lengths: Tensor | None = None,
+    spacing: Spacing | None = None,
 ) -> set[int]:
-    """All steps outside `inside`, and within it as many as make up `computed`, at least one.
+    """All steps outside `inside`, and within it as many as make up `num_computed`, at least one.
 
-    Those are spaced, or lie where the distances (T, T) make the error of forecasts of this order least. For `lengths`
-    see `optimal_schedule`.
+    Those are spaced, or lie where the distances (T, T) make the error of forecasts of this order least; for `lengths`
+    see `optimal_schedule`. A held value is not carried over the beginning of `inside`, a forecast is.
     """
     outside = set(range(total)) - set(inside)
     if not len(inside):
         return outside
-    count = min(max(computed - len(outside), 1), len(inside))
-    if distances is not None and order:
-        forced = outside | {total - 1} if count > 1 else outside
-        return set(optimal_schedule(distances, len(outside | {0}) + count - (0 in inside), order=order, forced=forced, lengths=lengths))
+    count = min(max(num_computed - len(outside), 1), len(inside))
     if distances is None:
-        steps = spaced_steps(len(inside), count)
+        steps = (spacing or Spacing()).steps(len(inside), count)
+    elif order and count > 1:
+        forced = {0, total - 1, *outside}
+        number = max(len(outside) + count, len(forced))
+        return set(optimal_schedule(distances, number, order=order, forced=forced, lengths=lengths))
     else:
         steps = optimal_schedule(distances[inside.start : inside.stop, inside.start : inside.stop], count)
     return outside | {inside.start + step for step in steps}
