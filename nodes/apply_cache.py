@@ -2,7 +2,17 @@ from __future__ import annotations
 
 from comfy_api.v0_0_2 import io
 
-from ..qandc_core.caching.policies import CachePolicy, ChosenSteps, ErrorBudget, Interval, Placed, Speedup, StepCount
+from ..qandc_core.caching.policies import (
+    LEVELS,
+    CachePolicy,
+    ChosenSteps,
+    ErrorBudget,
+    Interval,
+    Placed,
+    Preset,
+    Speedup,
+    StepCount,
+)
 from . import schema
 from .comfyui.cache.attach import apply_cache
 from .comfyui.cache.placing import placing
@@ -11,6 +21,7 @@ from .comfyui.quantize.weights import fingerprint_of
 
 # What each option of `policy` makes; its inputs are the fields.
 CLASSES: dict[str, type[CachePolicy]] = {
+    **dict.fromkeys(LEVELS, Preset),
     "speedup": Speedup,
     "number of steps": StepCount,
     "error budget": ErrorBudget,
@@ -19,6 +30,7 @@ CLASSES: dict[str, type[CachePolicy]] = {
 }
 FIELDS = {"computed": "num_computed", "computed_steps": "steps"}  # inputs that the dataclasses name otherwise
 POLICIES = [
+    *(io.DynamicCombo.Option(name, []) for name in LEVELS),
     io.DynamicCombo.Option("speedup", [
         io.Float.Input(
             "speedup", default=2.0, min=1.0, max=20.0, step=0.1,
@@ -74,10 +86,15 @@ class ApplyCache(io.ComfyNode):
             ],
             inputs=[
                 io.Model.Input("model", tooltip="Any MODEL; it stays as it is."),
-                io.DynamicCombo.Input("policy", options=POLICIES, tooltip="Which steps are computed."),
+                io.DynamicCombo.Input(
+                    "policy", options=POLICIES,
+                    tooltip="auto and balanced aim at 2x, safe at 1.5x, fast at 3x, and compute more where fewer steps "
+                    "of the sampler would be as good. The others say exactly which steps compute.",
+                ),
                 io.Int.Input(
-                    "order", default=1, min=0, max=1, advanced=True,
-                    tooltip="1 extrapolates linearly from the last two computed steps; 0 holds the last.",
+                    "order", default=1, min=0, max=2, advanced=True,
+                    tooltip="0 holds the last computed step, 1 extrapolates linearly from the last two, 2 adds half "
+                    "their curvature from the last three. auto, safe, balanced and fast choose it themselves.",
                 ),
                 io.Float.Input(
                     "start_percent", default=0.0, min=0.0, max=1.0, step=0.01, optional=True, advanced=True,
@@ -99,7 +116,7 @@ class ApplyCache(io.ComfyNode):
                 schema.Calibration.Input(
                     "calibration", optional=True,
                     tooltip="From TAP Calibrate on the model without cache, with the same steps and scheduler: places "
-                    "the computed steps of speedup and number of steps.",
+                    "the computed steps of auto, safe, balanced, fast, speedup and number of steps.",
                 ),
             ],
             outputs=[io.Model.Output(tooltip="The model with the cache.")],
@@ -118,7 +135,7 @@ class ApplyCache(io.ComfyNode):
                 distances, warnings = placing(model, calibration)
             else:
                 warnings = [
-                    f"the policy {policy['policy']} does not use the calibration; speedup and number of steps do"
+                    f"the policy {policy['policy']} does not use the calibration; auto, speedup and number of steps do"
                 ]
         when = policy_of(policy, order, start_percent, end_percent, distances)
         return io.NodeOutput(apply_cache(model, CacheSettings(when, reuse, offload, tuple(warnings))))
@@ -131,7 +148,9 @@ def policy_class(policy: dict) -> type[CachePolicy]:
 def policy_of(policy: dict, order: int, start: float, end: float, distances=None) -> CachePolicy:
     """The policy that an option of the node describes."""
     kind, values = policy_class(policy), {FIELDS.get(name, name): value for name, value in policy.items()}
-    del values["policy"]
+    option = values.pop("policy")
+    if kind is Preset:
+        values["level"] = option
     if kind is ChosenSteps:
         values["steps"] = frozenset(schema.parse_numbers(values["steps"]))
     if distances is not None:

@@ -22,13 +22,24 @@ def coefficients(known: Sequence[Any], at: Any) -> list[Any]:
     if len(known) == 1:
         return [1.0]
     before, last = known[-2:]
-    slope = (at - last) / (last - before)
+    along = (at - before) / (last - before)
     if len(known) == 2:
-        return [-slope, 1 + slope]
+        return [1 - along, along]
     first = known[0]
     bend = CURVATURE * (at - last) * (at - before)  # times the second divided difference
     return [
         bend / ((first - before) * (first - last)),
-        bend / ((before - first) * (before - last)) - slope,
-        bend / ((last - first) * (last - before)) + 1 + slope,
+        bend / ((before - first) * (before - last)) + 1 - along,
+        bend / ((last - first) * (last - before)) + along,
     ]
+
+
+def forecast_rows(computed: Sequence[bool], order: int) -> list[list[float]]:
+    """For each step the coefficients of the latest three predictions before it, the latest first; 0 where unused."""
+    rows, known = [], [0]
+    for step, computes in enumerate(computed):
+        if computes and step:
+            known = [*known, step][-1 - order :]
+        row = [1.0] if computes else [float(weight) for weight in reversed(coefficients(known, step))]
+        rows.append(row + [0.0] * (3 - len(row)))
+    return rows

@@ -1,12 +1,12 @@
 """Which steps should compute: the best choice of all, by dynamic programming over what a run keeps.
 
-A forecast of order p goes through the last p + 1 computed steps, so what a reused step errs by depends on p + 1 of them
-and on nothing before. That makes those steps the state: adding the next computed step k to (h, i, j) costs the errors of
-the steps between j and k, and the cheapest way to each state is kept (CacheQuant, arXiv 2503.01323, for order 0; the
+A forecast of order p goes through the last p + 1 computed steps, so what a reused step errs by depends on p + 1 steps
+and on nothing before. That makes those steps the state: adding the next computed step k to (h, i, j) costs the errors
+of the steps between j and k, and the cheapest way to each state is kept (CacheQuant, arXiv 2503.01323, for order 0; the
 path-aware cost is the idea of DPCache, arXiv 2602.22654).
 
-A forecast is a sum of computed predictions (`forecast`). Its error needs no predictions, only distances between them. The coefficients of a prediction minus its
-extrapolation sum to 0, and for such coefficients
+A forecast is a sum of computed predictions whose coefficients sum to 1 (`forecast`). What it misses needs no
+predictions, only distances between them: the coefficients of a prediction minus its forecast sum to 0, and then
 
     |sum_a c_a v_a|^2 = - sum_{a < b} c_a c_b |v_a - v_b|^2.
 
@@ -70,7 +70,10 @@ def lengths_of(distances: Tensor) -> Tensor:
 
 def squared_norm(parts: Weighted, squares: Tensor) -> Tensor:
     """|sum c v|^2 by the squared distances (T, T) of the v, for coefficients c that sum to 0; all broadcast."""
-    total = sum(c * d * squares[a, b] for (c, a), (d, b) in combinations(parts, 2))
+    products = [c * d * squares[a, b] for (c, a), (d, b) in combinations(parts, 2)]
+    total = products[0]
+    for product in products[1:]:
+        total = total + product
     return (-total).clamp(min=0.0)
 
 
@@ -116,7 +119,7 @@ def forecast_schedule(squares: Tensor, weights: Tensor, count: int, order: int, 
     for _ in range(count - 1):
         reached, left = torch.full_like(best, infinite), torch.zeros_like(best, dtype=torch.long)
         for j in range(total - 1):
-            least = (best[known(j, order)][..., None] + costs[j][..., :-1]).min(dim=0)
+            least = (best[known(j, order)].unsqueeze(-1) + costs[j][..., :-1]).min(dim=0)
             into = (slice(j + 1, None), *known(j, order)[2:], j + 1)
             reached[into], left[into] = least.values.movedim(-1, 0), least.indices.movedim(-1, 0)
         best = reached
@@ -126,7 +129,8 @@ def forecast_schedule(squares: Tensor, weights: Tensor, count: int, order: int, 
     last, *state = (int(i) for i in torch.unravel_index(best.argmin(), best.shape))
     found = [last]
     for left in reversed(dropped):
-        last, state = state[-1] - 1, [int(left[(last, *state)]), *state[:-1]]
+        first = int(left[tuple([last, *state])])
+        last, state = state[-1] - 1, [first, *state[:-1]]
         found.append(last)
     return tuple(reversed(found))
 

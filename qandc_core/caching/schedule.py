@@ -39,7 +39,7 @@ class CacheConfig:
             raise ValueError(f"reuse must be one of {', '.join(REUSE)}, got {self.reuse!r}.")
         check_order(self.order)
 
-    def for_run(self, total: int, cost: float = 0.0) -> CacheConfig:
+    def for_run(self, total: int, cost: float = 0.0, sampler: str = "") -> CacheConfig:
         return self
 
     def computes(self, step: int) -> bool:

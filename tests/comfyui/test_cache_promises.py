@@ -65,7 +65,7 @@ def test_a_calibration_without_step_distances_says_why(run):
 def test_a_calibration_that_the_policy_does_not_use_is_said(run):
     found = run(NAME)["calibrations"]
     assert found["interval"] == [
-        [0, 3, 6, 9], ["the policy interval does not use the calibration; speedup and number of steps do"]
+        [0, 3, 6, 9], ["the policy interval does not use the calibration; auto, speedup and number of steps do"]
     ]  # fmt: skip
     assert any(text.startswith("the policy error budget does not use") for text in found["budget"][0])
 

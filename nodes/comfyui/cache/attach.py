@@ -41,7 +41,9 @@ class RunWrapper:
         saved, options = guider.model_options, options_of_run(guider)
         inside_compile(options)
         mask = args[0] if args else kwargs.get("denoise_mask")
-        run = ModelRun(self.settings, sigmas, sampler, samples_flow(guider.model_patcher), mask)
+        run = ModelRun(
+            self.settings, sigmas, sampler, samples_flow(guider.model_patcher), mask, getattr(guider, "cfg", None)
+        )
         for text in (*self.settings.warnings, *other_caches(guider.model_patcher, guider.model_options)):
             run.warn(text)
         options[KEY] = run
