@@ -58,15 +58,15 @@ SPACING = 0.7  # exponent of the spacing for orders 0 and 1, which saved compens
 
 @dataclass(frozen=True)
 class Spacing:
-    """Where computed steps lie when no calibration says it: the first `leading` side by side, the others from there to
-    the last step, denser towards the end, where images sharpen.
+    """Where computed steps lie when no calibration says it: `leading` and `trailing` ones side by side at both ends,
+    the others between them, denser towards the end, where images sharpen.
 
-    Step k of n that follow the leading ones lies at (k / n)^exponent of the way, rounded, and earlier where two would
-    coincide.
+    Step k of n between the ends lies at (k / n)^exponent of the way, rounded, and earlier where two would coincide.
     """
 
     exponent: float = SPACING
     leading: int = 1
+    trailing: int = 1
 
     def steps(self, total: int, num_computed: int) -> tuple[int, ...]:
         """`num_computed` of `total` steps, the first and the last among them.
@@ -75,12 +75,13 @@ class Spacing:
         """
         if not 1 <= num_computed <= total:
             raise ValueError(f"The number of computed steps must be between 1 and {total}, got {num_computed}.")
-        first = max(min(self.leading, num_computed - 1), 1) - 1
-        count, way = num_computed - first, total - 1 - first
+        last = max(min(self.trailing, num_computed - 1), 1) - 1
+        first = max(min(self.leading, num_computed - 1 - last), 1) - 1
+        count, way = num_computed - first - last, total - 1 - first - last
         steps = [round(way * (k / max(count - 1, 1)) ** self.exponent) for k in range(count)]
         for k in reversed(range(count - 1)):
             steps[k] = min(steps[k], steps[k + 1] - 1)
-        return (*range(first), *(first + step for step in steps))
+        return (*range(first), *(first + step for step in steps), *range(total - last, total))
 
 
 def spaced_steps(total: int, num_computed: int) -> tuple[int, ...]:
