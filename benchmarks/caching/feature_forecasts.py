@@ -109,7 +109,7 @@ def main() -> None:
                         found = fidelity.relative_l2(images, full)
                         row = {"subject": name, "kept": kind, "forecast": forecast, "computed": count}
                         rows.append({**row, "errors": found})
-                        print(name, kind, forecast, count, f"{statistics.mean(found):.5f}", file=sys.stderr, flush=True)
+                        print(name, kind, forecast, count, statistics.mean(found), file=sys.stderr, flush=True)
     (RESULTS / "caching-features.json").write_text(json.dumps(rows, indent=0) + "\n", encoding="utf-8")
     (RESULTS / "caching-features.md").write_text(report(rows), encoding="utf-8")
 
