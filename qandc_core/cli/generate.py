@@ -3,7 +3,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..caching.policies import CachePolicy, ChosenSteps, Interval, Speedup, StepCount
+from ..caching.policies import LEVELS, CachePolicy, ChosenSteps, Interval, Preset, Speedup, StepCount
 from ..calibration.file import Calibration, load_calibration
 from ..diffusion.process import SamplingConfig
 from ..files import written_whole
@@ -39,6 +39,11 @@ def add_policy(command: argparse.ArgumentParser) -> None:
     policies.add_argument(
         "--speedup", type=finite, metavar="X",
         help="compute as many steps as make the model calls X times faster; replaces the steps of a calibration",
+    )  # fmt: skip
+    policies.add_argument(
+        "--preset", choices=LEVELS,
+        help="choose the steps by sampler and number of steps, and compute more where fewer steps are as good; "
+        "replaces the steps of a calibration",
     )  # fmt: skip
     policies.add_argument(
         "--computed-steps", type=at_least(1), metavar="N",
@@ -92,6 +97,8 @@ def picture_format(path: Path) -> str:
 
 def asked_policy(args: argparse.Namespace) -> CachePolicy | None:
     """The policy that the options name. Raises ValueError on a number out of range."""
+    if args.preset is not None:
+        return Preset(level=args.preset)
     if args.speedup is not None:
         return Speedup(args.speedup)
     if args.computed_steps is not None:
