@@ -117,8 +117,9 @@ def main() -> None:
 def report(rows: list[dict]) -> str:
     lines = [
         "# What to forecast", "",
-        f"Relative L2 to the full run, mean and standard error over {IMAGES} images with their own noise, guidance 1.5,",
-        "the same computed steps for all (the default spacing). Made by `benchmarks/caching/feature_forecasts.py`.", "",
+        f"Relative L2 to the full run, mean and standard error over {IMAGES} images with their own noise, cfg 1.5,",
+        "the same computed steps for all (the default spacing). Made by `benchmarks/caching/feature_forecasts.py`.",
+        "",
     ]  # fmt: skip
     for subject in dict.fromkeys(row["subject"] for row in rows):
         own = [row for row in rows if row["subject"] == subject]
