@@ -234,7 +234,7 @@ class Speedup(Placed):
 LEVELS = {"auto": 2.0, "safe": 1.5, "balanced": 2.0, "fast": 3.0}  # target speedups
 CURVED = Spacing(exponent=0.8, leading=2)  # order 2 needs two steps side by side before the others
 DISTILLED = 12  # steps up to which a run without guidance is that of a distilled model
-FEW_COMPUTED = 14  # computed steps up to which the curvature of three so far apart says nothing
+EVEN, FEW_COMPUTED = Spacing(exponent=0.8), 12  # for so few computed steps, which are too far apart for dense ends
 
 
 @dataclass(frozen=True)
@@ -259,9 +259,7 @@ class Preset(Placed):
             plan.idle = True
             return plan
         num_computed = max(affordable(run.total, speedup, 0.0), sampler.fewest)
-        order, spacing = (2, CURVED) if num_computed >= FEW_COMPUTED else (1, Spacing(0.8))
-        if sampler.noisy:
-            order, spacing = 0, Spacing()
+        order, spacing = (0, Spacing()) if sampler.noisy else (1, Spacing() if num_computed > FEW_COMPUTED else EVEN)
         place = self.place(run, order, spacing)
         return PresetPlan(run.total, order, inside, speedup, place, run.cost, sampler)
 

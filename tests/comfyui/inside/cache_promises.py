@@ -114,7 +114,7 @@ def calibrations(host: Host) -> dict[str, list]:
 
     # An older file does not note its noise levels: those of its scheduler on this model are taken.
     older = replace(made, notes={name: value for name, value in made.notes.items() if name != "sigmas"})
-    found["optimum"] = list(core.optimal_schedule(made.distances, 5))
+    found["optimum"] = list(core.optimal_schedule(made.distances, 5, order=1))
     found["sigmas"] = made.notes["sigmas"] == schedule(patcher, "ddim").tolist()
     found["default"] = run(calibration=None)
     found["same"] = run()
@@ -124,7 +124,7 @@ def calibrations(host: Host) -> dict[str, list]:
     eight, spread = {**count, "computed": 8}, host.module("qandc_core.caching.schedule").spread
     found["part"] = run(eight, part=(0.25, 0.75))
     found["part, default"] = run(eight, None, part=(0.25, 0.75))
-    found["optimum of the part"] = sorted(spread(STEPS, 8, range(3, 9), made.distances))
+    found["optimum of the part"] = sorted(spread(STEPS, 8, range(3, 9), made.distances, 1))
     found["noisy"], found["multistep"] = run(sampler="euler_ancestral"), run(sampler="dpmpp_2m")
     found["steps"] = run(steps=STEPS + 1)
     found["interval"] = run(INTERVAL)
@@ -141,6 +141,8 @@ def inputs(host: Host) -> dict[str, bool]:
     settings = host.module("nodes.comfyui.cache.run").CacheSettings
     rest = {"order": 0, "start": 0.2, "end": 0.9}
     expected = {
+        "auto": ({}, policies.Preset("auto", **rest)),
+        "fast": ({}, policies.Preset("fast", **rest)),
         "speedup": ({"speedup": 3.5}, policies.Speedup(3.5, **rest)),
         "number of steps": ({"computed": 7}, policies.StepCount(7, **rest)),
         "error budget": ({"max_error": 0.3, "max_reused": 2}, policies.ErrorBudget(0.3, 2, **rest)),
@@ -153,6 +155,31 @@ def inputs(host: Host) -> dict[str, bool]:
         (fast,) = host.node("QandC_ApplyCache").execute(demo(host), chosen, 0, 0.2, 0.9, "blocks", True).args
         (wrapper,) = fast.get_wrappers("outer_sample", "qandc_cache")
         found[name] = wrapper.settings == settings(policy, "blocks", True)
+    return found
+
+
+def presets(host: Host) -> dict[str, list]:
+    """Computed steps, warnings and whether the image is the plain one, by preset, sampler, steps and cfg."""
+    import comfy.sample
+
+    positive, negative = conditioning(host, [3])
+    patcher, latent, found = demo(host), torch.zeros(1, 3, 32, 32), {}
+    noise = comfy.sample.prepare_noise(latent, 1)
+
+    def sample(model, sampler: str, steps: int, cfg: float):
+        return comfy.sample.sample(
+            model, noise, steps, cfg, sampler, "normal", positive, negative, latent, disable_pbar=True, seed=1
+        )
+
+    for case in (
+        ("auto", "euler", 20, 1.5), ("auto", "deis", 8, 1.5), ("auto", "uni_pc", 4, 1.5), ("fast", "euler", 8, 1.5),
+        ("auto", "euler", 8, 1.0), ("balanced", "euler", 12, 1.0), ("fast", "ddpm", 30, 1.5),
+    ):  # fmt: skip
+        level, sampler, steps, cfg = case
+        fast = node(host, patcher, {"policy": level})
+        report = reported(fast)
+        same = torch.equal(sample(fast, sampler, steps, cfg), sample(patcher, sampler, steps, cfg))
+        found[f"{level} {sampler} {steps} {cfg:g}"] = [len(steps_of(report)), report.warnings, same]
     return found
 
 
@@ -312,6 +339,7 @@ if __name__ == "__main__":
         "sampling of this run": sampling_of_this_run,
         "calibrations": calibrations,
         "inputs": inputs,
+        "presets": presets,
         "most in a row": most_in_a_row,
         "another model": another_model,
         "other caches": rivals,
