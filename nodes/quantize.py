@@ -23,11 +23,12 @@ class Quantize(io.ComfyNode):
             node_id="QandC_Quantize",
             display_name="Quantize (INT8, INT4)",
             category=schema.CATEGORY,
-            description="Makes an integer copy of any diffusion model: 8- or 4-bit weights, 8-bit activations, chosen "
-            "by what TAP Calibrate saw. What was attached, such as a cache, stays on. Save it with the stock node "
+            description="Makes an integer copy of any diffusion model: 8 bits or fewer for weights, 8 for activations, "
+            "chosen by what TAP Calibrate saw. What was attached, such as a cache, stays on. Save it with the stock node "
             "ModelSave: ComfyUI loads the file without this pack.",
             search_aliases=[
-                "int8", "int4", "fp8", "quantize", "quantization", "smaller", "compress", "vram", "w8a8", "w4a8",
+                "int8", "int4", "fp8", "quantize", "quantization", "smaller", "compress", "vram",
+                *(format.name.lower() for format in ALL),
                 "convrot", "gptq", "ptq", "convert", "faster", "speed up", "accelerate",
                 "\u91cf\u5316", "\u663e\u5b58", "\u538b\u7f29", "\u52a0\u901f",  # quantize, VRAM, compress, speed up
             ],
@@ -39,7 +40,7 @@ class Quantize(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "format", options=list(BITS), default="W8A8",
-                    tooltip="Bits of weights and activations. W4A8 halves the size again and costs more quality.",
+                    tooltip="Bits of weights and activations. Fewer make the model smaller and cost more quality.",
                 ),
                 io.Combo.Input(
                     "method", options=list(METHODS), default=METHODS[0],
@@ -48,7 +49,8 @@ class Quantize(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "max_layer_error", default=0.1, min=0.0, max=1.0, step=0.01, round=0.001,
-                    tooltip="Layers with a larger relative error get a finer format (W8A8, then none). 0 is no limit.",
+                    tooltip="Layers with a larger relative error get the next finer format, in the end none. "
+                    "0 is no limit.",
                 ),
                 io.Int.Input(
                     "max_size_mb", default=0, min=0, max=2**20, advanced=True,
