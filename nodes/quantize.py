@@ -24,8 +24,8 @@ class Quantize(io.ComfyNode):
             display_name="Quantize (INT8, INT4)",
             category=schema.CATEGORY,
             description="Makes an integer copy of any diffusion model: 8 bits or fewer for weights, 8 for activations, "
-            "chosen by what TAP Calibrate saw. What was attached, such as a cache, stays on. Save it with the stock node "
-            "ModelSave: ComfyUI loads the file without this pack.",
+            "chosen by what TAP Calibrate saw. What was attached, such as a cache, stays on. Save it with the stock "
+            "node ModelSave: ComfyUI loads the file without this pack.",
             search_aliases=[
                 "int8", "int4", "fp8", "quantize", "quantization", "smaller", "compress", "vram",
                 *(format.name.lower() for format in ALL),

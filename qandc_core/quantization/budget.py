@@ -9,7 +9,7 @@ from heapq import heappop, heappush
 from torch import Tensor
 
 from ..calibration.statistics import LayerStatistics
-from .formats import BY_NAME, Format, fitting
+from .formats import BY_NAME, check_available, fitting
 from .native import COLLAPSE, NativeConfig, NativeLayer, quantize_weight, rounded_layer
 
 FLOAT = "float"
@@ -89,25 +89,21 @@ def coarsest(
 ) -> tuple[NativeLayer | None, list[Step]]:
     """The layer in the coarsest format, from the configured one on, whose error is within the limit; its ladder."""
     weight, bias = source.load()
+    wanted = BY_NAME[config.format]
+    check_available(wanted)
+    able = fitting(wanted, weight.shape[0], weight.shape[1], source.keeps_shape)
     layer: NativeLayer | None = None
-
-    def fits(format: Format | None) -> Format | None:
-        return fitting(format, weight.shape[0], weight.shape[1], source.keeps_shape)
-
-    BY_NAME[config.format].check_available()
-    format = fits(BY_NAME[config.format])
-    while format is not None:
-        wanted = replace(config, format=format.name)
+    while layer is None and able:
+        chosen = replace(config, format=able[0].name)
         if budget.max_error is None:
-            layer = quantize_weight(source.name, weight, bias, wanted, statistics)
-            break
-        layer = rounded_layer(source.name, weight, bias, wanted, statistics)
-        if layer is None or (layer.error <= budget.max_error and layer.error < COLLAPSE):
-            break
-        layer, format = None, fits(format.finer)
+            layer = quantize_weight(source.name, weight, bias, chosen, statistics)
+        else:
+            layer = rounded_layer(source.name, weight, bias, chosen, statistics)
+            layer = layer if layer is not None and layer.error <= budget.max_error and layer.error < COLLAPSE else None
+        able = able[1:]
     steps = [layer]
-    while budget.max_bytes is not None and format is not None and (format := fits(format.finer)) is not None:
-        nearest = replace(config, format=format.name, rounding="nearest")
+    for finer in able if budget.max_bytes is not None else ():
+        nearest = replace(config, format=finer.name, rounding="nearest")
         steps.append(rounded_layer(source.name, weight, bias, nearest, statistics))
     return layer, ladder(source, *steps)
 

@@ -1,4 +1,4 @@
-"""Grouped formats on the comfy-kitchen that PYTHONPATH names: runs, compiles, saves and loads. Prints one JSON object."""
+"""Grouped formats on the comfy-kitchen that PYTHONPATH names: runs, compiles, saves, loads. Prints one JSON object."""
 
 import json
 from importlib.metadata import version
