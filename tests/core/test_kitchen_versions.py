@@ -13,7 +13,7 @@ from tests.kitchens import unpacked
 ROOT = Path(__file__).parents[2]
 PROGRAM = Path(__file__).with_name("programs") / "kitchen_grouped.py"
 VERSIONS = ("0.2.31", "0.2.36", "0.2.38", "0.2.40")  # the first with W4A8, with 6 bits, with packed weights, the latest
-SINCE = {"W4A8": "0.2.31"}
+SINCE = {"W6A8": "0.2.36", "W4A8": "0.2.31"}
 
 
 @pytest.mark.parametrize("version", VERSIONS)

@@ -8,9 +8,10 @@ from typing import Any
 
 from .base import Format
 from .w4a8 import W4A8
+from .w6a8 import W6A8
 from .w8a8 import W8A8
 
-ALL: tuple[Format, ...] = (W8A8, W4A8)
+ALL: tuple[Format, ...] = (W8A8, W6A8, W4A8)
 BY_NAME = {format.name: format for format in ALL}
 STORED = tuple(dict.fromkeys(format.stored for format in ALL))
 LAYOUTS = tuple(dict.fromkeys(layout for format in ALL for layout in format.layouts))
