@@ -56,6 +56,20 @@ class QuantizationReport:
     def worst(self) -> LayerReport:
         return max(self.layers, key=lambda layer: layer.error)
 
+    def headline(self) -> str:
+        """What a person asks first: sizes, error, the worst layer and what multiplies."""
+        if self.model_error is not None:
+            error = f"{percent(self.model_error[0])} error of the model"
+        else:
+            error = (
+                f"{percent(sum(layer.error for layer in self.layers) / len(self.layers))} error of a layer on average"
+            )
+        counts = ", ".join(f"{count} {format}" for format, count in self.counts.items())
+        return (
+            f"{sizes(self.size_before, self.size_after)}, {error}\n{counts} layers\n"
+            f"worst layer {self.worst.name}, {percent(self.worst.error)}\nkernels: {self.backend}"
+        )
+
     def summary(self) -> str:
         first, *others = (f"{count} {format}" for format, count in self.counts.items())
         number, format = first.split()
@@ -96,6 +110,10 @@ class QuantizationReport:
         error = values["model_error"]
         layers = [LayerReport(**layer) for layer in values["layers"]]
         return cls(**{**values, "layers": layers, "model_error": None if error is None else tuple(error)})
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.2g} %"
 
 
 def sizes(before: int, after: int) -> str:

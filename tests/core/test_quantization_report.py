@@ -49,3 +49,11 @@ def test_table_lists_the_worst():
 def test_report_survives_json(error):
     made = report(error=error)
     assert QuantizationReport.from_dict(json.loads(json.dumps(made.to_dict()))) == made
+
+
+def test_headline_answers_what_is_asked_first():
+    assert report().headline() == (
+        "1.3 -> 0.4 GiB, 2.1 % error of the model\n2 W4A8, 1 W8A8, 1 float layers\n"
+        "worst layer blocks.0.mlp.fc2, 6.1 %\nkernels: cuda"
+    )
+    assert report(error=None).headline().startswith("1.3 -> 0.4 GiB, 2.5 % error of a layer on average\n")
