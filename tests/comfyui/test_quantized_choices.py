@@ -68,7 +68,7 @@ def test_as_small_as_possible_within_the_models_error(found):
 
 def test_a_file_is_named_after_model_format_and_date(found):
     prefix = found("model errors")["W8A8"]["prefix"]
-    assert re.fullmatch(r"diffusion_models/flux_W8A8_\d{4}-\d\d-\d\d", prefix), prefix
+    assert re.fullmatch(r"diffusion_models/Flux_W8A8_\d{4}-\d\d-\d\d", prefix), prefix
 
 
 @pytest.mark.parametrize("format, kind", [("W8A8", "int8"), ("W4A8", "four bits")])
