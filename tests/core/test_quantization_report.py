@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -48,6 +49,13 @@ def test_table_lists_the_worst():
 @pytest.mark.parametrize("error", [None, (0.02, 0.001, 4)])
 def test_report_survives_json(error):
     made = report(error=error)
+    assert QuantizationReport.from_dict(json.loads(json.dumps(made.to_dict()))) == made
+
+
+def test_a_source_that_was_packed_before_is_stated():
+    made = replace(report(), sources={"W8A8": 3, "float8_e4m3fn": 1})
+    words = "from layers in 3 W8A8, 1 float8_e4m3fn, which errors are against: what those lost before comes on top"
+    assert words in made.summary().split("; ") and made.headline().endswith(f"\n{words}")
     assert QuantizationReport.from_dict(json.loads(json.dumps(made.to_dict()))) == made
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import uuid
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +12,7 @@ import comfy.model_management as mm
 
 from ....qandc_core.calibration.file import FINGERPRINT, Calibration
 from ....qandc_core.quantization.budget import FLOAT, TRIES, Budget, LayerSource, quantize_layers, stored_bytes
+from ....qandc_core.quantization.formats import BY_NAME
 from ....qandc_core.quantization.native import COLLAPSE, NativeConfig, NativeLayer
 from ....qandc_core.quantization.report import LayerReport, QuantizationReport
 from ....qandc_core.quantization.selection import unmatched
@@ -20,7 +22,7 @@ from ..pictures import error_bars, report_picture
 from ..wrappers import QUANTIZATION, note
 from .formats import backend, check_supported
 from .judge import Judge
-from .layers import all_linears, check_loras, check_not_quantized, quantizable
+from .layers import all_linears, check_loras, check_not_paper, narrower, packed_name, quantizable
 from .patcher import as_native
 from .rebuild import again, compiled_again, rebuilt, shapes_read_by_detection, stored_dtype
 from .weights import SourceWeights, fingerprint_of, is_quantized
@@ -54,7 +56,7 @@ def quantize_native(
     model, or the result is not finite or far from full precision.
     """
     check_supported(settings.format)
-    layers = chosen_layers(patcher, settings.skip, settings.include)
+    layers = chosen_layers(patcher, settings)
     if calibration is not None:
         calibration.check_fingerprint(fingerprint_of(patcher))
     watch = Stopwatch(patcher.load_device)
@@ -73,6 +75,7 @@ def quantize_native(
         watch.seconds(),
         backend(settings.format, model.load_device),
         error,
+        packed_sources(patcher, layers),
     )
     if error is not None and not error[0] < COLLAPSE:
         raise ValueError(
@@ -86,24 +89,30 @@ def quantize_native(
     return model, report
 
 
-def chosen_layers(patcher, skip: tuple[str, ...], include: tuple[str, ...] = ()) -> list[str]:
+def chosen_layers(patcher, settings: NativeSettings) -> list[str]:
     """Names of the layers to quantize. Raises ValueError where there is none, or on weights that are no floats."""
     network = patcher.model.diffusion_model
-    check_not_quantized(network)
+    check_not_paper(network)
     check_loras(patcher)
-    found = quantizable(network, include)
+    found = quantizable(network, settings.include)
     for name, module in found:
         if not (is_quantized(module.weight) or module.weight.is_floating_point()):
             raise ValueError(
                 f"The weight of {name} is a {type(module.weight).__name__} of {module.weight.dtype}, expected floating "
                 "point; load the model with Load Diffusion Model from a file of 16 bits."
             )
-    names = [name for name, _ in found if not any(pattern in name for pattern in skip)]
-    if not names:
-        raise ValueError(
-            f"{type(network).__name__} has no linear layer left to quantize with skip = {', '.join(skip) or 'nothing'}."
-        )
-    return names
+    wanted = [(name, module) for name, module in found if not any(pattern in name for pattern in settings.skip)]
+    if not wanted:
+        skipped = ", ".join(settings.skip) or "nothing"
+        raise ValueError(f"{type(network).__name__} has no linear layer left to quantize with skip = {skipped}.")
+    return [name for name, _ in narrower(wanted, BY_NAME[settings.format])]
+
+
+def packed_sources(patcher, names: list[str]) -> dict[str, int]:
+    """Formats that these layers are in before, and how many of them."""
+    network = patcher.model.diffusion_model
+    found = Counter(packed_name(network.get_submodule(name)) for name in names)
+    return {name: count for name, count in found.items() if name is not None}
 
 
 def ignored_patterns(patcher, settings: NativeSettings) -> list[str]:
