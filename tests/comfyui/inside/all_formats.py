@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ def check(host: Host) -> dict[str, Any]:
     import comfy_kitchen
 
     saved = Saved()
-    found = {format: one(host, format, saved) for format in sys.argv[3:] or available(host)}
+    found = {format: one(host, format, saved) for format in available(host)}
     saved.write(host)
     return {"kitchen": comfy_kitchen.__file__, "available": available(host), **found}
 
