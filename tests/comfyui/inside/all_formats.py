@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from host import Host, main, relative
-from quantized_families import Saved, available, decoders_differ, load, quantize, save
+from quantized_families import Saved, decoders_differ, load, quantize, save
 from quantized_lora import FAMILY, RELATIVE, block_layers, marks, share, with_lora
 from quantized_use import aot_eager, compiled
 from stock_models import STOCK, run
@@ -15,10 +15,11 @@ from stock_models import STOCK, run
 def check(host: Host) -> dict[str, Any]:
     import comfy_kitchen
 
-    saved = Saved()
-    found = {format: one(host, format, saved) for format in available(host)}
+    formats = host.module("nodes.comfyui.quantize.formats")
+    saved, able = Saved(), [name for name in formats.BY_NAME if formats.supported(name)]
+    found = {format: one(host, format, saved) for format in able}
     saved.write(host)
-    return {"kitchen": comfy_kitchen.__file__, "available": available(host), **found}
+    return {"kitchen": comfy_kitchen.__file__, "available": able, **found}
 
 
 def one(host: Host, format: str, saved: Saved) -> dict[str, Any]:
