@@ -10,24 +10,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from .native import NativeLayer, kernel_output
 
-GROUPS = 64  # at most so many runs of the model for the shares
+GROUPS = 64  # at most so many measurements for the shares
 
-# The model's relative error where these layers are quantized and all others are as they are.
-ModelError = Callable[[Mapping[str, NativeLayer]], float]
+
+class ModelError(Protocol):
+    """The model's relative error where these layers are quantized and all others are as they are; `rough` is enough
+    to compare shares, as of a few of the calls.
+    """
+
+    def __call__(self, layers: Mapping[str, NativeLayer], rough: bool = False) -> float: ...
 
 
 def sensitivities(layers: Mapping[str, NativeLayer], model_error: ModelError, most: int = GROUPS) -> dict[str, float]:
     """s_l of every layer, the same for those of one group."""
     found: dict[str, float] = {}
     for names in grouped(list(layers), most):
-        whole = model_error({name: layers[name] for name in names}) ** 2
+        whole = model_error({name: layers[name] for name in names}, rough=True) ** 2
         own = sum(layers[name].error ** 2 for name in names)
         found |= dict.fromkeys(names, whole / own if own > 0 else 0.0)
     return found

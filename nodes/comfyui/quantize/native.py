@@ -21,7 +21,7 @@ from ....qandc_core.sampling.clock import Stopwatch
 from ..pictures import error_bars, report_picture
 from ..wrappers import QUANTIZATION, note
 from .formats import backend, check_supported
-from .judge import Judge
+from .judge import FEW, Judge
 from .layers import all_linears, check_loras, check_not_paper, narrower, packed_name, quantizable
 from .patcher import as_native
 from .rebuild import again, compiled_again, rebuilt, shapes_read_by_detection, stored_dtype
@@ -176,10 +176,10 @@ def judge_of_layers(judge: Judge, settings: NativeSettings) -> Judge:
 
 def planned_work(patcher, settings: NativeSettings, names: list[str], calls: int, node_id: str | None) -> Work:
     """All that is to be done as far as it can be known: finer formats and their measurements are a guess."""
-    rounding, runs = sum(rounding_cost(patcher, name) for name in names), 2
+    rounding, asked = sum(rounding_cost(patcher, name) for name in names), 2 * calls
     if settings.budget.climbs and calls:
-        rounding, runs = 1.5 * rounding, runs + len(grouped(names)) + TRIES // 2
-    return Work(patcher, rounding, runs * calls, node_id)
+        rounding, asked = 1.5 * rounding, asked + min(FEW, calls) * len(grouped(names)) + TRIES // 2 * calls
+    return Work(patcher, rounding, asked, node_id)
 
 
 def rounding_cost(patcher, name: str) -> float:
