@@ -258,9 +258,7 @@ class SamplingRun:
 
     @property
     def timeline(self) -> dict[str, str]:
-        """A letter for each step, by condition and part: C computed, R reused, F extrapolated, . not evaluated. Steps
-        that a later pass evaluated again follow after the last.
-        """
+        """Letters by condition and part: C computed, R reused, F extrapolated, . not evaluated; repeated steps last."""
         return {
             name: "".join(letters.get(i, ABSENT) for i in range(self.width)) for name, letters in self.lines.items()
         }
