@@ -26,8 +26,9 @@ from qandc_core.diffusion.process import ReverseProcess
 from qandc_core.fused.linear import FloatLinear, Int8Linear, KitchenLinear, Modulation
 from qandc_core.models import DiT, DiTConfig
 from qandc_core.models.layers import DIT_SKIP, named_linears
+from qandc_core.quantization.formats import BY_NAME
 from qandc_core.quantization.model import QuantizationConfig
-from qandc_core.quantization.native import FORMATS, NativeConfig, dequantize, quantize_weight
+from qandc_core.quantization.native import NativeConfig, dequantize, quantize_weight
 
 CONFIG = DiTConfig(input_size=8, in_channels=4, hidden_size=64, depth=3, num_heads=4, num_classes=10)
 LABELS = [3, 7, 1]
@@ -134,7 +135,7 @@ def calibrated(model):
     return Calibration(fingerprint(model), statistics)
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", BY_NAME)
 @pytest.mark.parametrize("kernels", ["reference", "kitchen"])
 def test_layers_in_comfyui_formats_equal_their_decoded_weights(format, kernels):
     model = random_dit()
@@ -295,7 +296,7 @@ def test_a_run_after_one_of_nan_is_as_before_it(cache, sampler):
     assert torch.equal(generate(fused, **settings)[0], first)
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", BY_NAME)
 def test_kitchen_without_an_activation_of_its_own(format, monkeypatch):
     """comfy-kitchen before 0.2.38 has no input_act for W4A8, earlier ones none for W8A8."""
     import comfy_kitchen
