@@ -13,7 +13,7 @@ from qandc_core.checkpoints import load_dit, save_dit
 from qandc_core.checkpoints.quantized import save_quantized
 from qandc_core.checkpoints.recognition import may_be_dit
 from qandc_core.models import DiT, DiTConfig
-from qandc_core.models.dit import unlike_size
+from qandc_core.models.sizes import unlike_size
 
 SIZE = DiTConfig(input_size=8, hidden_size=32, depth=1, num_heads=4, num_classes=10)
 

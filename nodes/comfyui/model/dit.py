@@ -27,7 +27,8 @@ from ....qandc_core.checkpoints.native import holds_quantized, quantized_names
 from ....qandc_core.checkpoints.quantized import is_quantized, load_codes, quantized_metadata, read_quantized
 from ....qandc_core.diffusion.classes import read_classes
 from ....qandc_core.files import METADATA_KEY, metadata_tensor, pop_metadata, read_tensors
-from ....qandc_core.models.dit import DiT, DiTConfig, unlike_size
+from ....qandc_core.models.dit import DiT, DiTConfig
+from ....qandc_core.models.sizes import unlike_size
 from ....qandc_core.quantization.formats import stored_format
 from ....qandc_core.quantization.model import quantized_layers
 from ....qandc_core.quantization.native import layer_config
