@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from qandc_core import (
+    DiTTrajectories,
     SamplingConfig,
     apply_cache_to_dit,
     fit_variance_compensation,
@@ -19,15 +20,15 @@ from qandc_core import (
     remove_cache,
     save_dit,
 )
-from qandc_core.calibration.candidates import collect_pool, collect_statistics
 from qandc_core.calibration.file import Calibration, fingerprint
 from qandc_core.calibration.statistics import LayerStatistics, observed
 from qandc_core.diffusion.process import ReverseProcess
 from qandc_core.fused.linear import FloatLinear, Int8Linear, KitchenLinear, Modulation
 from qandc_core.models import DiT, DiTConfig
 from qandc_core.models.layers import DIT_SKIP, named_linears
+from qandc_core.quantization.formats import BY_NAME
 from qandc_core.quantization.model import QuantizationConfig
-from qandc_core.quantization.native import FORMATS, NativeConfig, dequantize, quantize_weight
+from qandc_core.quantization.native import NativeConfig, dequantize, quantize_weight
 
 CONFIG = DiTConfig(input_size=8, in_channels=4, hidden_size=64, depth=3, num_heads=4, num_classes=10)
 LABELS = [3, 7, 1]
@@ -134,7 +135,7 @@ def calibrated(model):
     return Calibration(fingerprint(model), statistics)
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", BY_NAME)
 @pytest.mark.parametrize("kernels", ["reference", "kitchen"])
 def test_layers_in_comfyui_formats_equal_their_decoded_weights(format, kernels):
     model = random_dit()
@@ -222,8 +223,7 @@ def test_refuses_everything_but_sampling(tmp_path):
     for attempt in (
         lambda: fused(x, t, y),
         lambda: process.step(0, x, None),
-        lambda: collect_pool(fused, LABELS, config),
-        lambda: collect_statistics(fused, collect_pool(model, LABELS, config)),
+        lambda: DiTTrajectories(fused, LABELS, config),
         lambda: fit_variance_compensation(model, fused, LABELS, config),
         lambda: quantize_model(fused, 8, 8),
         lambda: save_dit(fused, tmp_path / "fused.safetensors"),
@@ -295,7 +295,7 @@ def test_a_run_after_one_of_nan_is_as_before_it(cache, sampler):
     assert torch.equal(generate(fused, **settings)[0], first)
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", BY_NAME)
 def test_kitchen_without_an_activation_of_its_own(format, monkeypatch):
     """comfy-kitchen before 0.2.38 has no input_act for W4A8, earlier ones none for W8A8."""
     import comfy_kitchen
