@@ -32,7 +32,7 @@ def error_bars(errors: dict[str, float], measure: str = "relative weight error")
 
 
 def report_picture(report: QuantizationReport) -> Image.Image:
-    """What quantizing did: the error of every layer in the color of its format, and the report in words.
+    """Picture of a quantization: the error of every layer in the color of its format, and the report in words.
 
     As wide as a node is on the canvas, so that its text is read at the size that it has here.
     """

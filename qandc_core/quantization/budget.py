@@ -30,7 +30,7 @@ class Budget:
 
     max_error: float | None = None
     max_bytes: int | None = None
-    max_model_error: float | None = None
+    max_model_error: float | None = field(default=None, repr=False)  # files know a quantization by its repr
 
     @property
     def climbs(self) -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ....qandc_core.calibration.calls import ModelCall
+from ....qandc_core.numerics import relative_error
 from ....qandc_core.quantization.native import NativeLayer
 from ....qandc_core.quantization.sensitivity import answering_as
 
@@ -71,4 +72,4 @@ class Judge:
 
 def relative_errors(exact: list[Tensor], found: list[Tensor]) -> Tensor:
     """|D_q - D| / |D| of each call, (calls,) float64."""
-    return torch.stack([(b - a).norm() / a.norm().clamp(min=1e-12) for a, b in zip(exact, found)]).double()
+    return torch.tensor([relative_error(b, a) for a, b in zip(exact, found)], dtype=torch.float64)

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class NativeSettings:
-    """What the node Quantize asks for. `loras`: bake them into the weights, or keep them as patches on top.
+    """Settings of the node Quantize. `loras`: bake them into the weights, or keep them as patches on top.
 
     `include`: parts of names of layers outside the blocks that are quantized too.
     """
@@ -49,8 +49,8 @@ class NativeSettings:
 def quantize_native(
     patcher, settings: NativeSettings, calibration: Calibration | None = None, node_id: str | None = None
 ) -> tuple[Any, QuantizationReport]:
-    """A quantized model that keeps what was attached to the given one, which stays as it is; the node with this id
-    shows how far it is.
+    """A quantized copy of the model that keeps its wrappers and patches; the model itself is not changed. The node with
+    this id shows how far it is.
 
     Raises ValueError where this ComfyUI lacks the format, the model is quantized already, the calibration is of another
     model, or the result is not finite or far from full precision.
@@ -84,7 +84,9 @@ def quantize_native(
         )
     work.show(report_picture(report))
     log.info("Q&C quantization: %s", report.summary())
-    note(model, "quantization", settings.format, f"{settings} {calibration.notes if calibration else ''}")
+    limit = settings.budget.max_model_error
+    within = "" if limit is None else f"within {limit:g} of the model "
+    note(model, "quantization", settings.format, f"{settings} {within}{calibration.notes if calibration else ''}")
     model.model_options["transformer_options"][QUANTIZATION] = report
     return model, report
 
@@ -189,7 +191,7 @@ def rounding_cost(patcher, name: str) -> float:
 
 
 def working_memory(patcher, name: str) -> int:
-    """Bytes that rounding one layer takes: X^T X and its factor, and the weight a few times, in float32."""
+    """Memory to round one layer: X^T X and its factor, and the weight a few times, in float32."""
     module = patcher.model.diffusion_model.get_submodule(name)
     return 4 * module.in_features * (3 * module.in_features + 6 * module.out_features)
 
