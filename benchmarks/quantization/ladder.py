@@ -66,10 +66,10 @@ def differences(methods: dict[str, list[dict[str, Any]]]) -> str:
             lines.append(
                 f"- {' - '.join(pair)}: " + "{:+.1f} +- {:.1f} %, {}".format(*difference(methods, pair, "error"))
             )
-        pair = (f"ladder, error of {single}", single)
-        lines.append(
-            f"- bytes, {' - '.join(pair)}: " + "{:+.1f} +- {:.1f} %, {}".format(*difference(methods, pair, "bytes"))
-        )
+    pair = ("ladder, error of W6A8", "W6A8")
+    lines.append(
+        f"- bytes, {' - '.join(pair)}: " + "{:+.1f} +- {:.1f} %, {}".format(*difference(methods, pair, "bytes"))
+    )
     return "\n".join(lines)
 
 
@@ -87,14 +87,18 @@ def main() -> None:
     parser.add_argument("--flow", type=Path, default=Path("out/digits_flow.safetensors"))
     parser.add_argument("--kitchen", type=Path, help="folder with comfy-kitchen 0.2.36 or newer")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
+    parser.add_argument("--only", default="", help="part of a model's name")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     file = args.out / "quantization-ladder.json"
     data: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"runs": []}
-    for seed in range(args.seeds):
+    for seed in range(args.first, args.seeds):
         for subject in SUBJECTS:
-            if any((run["subject"], run["seed"]) == (subject, seed) for run in data["runs"]):
+            if args.only not in subject or any(
+                (run["subject"], run["seed"]) == (subject, seed) for run in data["runs"]
+            ):
                 continue
             options = {"subject": subject, "seed": seed, "flow": str(args.flow.resolve())}
             run = run_inside("ladder", options, args.threads, kitchen=args.kitchen)
