@@ -399,6 +399,11 @@ def test_limits_that_cannot_be_met():
         quantize_layers(layers, NEAREST, {}, Budget(None, int(1.1 * least), 0.001), model_error=error)
 
 
+def test_a_budget_is_known_by_its_repr():
+    """Saved compensations note it: a limit that is not set must not make them those of another quantization."""
+    assert repr(Budget(0.1, 5)) == "Budget(max_error=0.1, max_bytes=5)"
+
+
 def test_error_limits_come_before_sizes():
     layers = several()
     limited = quantize_layers(layers, NEAREST, {}, Budget(max_error=0.05))
