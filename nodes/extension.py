@@ -8,6 +8,7 @@ from .class_label import ClassLabel
 from .compare import Compare
 from .load_dit import LoadDiT
 from .quantize import Quantize
+from .run_report import RunReport
 from .sample import Sample
 from .tap_calibrate import TAPCalibrate
 from .variance_compensate import VarianceCompensate
@@ -16,4 +17,14 @@ from .variance_compensate import VarianceCompensate
 class QandCExtension(ComfyExtension):
     @override
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [LoadDiT, ClassLabel, ApplyCache, TAPCalibrate, Quantize, VarianceCompensate, Sample, Compare]
+        return [
+            LoadDiT,
+            ClassLabel,
+            ApplyCache,
+            TAPCalibrate,
+            Quantize,
+            VarianceCompensate,
+            Sample,
+            RunReport,
+            Compare,
+        ]

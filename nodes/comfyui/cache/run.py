@@ -20,12 +20,15 @@ TIERS = (AUTOMATIC, PREDICTION, BLOCKS, BRANCHES)
 
 @dataclass(frozen=True)
 class CacheSettings:
-    """What Apply Cache attaches: when to reuse, what, where it is kept, and what the node has to say of every run."""
+    """What Apply Cache attaches: when to reuse, what, where it is kept, what the node has to say of every run, and its
+    id on the canvas.
+    """
 
     policy: CachePolicy
     tier: str = AUTOMATIC
     offload: bool = False
     warnings: tuple[str, ...] = ()
+    node: str | None = None
 
     def describe(self) -> str:
         return self.policy.describe()
