@@ -104,7 +104,13 @@ def test_help_page_names_every_input_and_output(node):
     page = help_page(node)
     assert page.startswith(f"# {CONTRACT[node]['display_name']}\n")
     assert not [name for _, name, _ in inputs(node) if f"`{name}`" not in page]
-    assert not [name for _, name, _ in outputs(node) if not re.search(rf"^\| {name} \|", page, re.MULTILINE)]
+    assert not [name for _, name, _ in outputs(node) if not re.search(rf"^- `{name}`: ", page, re.MULTILINE)]
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_help_page_has_no_table(node):
+    # The panel is too narrow: it cuts the third column off.
+    assert "\n|" not in help_page(node)
 
 
 @pytest.mark.parametrize("node", NODES)
