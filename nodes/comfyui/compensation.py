@@ -31,7 +31,7 @@ from .wrappers import (
     note,
     options_of_run,
     replace_wrapper,
-    reports,
+    reports_of,
     sampler_function_name,
     scalar,
     step_at,
@@ -185,7 +185,7 @@ class CompensatedRun(Correcting):
             )
         if run.sampler not in EXACT:
             log.info("Q&C variance compensation: exact for euler, ddim and ddpm, approximate for this sampler.")
-        for report in reports.get():
+        for report in reports_of(guider.model_options["transformer_options"]):
             report.factors = [variance.at(sigma)[1].tolist() for sigma in levels]
 
     def factors(self, run: Run, step: int, sigma: float, given: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from ....qandc_core.caching.features import FeatureCache
 from ....qandc_core.sampling.report import RunReport
 from ..model.dit import DiTModel
 from ..status import show
-from ..wrappers import WRAPPERS, note, options_of_run, reports, samples_flow
+from ..wrappers import WRAPPERS, note, options_of_run, reports_of, samples_flow
 from .calls import COMPILE, KEY, keep_inside, nothing_between, state_of
 from .others import other_caches
 from .run import AUTOMATIC, BLOCKS, BRANCHES, PREDICTION, CacheSettings, ModelRun
@@ -59,7 +59,7 @@ class RunWrapper:
         finally:
             show(self.settings.node, words_of(run, ended))
             running.reset(begun)
-            for report in reports.get():
+            for report in reports_of(options):
                 fill_report(report, run)
             run.caches.clear()
             run.blocks.clear()
@@ -101,7 +101,7 @@ def before_run(patcher) -> None:
             how = "with the cache of the guider's main model" if active else "without a cache"
             text = f"a model is sampled {how} instead of its own ({own}); apply the cache to the main model"
             log.warning("Q&C cache: %s", text)
-            for report in reports.get():
+            for report in reports_of(patcher.model_options["transformer_options"]):
                 report.warnings = [*report.warnings, text]
 
 
