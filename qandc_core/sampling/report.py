@@ -121,11 +121,20 @@ def joined(reports: Sequence[RunReport]) -> RunReport:
         warnings=list(dict.fromkeys(text for report in reports for text in report.warnings)),
         quantization=next((r.quantization for r in reports if r.quantization is not None), None),
         not_visited=sum(report.not_visited for report in reports),
-        sigmas=[level for report in reports for level in report.sigmas],
+        sigmas=levels_of(reports),
         parts=sum(report.parts for report in reports),
         finished=all(report.finished for report in reports),
         replay=again if all(replays) else None,
     )
+
+
+def levels_of(reports: Sequence[RunReport]) -> list[float]:
+    """Noise levels of runs of which each may begin where the last ended; empty where those of one are not known."""
+    levels: list[float] = []
+    for report in reports:
+        again = bool(levels and report.sigmas) and abs(levels[-1] - report.sigmas[0]) <= 1e-4 * abs(levels[-1])
+        levels += report.sigmas[1:] if again else report.sigmas
+    return levels if all(report.sigmas for report in reports) else []
 
 
 def together(texts: Sequence[str]) -> str:
