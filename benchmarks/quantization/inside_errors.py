@@ -119,7 +119,7 @@ def main() -> None:
     host, begun, found = Host(checkout, base), time.perf_counter(), []
     only = [part for part in options["only"].split(";") if part]
     with torch.inference_mode():
-        for name, study in studies(host, options["flow"], options["tier"]).items():
+        for name, study in studies(host, options["flow"], options["reuse"]).items():
             for seed in range(options["seeds"]):
                 found += rows(study, name, seed, only)
     result = {

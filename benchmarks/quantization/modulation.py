@@ -24,10 +24,11 @@ from qandc_core.evaluation.experiment import hardware
 from qandc_core.models.layers import DIT_SKIP, named_linears
 from qandc_core.models.presets import preset
 from qandc_core.quantization.model import NATIVE_SKIP
-from qandc_core.quantization.native import FORMATS, NativeConfig, NativeLayer, quantize_weight
+from qandc_core.quantization.native import NativeConfig, NativeLayer, quantize_weight
 
 RESULTS = Path(__file__).parents[1] / "results"
 KEPT = {"float": DIT_SKIP, "quantized": NATIVE_SKIP}
+FORMATS = ("W8A8", "W4A8")
 STEPS, CFG, IMAGES, SEED = 50, 1.5, 16, 1000
 TEXT = """# Quantizing the modulation layers
 

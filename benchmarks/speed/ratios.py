@@ -67,7 +67,7 @@ def bench_cache(device: str) -> dict[str, Any]:
     plain, x, t, y = dit_b4(device)
     fora, blocks, idle = (copy.deepcopy(plain) for _ in range(3))
     apply_cache_to_dit(fora, 10**6)
-    apply_cache_to_dit(blocks, 10**6, mode="block")
+    apply_cache_to_dit(blocks, 10**6, reuse="block")
     apply_cache_to_dit(idle, 1)
     clock = {"t": 999.0}
 

@@ -49,8 +49,8 @@ class Setting:
 def schedules(steps: int) -> dict[str, CacheConfig | None]:
     """Without a cache, every third step computed and held, and as many steps where Apply Cache would put them."""
     third = -(-steps // 3)
-    spaced = CacheConfig(steps=frozenset(spaced_steps(steps, third)), mode="prediction", order=1)
-    return {ALL_STEPS: None, "interval 3": CacheConfig(3, mode="prediction"), CHOSEN: spaced}
+    spaced = CacheConfig(steps=frozenset(spaced_steps(steps, third)), reuse="prediction", order=1)
+    return {ALL_STEPS: None, "interval 3": CacheConfig(3, reuse="prediction"), CHOSEN: spaced}
 
 
 @dataclass

@@ -279,9 +279,9 @@ def remarks_of(label: str, report: RunReport) -> list[str]:
     if report.quantization is not None:
         lines.append(f"{label}: {report.quantization.summary()}")
     warnings = "".join(f"; {text}" for text in report.warnings)
-    if report.tier:
+    if report.reuse:
         gain = "" if report.cache_speedup is None else f", model calls {report.cache_speedup:.2f}x faster for it"
-        lines.append(f"{label}: reuses {report.tier}{gain}{warnings}")
+        lines.append(f"{label}: reuses {report.reuse}{gain}{warnings}")
     elif warnings:
         lines.append(f"{label}: {warnings.removeprefix('; ')}")
     return lines

@@ -54,7 +54,7 @@ def factor_rows() -> list[tuple[str, Variant]]:
         ("activations", replace(base, name="W8A8 dynamic per token", static=False)),
         ("activations", replace(base, name="W4A4 dynamic per token", bits=(4, 4), static=False)),
         ("interval", replace(base, name="N = 5", interval=5)),
-        ("granularity", replace(base, name="reuse after the gate (blocks)", mode="block")),
+        ("granularity", replace(base, name="reuse after the gate (blocks)", reuse="block")),
         ("schedule", replace(base, name="DP-optimal steps, as many", optimal=True)),
         ("forecast", replace(base, name="order-1 forecast", order=1)),
         ("forecast", replace(base, name="order-1 forecast, no VC", order=1, compensation=None)),

@@ -44,7 +44,7 @@ class Variant:
     compensation_start: float = 0.0
     static: bool = True
     rounding: str = "nearest"
-    mode: str = "branch"
+    reuse: str = "branch"
     order: int = 0
     optimal: bool = False
     sampler: str = "ddpm"
@@ -53,7 +53,7 @@ class Variant:
     @property
     def cache(self) -> tuple[Any, ...]:
         """What decides the trajectories that calibration sees."""
-        return (self.interval, self.optimal, self.mode, self.order, self.sampler, self.steps)
+        return (self.interval, self.optimal, self.reuse, self.order, self.sampler, self.steps)
 
     @property
     def needs_calibration(self) -> bool:
@@ -150,7 +150,7 @@ class Workbench:
         model = copy.deepcopy(self.model)
         if variant.interval > 1:
             steps = self.schedule(variant) if variant.optimal else None
-            apply_cache_to_dit(model, variant.interval, steps=steps, mode=variant.mode, order=variant.order)
+            apply_cache_to_dit(model, variant.interval, steps=steps, reuse=variant.reuse, order=variant.order)
         return model
 
     def schedule(self, variant: Variant) -> tuple[int, ...]:

@@ -340,7 +340,7 @@ def test_every_factor_row_differs_from_the_base_in_its_factor():
     assert len(set(names)) == len(names)
     fields = {
         "bits": {"bits", "rounding"}, "activations": {"static", "bits"}, "interval": {"interval"},
-        "schedule": {"optimal"}, "granularity": {"mode"}, "forecast": {"order", "compensation"},
+        "schedule": {"optimal"}, "granularity": {"reuse"}, "forecast": {"order", "compensation"},
         "VC method": {"compensation", "compensation_start"}, "sampler": {"sampler", "compensation", "order"},
     }  # fmt: skip
     for group, variant in rows:

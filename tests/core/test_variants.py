@@ -59,7 +59,7 @@ def test_every_prefix_of_the_labels_is_balanced(count, classes):
     assert len(seen) == classes and int(seen.sum()) == count and int(seen.max() - seen.min()) <= 1
 
 
-@pytest.mark.parametrize("change", [{}, {"mode": "block"}, {"order": 1}, {"optimal": True}, {"selection": "tap"}])
+@pytest.mark.parametrize("change", [{}, {"reuse": "block"}, {"order": 1}, {"optimal": True}, {"selection": "tap"}])
 def test_interval_1_without_bits_is_full_precision_bit_for_bit(bench, change):
     built, compensation = bench.build(replace(FULL, **change))
     assert compensation is None and feature_cache(built) is None
@@ -87,7 +87,7 @@ def test_building_leaves_the_source_model_alone(model):
     assert not any(m._forward_hooks for m in model.modules())
 
 
-@pytest.mark.parametrize("variant", [FORA, BOTH, replace(FORA, interval=4), replace(BOTH, mode="block")])
+@pytest.mark.parametrize("variant", [FORA, BOTH, replace(FORA, interval=4), replace(BOTH, reuse="block")])
 def test_a_built_model_computes_every_interval_th_step(bench, variant):
     _, report = images(bench.build(variant)[0])
     assert report.computed == [i % variant.interval == 0 for i in range(STEPS)]
@@ -135,7 +135,7 @@ def test_the_pool_of_full_precision_is_computed_everywhere(bench):
 
 def test_pools_are_shared_by_variants_with_the_same_trajectories(bench):
     assert bench.pool(FORA) is bench.pool(replace(BOTH, selection="tap", compensation="paper"))
-    others = [{"interval": 2}, {"mode": "block"}, {"order": 1}, {"sampler": "ddim"}, {"optimal": True}, {"steps": 5}]
+    others = [{"interval": 2}, {"reuse": "block"}, {"order": 1}, {"sampler": "ddim"}, {"optimal": True}, {"steps": 5}]
     pools = [bench.pool(replace(FORA, **change)) for change in others]
     assert len({id(pool) for pool in [*pools, bench.pool(FORA)]}) == len(others) + 1
 

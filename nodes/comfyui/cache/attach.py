@@ -87,7 +87,7 @@ def inside_compile(options: dict[str, Any]) -> None:
 def fill_report(report: RunReport, run: ModelRun) -> None:
     report.computed, report.cache_bytes = run.computed(), run.peak_bytes
     report.timeline, report.not_visited = run.timeline, run.not_visited
-    report.tier = f"{run.tier}, {run.reason}" if run.reason else run.tier
+    report.reuse = f"{run.reuse}, {run.reason}" if run.reason else run.reuse
     report.cache_speedup = run.times.speedup()
     report.warnings = [*report.warnings, *run.warnings]
 
@@ -128,8 +128,8 @@ def prediction_wrapper(executor, x, timestep, model_options, seed):
 class ModelWrapper:
     """APPLY_MODEL: each call is computed, or made of what earlier ones kept."""
 
-    def __init__(self, tier: str):
-        self.tier = tier
+    def __init__(self, reuse: str):
+        self.reuse = reuse
 
     def __call__(self, executor, x, t, c_concat, c_crossattn, control, transformer_options, **kwargs):
         def call() -> Tensor:
@@ -139,9 +139,9 @@ class ModelWrapper:
         if run is None:
             warn_of_no_run()
             return call()
-        if not run.tier:
-            tier, reason = choose_tier(model, self.tier)
-            run.begin(tier, reason, cost_of(model.diffusion_model, tier))
+        if not run.reuse:
+            reuse, reason = choose_reuse(model, self.reuse)
+            run.begin(reuse, reason, cost_of(model.diffusion_model, reuse))
         # A batch of two prompts may be padded to the longer, which blocks see and the prediction does not.
         tokens = tuple(c_crossattn.shape[1:]) if run.keeps_tokens and c_crossattn is not None else ()
         state = (*state_of(model, control, transformer_options), tokens)
@@ -149,7 +149,7 @@ class ModelWrapper:
         cache = run.place(x, known)
         begun = run.times.mark(x.device)
         try:
-            out = CALLS[run.tier](run, cache, model, transformer_options, call)
+            out = CALLS[run.reuse](run, cache, model, transformer_options, call)
         except comfy.model_management.OOM_EXCEPTION:
             if not run.num_bytes:
                 raise
@@ -233,7 +233,7 @@ def self_test(blocks: CachedBlocks, cache: FeatureCache, model, call, out: Tenso
 CALLS = {PREDICTION: reuse_prediction, BRANCHES: reuse_branches, BLOCKS: reuse_blocks}
 
 
-def choose_tier(model, wanted: str) -> tuple[str, str]:
+def choose_reuse(model, wanted: str) -> tuple[str, str]:
     """What to reuse on this model, and why."""
     network: nn.Module = model.diffusion_model
     if hasattr(network, "_orig_mod"):  # torch.compile's wrapper, whose module takes seconds to import
@@ -247,11 +247,11 @@ def choose_tier(model, wanted: str) -> tuple[str, str]:
     return PREDICTION, "which measured best"
 
 
-def cost_of(network: nn.Module, tier: str) -> float:
+def cost_of(network: nn.Module, reuse: str) -> float:
     """Share of a computed step that a reused one takes, counted on the network."""
-    if tier == PREDICTION:
+    if reuse == PREDICTION:
         return 0.0
-    if tier == BRANCHES:
+    if reuse == BRANCHES:
         return reuse_cost(network, cached_modules(network, "branch"))
     return reuse_cost(network, [block for path in block_lists(network) for block in blocks_at(network, path)])
 
@@ -267,7 +267,7 @@ def apply_cache(patcher, settings: CacheSettings):
         return clone
     clone.add_wrapper_with_key(WRAPPERS.OUTER_SAMPLE, KEY, RunWrapper(settings))
     clone.add_wrapper_with_key(WRAPPERS.PREDICT_NOISE, KEY, prediction_wrapper)
-    clone.add_wrapper_with_key(WRAPPERS.APPLY_MODEL, KEY, ModelWrapper(settings.tier))
+    clone.add_wrapper_with_key(WRAPPERS.APPLY_MODEL, KEY, ModelWrapper(settings.reuse))
     clone.add_callback_with_key(PRE_RUN, KEY, before_run)
     note(clone, "cache", settings.describe(), settings.detail())
     return clone

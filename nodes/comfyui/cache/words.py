@@ -23,6 +23,6 @@ def words_of(run: ModelRun, ended: str = "") -> str:
         lines.append(
             f"{gain:.2g}x is timed: all model calls as long as the median computed one, against what they took"
         )
-    if run.tier:
-        lines.append(f"reuses {run.tier}, {run.reason}; {run.peak_bytes / 2**20:.1f} MiB")
+    if run.reuse:
+        lines.append(f"reuses {run.reuse}, {run.reason}; {run.peak_bytes / 2**20:.1f} MiB")
     return "\n".join(filter(None, lines))
