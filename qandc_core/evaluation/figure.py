@@ -133,7 +133,7 @@ def comparison_figure(
 ) -> Image.Image:
     """Each row's images; for every row after the first, its difference from the first, enlarged `gain` times.
 
-    `title` may have several lines, each broken where it is too long; `warnings` stand below it, in a colour of their own.
+    `title` may have several lines, each broken where it is too long; `warnings` stand below, in a colour of their own.
     """
     strip_width = max(len(row.images) for row in rows) * (size + 4) - 4
     big, small = ImageFont.load_default(17), ImageFont.load_default(13)
