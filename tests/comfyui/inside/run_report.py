@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import families
 import torch
 from family_list import FAMILIES
@@ -97,7 +99,7 @@ def described(report) -> dict:
 
 
 def every_sampler(host: Host) -> dict[str, list]:
-    """Images with and without Run Report, with the cache before and after it; the report; the report of a repetition."""
+    """Images with and without Run Report; its report, that of a repetition, and with the cache before and after it."""
     positive, negative = labels(host)
     found = {}
     for name, sample in SAMPLERS.items():
@@ -105,8 +107,8 @@ def every_sampler(host: Host) -> dict[str, list]:
         stock = sample(host, plain, positive, negative)
         measured, recorder = recorded(host, plain)
         same = torch.equal(sample(host, measured, positive, negative), stock)
-        ticks = []
-        again = recorder.report().replay(lambda: ticks.append(1))
+        ticks: list[int] = []
+        again = recorder.report().replay(partial(ticks.append, 1))
         unchanged = described(recorder.report())["times"]
         found[name] = {
             "same": same, **described(recorder.report()), "again": described(again) == described(recorder.report()),
