@@ -105,6 +105,7 @@ class ApplyCache(io.ComfyNode):
             ],
             outputs=[io.Model.Output(tooltip="The model with the cache.")],
             hidden=[io.Hidden.unique_id],
+            not_idempotent=True,  # ComfyUI must not give one node what another with the same inputs made
         )  # fmt: skip
 
     @classmethod

@@ -35,6 +35,7 @@ class RunReport(io.ComfyNode):
                 ),
             ],
             hidden=[io.Hidden.unique_id],
+            not_idempotent=True,  # ComfyUI must not give one node what another with the same inputs made
         )  # fmt: skip
 
     @classmethod
