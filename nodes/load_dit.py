@@ -34,25 +34,38 @@ class LoadDiT(io.ComfyNode):
             search_aliases=["dit", "imagenet", "class conditional", "load diffusion model", "demo", "q&c"],
             inputs=[
                 io.Combo.Input(
-                    "model_name", options=[DEMO, *files], default=DEMO,
+                    "model_name",
+                    options=[DEMO, *files],
+                    default=DEMO,
                     tooltip="The built-in demo, a file of models/diffusion_models or models/checkpoints, or a folder "
                     "of models/diffusers.",
                 ),
                 io.Combo.Input(
-                    "weight_dtype", options=list(DTYPES), default="auto", advanced=True,
+                    "weight_dtype",
+                    options=list(DTYPES),
+                    default="auto",
+                    advanced=True,
                     tooltip="Precision of the weights; auto lets ComfyUI choose what suits the device.",
                 ),
                 io.Combo.Input(
-                    "image_size", options=list(SIZES), default="auto", advanced=True,
+                    "image_size",
+                    options=list(SIZES),
+                    default="auto",
+                    advanced=True,
                     tooltip="Image size the model was trained for. Only diffusers files without a config.json need it.",
                 ),
                 io.Int.Input(
-                    "num_heads", default=0, min=0, max=256, optional=True, advanced=True,
+                    "num_heads",
+                    default=0,
+                    min=0,
+                    max=256,
+                    optional=True,
+                    advanced=True,
                     tooltip="Attention heads, for a model of a width that was never published; 0 finds out.",
                 ),
             ],
             outputs=[io.Model.Output(tooltip="The model in full precision, or quantized if the file is.")],
-        )  # fmt: skip
+        )
 
     @classmethod
     def validate_inputs(cls, model_name) -> bool:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qandc_core.numerics import relative_error
 from qandc_core.quantization.formats.grouped import GROUP
 from qandc_core.quantization.formats.w4a8 import W4A8
 from qandc_core.quantization.formats.w8a8 import W8A8
@@ -136,8 +137,9 @@ def differences(problem: Problem, module: ModuleType, reference: ModuleType) -> 
 
     def apart(call: Callable[[ModuleType], Tensor]) -> float:
         ours, theirs = call(module), call(reference)
-        gap = (ours.double() - theirs.double()).abs()
-        return float(gap.max() if ours.dtype == torch.int8 else gap.norm() / theirs.double().norm())
+        if ours.dtype == torch.int8:
+            return float((ours.int() - theirs.int()).abs().max())
+        return relative_error(ours, theirs)
 
     return {
         "modulated codes": apart(lambda m: m.quantize_modulated(x, shift, scale, EPS, problem.group)[0]),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..numerics import ratio
 from ..precision import widest_float
 from .formats import BY_NAME, Format, fitting, stored_format
 from .grids import dequantize as grid_values
@@ -197,12 +198,7 @@ def held_out_error(weight: Tensor, tensors: dict[str, Tensor], x: Tensor, shift:
     if shift is not None:
         lost += shift
     wide = widest_float(x.device)
-    return relative_norm(lost.to(wide), exact.to(wide))
-
-
-def relative_norm(lost: Tensor, whole: Tensor) -> float:
-    size = float(whole.norm())
-    return float(lost.norm()) / size if size else 0.0
+    return ratio(float(lost.to(wide).norm()), float(exact.to(wide).norm()))
 
 
 def output_error(weight: Tensor, tensors: dict[str, Tensor], hessian: Tensor | None = None) -> float:

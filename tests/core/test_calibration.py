@@ -11,8 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from benchmarks.calibration.pool import CandidatePool, collect_pool, collect_statistics, is_cached_layer
 from qandc_core.caching.attach import apply_cache_to_dit, feature_cache
-from qandc_core.calibration.candidates import CandidatePool, collect_pool, collect_statistics, is_cached_layer
 from qandc_core.calibration.file import Calibration, fingerprint, load_calibration
 from qandc_core.calibration.statistics import BINS, LayerStatistics
 from qandc_core.checkpoints import save_dit

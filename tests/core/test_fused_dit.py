@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from qandc_core import (
+    DiTTrajectories,
     SamplingConfig,
     apply_cache_to_dit,
     fit_variance_compensation,
@@ -19,7 +20,6 @@ from qandc_core import (
     remove_cache,
     save_dit,
 )
-from qandc_core.calibration.candidates import collect_pool, collect_statistics
 from qandc_core.calibration.file import Calibration, fingerprint
 from qandc_core.calibration.statistics import LayerStatistics, observed
 from qandc_core.diffusion.process import ReverseProcess
@@ -223,8 +223,7 @@ def test_refuses_everything_but_sampling(tmp_path):
     for attempt in (
         lambda: fused(x, t, y),
         lambda: process.step(0, x, None),
-        lambda: collect_pool(fused, LABELS, config),
-        lambda: collect_statistics(fused, collect_pool(model, LABELS, config)),
+        lambda: DiTTrajectories(fused, LABELS, config),
         lambda: fit_variance_compensation(model, fused, LABELS, config),
         lambda: quantize_model(fused, 8, 8),
         lambda: save_dit(fused, tmp_path / "fused.safetensors"),

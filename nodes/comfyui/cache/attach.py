@@ -17,6 +17,7 @@ from ....qandc_core.caching.blocks import CachedBlocks, blocks_at, read_between
 from ....qandc_core.caching.cost import reuse_cost
 from ....qandc_core.caching.families import block_lists
 from ....qandc_core.caching.features import FeatureCache
+from ....qandc_core.numerics import relative_error
 from ....qandc_core.sampling.report import RunReport
 from ..model.dit import DiTModel
 from ..status import show
@@ -224,7 +225,7 @@ def self_test(blocks: CachedBlocks, cache: FeatureCache, model, call, out: Tenso
             again = call()
     finally:
         cache.run.reusing = False
-    difference = float((again - out).float().norm() / out.float().norm().clamp(min=1e-12))
+    difference = relative_error(again, out)
     if difference <= SELF_TEST[min(4, model.get_dtype_inference().itemsize)]:
         return ""
     return f"the first step reused on itself differs by {difference:.2g}"

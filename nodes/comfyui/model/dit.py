@@ -43,7 +43,7 @@ class DiffusionModel(DiT):
         super().__init__(dit_config, dtype, device, operations)
         self.dtype = dtype
 
-    def forward(
+    def forward(  # type: ignore[override]  # ComfyUI's order of arguments
         self, x: Tensor, timesteps: Tensor, context=None, y=None, control=None, transformer_options=None, **kwargs
     ):
         wrappers = comfy.patcher_extension.get_all_wrappers(

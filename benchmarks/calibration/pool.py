@@ -1,4 +1,7 @@
-"""Candidates for calibration, from trajectories sampled with the cache on, and the pass over the chosen."""
+"""A pool of calibration samples that is kept whole, so that many choices from it can be compared.
+
+calibrate() samples its trajectories a second time instead and needs no memory for them.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..caching.attach import cache_bypassed, feature_cache
-from ..diffusion.process import ReverseProcess, SamplingConfig
-from ..models.dit import DiT, check_open
-from ..models.layers import named_linears
-from .statistics import LayerStatistics, check_finite, merge_tokens, observed
+from qandc_core.caching.attach import cache_bypassed, feature_cache
+from qandc_core.calibration.statistics import LayerStatistics, check_finite, merge_tokens, observed
+from qandc_core.diffusion.process import ReverseProcess, SamplingConfig
+from qandc_core.models.dit import DiT, check_open
+from qandc_core.models.layers import named_linears
 
 
 @dataclass(frozen=True)
