@@ -12,6 +12,7 @@ from comfy_api.v0_0_2 import io
 from ..qandc_core.checkpoints.dit import dit_folders, source_files
 from ..qandc_core.files import is_text
 from .comfyui.model.dit import load_dit_patcher
+from .comfyui.status import node_of
 from .schema import CATEGORY
 
 DEMO = "built-in demo"
@@ -65,6 +66,7 @@ class LoadDiT(io.ComfyNode):
                 ),
             ],
             outputs=[io.Model.Output(tooltip="The model in full precision, or quantized if the file is.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -88,7 +90,9 @@ class LoadDiT(io.ComfyNode):
                 f"There is no model file {model_name} here; put it into models/{FOLDERS[0]} and press R to refresh, "
                 "or choose another."
             )
-        return io.NodeOutput(load_dit_patcher(path, DTYPES[weight_dtype], SIZES[image_size], num_heads or None))
+        patcher = load_dit_patcher(path, DTYPES[weight_dtype], SIZES[image_size], num_heads or None)
+        patcher.model.node_id = node_of(cls)
+        return io.NodeOutput(patcher)
 
 
 def find(name: str) -> str | None:

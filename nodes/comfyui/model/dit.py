@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from typing import Any
 
@@ -32,8 +33,13 @@ from ....qandc_core.quantization.native import layer_config
 from ..quantize.formats import check_supported
 from ..quantize.patcher import as_paper
 from ..quantize.rebuild import rebuilt
+from ..status import show
+from ..wrappers import reports
 
 LATENT_FORMATS = {3: comfy.latent_formats.ChromaRadiance, 4: comfy.latent_formats.SD15}
+PIXELS = {3: 1, 4: 8}  # of an image along one side of a latent pixel
+FITS = 2  # times as many or as few pixels as a model was trained for still give pictures
+log = logging.getLogger(__name__)
 
 
 class DiffusionModel(DiT):
@@ -91,9 +97,25 @@ class DiTModel(comfy.model_base.BaseModel):
         super().__init__(model_config, comfy.model_base.ModelType.EPS, device=device, unet_model=DiffusionModel)
         clean = self.diffusion_model.config.prediction == "sample"
         self.model_sampling = (CleanImageSampling if clean else Sampling)(model_config)
+        self.node_id: str | None = None  # of the node that loaded it
+        self.told = ""
+
+    def tell_size(self, noise: Tensor) -> None:
+        """Says at once, on the node and in the log, that a run is far from the size that the model was trained for."""
+        text = misfit(self.diffusion_model.config, *noise.shape[-2:])
+        for report in reports.get():
+            if text and text not in report.warnings:
+                report.warnings = [*report.warnings, text]
+        if text != self.told:
+            self.told = text
+            show(self.node_id, text and f"Warning: {text}")
+            if text:
+                log.warning("Q&C: %s", text)
 
     def extra_conds(self, **kwargs):
         config = self.diffusion_model.config
+        if kwargs.get("noise") is not None and kwargs["noise"].ndim > 3:
+            self.tell_size(kwargs["noise"])
         tokens = kwargs.pop("cross_attn", None)  # no condition of its own: lists of unequal length would not batch
         labels = read_classes(tokens, config.num_classes, config.has_null_class)
         out = super().extra_conds(**kwargs)
@@ -109,6 +131,19 @@ class DiTModel(comfy.model_base.BaseModel):
         return super().state_dict_for_saving(
             {**unet_state_dict, METADATA_KEY: metadata_tensor(metadata)}, *args, **kwargs
         )
+
+
+def misfit(config: DiTConfig, rows: int, cols: int) -> str:
+    """What to say of latents of rows x cols pixels; "" where the model's positions fit about."""
+    side, pixels = config.input_size, PIXELS[config.in_channels]
+    times = rows * cols / side**2
+    if 1 / FITS <= times <= FITS:
+        return ""
+    much = f"{times:.3g} times as many pixels" if times > 1 else f"one {1 / times:.3g}th of the pixels"
+    return (
+        f"this model was trained for {side * pixels} x {side * pixels} pixels and is sampled at {cols * pixels} x "
+        f"{rows * pixels}, {much}; set the latent to {side * pixels} x {side * pixels}"
+    )
 
 
 def load_dit_patcher(
