@@ -10,9 +10,10 @@ import torch
 from comfy_api.v0_0_2 import io
 
 from ..qandc_core.checkpoints.dit import dit_folders, source_files
+from ..qandc_core.checkpoints.recognition import may_be_dit
 from ..qandc_core.files import is_text
 from .comfyui.model.dit import load_dit_patcher
-from .comfyui.status import node_of
+from .comfyui.model.others import advice
 from .schema import CATEGORY
 
 DEMO = "built-in demo"
@@ -24,8 +25,7 @@ SIZES = {"auto": None, "256": 32, "512": 64}
 class LoadDiT(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        listed = [name for folder in FOLDERS for name in folder_paths.get_filename_list(folder) if is_text(name)]
-        files = dict.fromkeys([*listed, *diffusers_folders()])
+        files = dict.fromkeys([*dit_files(), *diffusers_folders()])
         return io.Schema(
             node_id="QandC_LoadDiT",
             display_name="Load DiT (class-conditional)",
@@ -38,8 +38,9 @@ class LoadDiT(io.ComfyNode):
                     "model_name",
                     options=[DEMO, *files],
                     default=DEMO,
-                    tooltip="The built-in demo, a file of models/diffusion_models or models/checkpoints, or a folder "
-                    "of models/diffusers.",
+                    tooltip="The built-in demo, a class-conditional DiT of models/diffusion_models or "
+                    "models/checkpoints, or a folder of models/diffusers. Models that read text, such as Flux, are "
+                    "not listed: load them with Load Diffusion Model.",
                 ),
                 io.Combo.Input(
                     "weight_dtype",
@@ -66,7 +67,6 @@ class LoadDiT(io.ComfyNode):
                 ),
             ],
             outputs=[io.Model.Output(tooltip="The model in full precision, or quantized if the file is.")],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -90,9 +90,17 @@ class LoadDiT(io.ComfyNode):
                 f"There is no model file {model_name} here; put it into models/{FOLDERS[0]} and press R to refresh, "
                 "or choose another."
             )
-        patcher = load_dit_patcher(path, DTYPES[weight_dtype], SIZES[image_size], num_heads or None)
-        patcher.model.node_id = node_of(cls)
-        return io.NodeOutput(patcher)
+        try:
+            return io.NodeOutput(load_dit_patcher(path, DTYPES[weight_dtype], SIZES[image_size], num_heads or None))
+        except ValueError as error:
+            raise ValueError(f"{str(error).rstrip('.')}. {advice(path)}".rstrip()) from error
+
+
+def dit_files() -> list[str]:
+    """Files of the model folders that hold a class-conditional DiT."""
+    names = [(folder, name) for folder in FOLDERS for name in folder_paths.get_filename_list(folder) if is_text(name)]
+    paths = ((name, folder_paths.get_full_path(folder, name)) for folder, name in names)
+    return [name for name, path in paths if path and may_be_dit(path)]
 
 
 def find(name: str) -> str | None:

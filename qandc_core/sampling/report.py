@@ -1,4 +1,4 @@
-"""What a run measured of itself."""
+"""The report of a sampling run: times, computed steps, memory."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ class RunReport:
 
     `peak_memory` is the device allocator's peak on a GPU (on MPS what its driver holds at the end) and the process's
     peak on CPU; None where the system has none.
-    `factors` are K_t of each step's channels where variance compensation was on. Of a cache: `reuse` is what it reused
-    and why, `timeline` a letter per step for each condition (C computed, R held, F forecast, . not evaluated; steps
-    that the sampler went back to follow after the last), `not_visited` the steps that the sampler left out, and
-    `cache_speedup` how much longer the model calls would have taken had each computed. `quantization` is what Quantize
-    measured of the model. `size` are the shapes (C, ...) of a sample's parts; seed, cfg_scale and denoise are None
-    where they are not known. `solver` is the name of the sampler's function and `sigmas` are the noise levels of the
-    run, empty where they are not known. `parts` runs are one report where a sample goes through several samplers;
-    `finished` is False where one of them was cancelled or failed. `job` names the queued job that measured it.
-    `replay(tick)` samples once more with equal inputs and returns what it measured; tick() is called at every step.
+    `factors` are K_t of each step's channels where variance compensation was on. With a cache, `reuse` says what was
+    reused and why, `timeline` has a letter per step for each condition (C computed, R reused, F extrapolated, . not
+    evaluated; steps that the sampler went back to follow after the last), `not_visited` counts the steps that the
+    sampler left out, and `cache_speedup` is the speedup of the model calls. `quantization` is the report of Quantize.
+    `size` are the shapes (C, ...) of a sample's parts; seed, cfg_scale and denoise are None where they are not known.
+    `solver` is the name of the sampler's function and `sigmas` are the noise levels of the run, empty where they are
+    not known. `parts` runs are one report where a sample goes through several samplers; `finished` is False where one
+    of them was cancelled or failed. `job` names the queued job that measured it. `replay(tick)` samples once more with
+    equal inputs and returns what it measured; tick() is called at every step.
     """
 
     sampler: str

@@ -18,6 +18,7 @@ import comfy.supported_models_base
 import comfy.utils
 import torch
 from comfy.ldm.common_dit import pad_to_patch_size
+from comfy_execution.utils import get_executing_context
 from torch import Tensor
 
 from ....qandc_core.calibration.file import FINGERPRINT, fingerprint_tensors
@@ -27,6 +28,7 @@ from ....qandc_core.checkpoints.quantized import is_quantized, load_codes, quant
 from ....qandc_core.diffusion.classes import read_classes
 from ....qandc_core.files import METADATA_KEY, metadata_tensor, pop_metadata, read_tensors
 from ....qandc_core.models.dit import DiT, DiTConfig
+from ....qandc_core.models.sizes import unlike_size
 from ....qandc_core.quantization.formats import stored_format
 from ....qandc_core.quantization.model import quantized_layers
 from ....qandc_core.quantization.native import layer_config
@@ -36,10 +38,8 @@ from ..quantize.rebuild import rebuilt
 from ..status import show
 from ..wrappers import reports
 
-LATENT_FORMATS = {3: comfy.latent_formats.ChromaRadiance, 4: comfy.latent_formats.SD15}
-PIXELS = {3: 1, 4: 8}  # of an image along one side of a latent pixel
-FITS = 2  # times as many or as few pixels as a model was trained for still give pictures
 log = logging.getLogger(__name__)
+LATENT_FORMATS = {3: comfy.latent_formats.ChromaRadiance, 4: comfy.latent_formats.SD15}
 
 
 class DiffusionModel(DiT):
@@ -97,27 +97,13 @@ class DiTModel(comfy.model_base.BaseModel):
         super().__init__(model_config, comfy.model_base.ModelType.EPS, device=device, unet_model=DiffusionModel)
         clean = self.diffusion_model.config.prediction == "sample"
         self.model_sampling = (CleanImageSampling if clean else Sampling)(model_config)
-        self.node_id: str | None = None  # of the node that loaded it
-        self.told = ""
-
-    def tell_size(self, noise: Tensor) -> None:
-        """Says at once, on the node and in the log, that a run is far from the size that the model was trained for."""
-        text = misfit(self.diffusion_model.config, *noise.shape[-2:])
-        for report in reports.get():
-            if text and text not in report.warnings:
-                report.warnings = [*report.warnings, text]
-        if text != self.told:
-            self.told = text
-            show(self.node_id, text and f"Warning: {text}")
-            if text:
-                log.warning("Q&C: %s", text)
 
     def extra_conds(self, **kwargs):
         config = self.diffusion_model.config
-        if kwargs.get("noise") is not None and kwargs["noise"].ndim > 3:
-            self.tell_size(kwargs["noise"])
         tokens = kwargs.pop("cross_attn", None)  # no condition of its own: lists of unequal length would not batch
         labels = read_classes(tokens, config.num_classes, config.has_null_class)
+        if kwargs.get("prompt_type") == "positive" and kwargs.get("noise") is not None:
+            say_size(config, kwargs["noise"].shape)
         out = super().extra_conds(**kwargs)
         # A regular condition keeps int64 (class 417 is 416 in bfloat16) and batches with the null class.
         out["y"] = comfy.conds.CONDRegular(labels)
@@ -133,17 +119,15 @@ class DiTModel(comfy.model_base.BaseModel):
         )
 
 
-def misfit(config: DiTConfig, rows: int, cols: int) -> str:
-    """What to say of latents of rows x cols pixels; "" where the model's positions fit about."""
-    side, pixels = config.input_size, PIXELS[config.in_channels]
-    times = rows * cols / side**2
-    if 1 / FITS <= times <= FITS:
-        return ""
-    much = f"{times:.3g} times as many pixels" if times > 1 else f"one {1 / times:.3g}th of the pixels"
-    return (
-        f"this model was trained for {side * pixels} x {side * pixels} pixels and is sampled at {cols * pixels} x "
-        f"{rows * pixels}, {much}; set the latent to {side * pixels} x {side * pixels}"
-    )
+def say_size(config: DiTConfig, shape: torch.Size) -> None:
+    """Says at the start of a run, on the node that samples and in the log, that its size is not the model's."""
+    sentence = unlike_size(config, shape[-2], shape[-1])
+    if sentence:
+        log.warning("Q&C: %s", sentence)
+        context = get_executing_context()
+        show(context and context.node_id, sentence)
+        for report in reports.get():
+            report.warnings = [*report.warnings, sentence]
 
 
 def load_dit_patcher(

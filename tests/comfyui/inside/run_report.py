@@ -218,11 +218,11 @@ def nested(host: Host) -> dict[str, list]:
 
 
 def sizes(host: Host) -> dict[str, list]:
-    """Warnings of the built-in model at sizes near to and far from its own, side x side or side x other."""
+    """Warnings of the built-in model at its own size and at others."""
     positive, negative = labels(host)
     model, recorder = recorded(host, demo(host))
     found = {}
-    for rows, cols in ((32, 32), (32, 48), (40, 40), (96, 96), (16, 16), (128, 32)):
+    for rows, cols in ((32, 32), (32, 48), (96, 96), (16, 16)):
         empty = {"samples": torch.zeros(1, 3, rows, cols)}
         host.nodes.common_ksampler(model, SEED, 1, CFG, "euler", "normal", positive, negative, empty)
         found[f"{cols} x {rows}"] = recorder.report().warnings
