@@ -27,11 +27,11 @@ class LoadDiT(io.ComfyNode):
         files = dict.fromkeys([*listed, *diffusers_folders()])
         return io.Schema(
             node_id="QandC_LoadDiT",
-            display_name="Load DiT",
+            display_name="Load DiT (class-conditional)",
             category=CATEGORY,
             description="Loads a class-conditional diffusion transformer (DiT) as a MODEL that every stock node takes: "
             "the built-in demo, a published checkpoint, a diffusers file, or one that Quantize made.",
-            search_aliases=["dit", "imagenet", "class conditional", "load diffusion model", "q&c"],
+            search_aliases=["dit", "imagenet", "class conditional", "load diffusion model", "demo", "q&c"],
             inputs=[
                 io.Combo.Input(
                     "model_name", options=[DEMO, *files], default=DEMO,

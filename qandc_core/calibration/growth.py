@@ -30,7 +30,7 @@ from .statistics import LayerStatistics, check_finite
 from .stream import Reservoir
 
 SCHEDULES = 8  # of the most runs, and the latest
-KINDS = ("rows", "held_out")
+KINDS = ("inputs", "held_out")
 
 
 @dataclass(frozen=True)
@@ -139,8 +139,8 @@ def moment_of(record: LayerRecord) -> Tensor | None:
 
 
 def finished(record: LayerRecord) -> LayerStatistics:
-    rows, held_out = (record.kept[kind].rows.clone() if kind in record.kept else None for kind in KINDS)
-    return replace(record.statistics, rows=rows, held_out=held_out)
+    inputs, held_out = (record.kept[kind].rows.clone() if kind in record.kept else None for kind in KINDS)
+    return replace(record.statistics, inputs=inputs, held_out=held_out)
 
 
 def distances_of(run: RunRecord, schedule: RunSchedule) -> Schedule | None:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..precision import is_out_of_memory
 from .calls import ModelCall
 from .choice import reduced
-from .layer_inputs import HELD_OUT_ROWS, call_of, of_samples
+from .layer_inputs import HELD_OUT_TOKENS, call_of, of_samples
 from .memory import StatisticsPlan, plan_statistics
 from .statistics import LayerStatistics, observed
 from .stream import Reservoir, Strata
@@ -32,7 +32,7 @@ from .stream import Reservoir, Strata
 SPARSEST = 10  # at most one row in so many is looked into
 TOKENS = 1024  # inputs of a layer that one sample adds to its sums
 HELD_OUT_A_RUN = 2
-PROBES, PROBE_ROWS, PROBE_WIDTH = 4, 256, 4096  # layers on which it is measured what a run adds
+PROBES, PROBE_TOKENS, PROBE_WIDTH = 4, 256, 4096  # layers on which it is measured what a run adds
 Layers = Sequence[tuple[str, nn.Module]]
 
 
@@ -55,8 +55,8 @@ class RecordingConfig:
 
     def plan(self, widths: Sequence[int]) -> StatisticsPlan:
         """What each layer keeps. Raises ValueError where memory_gb is too little."""
-        tokens, held_out = self.tokens if self.hessians else 0, HELD_OUT_ROWS if self.held_out else 0
-        aside = PROBES * PROBE_ROWS * 2 * min(max(widths, default=0), PROBE_WIDTH)
+        tokens, held_out = self.tokens if self.hessians else 0, HELD_OUT_TOKENS if self.held_out else 0
+        aside = PROBES * PROBE_TOKENS * 2 * min(max(widths, default=0), PROBE_WIDTH)
         return plan_statistics(widths, int(self.memory_gb * 2**30) - aside, tokens, held_out)
 
 
@@ -69,7 +69,7 @@ class LayerRecord:
 
     @classmethod
     def empty(cls, width: int, space: StatisticsPlan, probe: bool, device: torch.device | str = "cpu") -> LayerRecord:
-        capacities = {"rows": space.rows(width), "held_out": space.held_out, "probe": PROBE_ROWS * probe}
+        capacities = {"inputs": space.inputs(width), "held_out": space.held_out, "probe": PROBE_TOKENS * probe}
         kept = {kind: Reservoir.empty(rows, width, device) for kind, rows in capacities.items() if rows}
         return cls(LayerStatistics.empty(width, space.hessian(width)), kept)
 
@@ -161,7 +161,7 @@ class Place:
                 for kind in record.kept.keys() - {"held_out"}:
                     record.kept[kind].add(some, keys)
             if len(apart) and "held_out" in record.kept:
-                record.kept["held_out"].add(*draws_apart(of_samples(inputs, batch, apart), HELD_OUT_ROWS))
+                record.kept["held_out"].add(*draws_apart(of_samples(inputs, batch, apart), HELD_OUT_TOKENS))
 
         return observe
 

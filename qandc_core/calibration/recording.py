@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from ..caching.runs import schedule_mismatch
+from ..numerics import ratios
+from .distances import FARTHEST
 from .gain import ENOUGH, left_to_gain
 
 
@@ -47,7 +49,7 @@ class Schedule:
     def distances(self) -> Tensor:
         """(T, T), as prediction_distances of all runs' predictions side by side."""
         sigmas = torch.tensor(self.sigmas, dtype=torch.float64)
-        relative = self.differences.sqrt() / self.norms.sqrt().clamp(min=1e-12)[None]
+        relative = ratios(self.differences.sqrt(), self.norms.sqrt()[None]).clamp(max=FARTHEST)
         return relative * (1 - sigmas[1:] / sigmas[:-1])[None]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from ..calibration.choice import CalibrationConfig
 from ..diffusion.process import SamplingConfig
 from ..models.dit import DiT
 
@@ -60,6 +61,16 @@ def finite(text: str) -> float:
 finite.__name__ = "float"
 
 
+def positive(text: str) -> float:
+    value = finite(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"must be more than 0, got {value}")
+    return value
+
+
+positive.__name__ = "float"
+
+
 def safetensors(text: str) -> Path:
     if not text.endswith(".safetensors"):
         raise argparse.ArgumentTypeError(f"must end in .safetensors, got {text}")
@@ -94,9 +105,15 @@ def add_bits(command: argparse.ArgumentParser) -> None:
     command.add_argument("--a-bits", type=bits, default=8, help="bits of the activations, 2 to 8 (default 8)")
 
 
-def add_candidates(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--trajectories", type=at_least(1), default=64, help="runs the candidates come from")
-    command.add_argument("--samples", type=at_least(1), default=800, help="candidates that calibrate")
+def add_candidates(command: argparse.ArgumentParser, default: CalibrationConfig) -> None:
+    command.add_argument(
+        "--trajectories", type=at_least(1), default=default.trajectories, metavar="N",
+        help=f"sampling runs that the calibration samples are chosen from (default {default.trajectories})",
+    )  # fmt: skip
+    command.add_argument(
+        "--samples", type=at_least(1), default=default.samples, metavar="N",
+        help=f"calibration samples (default {default.samples})",
+    )  # fmt: skip
 
 
 # What they stand for.

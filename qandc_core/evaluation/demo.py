@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ..caching.attach import remove_cache
+from ..calibration.choice import CalibrationConfig
 from ..checkpoints import load_dit
 from ..diffusion.process import SamplingConfig
 from ..files import save_text, written_whole
@@ -20,19 +21,22 @@ from .experiment import hardware
 from .figure import FigureRow, comparison_figure
 from .judges import DigitsJudge
 from .metrics import psnr, relative_l2, ssim
-from .variants import CalibrationPlan, Variant, Workbench, balanced_labels
+from .variants import Variant, Workbench, balanced_labels
 
 DEMO_SAMPLING = SamplingConfig(steps=50, cfg_scale=1.5)
-DEMO_PLAN = CalibrationPlan(trajectories=32, samples=400, clusters=50, pairs=64, batch=64)
-RECOMMENDED = Variant("Q&C: W8A8 + cache + TAP + VC", bits=(8, 8), interval=3, selection="tap@5-computed",
-                      compensation="variance_match")  # fmt: skip
-NAIVE = replace(RECOMMENDED, name="naive W8A8 + cache", selection="random", compensation=None)
+DEMO_CALIBRATION, DEMO_PAIRS = CalibrationConfig(), 64
+RECOMMENDED = Variant(
+    "Q&C: W8A8 + cache + TAP + VC", bits=(8, 8), interval=3, selection=DEMO_CALIBRATION.selection,
+    time_scale=DEMO_CALIBRATION.time_scale, computed_only=DEMO_CALIBRATION.computed_only,
+    compensation="variance_match",
+)  # fmt: skip
+NAIVE = Variant("naive W8A8 + cache", bits=(8, 8), interval=3)
 
 
 def run_demo(folder: Path, images: int, seed: int, log: Callable[[str], None]) -> dict[str, Any]:
     """Writes comparison.png, report.md and report.json into `folder`; returns what the JSON holds."""
     model = load_dit("demo")
-    bench = Workbench(model, DEMO_SAMPLING, DEMO_PLAN)
+    bench = Workbench(model, DEMO_SAMPLING, DEMO_CALIBRATION, DEMO_PAIRS)
     judge, labels = DigitsJudge(), balanced_labels(images, 10)
     runs: list[tuple[str, Tensor, RunReport]] = []
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 from ..compensation.correction import VarianceCompensation
 from ..diffusion.process import SamplingConfig
 from ..models.dit import DiT
+from ..sampling.clock import Stopwatch
 from ..sampling.generate import generate
 from .judges import Judge
 from .metrics import (
@@ -54,7 +54,7 @@ def factor_rows() -> list[tuple[str, Variant]]:
         ("activations", replace(base, name="W8A8 dynamic per token", static=False)),
         ("activations", replace(base, name="W4A4 dynamic per token", bits=(4, 4), static=False)),
         ("interval", replace(base, name="N = 5", interval=5)),
-        ("granularity", replace(base, name="reuse after the gate (blocks)", mode="block")),
+        ("granularity", replace(base, name="reuse after the gate (blocks)", reuse="block")),
         ("schedule", replace(base, name="DP-optimal steps, as many", optimal=True)),
         ("forecast", replace(base, name="order-1 forecast", order=1)),
         ("forecast", replace(base, name="order-1 forecast, no VC", order=1, compensation=None)),
@@ -165,7 +165,7 @@ class Experiment:
         return self.full[key]
 
     def row(self, variant: Variant, group: str = "main") -> dict[str, Any]:
-        started, size = time.perf_counter(), self.evaluation
+        watch, size = Stopwatch(), self.evaluation
         model, compensation = self.bench.build(variant)
         config, labels = self.bench.config(variant), balanced_labels(size.images, model.config.num_classes)
         plain = variant.bits is None and variant.interval == 1 and variant.steps == self.bench.sampling.steps
@@ -177,7 +177,7 @@ class Experiment:
         summary = summarize(per_seed)
         self.log(
             f"{variant.name:32} FD {summary['frechet_distance']['mean']:8.2f}  "
-            f"relative L2 {summary['relative_l2']['mean']:.4f}  ({time.perf_counter() - started:.0f} s)"
+            f"relative L2 {summary['relative_l2']['mean']:.4f}  ({watch.seconds():.0f} s)"
         )
         factors = None if compensation is None else compensation.factor.tolist()
         return {

@@ -22,7 +22,7 @@ from qandc_core.models.layers import named_linears
 CONFIG = DiTConfig(input_size=8, in_channels=3, hidden_size=32, depth=2, num_heads=2, num_classes=5, learn_sigma=False)
 STEPS, IMAGES = 12, 2
 SIGMAS = [float(s) for s in torch.linspace(10, 0, STEPS + 1)]
-SUMS = ("low", "high", "mean", "histogram", "hessian", "rows", "held_out")
+SUMS = ("low", "high", "mean", "histogram", "hessian", "inputs", "held_out")
 PLAN = RecordingConfig(samples=4, tokens=40, held_out=3)
 
 
@@ -86,10 +86,10 @@ def close(found, expected, tolerance=1e-4):
 
 
 def filled(parts, hessian, rows):
-    record = LayerRecord(LayerStatistics.empty(4, hessian), {"rows": Reservoir.empty(rows, 4)})
+    record = LayerRecord(LayerStatistics.empty(4, hessian), {"inputs": Reservoir.empty(rows, 4)})
     for x, keys in parts:
         record.statistics.update(x)
-        record.kept["rows"].add(x, keys)
+        record.kept["inputs"].add(x, keys)
     return record
 
 
@@ -117,7 +117,7 @@ def test_records_of_runs_merge_to_that_of_one_pass(runs, hessian, seed, scale):
     close(ours.mean, theirs.mean, 1e-5)
     if hessian:
         close(ours.hessian, theirs.hessian, 1e-5)
-    assert sorted(merged.kept["rows"].keys.tolist()) == sorted(one.kept["rows"].keys.tolist())
+    assert sorted(merged.kept["inputs"].keys.tolist()) == sorted(one.kept["inputs"].keys.tolist())
 
 
 # A run of a model, through a recorder and through hooks written by hand.
@@ -208,8 +208,8 @@ def test_statistics_are_those_of_hooks_written_by_hand(together, hessians):
         if found.hessian is not None:
             close(found.hessian, x.T @ x)
         elif hessians:
-            assert len(layer.kept["rows"].rows) == min(40, len(x))
-            assert {row.numpy().tobytes() for row in layer.kept["rows"].rows.view(torch.int16)} <= rows
+            assert len(layer.kept["inputs"].rows) == min(40, len(x))
+            assert {row.numpy().tobytes() for row in layer.kept["inputs"].rows.view(torch.int16)} <= rows
 
 
 def test_a_sample_of_many_inputs_adds_some_of_them_and_all_bounds(monkeypatch):

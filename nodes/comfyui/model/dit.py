@@ -26,8 +26,9 @@ from ....qandc_core.checkpoints.quantized import is_quantized, load_codes, quant
 from ....qandc_core.diffusion.classes import read_classes
 from ....qandc_core.files import METADATA_KEY, metadata_tensor, pop_metadata, read_tensors
 from ....qandc_core.models.dit import DiT, DiTConfig
+from ....qandc_core.quantization.formats import stored_format
 from ....qandc_core.quantization.model import quantized_layers
-from ....qandc_core.quantization.native import FORMATS, layer_config
+from ....qandc_core.quantization.native import layer_config
 from ..quantize.formats import check_supported
 from ..quantize.patcher import as_paper
 from ..quantize.rebuild import rebuilt
@@ -140,14 +141,22 @@ def load_dit_patcher(
 def native_dit(empty, packed: dict[str, Tensor], disable_dynamic: bool):
     """A patcher like that of the empty model, from a file in ComfyUI's quantized formats."""
     metadata, tensors = pop_metadata(packed), strip_prefix(packed)
-    marks = [{"comfy_quant": tensors[f"{name}.comfy_quant"]} for name in quantized_names(tensors)]
-    formats = {layer_config(mark)["format"] for mark in marks}
-    for format in FORMATS:
-        if FORMATS[format] in formats:
-            check_supported(format)
+    for format in formats_in(tensors):
+        check_supported(format)
     if FINGERPRINT in metadata:
         setattr(empty.model.diffusion_model, FINGERPRINT, metadata[FINGERPRINT])
     return rebuilt(empty, tensors, disable_dynamic)
+
+
+def formats_in(tensors: dict[str, Tensor]) -> set[str]:
+    """Names of the formats of a file's layers."""
+    parts: dict[str, dict[str, Tensor]] = {name: {} for name in quantized_names(tensors)}
+    for key, tensor in tensors.items():
+        name, _, part = key.rpartition(".")
+        if name in parts:
+            parts[name][part] = tensor
+    found = {stored_format(layer_config(layer), layer) for layer in parts.values()}
+    return {format.name for format in found if format is not None}
 
 
 def quantized_dit(

@@ -321,9 +321,11 @@ def runs_of_many_kinds(host: Host) -> dict[str, Any]:
         "listed": f"{path_of(host, name).name}" in host.module("nodes.comfyui.files").calibration_files(),
         "tap": tap.loaded(path_of(host, name), patcher).recording.runs,
         "held-out calls": report.model_error[2],
-        "steps": found.notes["steps"], "schedules": [[len(s.sigmas) - 1, s.runs] for s in found.recording.schedules],
+        "steps": found.notes["steps"],
+        "schedules": [[len(s.sigmas) - 1, s.runs] for s in found.recording.schedules],
         "history": len(found.recording.history), "text": found.recording.describe(), "warnings": warnings,
-        "placed": type(run).__name__, "detached": state_of(node(host, watched, name, record=False)[0]) == state_of(patcher),
+        "placed": type(run).__name__,
+        "detached": state_of(node(host, watched, name, record=False)[0]) == state_of(patcher),
     }  # fmt: skip
 
 
