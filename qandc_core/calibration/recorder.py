@@ -222,6 +222,7 @@ class Recorder:
             self.places[network] = Place(found, space, device, room(), seed)
         return self.places[network]
 
+    @torch.inference_mode()
     def result(self) -> RunRecord:
         """What was recorded, on the CPU; the recorder is empty afterwards. Raises ValueError where it is incomplete."""
         if any(place.failed for place in self.places.values()):

@@ -108,13 +108,13 @@ class RecordedRun:
 
     def takes(self, model, options: dict[str, Any], device: torch.device) -> bool:
         """Whether a call is one of this model, and computed."""
-        return any(model is known for known in self.models) and not is_reusing(options, device)
+        return any(model is known for known in self.models) and not is_reusing(options, model, device)
 
 
-def is_reusing(options: dict[str, Any], device: torch.device) -> bool:
+def is_reusing(options: dict[str, Any], model, device: torch.device) -> bool:
     """Whether Apply Cache reuses blocks in this call, or only tests whether it could."""
     run = options.get(CACHE)
-    cache = None if run is None else run.caches.get(device)
+    cache = None if run is None else run.caches.get((device, id(model)))
     return cache is not None and cache.run.reusing
 
 

@@ -315,7 +315,7 @@ def runs_of_many_kinds(host: Host) -> dict[str, Any]:
     _, report = quantize.quantize_native(patcher, quantize.NativeSettings("W4A8"), again)
     policies = host.module("qandc_core.caching.policies")
     placed, warnings = host.module("nodes.comfyui.cache.placing").placing(patcher, found)
-    run = policies.StepCount(computed=10, distances=placed).plan(20, True, sigmas=found.sigmas, noisy=False)
+    run = policies.StepCount(10, distances=placed).plan(20, True, sigmas=found.sigmas, noisy=False)
     return {
         "runs": found.recording.runs, "again": again.recording.runs, "shown": shown,
         "listed": f"{path_of(host, name).name}" in host.module("nodes.comfyui.files").calibration_files(),
