@@ -65,9 +65,13 @@ class Rows:
         """What each layer sees on the chosen rows, a batch at a time."""
         for part in chosen.split(128):
             rows, seen = self.at[part], dict[str, Tensor]()
+
+            def note(name: str, x: Tensor, seen: dict[str, Tensor] = seen) -> None:
+                seen[name] = merge_tokens(x)
+
             labels = torch.where(self.unconditional[part], model.null_class, self.pool.labels[rows])
             layers = named_linears(model, NATIVE_SKIP)
-            with torch.inference_mode(), observed(layers, lambda name, x: seen.setdefault(name, merge_tokens(x))):
+            with torch.inference_mode(), observed(layers, note):
                 model(self.pool.samples[rows], self.pool.timesteps[rows], labels)
             yield seen
 
@@ -144,7 +148,7 @@ def compare_choices(model: DiT, rows: Rows, test: dict[str, Tensor], counts: lis
 
 @torch.inference_mode()
 def grow(model: DiT, rows: Rows, test: dict[str, Tensor], size: int, seeds: int, format: str) -> list[dict[str, Any]]:
-    """The layer error after k runs, what the runs themselves say is left to gain, and what was left: against all runs."""
+    """The layer error after k runs, and what the runs themselves say is left to gain."""
     count, results = int(rows.runs.max()) + 1, []
     watched = probes({name: layer.in_features for name, layer in named_linears(model, NATIVE_SKIP)})
     for seed in range(seeds):
@@ -228,8 +232,8 @@ def main() -> None:
     result = {
         "command": shlex.join(["python", "-m", "benchmarks.calibration.runs", *sys.argv[1:]]),
         "hardware": hardware(),
-        "setting": f"{args.model}: {args.runs} runs of 50 steps, ddpm, guidance {args.cfg:g}; GPTQ; errors on inputs of "
-        f"16 other runs; means of {args.draws} draws with standard errors over draws.",
+        "setting": f"{args.model}: {args.runs} runs of 50 steps, ddpm, guidance {args.cfg:g}; GPTQ; errors on inputs "
+        f"of 16 other runs; means of {args.draws} draws with standard errors over draws.",
         "growth_setting": f"Four samples of each run; means of {args.seeds} orders of the runs:",
         "choices": choices, "growth": growth,
     }  # fmt: skip
