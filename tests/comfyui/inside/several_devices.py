@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from cache_tools import CASES, reported
 from families import build
-from host import Host, main
+from host import Host, main, relative
 from recording import latent, loaded, prompts, recording
 from sampling import cache_policy
 
@@ -143,6 +143,39 @@ def both_of(host: Host, patcher, name: str) -> SimpleNamespace:
     )
 
 
+def calibrated(host: Host) -> dict[str, Any] | None:
+    """TAP Calibrate observes one network, so it samples on one device: the same statistics with two."""
+    if not supported():
+        return None
+    calibrate = host.module("nodes.comfyui.calibrate.run")
+    settings = host.module("nodes.comfyui.sampling").Settings(*prompts(), 6, CFG, "euler", "simple")
+    plan = calibrate.CalibrationConfig(trajectories=3, batch_size=2, samples=6, selection="random", tokens=100)
+    empty = calibrate.empty_latent(made(), latent(1))
+    one, two = (calibrate.calibrate(p, settings, empty, plan) for p in (made(), over_two_devices(made())))
+    counts = [{name: layer.count for name, layer in found.statistics.items()} for found in (one, two)]
+    return {"same": counts[0] == counts[1], "layers": len(counts[0])}
+
+
+def quantized(host: Host) -> dict[str, Any] | None:
+    """Quantize before the second device is added, and after: no part of a run is computed in full precision."""
+    if not supported():
+        return None
+    quantize = host.module("nodes.comfyui.quantize.native")
+
+    def int8(patcher):
+        return quantize.quantize_native(patcher, quantize.NativeSettings("W8A8"))[0]
+
+    alone, full = sample(host, int8(made())), sample(host, made())
+    threads = Threads()
+    after = sample(host, over_two_devices(threads.on(int8(made()))))
+    before = int8(over_two_devices(made()))
+    return {
+        "after": relative(after, alone), "before": relative(sample(host, before), alone),
+        "effect": relative(alone, full), "networks": len(threads.networks),
+        "left": len(before.get_additional_models_with_key("multigpu")),
+    }  # fmt: skip
+
+
 def interrupted(host: Host) -> dict[str, Any] | None:
     """Cancelled in a thread: nothing is added, nothing is left, and the next run is right."""
     import comfy.model_management as mm
@@ -186,5 +219,7 @@ if __name__ == "__main__":
         "cache of blocks": lambda host: on_both(cache_of("blocks"), host),
         "recorder": lambda host: on_both(recorder, host),
         "cache and recorder": lambda host: on_both(both_of, host),
+        "calibrated": calibrated,
+        "quantized": quantized,
         "interrupted": interrupted,
     })  # fmt: skip
