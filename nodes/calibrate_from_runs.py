@@ -10,7 +10,7 @@ from ..qandc_core.calibration.growth import check_recording
 from ..qandc_core.calibration.recorder import RecordingConfig
 from ..qandc_core.calibration.recording import describe
 from . import schema
-from .comfyui.calibrate.recording import Recording, record_runs, without_recording
+from .comfyui.calibrate.recording import RunRecorder, record_runs, without_recording
 from .comfyui.files import check_writable, file_state, named_path
 from .comfyui.quantize.weights import fingerprint_of
 from .comfyui.status import show
@@ -88,10 +88,10 @@ class CalibrateFromRuns(io.ComfyNode):
         config = RecordingConfig(samples, hessians, memory_gb, tokens, held_out, reset)
         if not record:
             return io.NodeOutput(without_recording(model), recorded(path, model, node_id))
-        recording = Recording(path, config, fingerprint_of(model), node_id)
-        made = record_runs(model, recording)
+        recorder = RunRecorder(path, config, fingerprint_of(model), node_id)
+        made = record_runs(model, recorder)
         check_writable()
-        begun = check_recording(path, recording.fingerprint, config)
+        begun = check_recording(path, recorder.fingerprint, config)
         show(node_id, f"{path.name}: {'no runs yet' if begun is None else describe(begun)}")
         return io.NodeOutput(made, ExecutionBlocker(None))
 

@@ -52,6 +52,8 @@ def with_run(
     device. Raises ValueError on inputs that are not finite, or where nothing was observed.
     """
     layers = {name: record for name, record in run.layers.items() if record.statistics.count}
+    if not run.samples:
+        raise ValueError("none of the samples that were drawn fell on a computed step; raise samples")
     if not layers:
         raise ValueError("none of its model calls computed a layer of a block")
     check_finite({name: record.statistics for name, record in layers.items()})

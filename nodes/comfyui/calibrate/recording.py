@@ -32,11 +32,11 @@ KEY = "qandc_recording"
 PRE_RUN = comfy.patcher_extension.CallbacksMP.ON_PRE_RUN
 log = logging.getLogger(__name__)
 saving = Lock()  # one run at a time is added to a file
-recorded: ContextVar[tuple[Recording, ...]] = ContextVar("recorded", default=())  # runs that have begun
+recorded: ContextVar[tuple[RunRecorder, ...]] = ContextVar("recorded", default=())  # runs that have begun
 
 
 @dataclass(frozen=True)
-class Recording:
+class RunRecorder:
     """What Calibrate from Runs attaches; as a wrapper, OUTER_SAMPLE of every run."""
 
     path: Path
@@ -62,6 +62,8 @@ class Recording:
 
     def __call__(self, executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
         guider = executor.class_obj
+        if len(sigmas) < 2:  # no step
+            return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
         self.check(guider.model_patcher)
         saved, options = guider.model_options, options_of_run(guider)
         caches = CACHE in options.get("wrappers", {}).get(WRAPPERS.OUTER_SAMPLE, {}) or bool(
@@ -92,7 +94,7 @@ class Recording:
                 )
             text = f"{self.path.name}: {recording.describe()}"
             log.info("Q&C calibration: %s", text)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RuntimeError) as error:
             text = f"{self.path.name}: this run was not added, {error}"
             log.warning("Q&C calibration: %s", text)
         show(self.node_id, text)
@@ -184,11 +186,11 @@ def before_run(patcher) -> None:
             show(wrapper.node_id, text)
 
 
-def record_runs(patcher, recording: Recording):
+def record_runs(patcher, recorder: RunRecorder):
     """A clone of the model whose runs are recorded."""
-    recording.check(patcher)
+    recorder.check(patcher)
     clone = patcher.clone()
-    replace_wrapper(clone, WRAPPERS.OUTER_SAMPLE, KEY, recording)
+    replace_wrapper(clone, WRAPPERS.OUTER_SAMPLE, KEY, recorder)
     replace_wrapper(clone, WRAPPERS.PREDICT_NOISE, KEY, predict_noise)
     replace_wrapper(clone, WRAPPERS.CALC_COND_BATCH, KEY, calc_cond_batch)
     replace_wrapper(clone, WRAPPERS.APPLY_MODEL, KEY, apply_model)
