@@ -366,7 +366,6 @@ def without_layers():
     for module in patcher.model.diffusion_model.modules():
         if hasattr(module, "comfy_cast_weights") and isinstance(module, torch.nn.Linear):
             module.__class__ = torch.nn.Linear
-            del module.comfy_cast_weights
     return patcher
 
 
