@@ -110,7 +110,8 @@ class ApplyCache(io.ComfyNode):
         cls, model: io.Model.Type, policy: dict, order: int, start_percent: float = 0.0, end_percent: float = 1.0,
         reuse: str = REUSE_OPTIONS[0], offload: bool = False, calibration=None,
     ) -> io.NodeOutput:  # fmt: skip
-        kind, distances, warnings = policy_class(policy), None, []
+        kind, distances = policy_class(policy), None
+        warnings: list[str] = []
         if calibration is not None:
             calibration.check_fingerprint(fingerprint_of(model))
             if issubclass(kind, Placed):

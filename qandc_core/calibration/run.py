@@ -38,11 +38,13 @@ class Host(Protocol):
     run has at least.
     """
 
-    layers: Layers
     fingerprint: str
     device: torch.device
     all_run: bool
     steps: int
+
+    @property
+    def layers(self) -> Layers: ...
 
     def expect(self, steps: int) -> None:
         """So many sampling steps are still to come, for a progress bar."""

@@ -79,7 +79,7 @@ def growth(weight: Any) -> int:
     return sum(part.nbytes for part in finer_parts(weight).values()) - now
 
 
-def corrected_mark(module: nn.Module, format: Format) -> Tensor | None:
+def corrected_mark(module: Any, format: Format) -> Tensor | None:
     """comfy_quant of a module whose weight is (or will be saved) in `format`; None where the module's own is right."""
     named = getattr(module, "quant_format", "")
     if named not in STORED or named == format.stored:
@@ -90,7 +90,7 @@ def corrected_mark(module: nn.Module, format: Format) -> Tensor | None:
     return mark(config)
 
 
-def decode_at_call(module: nn.Module) -> None:
+def decode_at_call(module: Any) -> None:
     """Under dynamic VRAM: adds a LoRA to the decoded weight at every call, not to what is then rounded again.
 
     ComfyUI rounds the results of `weight_lowvram_function`, and keeps in float those of `weight_function`.

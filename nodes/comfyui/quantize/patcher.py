@@ -219,11 +219,11 @@ def joined(kind: type, base: type) -> type:
 
 def as_native(patcher):
     """The patcher, of a model with weights in ComfyUI's quantized formats."""
-    patcher.__class__ = joined(NativePatcher, type(patcher))
+    patcher.__class__ = joined(NativePatcher, patcher.__class__)
     return patcher
 
 
 def as_paper(patcher):
     """The patcher, of a model with the paper's layers."""
-    patcher.__class__ = joined(PaperPatcher, type(patcher))
+    patcher.__class__ = joined(PaperPatcher, patcher.__class__)
     return patcher
