@@ -30,8 +30,8 @@ def calibration_path(name: str) -> Path:
 
 
 def named_path(name: str) -> Path:
-    """The file of a calibration that somebody named, in words that every system can hold."""
-    return calibration_folder() / f"{shared.stem_of(name.removesuffix(shared.SUFFIX))}{shared.SUFFIX}"
+    """The file of a calibration that somebody named, under a name that every system can hold."""
+    return shared.named(calibration_folder(), name)
 
 
 def made_before(prefix: str, inputs: str) -> Path | None:

@@ -57,7 +57,7 @@ class RecordingConfig:
         """What each layer keeps. Raises ValueError where memory_gb is too little."""
         tokens, held_out = self.tokens if self.hessians else 0, HELD_OUT_TOKENS if self.held_out else 0
         aside = PROBES * PROBE_TOKENS * 2 * min(max(widths, default=0), PROBE_WIDTH)
-        return plan_statistics(widths, int(self.memory_gb * 2**30) - aside, tokens, held_out)
+        return plan_statistics(widths, max(0, int(self.memory_gb * 2**30) - aside), tokens, held_out)
 
 
 @dataclass

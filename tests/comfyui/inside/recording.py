@@ -306,10 +306,7 @@ def runs_of_many_kinds(host: Host) -> dict[str, Any]:
     guided("BasicGuider")(host, watched)
     for seed in range(3):
         ksampler(host, watched, 20, images=seed + 1)
-    found, said = loaded(host, name), host.module("nodes.comfyui.status")
-    shown: list[tuple] = []
-    with patch.object(said, "running_server", lambda: None):
-        again = node(host, patcher, name, record=False)[1]
+    found, again = loaded(host, name), node(host, patcher, name, record=False)[1]
     tap = host.module("nodes.tap_calibrate")
     quantize = host.module("nodes.comfyui.quantize.native")
     _, report = quantize.quantize_native(patcher, quantize.NativeSettings("W4A8"), again)
@@ -317,7 +314,7 @@ def runs_of_many_kinds(host: Host) -> dict[str, Any]:
     placed, warnings = host.module("nodes.comfyui.cache.placing").placing(patcher, found)
     run = policies.StepCount(10, distances=placed).plan(20, True, sigmas=found.sigmas, noisy=False)
     return {
-        "runs": found.recording.runs, "again": again.recording.runs, "shown": shown,
+        "runs": found.recording.runs, "again": again.recording.runs,
         "listed": f"{path_of(host, name).name}" in host.module("nodes.comfyui.files").calibration_files(),
         "tap": tap.loaded(path_of(host, name), patcher).recording.runs,
         "held-out calls": report.model_error[2],
@@ -325,7 +322,7 @@ def runs_of_many_kinds(host: Host) -> dict[str, Any]:
         "schedules": [[len(s.sigmas) - 1, s.runs] for s in found.recording.schedules],
         "history": len(found.recording.history), "text": found.recording.describe(), "warnings": warnings,
         "placed": type(run).__name__,
-        "detached": state_of(node(host, watched, name, record=False)[0]) == state_of(patcher),
+        "detached": "RunRecorder" not in state_of(node(host, watched, name, record=False)[0]),
     }  # fmt: skip
 
 
