@@ -307,9 +307,11 @@ def runs_of_many_kinds(host: Host) -> dict[str, Any]:
     for seed in range(3):
         ksampler(host, watched, 20, images=seed + 1)
     found, again = loaded(host, name), node(host, patcher, name, record=False)[1]
-    tap = host.module("nodes.tap_calibrate")
-    quantize = host.module("nodes.comfyui.quantize.native")
-    _, report = quantize.quantize_native(patcher, quantize.NativeSettings("W4A8"), again)
+    tap, held_out = host.module("nodes.tap_calibrate"), None
+    if formats(host):
+        quantize = host.module("nodes.comfyui.quantize.native")
+        _, report = quantize.quantize_native(patcher, quantize.NativeSettings(formats(host)[-1]), again)
+        held_out = report.model_error[2]
     policies = host.module("qandc_core.caching.policies")
     placed, warnings = host.module("nodes.comfyui.cache.placing").placing(patcher, found)
     run = policies.StepCount(10, distances=placed).plan(20, True, sigmas=found.sigmas, noisy=False)
@@ -317,7 +319,7 @@ def runs_of_many_kinds(host: Host) -> dict[str, Any]:
         "runs": found.recording.runs, "again": again.recording.runs,
         "listed": f"{path_of(host, name).name}" in host.module("nodes.comfyui.files").calibration_files(),
         "tap": tap.loaded(path_of(host, name), patcher).recording.runs,
-        "held-out calls": report.model_error[2],
+        "held-out calls": held_out,
         "steps": found.notes["steps"],
         "schedules": [[len(s.sigmas) - 1, s.runs] for s in found.recording.schedules],
         "history": len(found.recording.history), "text": found.recording.describe(), "warnings": warnings,
@@ -344,10 +346,12 @@ def refused(host: Host) -> dict[str, str]:
     later = recording(host, patcher, "compiled")
     set_torch_compile_wrapper(later, backend="inductor")
     found["compiled later"] = refusal(lambda: ksampler(host, later))
-    quantize = host.module("nodes.comfyui.quantize.native")
-    quantized, _ = quantize.quantize_native(recording(host, patcher, "quantized"), quantize.NativeSettings("W8A8"))
-    found["quantized later"] = refusal(lambda: ksampler(host, quantized))
-    found["quantized"] = refusal(lambda: recording(host, quantized, "quantized"))
+    if formats(host):
+        quantize = host.module("nodes.comfyui.quantize.native")
+        settings = quantize.NativeSettings(formats(host)[0])
+        quantized, _ = quantize.quantize_native(recording(host, patcher, "quantized"), settings)
+        found["quantized later"] = refusal(lambda: ksampler(host, quantized))
+        found["quantized"] = refusal(lambda: recording(host, quantized, "quantized"))
     host.module("qandc_core.calibration.file").Calibration("m").save(path_of(host, "tap"))
     found["other kind"] = refusal(lambda: recording(host, patcher, "tap"))
     found["no layers"] = refusal(lambda: recording(host, without_layers(), "none"))
@@ -356,6 +360,12 @@ def refused(host: Host) -> dict[str, str]:
     found["absent"] = blocked.message
     found["waiting"] = str(node(host, patcher, "absent")[1].message)
     return found
+
+
+def formats(host: Host) -> list[str]:
+    """Of Quantize, those that this version has."""
+    supported = host.module("nodes.comfyui.quantize.formats").supported
+    return [name for name in ("W8A8", "W4A8") if supported(name)]
 
 
 def without_layers():
