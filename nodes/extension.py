@@ -1,4 +1,4 @@
-"""What ComfyUI registers."""
+"""The extension that ComfyUI registers."""
 
 from comfy_api.v0_0_2 import ComfyExtension, io
 from typing_extensions import override

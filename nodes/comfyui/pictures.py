@@ -30,7 +30,7 @@ def error_bars(errors: dict[str, float], measure: str = "relative weight error")
 
 
 def report_picture(report: QuantizationReport) -> Image.Image:
-    """What quantizing did: the error of every layer in the colour of its format, and the report in words."""
+    """Picture of a quantization: the error of every layer in the colour of its format, and the report in words."""
     width, bars, line, font = 560, 200, 19, ImageFont.load_default(14)
     lines = report.summary().split("; ")
     picture = Image.new("RGB", (width, bars + line * (len(lines) + 1)), PAPER)

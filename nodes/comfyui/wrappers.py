@@ -1,4 +1,4 @@
-"""What our wrappers share: one key, the state of one sampling run, and where a run stands."""
+"""Shared by our wrappers: one key, the state of one sampling run, and its position."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ NOISY = ("ddpm", "ancestral", "sde", "lcm", "seeds", "sa_solver")  # in the name
 
 
 def declares_noise(sampler: Any) -> bool:
-    """Whether a sampler adds noise by its options and the defaults of its function, and by its name where it has none.
+    """True if a sampler adds noise by its options and the defaults of its function, or by its name where it has none.
 
     A run sees for itself whether it does; this is for what has to be known before.
     """
@@ -54,7 +54,7 @@ def declares_noise(sampler: Any) -> bool:
 
 
 def is_flow(model) -> bool:
-    """Whether noise replaces the image, as in rectified flow, instead of adding to it."""
+    """True if noise replaces the image, as in rectified flow, instead of adding to it."""
     return isinstance(model.model_sampling, comfy.model_sampling.CONST)
 
 
@@ -75,7 +75,7 @@ def replace_wrapper(patcher, kind: str, key: str, wrapper) -> None:
 
 
 def on_one_device(patcher) -> bool:
-    """Takes off what core's multi-GPU node added: clones of the network for other devices. Whether there were any."""
+    """Removes the clones for other devices that core's multi-GPU node added; True if there were any."""
     clones = patcher.get_additional_models_with_key("multigpu")
     patcher.remove_additional_models("multigpu")
     return bool(clones)
@@ -88,7 +88,7 @@ def note(patcher, topic: str, text: str, detail: str = "") -> None:
 
 
 def labels(patcher) -> str:
-    """What our nodes attached to this model, in words."""
+    """The caches, quantization and compensation that our nodes put on this model, in words."""
     noted = patcher.model_options["transformer_options"].get(KEY, {})
     return ", ".join(text for text, _ in noted.values() if text)
 

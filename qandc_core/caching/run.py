@@ -9,7 +9,7 @@ conditions; nothing here knows the host. Three decisions are made, each by what 
 - **The features** of a call belong to a condition, the part of the sample that it was evaluated on, and its patches
   (`identity`). A call whose part cannot be located, and a condition that is evaluated twice with no difference to tell
   the two apart, is computed.
-- **Forecasts** end where the sampler adds noise between its predictions, which the samples themselves show
+- **Extrapolation** ends where the sampler adds noise between its predictions, which the samples themselves show
   (`trajectory`).
 
 A run costs the host one wait for each prediction, for the noise level; features are `order` + 1 values for every
@@ -32,7 +32,7 @@ from .identity import locate
 from .steps import Steps, same_level
 from .trajectory import NoiseWatch, probe_positions
 
-COMPUTED, HELD, FORECAST, ABSENT = "C", "R", "F", "."
+COMPUTED, REUSED, EXTRAPOLATED, ABSENT = "C", "R", "F", "."
 SIDES = {0: "positive", 1: "negative"}
 CHURNED = 3  # passes that began between the levels of the schedule; a restart begins at one of them
 
@@ -108,7 +108,7 @@ class SamplingRun:
             self.end_forecasts()
 
     def column(self) -> int:
-        """Of the present step in the timeline: its own, or one more where an earlier pass was there."""
+        """Column of the present step in the timeline: its own, or a new one where an earlier pass took it."""
         where = self.number, self.step
         if where not in self.columns:
             taken = self.step in self.columns.values()
@@ -117,7 +117,7 @@ class SamplingRun:
         return self.columns[where]
 
     def end_prediction(self, denoised: Tensor) -> None:
-        """What guidance made of the computed predictions."""
+        """Ends a prediction with the guided result."""
         if self.computed_any:
             self.plan.observe(self.position, denoised)
         self.sample = self.frame = None
@@ -133,11 +133,11 @@ class SamplingRun:
         self.watch, self.positions, self.shape = NoiseWatch(), positions.to(sample.device), sample.shape
 
     def values(self, tensor: Tensor) -> Tensor:
-        """Those of a sample or a prediction that the watch sees."""
+        """The values of a sample or a prediction that the watch reads."""
         return tensor.detach().reshape(-1)[self.positions].float()
 
     def keep_values(self, *tensors: Tensor) -> None:
-        """Of what the sampler was given; they come to the host with the next noise level."""
+        """Keeps values of what the sampler was given; they reach the host with the next noise level."""
         if self.watch is not None:
             self.waiting = [self.values(tensor) for tensor in tensors if tensor.shape == self.shape]
 
@@ -156,7 +156,7 @@ class SamplingRun:
         return float(level)
 
     def see_noise(self, sigma: float) -> None:
-        """Ends forecasts once the sampler has added noise, which a forecast does not see."""
+        """Ends extrapolation once the sampler has added noise, which it cannot foresee."""
         if self.watch is None or self.seen is None:
             return
         (now, predicted), self.seen = self.seen, None
@@ -194,7 +194,9 @@ class SamplingRun:
                 self.ambiguous.add(key)
             self.met.add(key)
         if self.ambiguous.intersection(keys):
-            self.warn("conditions that were evaluated again with nothing to tell the two apart were computed")
+            self.warn(
+                "conditions that were evaluated again, with nothing to distinguish the two evaluations, were computed"
+            )
             return ModelCall(None, tuple(lines))
         return ModelCall(keys, tuple(lines))
 
@@ -235,7 +237,7 @@ class SamplingRun:
     def action(self, cache: FeatureCache) -> str:
         if not cache.run.reusing:
             return COMPUTED
-        return FORECAST if cache.forecasts else HELD
+        return EXTRAPOLATED if cache.forecasts else REUSED
 
     def name(self, line: tuple) -> str:
         """positive, negative, or with a number where a side has several areas, windows or passes."""
@@ -260,20 +262,18 @@ class SamplingRun:
 
     @property
     def timeline(self) -> dict[str, str]:
-        """A letter for each step, by condition and part: C computed, R held, F forecast, . not evaluated. Steps that a
-        later pass evaluated once more follow after the last.
-        """
+        """Letters by condition and part: C computed, R reused, F extrapolated, . not evaluated; repeated steps last."""
         return {
             name: "".join(letters.get(i, ABSENT) for i in range(self.width)) for name, letters in self.lines.items()
         }
 
     def actions(self) -> list[str]:
-        """Of each step and repeated step: computed if any condition was, reused, or not visited."""
+        """One letter per step and repeated step: computed if any condition was, reused, or not visited."""
         columns = list(zip(*self.timeline.values())) if self.lines else [()] * self.width
         return [COMPUTED if COMPUTED in column else max(column, default=ABSENT) for column in columns]
 
     def computed(self) -> list[bool]:
-        """Whether each step computed for any condition; one that was not visited did not."""
+        """One flag per step: computed for any condition. Steps that were not visited were not computed."""
         return [action == COMPUTED for action in self.actions()]
 
     @property
@@ -282,15 +282,15 @@ class SamplingRun:
 
     @property
     def reused_any(self) -> bool:
-        """Whether anything was reused."""
-        return any(letter in (HELD, FORECAST) for line in self.lines.values() for letter in line.values())
+        """True if anything was reused."""
+        return any(letter in (REUSED, EXTRAPOLATED) for line in self.lines.values() for letter in line.values())
 
     def counts(self) -> str:
-        """In words."""
+        """The numbers of computed, reused and unvisited steps in words."""
         actions = self.actions()
         computed, absent, repeated = actions.count(COMPUTED), actions.count(ABSENT), self.width - self.total
         mixed = sum(
-            COMPUTED in column and bool({HELD, FORECAST} & {*column}) for column in zip(*self.timeline.values())
+            COMPUTED in column and bool({REUSED, EXTRAPOLATED} & {*column}) for column in zip(*self.timeline.values())
         )
         in_part = f" ({mixed} in part)" if mixed else ""
         left_out = f", {absent} not visited" if absent else ""

@@ -39,7 +39,7 @@ def fingerprint(model: nn.Module) -> Fingerprint:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What calibration found for one model: layer statistics, computed steps of the cache, variance compensation.
+    """The result of calibrating one model: layer statistics, computed steps of the cache, variance compensation.
 
     `distances` (T, T) are what optimal_schedule minimises. `sampling` and `notes` say how it was made. `held_out` are
     calls of the model that no statistics come from. `recording` is there to add runs to it.
@@ -95,7 +95,7 @@ class Calibration:
         return tuple(self.sampling.schedule().sigmas) if self.sampling is not None else None
 
     def schedule_mismatch(self, sigmas: Sequence[float]) -> str:
-        """How a run at these noise levels, the last included, differs from the one it was made on; "" if it does not.
+        """How a run at these noise levels, the last included, differs from the one it was made on; "" if not at all.
 
         Levels within 2 % count as the same. Of a file that does not know its levels the number of steps counts.
         """
@@ -104,7 +104,7 @@ class Calibration:
         return schedule_mismatch(known, made, steps, sigmas)
 
     def belongs_to_schedule(self, sigmas: Sequence[float]) -> bool:
-        """Whether it was made on a run at these noise levels, the last included."""
+        """True if it was made on a run at these noise levels, the last included."""
         return not self.schedule_mismatch(sigmas)
 
     def with_variance(self, variance: VarianceCompensation) -> Calibration:
@@ -146,7 +146,7 @@ class Calibration:
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """What a calibration file says of itself, without its tensors. Raises OSError or ValueError on any other file."""
+    """The header of a calibration file, without its tensors. Raises OSError or ValueError on any other file."""
     with reading(path, REMEDY):
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}

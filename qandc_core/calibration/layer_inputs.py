@@ -1,4 +1,4 @@
-"""The second pass of calibration: what layers see on the chosen samples, and model calls that are held out."""
+"""The second pass of calibration: the inputs of layers on the chosen samples, and held-out model calls."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Observer:
         self.call, self.condition = self.call + 1, 0
 
     def called(self, call: Callable[[], Any], x: Tensor, t: Tensor, conditions: Mapping[str, Any], count: int) -> Any:
-        """What call() answers, a model call on x (N, ...) whose batch holds so many conditions side by side."""
+        """The result of call(), a model call on x (N, ...) whose batch holds `count` conditions side by side."""
         samples, held_out = self.places(len(x), count)
         if not len(samples) and not len(held_out):
             return call()

@@ -1,4 +1,4 @@
-"""What calibration keeps of each layer's inputs: sums, bounds, a histogram, and X^T X or a random sample of them."""
+"""Statistics of each layer's inputs: sums, bounds, a histogram, and X^T X or a random sample of the inputs."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class LayerStatistics:
             self.histogram = self.histogram.to(device, widest_float(device))
 
     def settle(self, device: torch.device, room: int) -> int:
-        """Moves X^T X and kept inputs to a device that has room for so many bytes. Returns those that it took."""
+        """Moves X^T X and kept inputs to a device with `room` free bytes. Returns how many of them were used."""
         taken = 0
         for key in ("hessian", "inputs", "held_out"):
             value = getattr(self, key)
@@ -115,7 +115,7 @@ class LayerStatistics:
             self.hessian += other.hessian
 
     def finite(self) -> Tensor:
-        """Whether all inputs were, as a tensor on their device."""
+        """True if all inputs were finite, as a tensor on their device."""
         return (self.low.isfinite() & self.high.isfinite()).all()
 
     def keep_inputs(self, x: Tensor) -> None:

@@ -78,7 +78,7 @@ def timing(run: ComparedRun, reference: ComparedRun) -> list[str]:
 
 
 def on_gpu(report: RunReport) -> bool:
-    """Elsewhere the peak is that of the process since it began, which tells runs nothing apart."""
+    """True where peaks can be compared: elsewhere they are the process's since it began, not a run's."""
     return report.device.startswith("cuda")
 
 
@@ -193,7 +193,7 @@ def timelines(runs: Sequence[ComparedRun]) -> str:
     if not named:
         return ""
     rows = "\n".join(f"{line}  {name}" for name, line in named)
-    return f"\n\nSteps (C computed, R held, F forecast):\n\n```\n{rows}\n```"
+    return f"\n\nSteps (C computed, R reused, F extrapolated):\n\n```\n{rows}\n```"
 
 
 def layers(runs: Sequence[ComparedRun]) -> str:

@@ -83,7 +83,7 @@ def quantize_weight(
 def rounded_layer(
     name: str, weight: Tensor, bias: Tensor | None, config: NativeConfig, statistics: LayerStatistics | None = None
 ) -> NativeLayer | None:
-    """As quantize_weight, however large the error."""
+    """quantize_weight without its limit on the error."""
     wanted, (outputs, inputs) = BY_NAME[config.format], weight.shape
     wanted.check_available()
     format = fitting(wanted, outputs, inputs)
@@ -153,7 +153,7 @@ def mark(config: Mapping[str, Any]) -> Tensor:
 
 
 def layer_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What the comfy_quant tensor says."""
+    """The decoded comfy_quant tensor."""
     return json.loads(bytes(tensors["comfy_quant"].tolist()))
 
 

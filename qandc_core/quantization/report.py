@@ -1,4 +1,4 @@
-"""What quantizing a model did to it: formats, sizes and measured errors."""
+"""The report of a quantization: formats, sizes and measured errors."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ class StepClock:
         return host_mark(self.device) if moment is None else moment
 
     def begin(self) -> None:
-        """What was done since the last step is no part of the next."""
+        """Excludes what was done since the last step from the next."""
         self.begun = self.now()
 
     def end(self) -> None:
@@ -109,14 +109,14 @@ class CallTimes:
 
     @property
     def known(self) -> bool:
-        """Whether both kinds were seen."""
+        """True if both kinds were seen."""
         return all(self.spans.values())
 
     def seconds(self, reused: bool) -> list[float]:
         return [span(begun, ended) for begun, ended in self.spans[reused]]
 
     def speedup(self) -> float | None:
-        """How much longer all calls would have taken had each computed; None before both kinds were seen."""
+        """Time of all calls had each been computed, over the time they took; None before both kinds were seen."""
         computed, reused = self.seconds(False), self.seconds(True)
         if not self.known:
             return None

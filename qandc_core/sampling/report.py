@@ -1,4 +1,4 @@
-"""What a run measured of itself."""
+"""The report of a sampling run: times, computed steps, memory."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class RunReport:
 
     `peak_memory` is the device allocator's peak on a GPU (on MPS what its driver holds at the end) and the process's
     peak on CPU; None where the system has none.
-    `factors` are K_t of each step's channels where variance compensation was on. Of a cache: `reuse` is what it reused
-    and why, `timeline` a letter per step for each condition (C computed, R held, F forecast, . not evaluated; steps
-    that the sampler went back to follow after the last), `not_visited` the steps that the sampler left out, and
-    `cache_speedup` how much longer the model calls would have taken had each computed. `quantization` is what Quantize
-    measured of the model. `size` are the shapes (C, ...) of a sample's parts; `seed` is None where it is not known.
+    `factors` are K_t of each step's channels where variance compensation was on. With a cache, `reuse` says what was
+    reused and why, `timeline` has a letter per step for each condition (C computed, R reused, F extrapolated, . not
+    evaluated; steps that the sampler went back to follow after the last), `not_visited` counts the steps that the
+    sampler left out, and `cache_speedup` is the speedup of the model calls. `quantization` is the report of Quantize.
+    `size` are the shapes (C, ...) of a sample's parts; `seed` is None where it is not known.
     """
 
     sampler: str

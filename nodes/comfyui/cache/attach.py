@@ -181,7 +181,7 @@ def without_features(run: ModelRun, cache: FeatureCache, device: torch.device, c
 
 
 def reuse_prediction(run: ModelRun, cache: FeatureCache, model, transformer_options, call) -> Tensor:
-    """The denoised sample itself is held or forecast; any sampler can use it, and Euler as well as its derivative."""
+    """Reuses or extrapolates the denoised sample, right for any sampler; with Euler as good as its derivative."""
     if cache.run.reusing and cache.holds("denoised"):
         return cache.recall("denoised").clone()
     cache.run.reusing = False  # features of blocks, kept before another device found that they cannot be reused
@@ -198,7 +198,7 @@ def reuse_branches(run: ModelRun, cache: FeatureCache, model, transformer_option
 
 
 def reuse_blocks(run: ModelRun, cache: FeatureCache, model, transformer_options, call) -> Tensor:
-    """What the lists of blocks add to their streams is reused; embedding and output layers compute."""
+    """Reuses what the lists of blocks add to their streams; embedding and output layers compute."""
     network = model.diffusion_model
     if not cache.run.reusing and not cache.needs(run.step):
         return call()
@@ -240,12 +240,12 @@ CALLS = {PREDICTION: reuse_prediction, BRANCHES: reuse_branches, BLOCKS: reuse_b
 
 
 def choose_reuse(model, wanted: str) -> tuple[str, str]:
-    """What to reuse on this model, and why."""
+    """Chooses what to reuse on this model, with the reason."""
     network: nn.Module = model.diffusion_model
     if hasattr(network, "_orig_mod"):  # torch.compile's wrapper, whose module takes seconds to import
         return PREDICTION, "because the whole model is compiled"
     if wanted == BRANCHES and not isinstance(model, DiTModel):
-        return PREDICTION, "because attention and MLP are told apart on models of Load DiT only"
+        return PREDICTION, "because attention and MLP can be reused separately on models of Load DiT only"
     if wanted == BLOCKS and not block_lists(network):
         return PREDICTION, f"because the blocks of {type(network).__name__} are not known"
     if wanted != AUTOMATIC:
@@ -263,7 +263,7 @@ def cost_of(network: nn.Module, reuse: str) -> float:
 
 
 def apply_cache(patcher, settings: CacheSettings):
-    """A clone of the model that caches; interval 1 attaches nothing and takes off a cache that was there."""
+    """A clone of the model that caches; interval 1 attaches nothing and removes a cache that was there."""
     clone = patcher.clone()
     for kind in (WRAPPERS.OUTER_SAMPLE, WRAPPERS.PREDICT_NOISE, WRAPPERS.APPLY_MODEL):
         clone.remove_wrappers_with_key(kind, KEY)
@@ -280,12 +280,12 @@ def apply_cache(patcher, settings: CacheSettings):
 
 
 def steps_vary(patcher) -> bool:
-    """Whether its cache picks other steps for other images."""
+    """True if its cache picks other steps for other images."""
     wrappers = patcher.get_wrappers(WRAPPERS.OUTER_SAMPLE, KEY)
     return any(not wrapper.settings.policy.decided_before for wrapper in wrappers)
 
 
 def is_reused(transformer_options: dict[str, Any]) -> bool:
-    """Whether the latest model call of the run came from the cache."""
+    """True if the latest model call of the run came from the cache."""
     run = transformer_options.get(KEY)
     return run is not None and run.reused

@@ -109,12 +109,12 @@ class RecordedRun:
         self.models = [patcher.model, *(clone.model for clone in clones)]
 
     def takes(self, model, options: dict[str, Any], device: torch.device) -> bool:
-        """Whether a call is one of this model, and computed."""
+        """True for a computed call of this model."""
         return any(model is known for known in self.models) and not is_reusing(options, model, device)
 
 
 def is_reusing(options: dict[str, Any], model, device: torch.device) -> bool:
-    """Whether Apply Cache reuses blocks in this call, or only tests whether it could."""
+    """True while Apply Cache reuses blocks in this call, or tests whether it could."""
     run = options.get(CACHE)
     cache = None if run is None else run.caches.get((device, id(model)))
     return cache is not None and cache.run.reusing
@@ -166,7 +166,7 @@ def keep_innermost(options: dict[str, Any]) -> None:
 
 
 def is_compiled(patcher) -> bool:
-    """Whether torch.compile is on the model or on a part of it."""
+    """True if torch.compile is on the model or on a part of it."""
     wrappers = [patcher.wrappers, patcher.model_options["transformer_options"].get("wrappers", {})]
     if any(COMPILE in kinds.get(WRAPPERS.APPLY_MODEL, {}) for kinds in wrappers):
         return True

@@ -10,7 +10,7 @@ from ....qandc_core.quantization.formats import BY_NAME, packed_format
 
 
 def loads(format: str) -> bool:
-    """Whether this ComfyUI knows the format's name in files."""
+    """True if this ComfyUI knows the format's name in files."""
     try:
         from comfy.quant_ops import QUANT_ALGOS
     except ImportError:

@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class NativeSettings:
-    """What the node Quantize asks for. `loras`: bake them into the weights, or keep them as patches on top.
+    """Settings of the node Quantize. `loras`: bake them into the weights, or keep them as patches on top.
 
     `include`: parts of names of layers outside the blocks that are quantized too.
     """
@@ -50,7 +50,7 @@ class NativeSettings:
 def quantize_native(
     patcher, settings: NativeSettings, calibration: Calibration | None = None
 ) -> tuple[Any, QuantizationReport]:
-    """A quantized model that keeps what was attached to the given one, which stays as it is.
+    """A quantized copy of the model that keeps its wrappers and patches; the model itself is not changed.
 
     Raises ValueError where this ComfyUI lacks the format, the model is quantized already, the calibration is of another
     model, or the result is not finite or far from full precision.
@@ -158,7 +158,7 @@ def quantized_weights(
 
 
 def working_memory(patcher, name: str) -> int:
-    """Bytes that rounding one layer takes: X^T X and its factor, and the weight a few times, in float32."""
+    """Memory to round one layer: X^T X and its factor, and the weight a few times, in float32."""
     module = patcher.model.diffusion_model.get_submodule(name)
     return 4 * module.in_features * (3 * module.in_features + 6 * module.out_features)
 
@@ -212,7 +212,7 @@ def model_error(
 
 
 def predictions(patcher, calls: tuple[ModelCall, ...], progress: Progress) -> list[Tensor]:
-    """What the model alone, without wrappers and caches, answers to each call."""
+    """Predictions of the bare model, without wrappers and caches, for each call."""
     mm.load_models_gpu([patcher])
     given = patcher.model_options["transformer_options"]
     patches = {key: given[key] for key in ("patches", "patches_replace") if key in given}

@@ -1,4 +1,4 @@
-"""What a quantized format of ComfyUI's is: its limits as data, and how weights become its tensors and come back.
+"""The interface of ComfyUI's quantized formats: limits as data, weights to tensors and back.
 
 Every format is int8 at heart: its codes decode to int8 weights with one scale for each row, rotated in groups of inputs
 (ConvRot), and multiply 8-bit activations that are scaled anew for every token. To add one, write a module with a
@@ -52,7 +52,7 @@ class Format(ABC):
             yield from self.finer.finers()
 
     def available(self) -> bool:
-        """Whether the installed comfy-kitchen has the format."""
+        """True if the installed comfy-kitchen has the format."""
         return True
 
     def check_available(self) -> None:
@@ -67,11 +67,11 @@ class Format(ABC):
 
     @abstractmethod
     def bytes(self, outputs: int, inputs: int) -> int:
-        """What `parts` take of a layer with N outputs and K inputs that it takes."""
+        """Size of the `parts` of a layer with N outputs and K inputs."""
 
     @abstractmethod
     def config(self, group: int) -> dict[str, Any]:
-        """What comfy_quant says of a weight rotated in groups of this size."""
+        """The comfy_quant entry of a weight rotated in groups of this size."""
 
     @abstractmethod
     def encode(
@@ -81,7 +81,7 @@ class Format(ABC):
 
     @abstractmethod
     def int8(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """What the kernel multiplies: the rotated weight as int8 (N, K) and its rows' scales (N,) float32."""
+        """The operands of the kernel: the rotated weight as int8 (N, K) and its rows' scales (N,) float32."""
 
     def decode(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """The rotated weight (N, K) that the tensors stand for, float32."""

@@ -39,7 +39,7 @@ class GroupedGrid:
 class Grouped(Format):
     @abstractmethod
     def values(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """What the codes from 0 on stand for, (2^bits,) ascending."""
+        """Values of the codes, (2^bits,) ascending."""
 
     @abstractmethod
     def pack(self, codes: Tensor) -> Tensor:

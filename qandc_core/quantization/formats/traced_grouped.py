@@ -59,7 +59,7 @@ def operators() -> tuple[Any, Any]:
 
 
 def runs(weight: Any, transposed: bool) -> bool:
-    """Whether the operators take this weight."""
+    """True if the operators take this weight."""
     from comfy_kitchen.tensor import QuantizedTensor
 
     return (
