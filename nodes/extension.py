@@ -4,6 +4,7 @@ from comfy_api.v0_0_2 import ComfyExtension, io
 from typing_extensions import override
 
 from .apply_cache import ApplyCache
+from .calibrate_from_runs import CalibrateFromRuns
 from .class_label import ClassLabel
 from .compare import Compare
 from .load_dit import LoadDiT
@@ -22,6 +23,7 @@ class QandCExtension(ComfyExtension):
             ClassLabel,
             ApplyCache,
             TAPCalibrate,
+            CalibrateFromRuns,
             Quantize,
             VarianceCompensate,
             Sample,

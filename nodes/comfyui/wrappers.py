@@ -95,6 +95,13 @@ def replace_wrapper(patcher, kind: str, key: str, wrapper) -> None:
     patcher.add_wrapper_with_key(kind, key, wrapper)
 
 
+def on_one_device(patcher) -> bool:
+    """Removes the clones for other devices that core's multi-GPU node added; True if there were any."""
+    clones = patcher.get_additional_models_with_key("multigpu")
+    patcher.remove_additional_models("multigpu")
+    return bool(clones)
+
+
 def note(patcher, topic: str, text: str, detail: str = "") -> None:
     """Notes what a node attached: a text for reports, and in full what a saved compensation depends on."""
     options = patcher.model_options["transformer_options"]

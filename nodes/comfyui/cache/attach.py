@@ -10,6 +10,7 @@ from typing import Any
 
 import comfy.model_management
 import comfy.patcher_extension
+import torch
 from torch import Tensor, nn
 
 from ....qandc_core.caching.attach import cached_call, cached_modules
@@ -140,6 +141,22 @@ class ModelWrapper:
         if run is None:
             warn_of_no_run()
             return call()
+        with run.lock:
+            known, cache = self.placed(run, model, x, c_crossattn, control, transformer_options)
+        begun = run.times.mark(x.device)
+        try:
+            out = CALLS[run.reuse](run, cache, model, transformer_options, call)
+        except comfy.model_management.OOM_EXCEPTION:
+            if not run.num_bytes:
+                raise
+            out = without_features(run, cache, x.device, call)
+        with run.lock:
+            run.times.add(begun, run.times.mark(x.device), cache.run.reusing)
+            run.record(cache, known)
+        return out
+
+    def placed(self, run: ModelRun, model, x: Tensor, c_crossattn, control, transformer_options):
+        """What a call is a call of, and the cache of its network."""
         if not run.reuse:
             reuse, reason = choose_reuse(model, self.reuse)
             run.begin(reuse, reason, cost_of(model.diffusion_model, reuse))
@@ -147,17 +164,7 @@ class ModelWrapper:
         tokens = tuple(c_crossattn.shape[1:]) if run.keeps_tokens and c_crossattn is not None else ()
         state = (*state_of(model, control, transformer_options), tokens)
         known = run.identify(x, conditions_of(transformer_options), state, nothing_between(transformer_options))
-        cache = run.place(x, known)
-        begun = run.times.mark(x.device)
-        try:
-            out = CALLS[run.reuse](run, cache, model, transformer_options, call)
-        except comfy.model_management.OOM_EXCEPTION:
-            if not run.num_bytes:
-                raise
-            out = without_features(run, cache, call)
-        run.times.add(begun, run.times.mark(x.device), cache.run.reusing)
-        run.record(cache, known)
-        return out
+        return known, run.place(x, known, id(model))
 
 
 def conditions_of(transformer_options: dict[str, Any]) -> list[tuple[Hashable, int]]:
@@ -167,9 +174,9 @@ def conditions_of(transformer_options: dict[str, Any]) -> list[tuple[Hashable, i
     return list(zip(ids, sides))
 
 
-def without_features(run: ModelRun, cache: FeatureCache, call) -> Tensor:
-    """After memory ran out: frees what was kept and computes."""
-    run.drop()
+def without_features(run: ModelRun, cache: FeatureCache, device: torch.device, call) -> Tensor:
+    """After memory ran out on a device: frees what was kept there and computes."""
+    run.drop(device)
     cache.run.reusing = False
     comfy.model_management.soft_empty_cache()
     run.warn("memory ran out: kept features were dropped and the step was computed")
@@ -178,8 +185,9 @@ def without_features(run: ModelRun, cache: FeatureCache, call) -> Tensor:
 
 def reuse_prediction(run: ModelRun, cache: FeatureCache, model, transformer_options, call) -> Tensor:
     """Reuses or extrapolates the denoised sample, right for any sampler; with Euler as good as its derivative."""
-    if cache.run.reusing:
+    if cache.run.reusing and cache.holds("denoised"):
         return cache.recall("denoised").clone()
+    cache.run.reusing = False  # features of blocks, kept before another device found that they cannot be reused
     out = call()
     if cache.needs(run.step):
         cache.store("denoised", out.float().clone())
