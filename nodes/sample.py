@@ -4,7 +4,8 @@ import comfy.sample
 from comfy_api.v0_0_2 import io
 
 from . import schema
-from .comfyui.sampling import Settings, fitted_latent, measured_sample
+from .comfyui.reporting import measured_sample
+from .comfyui.sampling import Settings, fitted_latent
 
 
 class Sample(io.ComfyNode):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
+import folder_paths
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -49,3 +53,13 @@ def report_picture(report: QuantizationReport) -> Image.Image:
 def to_image(figure: Image.Image) -> Tensor:
     """As an IMAGE (1, H, W, 3)."""
     return torch.from_numpy(np.asarray(figure).astype(np.float32) / 255)[None]
+
+
+def wanted_theme() -> str:
+    """light where ComfyUI's user chose its light colours, else dark, which it begins with."""
+    settings = Path(folder_paths.get_user_directory(), "default", "comfy.settings.json")
+    try:
+        palette = json.loads(settings.read_text(encoding="utf-8")).get("Comfy.ColorPalette")
+    except (OSError, ValueError, AttributeError):
+        return "dark"
+    return "light" if palette == "light" else "dark"

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Sequence
+from threading import RLock
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ CHURNED = 3  # passes that began between the levels of the schedule; a restart b
 
 
 class SamplingRun:
-    """Features by condition, for each device; steps by noise level; nothing outlives the run.
+    """Features by condition, for each device and network; steps by noise level; nothing outlives the run.
 
     `plan` says which steps compute, `sampler` is its name in messages. `corrects`: the sampler's first evaluation at a
     noise level ends the step before it, as Heun's does.
@@ -49,7 +50,8 @@ class SamplingRun:
         self.plan, self.steps, self.sampler = plan, Steps(sigmas), sampler
         self.corrects, self.offload = corrects, offload
         self.total = self.steps.total
-        self.caches: dict[torch.device, FeatureCache] = {}
+        self.caches: dict[tuple[torch.device, Hashable], FeatureCache] = {}
+        self.lock = RLock()  # clones of a network on several devices are called in threads
         self.sample: Tensor | None = None  # what the sampler handed over, for calls whose part has to be located
         self.frame: Frame | None = None
         self.watch: NoiseWatch | None = None
@@ -208,10 +210,10 @@ class SamplingRun:
         whole = self.sample.to(x.device)
         return [locate(part, whole) for part in x.chunk(len(conditions))], tuple(conditions)
 
-    def place(self, x: Tensor, call: ModelCall) -> FeatureCache:
-        """Begins a model call; the cache answers whether it reuses."""
+    def place(self, x: Tensor, call: ModelCall, network: Hashable = None) -> FeatureCache:
+        """Begins a model call; the cache, one for each device and network, answers whether it reuses."""
         home = x.device if self.offload else None
-        cache = self.caches.setdefault(x.device, FeatureCache(self.plan, offloaded_from=home))
+        cache = self.caches.setdefault((x.device, network), FeatureCache(self.plan, offloaded_from=home))
         if call.keys is None:
             cache.pass_by(self.step, self.position)
             cache.forget(self.ambiguous)
@@ -246,9 +248,11 @@ class SamplingRun:
             self.names[line] = base if not others else f"{base} #{others + 1}"
         return self.names[line]
 
-    def drop(self) -> None:
-        for cache in self.caches.values():
-            cache.drop()
+    def drop(self, device: torch.device | None = None) -> None:
+        """Forgets the features, or those that are on a device."""
+        for (place, _), cache in self.caches.items():
+            if device in (None, place):
+                cache.drop()
 
     @property
     def num_bytes(self) -> int:

@@ -143,10 +143,15 @@ def spread(calls: Tensor, count: int) -> Tensor:
 
 def features_of(x: Tensor) -> Tensor:
     """A sample as TAP sees it (N, D), float32 on CPU."""
+    return reduced(x).cpu()
+
+
+def reduced(x: Tensor) -> Tensor:
+    """Samples (N, ...) averaged down to at most FEATURES values each (N, D), float32, on their device."""
     values = x[0].numel()
     if values > FEATURES and x.ndim >= 4:
         side = max(1, int((FEATURES / (values / (x.shape[-1] * x.shape[-2]))) ** 0.5))
         x = F.adaptive_avg_pool2d(x.flatten(1, -3).float(), side)
     elif values > FEATURES:  # sound, or several latents packed into one
         x = F.adaptive_avg_pool1d(x.flatten(1).float(), FEATURES)
-    return x.flatten(1).float().cpu()
+    return x.flatten(1).float()

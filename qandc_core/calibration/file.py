@@ -20,6 +20,7 @@ from ..files import parse_json, read_safetensors, reading, save_tensors
 from ..values import check_finite
 from .calls import ModelCall, pack_calls, unpack_calls
 from .fingerprint import Fingerprint, fingerprint_tensors, same_model
+from .recording import Recording, read_recording
 from .statistics import BINS, LayerStatistics
 
 __all__ = ["FINGERPRINT", "Calibration", "fingerprint", "fingerprint_tensors", "load_calibration", "read_header"]
@@ -41,7 +42,8 @@ class Calibration:
     """The result of calibrating one model: layer statistics, computed steps of the cache, variance compensation.
 
     `distances` (T, T) are what optimal_schedule minimises. `sampling` and `notes` say how it was made. `held_out` are
-    calls of the model that no statistics come from. Immutable: `with_variance` and `with_schedule` make a new one.
+    calls of the model that no statistics come from. `recording` is there to add runs to it.
+    Immutable: `with_variance` and `with_schedule` make a new one.
     """
 
     model: str
@@ -52,6 +54,7 @@ class Calibration:
     sampling: SamplingConfig | None = None
     notes: dict[str, Any] = field(default_factory=dict)
     held_out: tuple[ModelCall, ...] = ()
+    recording: Recording | None = None
 
     def check_model(self, model: nn.Module) -> None:
         self.check_fingerprint(fingerprint(model))
@@ -126,6 +129,8 @@ class Calibration:
         if self.variance is not None:
             for key in ("sigmas", "mean", "factor"):
                 tensors[f"variance/{key}"] = getattr(self.variance, key).contiguous()
+        if self.recording is not None:
+            tensors |= self.recording.tensors()
         header = {
             "format": FORMAT,
             "version": VERSION,
@@ -135,6 +140,7 @@ class Calibration:
             "sampling": asdict(self.sampling) if self.sampling is not None else None,
             "notes": self.notes,
             "held_out": held_out,
+            **({"recording": self.recording.header()} if self.recording is not None else {}),
         }
         save_tensors(tensors or {"empty": torch.zeros(1)}, path, {"qandc": json.dumps(header)})
 
@@ -186,6 +192,7 @@ def read_calibration(tensors: dict[str, Tensor], header: Mapping[str, Any]) -> C
         sampling=read_sampling(header["sampling"]),
         notes=header["notes"],
         held_out=unpack_calls(tensors, header.get("held_out", ())),
+        recording=read_recording(tensors, header.get("recording")),
     )
 
 

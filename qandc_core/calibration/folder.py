@@ -36,6 +36,12 @@ def is_listed(name: str) -> bool:
     return name.endswith(SUFFIX) and is_file_name(name)
 
 
+def named(folder: Path, name: str) -> Path:
+    """The file that stands for a name somebody typed, under a name that every system can hold and that is listed."""
+    stem = stem_of(name.strip().removesuffix(SUFFIX))
+    return folder / (f"{stem}{SUFFIX}" if is_portable(f"{stem}{SUFFIX}") else f"calibration_{stem}{SUFFIX}")
+
+
 def made_before(folder: Path, prefix: str, inputs: str) -> Path | None:
     """The newest numbered file of this prefix that was made of inputs with this digest."""
     pattern = re.compile(re.escape(stem_of(prefix)) + r"_\d{5,}\.safetensors")

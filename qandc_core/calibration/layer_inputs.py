@@ -111,14 +111,17 @@ class Observer:
 
     def keep_calls(self, samples: list[int], x: Tensor, t: Tensor, conditions: Mapping[str, Any]) -> None:
         """Keeps these samples of the batch as calls of their own."""
-        given = {key: value for key, value in conditions.items() if value is not None}
-        for row in samples:
-            call = {key: part_of(value, row, len(x)) for key, value in given.items()}
-            unfit = [key for key, value in call.items() if not storable(value)]
-            if unfit:
-                log.info("Q&C calibration: a held-out call is left out, its %s cannot be stored.", ", ".join(unfit))
-                continue
-            self.calls.append(ModelCall(part_of(x, row, len(x)), part_of(t, row, len(x)), call))
+        self.calls += [call for row in samples if (call := call_of(row, x, t, conditions)) is not None]
+
+
+def call_of(row: int, x: Tensor, t: Tensor, conditions: Mapping[str, Any]) -> ModelCall | None:
+    """One sample of a batch as a call of its own; None, with a message, where a condition cannot be stored."""
+    given = {key: part_of(value, row, len(x)) for key, value in conditions.items() if value is not None}
+    unfit = [key for key, value in given.items() if not storable(value)]
+    if unfit:
+        log.info("Q&C calibration: a held-out call is left out, its %s cannot be stored.", ", ".join(unfit))
+        return None
+    return ModelCall(part_of(x, row, len(x)), part_of(t, row, len(x)), given)
 
 
 def of_samples(inputs: Tensor, batch: int, samples: Tensor) -> Tensor:

@@ -49,12 +49,16 @@ class LayerStatistics:
     def reach(self) -> float:
         return float(self.span)
 
-    def update(self, x: Tensor) -> None:
-        """Adds inputs x (M, K), on their device and without waiting for it: nothing is read before the end."""
+    def update(self, x: Tensor, among: Tensor | None = None) -> None:
+        """Adds inputs x (M, K), on their device and without waiting for it: nothing is read before the end.
+
+        Where x was drawn from inputs `among` (N, K), the bounds are theirs.
+        """
         x = x.detach().float()
         self.follow(x.device)
         self.count += len(x)
-        low, high = x.amin(0), x.amax(0)
+        low, high = (x if among is None else among.detach()).aminmax(dim=0)
+        low, high = low.float(), high.float()
         self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
         self.mean += (x.mean(0) - self.mean) * (len(x) / self.count)
         self.widen(torch.maximum(high.max(), -low.min()))
@@ -90,6 +94,25 @@ class LayerStatistics:
         cpu = torch.device("cpu")
         self.follow(cpu)
         self.settle(cpu, sys.maxsize)
+
+    def sums(self) -> LayerStatistics:
+        """A copy without kept inputs."""
+        hessian = None if self.hessian is None else self.hessian.clone()
+        return LayerStatistics(
+            self.count, self.low.clone(), self.high.clone(), self.mean.clone(), self.histogram.clone(),
+            self.span.clone(), hessian,
+        )  # fmt: skip
+
+    def merge(self, other: LayerStatistics) -> None:
+        """Adds all inputs that another object of the layer was given, kept ones aside; both on the CPU."""
+        self.count += other.count
+        self.low, self.high = torch.minimum(self.low, other.low), torch.maximum(self.high, other.high)
+        self.mean += (other.mean - self.mean) * (other.count / max(self.count, 1))
+        self.widen(other.span)
+        other.widen(self.span)
+        self.histogram += other.histogram
+        if self.hessian is not None and other.hessian is not None:
+            self.hessian += other.hessian
 
     def finite(self) -> Tensor:
         """True if all inputs were finite, as a tensor on their device."""

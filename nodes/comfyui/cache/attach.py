@@ -10,6 +10,7 @@ from typing import Any
 
 import comfy.model_management
 import comfy.patcher_extension
+import torch
 from torch import Tensor, nn
 
 from ....qandc_core.caching.attach import cached_call, cached_modules
@@ -18,11 +19,14 @@ from ....qandc_core.caching.cost import reuse_cost
 from ....qandc_core.caching.families import block_lists
 from ....qandc_core.caching.features import FeatureCache
 from ....qandc_core.numerics import relative_error
+from ....qandc_core.sampling.report import RunReport
 from ..model.dit import DiTModel
-from ..wrappers import REPORT, WRAPPERS, note, options_of_run, samples_flow
+from ..status import show
+from ..wrappers import WRAPPERS, note, options_of_run, reports_of, samples_flow
 from .calls import COMPILE, KEY, keep_inside, nothing_between, state_of
 from .others import other_caches
 from .run import AUTOMATIC, BLOCKS, BRANCHES, PREDICTION, CacheSettings, ModelRun
+from .words import words_of
 
 SELF_TEST = {2: 3e-2, 4: 1e-3}  # relative difference allowed, by bytes of a value
 PRE_RUN = comfy.patcher_extension.CallbacksMP.ON_PRE_RUN
@@ -47,15 +51,18 @@ class RunWrapper:
         options[KEY] = run
         keep_inside(options)
         keep_unconditional(guider.model_options, run)
-        begun = running.set((*running.get(), self))
+        begun, ended = running.set((*running.get(), self)), "The run did not end."
         try:
             out = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
             run.finish()
+            ended = ""
             log.log(logging.WARNING if run.warnings else logging.INFO, run.summary())
             return out
         finally:
+            show(self.settings.node, words_of(run, ended))
             running.reset(begun)
-            fill_report(options.get(REPORT), run)
+            for report in reports_of(options):
+                fill_report(report, run)
             run.caches.clear()
             run.blocks.clear()
             guider.model_options = saved
@@ -79,9 +86,7 @@ def inside_compile(options: dict[str, Any]) -> None:
         wrappers[KEY] = wrappers.pop(KEY)
 
 
-def fill_report(report, run: ModelRun) -> None:
-    if report is None:
-        return
+def fill_report(report: RunReport, run: ModelRun) -> None:
     report.computed, report.cache_bytes = run.computed(), run.peak_bytes
     report.timeline, report.not_visited = run.timeline, run.not_visited
     report.reuse = f"{run.reuse}, {run.reason}" if run.reason else run.reuse
@@ -98,8 +103,7 @@ def before_run(patcher) -> None:
             how = "with the cache of the guider's main model" if active else "without a cache"
             text = f"a model is sampled {how} instead of its own ({own}); apply the cache to the main model"
             log.warning("Q&C cache: %s", text)
-            report = patcher.model_options["transformer_options"].get(REPORT)
-            if report is not None:
+            for report in reports_of(patcher.model_options["transformer_options"]):
                 report.warnings = [*report.warnings, text]
 
 
@@ -137,6 +141,22 @@ class ModelWrapper:
         if run is None:
             warn_of_no_run()
             return call()
+        with run.lock:
+            known, cache = self.placed(run, model, x, c_crossattn, control, transformer_options)
+        begun = run.times.mark(x.device)
+        try:
+            out = CALLS[run.reuse](run, cache, model, transformer_options, call)
+        except comfy.model_management.OOM_EXCEPTION:
+            if not run.num_bytes:
+                raise
+            out = without_features(run, cache, x.device, call)
+        with run.lock:
+            run.times.add(begun, run.times.mark(x.device), cache.run.reusing)
+            run.record(cache, known)
+        return out
+
+    def placed(self, run: ModelRun, model, x: Tensor, c_crossattn, control, transformer_options):
+        """What a call is a call of, and the cache of its network."""
         if not run.reuse:
             reuse, reason = choose_reuse(model, self.reuse)
             run.begin(reuse, reason, cost_of(model.diffusion_model, reuse))
@@ -144,17 +164,7 @@ class ModelWrapper:
         tokens = tuple(c_crossattn.shape[1:]) if run.keeps_tokens and c_crossattn is not None else ()
         state = (*state_of(model, control, transformer_options), tokens)
         known = run.identify(x, conditions_of(transformer_options), state, nothing_between(transformer_options))
-        cache = run.place(x, known)
-        begun = run.times.mark(x.device)
-        try:
-            out = CALLS[run.reuse](run, cache, model, transformer_options, call)
-        except comfy.model_management.OOM_EXCEPTION:
-            if not run.num_bytes:
-                raise
-            out = without_features(run, cache, call)
-        run.times.add(begun, run.times.mark(x.device), cache.run.reusing)
-        run.record(cache, known)
-        return out
+        return known, run.place(x, known, id(model))
 
 
 def conditions_of(transformer_options: dict[str, Any]) -> list[tuple[Hashable, int]]:
@@ -164,9 +174,9 @@ def conditions_of(transformer_options: dict[str, Any]) -> list[tuple[Hashable, i
     return list(zip(ids, sides))
 
 
-def without_features(run: ModelRun, cache: FeatureCache, call) -> Tensor:
-    """After memory ran out: frees what was kept and computes."""
-    run.drop()
+def without_features(run: ModelRun, cache: FeatureCache, device: torch.device, call) -> Tensor:
+    """After memory ran out on a device: frees what was kept there and computes."""
+    run.drop(device)
     cache.run.reusing = False
     comfy.model_management.soft_empty_cache()
     run.warn("memory ran out: kept features were dropped and the step was computed")
@@ -175,8 +185,9 @@ def without_features(run: ModelRun, cache: FeatureCache, call) -> Tensor:
 
 def reuse_prediction(run: ModelRun, cache: FeatureCache, model, transformer_options, call) -> Tensor:
     """Reuses or extrapolates the denoised sample, right for any sampler; with Euler as good as its derivative."""
-    if cache.run.reusing:
+    if cache.run.reusing and cache.holds("denoised"):
         return cache.recall("denoised").clone()
+    cache.run.reusing = False  # features of blocks, kept before another device found that they cannot be reused
     out = call()
     if cache.needs(run.step):
         cache.store("denoised", out.float().clone())

@@ -22,7 +22,7 @@ from ....qandc_core.quantization.selection import unmatched
 from ....qandc_core.sampling.clock import Stopwatch
 from ..pictures import error_bars, report_picture
 from ..sampling import Progress
-from ..wrappers import QUANTIZATION, note
+from ..wrappers import QUANTIZATION, note, on_one_device
 from .formats import backend, check_supported
 from .layers import all_linears, check_loras, check_not_quantized, quantizable
 from .patcher import as_native
@@ -190,6 +190,8 @@ def assembled(weights: SourceWeights, quantized: dict[str, NativeLayer | None]):
     replaced = [key for key in patcher.object_patches if key.startswith("diffusion_model.")]
     if replaced:
         log.warning("Parts that another node put into the model stay in full precision: %s", ", ".join(replaced))
+    if on_one_device(model):
+        log.warning("Q&C quantization: on one device; put the node for several GPUs after Quantize.")
     compiled_again(model, patcher)
     model.size = 0  # counted for the source
     model.model_size()
