@@ -22,7 +22,8 @@ class RunReport(io.ComfyNode):
                 io.Model.Input("model", tooltip="The MODEL that a sampler or guider takes next."),
                 io.String.Input("label", default="", tooltip="Name of the run in Compare; empty: what is attached."),
                 schema.Report.Input(
-                    "report", optional=True,
+                    "report",
+                    optional=True,
                     tooltip="Report of the model that samples before this one, where two models share the steps: both "
                     "become one report.",
                 ),
@@ -30,13 +31,14 @@ class RunReport(io.ComfyNode):
             outputs=[
                 io.Model.Output(tooltip="The same model, measured when it samples."),
                 schema.Report.Output(
-                    "report", display_name="report",
+                    "report",
+                    display_name="report",
                     tooltip="For Compare, beside the images of the same run: filled when the sampler has ended.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
             not_idempotent=True,  # ComfyUI must not give one node what another with the same inputs made
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, model: io.Model.Type, label: str, report=None) -> io.NodeOutput:
