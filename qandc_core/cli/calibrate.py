@@ -10,6 +10,7 @@ from .common import (
     add_bits,
     add_candidates,
     add_model,
+    add_number,
     add_sampling,
     at_least,
     load,
@@ -28,28 +29,27 @@ def add(command: argparse.ArgumentParser) -> None:
     add_model(command)
     add_sampling(command)
     add_bits(command)
-    command.add_argument(
-        "--cache-interval", type=at_least(1), default=CACHE_INTERVAL, metavar="N",
-        help=f"compute every N-th step, 1 caches nothing (default {CACHE_INTERVAL})",
-    )  # fmt: skip
+    add_number(command, "--cache-interval", at_least(1), "compute every N-th step, 1 caches nothing", CACHE_INTERVAL)
     add_candidates(command, DEFAULT)
     command.add_argument(
-        "--selection", choices=SELECTIONS, default=DEFAULT.selection,
+        "--selection",
+        choices=SELECTIONS,
+        default=DEFAULT.selection,
         help=f"how calibration samples are chosen (default {DEFAULT.selection})",
-    )  # fmt: skip
-    command.add_argument(
-        "--time-scale", type=positive, default=DEFAULT.time_scale, metavar="STEPS",
-        help=f"TAP: distance in steps at which samples count as different in time (default {DEFAULT.time_scale})",
-    )  # fmt: skip
+    )
+    apart = "TAP: how many steps apart two samples count as different in time"
+    add_number(command, "--time-scale", positive, apart, DEFAULT.time_scale, "STEPS")
     command.add_argument("--all-steps", action="store_true", help="also choose samples of steps that the cache reuses")
-    command.add_argument("--pairs", type=at_least(0), default=64, help="pairs of runs for the compensation, 0 for none")
+    add_number(command, "--pairs", at_least(0), "pairs of runs for the compensation, 0 for none", 64)
     command.add_argument(
         "--optimal-steps", action="store_true", help="compute the DP-optimal steps, as many as the interval would"
     )
     command.add_argument(
-        "--hessians", action=argparse.BooleanOptionalAction, default=DEFAULT.hessians,
+        "--hessians",
+        action=argparse.BooleanOptionalAction,
+        default=DEFAULT.hessians,
         help="collect the input Hessian (X^T X) of every layer, which gptq rounding needs",
-    )  # fmt: skip
+    )
     command.add_argument("--out", type=safetensors, required=True, help="calibration file to write (.safetensors)")
 
 
@@ -66,9 +66,14 @@ def run(args: argparse.Namespace) -> None:
     model, config = load(args), sampling(args)
     classes, schedule, fast = model.config.num_classes, None, deepcopy(model)
     settings = replace(
-        DEFAULT, trajectories=args.trajectories, samples=args.samples, selection=args.selection,
-        time_scale=args.time_scale, computed_only=not args.all_steps, hessians=args.hessians,
-    )  # fmt: skip
+        DEFAULT,
+        trajectories=args.trajectories,
+        samples=args.samples,
+        selection=args.selection,
+        time_scale=args.time_scale,
+        computed_only=not args.all_steps,
+        hessians=args.hessians,
+    )
     if args.optimal_steps:
         distances = feature_distances(model, labels(SCHEDULE_LABELS, classes), config, seed=settings.seed)
         schedule = optimal_schedule(distances, len(range(0, args.steps, args.cache_interval)))

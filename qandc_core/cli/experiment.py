@@ -61,20 +61,26 @@ def evaluate(args: argparse.Namespace, process: Any, log: Any) -> Iterator[dict[
         judge = DigitsJudge()
     else:
         judge = InceptionJudge(args.inception, args.vae, args.reference, device(args))
-    candidates = replace(
-        CANDIDATES, trajectories=args.trajectories, samples=args.samples, batch_size=args.batch
-    )  # fmt: skip
+    candidates = replace(CANDIDATES, trajectories=args.trajectories, samples=args.samples, batch_size=args.batch)
     bench = Workbench(model, config, candidates, args.pairs)
     time_batch, repeats = min(64, args.num_images), 3
     result: dict[str, Any] = {
         "command": shlex.join(["python", "-m", "qandc_core", *args.argv]),
         "setup": {
-            "model": args.model, "hardware": hardware(), "sampler": config.sampler, "steps": config.steps,
-            "cfg_scale": config.cfg_scale, "images": args.num_images, "seeds": args.seeds, "processes": process.world,
-            "factor_images": args.factor_images, "time_batch": time_batch, "time_repeats": repeats,
+            "model": args.model,
+            "hardware": hardware(),
+            "sampler": config.sampler,
+            "steps": config.steps,
+            "cfg_scale": config.cfg_scale,
+            "images": args.num_images,
+            "seeds": args.seeds,
+            "processes": process.world,
+            "factor_images": args.factor_images,
+            "time_batch": time_batch,
+            "time_repeats": repeats,
         },
         "floor": real_floor(judge, args.num_images),
-    }  # fmt: skip
+    }
     main = Evaluation(args.num_images, tuple(args.seeds), args.batch)
     if "main" in args.parts:
         result["main"] = run_main(Experiment(bench, judge, main, process, log), time_batch, repeats)

@@ -71,7 +71,7 @@ def factor_rows() -> list[tuple[str, Variant]]:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How many images, over which seeds, in which batches."""
+    """Number of images for each seed, the seeds, and the batch size."""
 
     images: int = 1000
     seeds: tuple[int, ...] = (1, 2, 3)
@@ -79,19 +79,32 @@ class Evaluation:
 
 
 def sample(
-    model: DiT, compensation: VarianceCompensation | None, config: SamplingConfig, count: int, batch: int, seed: int,
+    model: DiT,
+    compensation: VarianceCompensation | None,
+    config: SamplingConfig,
+    count: int,
+    batch: int,
+    seed: int,
     run: Distributed,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Samples (count, C, H, W) for balanced classes, this process's share of them gathered with the others'."""
     labels, parts = balanced_labels(count, model.config.num_classes), []
     shard = run.shard(count, batch)
     for at in range(shard.start, shard.stop, batch):
         part = labels[at : min(at + batch, shard.stop)]
         x, _ = generate(
-            model, part, config.steps, config.cfg_scale, config.sampler, seed, spacing=config.spacing,
-            variance=config.variance, guidance_channels=config.guidance_channels, compensation=compensation,
+            model,
+            part,
+            config.steps,
+            config.cfg_scale,
+            config.sampler,
+            seed,
+            spacing=config.spacing,
+            variance=config.variance,
+            guidance_channels=config.guidance_channels,
+            compensation=compensation,
             first_index=at,
-        )  # fmt: skip
+        )
         parts.append(x.cpu())
     mine = torch.cat(parts) if parts else torch.empty(0, *generate_shape(model))
     return all_gather_tensors(mine)
@@ -181,9 +194,13 @@ class Experiment:
         )
         factors = None if compensation is None else compensation.factor.tolist()
         return {
-            "name": variant.name, "group": group, "variant": asdict(variant), "metrics": summary,
-            "per_seed": per_seed, "factors": factors,
-        }  # fmt: skip
+            "name": variant.name,
+            "group": group,
+            "variant": asdict(variant),
+            "metrics": summary,
+            "per_seed": per_seed,
+            "factors": factors,
+        }
 
 
 def unfitted_compensation(config: SamplingConfig, channels: int) -> VarianceCompensation:
@@ -226,15 +243,19 @@ def real_floor(judge: Judge, count: int, draws: int = 3) -> dict[str, float] | N
     if features is None:
         return None
     generator = torch.Generator().manual_seed(0)
-    values = torch.tensor([
-        FeatureStatistics.of(features[torch.randperm(len(features), generator=generator)[:count]]).frechet(
-            judge.reference.statistics
-        )
-        for _ in range(draws)
-    ])  # fmt: skip
+    values = torch.tensor(
+        [
+            FeatureStatistics.of(features[torch.randperm(len(features), generator=generator)[:count]]).frechet(
+                judge.reference.statistics
+            )
+            for _ in range(draws)
+        ]
+    )
     return {
-        "images": min(count, len(features)), "mean": float(values.mean()), "standard_error": standard_error(values),
-    }  # fmt: skip
+        "images": min(count, len(features)),
+        "mean": float(values.mean()),
+        "standard_error": standard_error(values),
+    }
 
 
 def hardware() -> dict[str, Any]:
@@ -254,8 +275,9 @@ def run_main(experiment: Experiment, time_batch: int, time_repeats: int) -> dict
     """The eight main rows; the last, full precision with fewer steps, takes the steps that fit Q&C's measured time."""
     bench, log = experiment.bench, experiment.log
     steps = bench.sampling.steps
-    timing = measure_time(bench, [replace(v, steps=steps, sampler=bench.sampling.sampler) for v in MAIN_ROWS],
-                          time_batch, time_repeats)  # fmt: skip
+    timing = measure_time(
+        bench, [replace(v, steps=steps, sampler=bench.sampling.sampler) for v in MAIN_ROWS], time_batch, time_repeats
+    )
     for name, values in timing.items():
         log(f"{name:32} {values['seconds']:.2f} s  {values['speedup']:.2f}x")
     # Clocks differ between processes, but all must sample the same number of steps: that of rank 0.

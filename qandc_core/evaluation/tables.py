@@ -65,9 +65,11 @@ def markdown(result: dict[str, Any]) -> str:
     if result.get("main"):
         parts.append(metrics_table(result["main"]["rows"], result["main"]["timing"]))
     if result.get("factors"):
-        parts += ["## Other factors, one at a time",
-                  f"{setup['factor_images']} images, one seed; errors over the images.",
-                  factor_table(result["factors"])]  # fmt: skip
+        parts += [
+            "## Other factors, one at a time",
+            f"{setup['factor_images']} images, one seed; errors over the images.",
+            factor_table(result["factors"]),
+        ]
     return "\n\n".join(parts) + "\n"
 
 

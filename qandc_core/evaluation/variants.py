@@ -53,7 +53,7 @@ class Variant:
 
     @property
     def cache(self) -> tuple[Any, ...]:
-        """What decides the trajectories that calibration sees."""
+        """The settings that determine the calibration trajectories."""
         return (self.interval, self.optimal, self.reuse, self.order, self.sampler, self.steps)
 
     @property
@@ -106,9 +106,13 @@ class Workbench:
 
     def calibration(self, variant: Variant) -> Calibration:
         config = replace(
-            self.calibration_config, selection=variant.selection, time_scale=variant.time_scale,
-            computed_only=variant.computed_only, hessians=variant.rounding == "gptq", seed=CALIBRATION_SEED,
-        )  # fmt: skip
+            self.calibration_config,
+            selection=variant.selection,
+            time_scale=variant.time_scale,
+            computed_only=variant.computed_only,
+            hessians=variant.rounding == "gptq",
+            seed=CALIBRATION_SEED,
+        )
         key = ("calibration", variant.cache, config)
         if key not in self.made:
             host = DiTTrajectories(
@@ -130,10 +134,15 @@ class Workbench:
         if variant.compensation is None:
             return None
         return fit_variance_compensation(
-            self.model, model, balanced_labels(self.pairs, self.classes), self.config(variant),
-            method=variant.compensation, start=variant.compensation_start, seed=FIT_SEED,
+            self.model,
+            model,
+            balanced_labels(self.pairs, self.classes),
+            self.config(variant),
+            method=variant.compensation,
+            start=variant.compensation_start,
+            seed=FIT_SEED,
             batch_size=self.calibration_config.batch_size,
-        )  # fmt: skip
+        )
 
     def build(self, variant: Variant) -> tuple[DiT, VarianceCompensation | None]:
         model = self.quantize(variant, self.calibration(variant) if variant.needs_calibration else None)

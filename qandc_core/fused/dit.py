@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 import torch.nn.functional as F
@@ -78,8 +78,8 @@ class FusedDiT(PatchGrid):
             copy.deepcopy, (model.x_embedder, model.t_embedder, model.y_embedder)
         )
         self.blocks = nn.ModuleList(
-            FusedBlock(block, below(layers, f"blocks.{i}.")) for i, block in enumerate(model.blocks)  # type: ignore[arg-type]
-        )  # fmt: skip
+            FusedBlock(block, below(layers, f"blocks.{i}.")) for i, block in enumerate(cast(Any, model.blocks))
+        )
         names = [f"blocks.{i}.adaLN_modulation.1" for i in range(model.config.depth)]
         self.adaln = stacked([layers[name] for name in [*names, "final_layer.adaLN_modulation.1"]])
         self.final, self.final_eps = layers["final_layer.linear"], model.final_layer.norm_final.eps
@@ -120,9 +120,9 @@ class FusedDiT(PatchGrid):
         return super()._apply(lambda tensor: tensor.to(moved.device), recurse)
 
     def set_cache(self, config: CacheConfig | PolicyConfig | None) -> None:
-        """Raises ValueError on a forecast of features."""
+        """Raises ValueError on order 1 for features: only predictions are extrapolated."""
         if config is not None and config.order and config.reuse != "prediction":
-            raise ValueError("A FusedDiT forecasts predictions only; use reuse='prediction' with order 1.")
+            raise ValueError("A FusedDiT extrapolates predictions only; use reuse='prediction' with order 1.")
         self.cache = config
 
     def reuse_cost(self, reuse: str) -> float:

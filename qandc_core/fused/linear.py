@@ -105,9 +105,15 @@ class Int8Linear(nn.Module):
     """
 
     def __init__(
-        self, codes: Tensor, column_scale: Tensor, bias: Tensor | None, kernels: ModuleType | Kernels,
-        dtype: torch.dtype, group: int | None = None, inputs: Grid | None = None,
-    ):  # fmt: skip
+        self,
+        codes: Tensor,
+        column_scale: Tensor,
+        bias: Tensor | None,
+        kernels: ModuleType | Kernels,
+        dtype: torch.dtype,
+        group: int | None = None,
+        inputs: Grid | None = None,
+    ):
         super().__init__()
         self.kernels = Kernels(*(getattr(kernels, name) for name in Kernels._fields))
         self.dtype, self.group = dtype, group
@@ -126,9 +132,17 @@ class Int8Linear(nn.Module):
         codes, row_scale = self.quantize(x, before, gelu)
         gate, residual = (None, None) if after is None else (after.gate, after.x.flatten(0, -2))
         y = self.kernels.int8_matmul(
-            codes, row_scale, self.codes, self.column_scale, self.bias, self.dtype,
-            gelu=self.feeds is not None, grid=self.feeds and self.feeds(), gate=gate, residual=residual,
-        )  # fmt: skip
+            codes,
+            row_scale,
+            self.codes,
+            self.column_scale,
+            self.bias,
+            self.dtype,
+            gelu=self.feeds is not None,
+            grid=self.feeds and self.feeds(),
+            gate=gate,
+            residual=residual,
+        )
         return y.unflatten(0, x.shape[:-1])
 
     def quantize(self, x: Tensor, before: Modulation | None, gelu: bool) -> tuple[Tensor, Tensor | None]:
@@ -144,9 +158,13 @@ class KitchenLinear(nn.Module):
     """comfy-kitchen's kernels on a layer in one of ComfyUI's formats, rotated or not."""
 
     def __init__(
-        self, format: Format, tensors: dict[str, Tensor], config: dict[str, Any], bias: Tensor | None,
+        self,
+        format: Format,
+        tensors: dict[str, Tensor],
+        config: dict[str, Any],
+        bias: Tensor | None,
         dtype: torch.dtype,
-    ):  # fmt: skip
+    ):
         super().__init__()
         self.format, self.config, self.dtype, self.group = format.name, config, dtype, format.rotation(config)
         for name in format.parts:
@@ -177,7 +195,7 @@ class KitchenLinear(nn.Module):
 
 @cache
 def takes_activation(function: Callable) -> bool:
-    """Whether this version of comfy-kitchen applies GELU to the inputs of the layer itself (W4A8: since 0.2.38)."""
+    """True if this version of comfy-kitchen applies GELU to the inputs of the layer itself (W4A8: since 0.2.38)."""
     return "input_act" in inspect.signature(function).parameters
 
 

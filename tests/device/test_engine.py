@@ -135,7 +135,7 @@ def test_features_wait_on_the_host_and_return(device, order):
 
 def backends():
     kitchen = pytest.mark.skipif(not kitchen_is_available(), reason="no comfy-kitchen")
-    return ["auto", "simulated", "int_mm", "onednn", pytest.param("kitchen", marks=kitchen)]
+    return ["auto", "simulated", "int_mm", pytest.param("kitchen", marks=kitchen)]
 
 
 @pytest.mark.parametrize("backend", backends())

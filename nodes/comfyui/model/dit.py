@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from typing import Any
 
@@ -17,6 +18,7 @@ import comfy.supported_models_base
 import comfy.utils
 import torch
 from comfy.ldm.common_dit import pad_to_patch_size
+from comfy_execution.utils import get_executing_context
 from torch import Tensor
 
 from ....qandc_core.calibration.file import FINGERPRINT, fingerprint_tensors
@@ -26,13 +28,17 @@ from ....qandc_core.checkpoints.quantized import is_quantized, load_codes, quant
 from ....qandc_core.diffusion.classes import read_classes
 from ....qandc_core.files import METADATA_KEY, metadata_tensor, pop_metadata, read_tensors
 from ....qandc_core.models.dit import DiT, DiTConfig
+from ....qandc_core.models.sizes import unlike_size
 from ....qandc_core.quantization.formats import stored_format
 from ....qandc_core.quantization.model import quantized_layers
 from ....qandc_core.quantization.native import layer_config
 from ..quantize.formats import check_supported
 from ..quantize.patcher import as_paper
 from ..quantize.rebuild import rebuilt
+from ..status import show
+from ..wrappers import reports
 
+log = logging.getLogger(__name__)
 LATENT_FORMATS = {3: comfy.latent_formats.ChromaRadiance, 4: comfy.latent_formats.SD15}
 
 
@@ -96,6 +102,8 @@ class DiTModel(comfy.model_base.BaseModel):
         config = self.diffusion_model.config
         tokens = kwargs.pop("cross_attn", None)  # no condition of its own: lists of unequal length would not batch
         labels = read_classes(tokens, config.num_classes, config.has_null_class)
+        if kwargs.get("prompt_type") == "positive" and kwargs.get("noise") is not None:
+            say_size(config, kwargs["noise"].shape)
         out = super().extra_conds(**kwargs)
         # A regular condition keeps int64 (class 417 is 416 in bfloat16) and batches with the null class.
         out["y"] = comfy.conds.CONDRegular(labels)
@@ -109,6 +117,17 @@ class DiTModel(comfy.model_base.BaseModel):
         return super().state_dict_for_saving(
             {**unet_state_dict, METADATA_KEY: metadata_tensor(metadata)}, *args, **kwargs
         )
+
+
+def say_size(config: DiTConfig, shape: torch.Size) -> None:
+    """Says at the start of a run, on the node that samples and in the log, that its size is not the model's."""
+    sentence = unlike_size(config, shape[-2], shape[-1])
+    if sentence:
+        log.warning("Q&C: %s", sentence)
+        context = get_executing_context()
+        show(context and context.node_id, sentence)
+        for report in reports.get():
+            report.warnings = [*report.warnings, sentence]
 
 
 def load_dit_patcher(
