@@ -3,16 +3,15 @@ from __future__ import annotations
 from comfy_api.v0_0_2 import io
 
 from ..qandc_core.caching.policies import (
-    LEVELS,
     CachePolicy,
     ChosenSteps,
     ErrorBudget,
     Interval,
     Placed,
-    Preset,
     Speedup,
     StepCount,
 )
+from ..qandc_core.caching.presets import LEVELS, Preset
 from . import schema
 from .comfyui.cache.attach import apply_cache
 from .comfyui.cache.placing import placing

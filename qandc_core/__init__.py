@@ -6,7 +6,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .caching.attach import apply_cache_to_dit, fresh_caches, remove_cache, reset_all_caches
-from .caching.policies import ChosenSteps, ErrorBudget, Interval, Preset, Speedup, StepCount
+from .caching.policies import ChosenSteps, ErrorBudget, Interval, Speedup, StepCount
+from .caching.presets import Preset
 from .caching.schedule import optimal_schedule
 from .calibration.choice import CalibrationConfig
 from .calibration.file import Calibration, load_calibration

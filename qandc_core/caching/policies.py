@@ -12,10 +12,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from math import ceil, isfinite
 
-from .plans import BudgetPlan, CountedPlan, Place, Plan, PresetPlan, SpeedupPlan
+from .plans import BudgetPlan, CountedPlan, Place, Plan, SpeedupPlan
 from .runs import RunFacts, StepDistances
-from .samplers import SamplerFacts
-from .schedule import CacheConfig, Spacing, affordable, check_order, spread
+from .schedule import CacheConfig, Spacing, check_order, spread
 
 
 @dataclass(frozen=True)
@@ -153,6 +152,9 @@ class ChosenSteps(CachePolicy):
         return self.line(steps=sorted(self.steps))
 
 
+CURVED = Spacing(exponent=0.8, leading=2)  # order 2 needs two steps side by side before the others
+
+
 @dataclass(frozen=True)
 class Placed(CachePolicy):
     """A policy whose number of computed steps is known, so that `distances` of a calibration can say which.
@@ -229,45 +231,6 @@ class Speedup(Placed):
     @property
     def off(self) -> bool:
         return self.speedup == 1
-
-
-LEVELS = {"auto": 2.0, "safe": 1.5, "balanced": 2.0, "fast": 3.0}  # target speedups
-CURVED = Spacing(exponent=0.8, leading=2)  # order 2 needs two steps side by side before the others
-DISTILLED = 12  # steps up to which a run without guidance is that of a distilled model
-EVEN, FEW_COMPUTED = Spacing(exponent=0.8), 12  # for so few computed steps, which are too far apart for dense ends
-
-
-@dataclass(frozen=True)
-class Preset(Placed):
-    """A target speedup that chooses order and steps by itself, and computes more where so few would be no better than
-    a run of fewer steps. `level` is one of LEVELS; "auto" also leaves runs of few steps without guidance as they are,
-    which are those of distilled models. The order follows from sampler and steps, whatever `order` says.
-    """
-
-    level: str = "auto"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.level not in LEVELS:
-            raise ValueError(f"level must be one of {', '.join(LEVELS)}, got {self.level!r}.")
-
-    def planned(self, run: RunFacts, inside: range) -> Plan:
-        sampler, speedup = SamplerFacts.named(run.sampler, run.noisy), LEVELS[self.level]
-        if self.level == "auto" and run.guided is False and run.total <= DISTILLED:
-            plan = Plan(run.total, 0, set(range(run.total)))
-            plan.warnings.append(f"{run.total} steps without guidance are left as they are, as of a distilled model")
-            plan.idle = True
-            return plan
-        num_computed = max(affordable(run.total, speedup, 0.0), sampler.fewest)
-        order, spacing = (0, Spacing()) if sampler.noisy else (1, Spacing() if num_computed > FEW_COMPUTED else EVEN)
-        place = self.place(run, order, spacing)
-        return PresetPlan(run.total, order, inside, speedup, place, run.cost, sampler)
-
-    def phrase(self) -> str:
-        return self.level
-
-    def detail(self) -> str:
-        return self.line(rest=f"{self.optimum()} {self.level}")
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..caching.policies import LEVELS, CachePolicy, ChosenSteps, Interval, Preset, Speedup, StepCount
+from ..caching.policies import CachePolicy, ChosenSteps, Interval, Speedup, StepCount
+from ..caching.presets import LEVELS, Preset
 from ..calibration.file import Calibration, load_calibration
 from ..diffusion.process import SamplingConfig
 from ..files import written_whole

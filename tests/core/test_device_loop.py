@@ -178,7 +178,7 @@ def test_refuses_what_needs_the_host(model):
         generate(fuse_dit(model), LABELS, 4, 1.5, batched_guidance=False)
     with pytest.raises(ValueError, match=r"the noise is \(2, 3, 16, 16\)"):
         generate(fuse_dit(model), LABELS, 4, 1.5, noise=torch.zeros(2, 3, 16, 16))
-    with pytest.raises(ValueError, match="FusedDiT"):
+    with pytest.raises(ValueError, match="reuses predictions only"):
         DeviceLoop(model, 2, SamplingConfig(), CacheConfig(3))
 
 

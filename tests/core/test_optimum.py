@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from qandc_core.caching.forecast import CURVATURE, coefficients, forecast_rows
 from qandc_core.caching.optimum import LONGEST, lengths_of, missed, optimal_schedule, squared_norm
-from qandc_core.caching.policies import Preset, Speedup, StepCount
+from qandc_core.caching.policies import Speedup, StepCount
+from qandc_core.caching.presets import Preset
 from qandc_core.caching.runs import StepDistances
 from qandc_core.calibration.distances import prediction_distances
 

@@ -137,12 +137,12 @@ def calibrations(host: Host) -> dict[str, list]:
 
 def inputs(host: Host) -> dict[str, bool]:
     """Whether each policy is attached with what the node was given, all of it at other than its defaults."""
-    policies = host.module("qandc_core.caching.policies")
+    policies, presets = (host.module(f"qandc_core.caching.{name}") for name in ("policies", "presets"))
     settings = host.module("nodes.comfyui.cache.run").CacheSettings
     rest = {"order": 0, "start": 0.2, "end": 0.9}
     expected = {
-        "auto": ({}, policies.Preset("auto", **rest)),
-        "fast": ({}, policies.Preset("fast", **rest)),
+        "auto": ({}, presets.Preset("auto", **rest)),
+        "fast": ({}, presets.Preset("fast", **rest)),
         "speedup": ({"speedup": 3.5}, policies.Speedup(3.5, **rest)),
         "number of steps": ({"computed": 7}, policies.StepCount(7, **rest)),
         "error budget": ({"max_error": 0.3, "max_reused": 2}, policies.ErrorBudget(0.3, 2, **rest)),
