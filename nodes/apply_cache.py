@@ -106,8 +106,8 @@ class ApplyCache(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "reuse", options=list(REUSE_OPTIONS), default=REUSE_OPTIONS[0], optional=True, advanced=True,
-                    tooltip="What is reused: the whole prediction, what the transformer blocks add, or the outputs of "
-                    "attention and MLP (models of Load DiT).",
+                    tooltip="What is reused: the whole prediction, what the transformer blocks add, what the last "
+                    "block returns, or the outputs of attention and MLP (models of Load DiT).",
                 ),
                 io.Boolean.Input(
                     "offload", default=False, optional=True, advanced=True,

@@ -62,6 +62,12 @@ def test_a_preset_computes_more_where_what_it_aims_at_is_no_better_than_fewer_st
     assert computed == 5 and not same and said == "3x would be no better than fewer steps of euler; 1.6x is"
 
 
+def test_the_last_blocks_feature_is_forecast(run):
+    reuse, computed, warnings, difference = run(NAME)["last block"]
+    assert reuse == "last block, as chosen" and computed == 15 and warnings == []
+    assert 1e-4 < difference < 0.1
+
+
 def test_no_more_steps_in_a_row_are_reused_than_asked(run):
     assert run(NAME)["most in a row"] == {"1": "CCCRCRCRCRCC", "2": "CCCRRCRRCRRC"}
 

@@ -14,8 +14,9 @@ from ....qandc_core.sampling.clock import CallTimes
 from ..wrappers import declares_noise, sampler_function_name
 
 AUTOMATIC, PREDICTION, BLOCKS, BRANCHES = "automatic", "whole prediction", "blocks", "attention and MLP"
+LAST_BLOCK = "last block"
 FEWEST = 64  # values of a sample that show whether noise was added
-REUSE_OPTIONS = (AUTOMATIC, PREDICTION, BLOCKS, BRANCHES)
+REUSE_OPTIONS = (AUTOMATIC, PREDICTION, BLOCKS, BRANCHES, LAST_BLOCK)
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class ModelRun(SamplingRun):
         self.blocks: dict[int, CachedBlocks] = {}
         self.times = CallTimes()
         self.reuse, self.reason, self.tested, self.keeps_tokens = "", "", False, False
-        self.forecasts = settings.reuse not in (BLOCKS, BRANCHES)
+        self.forecasts = settings.reuse not in (BLOCKS, LAST_BLOCK, BRANCHES)
         self.unconditional: Tensor | None = None
 
     def begin(self, reuse: str, reason: str, cost: float = 0.0) -> None:

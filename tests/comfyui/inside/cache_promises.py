@@ -183,6 +183,17 @@ def presets(host: Host) -> dict[str, list]:
     return found
 
 
+def last_block(host: Host) -> list:
+    """What a run that forecasts the last block's feature says, and by how much it differs from the plain run."""
+    from host import relative
+
+    fast = node(host, demo(host), {"policy": "interval", "interval": 2}, reuse="last block")
+    report = reported(fast)
+    found = ksampler(host, fast, "euler", steps=30, labels=LABELS[:1])
+    plain = ksampler(host, demo(host), "euler", steps=30, labels=LABELS[:1])
+    return [report.reuse, len(steps_of(report)), report.warnings, relative(found, plain)]
+
+
 def most_in_a_row(host: Host) -> dict[str, str]:
     """Steps of an error budget that never ends, by max_reused of the node."""
     found = {}
@@ -340,6 +351,7 @@ if __name__ == "__main__":
         "calibrations": calibrations,
         "inputs": inputs,
         "presets": presets,
+        "last block": last_block,
         "most in a row": most_in_a_row,
         "another model": another_model,
         "other caches": rivals,
