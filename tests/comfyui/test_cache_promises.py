@@ -82,7 +82,7 @@ def test_a_calibration_of_another_run_is_not_used_and_this_is_said(run, case):
 
 def test_a_calibration_of_other_steps_is_not_used_and_this_is_said(run):
     steps, (text,) = run(NAME)["calibrations"]["steps"]
-    assert len(steps) == 5 and text == f"{REFUSED}it was made for 12 steps and this run has 13{DEFAULT}"
+    assert len(steps) == 6 and text == f"{REFUSED}it was made for 12 steps and this run has 13{DEFAULT}"
 
 
 def test_a_calibration_without_step_distances_says_why(run):

@@ -98,7 +98,7 @@ def calibrations(host: Host) -> dict[str, list]:
 
     core, patcher, made = host.module("qandc_core"), demo(host), calibrated(host)
     positive, negative = conditioning(host, [3])
-    count, found = {"policy": "number of steps", "computed": 5}, {}
+    count, found = {"policy": "number of steps", "computed": 6}, {}
 
     def run(
         policy=count, calibration=made, model=patcher, sampler="ddim", scheduler="normal", denoise=1.0, steps=STEPS,
@@ -114,11 +114,11 @@ def calibrations(host: Host) -> dict[str, list]:
 
     # An older file does not note its noise levels: those of its scheduler on this model are taken.
     older = replace(made, notes={name: value for name, value in made.notes.items() if name != "sigmas"})
-    found["optimum"] = list(core.optimal_schedule(made.distances, 5, order=1))
+    found["optimum"] = list(core.optimal_schedule(made.distances, 6, order=1))
     found["sigmas"] = made.notes["sigmas"] == schedule(patcher, "ddim").tolist()
     found["default"] = run(calibration=None)
     found["same"] = run()
-    found["speedup"] = run({"policy": "speedup", "speedup": STEPS / 5})
+    found["speedup"] = run({"policy": "speedup", "speedup": STEPS / 6})
     found["older file"], found["older file, denoise"] = run(calibration=older), run(calibration=older, denoise=0.3)
     found["denoise"], found["scheduler"] = run(denoise=0.3), run(scheduler="karras")
     eight, spread = {**count, "computed": 8}, host.module("qandc_core.caching.schedule").spread
