@@ -115,7 +115,9 @@ def test_chinese_help_page_names_every_input_and_output(node):
     assert page.startswith(f"# {locale('zh')[node]['display_name']}\n")
     assert re.findall(r"!\[[^\]]+\]\(([^)]+)\)", page) == [f"{node}/wiring.zh.svg"]
     assert not [name for _, name, _ in inputs(node) if f"`{name}`" not in page]
-    assert not [name for _, name, _ in outputs(node) if not re.search(rf"^- `{name}`[\uff08\uff1a]", page, re.MULTILINE)]
+    assert not [
+        name for _, name, _ in outputs(node) if not re.search(rf"^- `{name}`[\uff08\uff1a]", page, re.MULTILINE)
+    ]
     assert len(re.findall(r"^## ", page, re.MULTILINE)) >= 5 and len(re.findall(r"[\u4e00-\u9fff]", page)) > 400
 
 
