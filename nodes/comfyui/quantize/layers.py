@@ -24,7 +24,7 @@ def quantizable(network: nn.Module, include: tuple[str, ...] = ()) -> list[tuple
     return [(name, module) for name, module in named.items() if name in chosen or name in more]
 
 
-def calibrated(network: nn.Module) -> list[tuple[str, nn.Module]]:
+def calibrated(network: nn.Module) -> list[tuple[str, Any]]:
     """The layers whose inputs TAP Calibrate observes: of our DiT also the last ones, which the method paper takes."""
     return list(named_linears(network, NATIVE_SKIP)) if isinstance(network, DiT) else quantizable(network)
 
