@@ -107,7 +107,7 @@ def test_distances_need_no_float64_of_the_device(monkeypatch):
             moved.append((func.__name__, args[1:]))
             return super().__torch_function__(func, types, args, kwargs or {})
 
-    monkeypatch.setattr(precision, "_has_float64", lambda kind, index: False)
+    monkeypatch.setattr(numerics, "_has_float64", lambda kind, index: False)
     found = prediction_distances(values.as_subclass(Elsewhere), sigmas)
     assert torch.equal(found.as_subclass(torch.Tensor), wanted)
     names = [name for name, _ in moved]
