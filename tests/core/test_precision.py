@@ -76,9 +76,7 @@ def test_out_of_memory(error):
 
 
 def test_other_errors_are_not_out_of_memory():
-    assert not numerics.is_out_of_memory(RuntimeError("size mismatch")) and not numerics.is_out_of_memory(
-        KeyError("x")
-    )
+    assert not numerics.is_out_of_memory(RuntimeError("size mismatch")) and not numerics.is_out_of_memory(KeyError("x"))
 
 
 @pytest.mark.parametrize("bits", [8, 4])
