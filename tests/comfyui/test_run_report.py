@@ -73,6 +73,11 @@ def test_another_size_than_the_model_s_own_is_in_the_report(run):
             assert f"trained for images of 32 x 32, and {size} are sampled" in text
 
 
+def test_a_repetition_is_no_run_to_calibrate_from(run):
+    first, again = run("run_report")["calibrated"]
+    assert first == again
+
+
 # A real server
 
 
