@@ -166,11 +166,6 @@ def mismatches(runs: Sequence[ComparedRun]) -> list[str]:
     return found
 
 
-def headlines_of(text: str) -> str:
-    """The lines of a comparison's text that come before its table, one a line."""
-    return "\n".join(line.strip("*") for line in text.split("| run |")[0].splitlines() if line)
-
-
 def comparison_markdown(rows: Sequence[dict[str, str]]) -> str:
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
     lines += ["| " + " | ".join(row[column] for column in COLUMNS) + " |" for row in rows]
