@@ -160,9 +160,15 @@ def repetition(guider, noise: Tensor, latent: Tensor, sampler, sigmas: Tensor, g
         token = repeated.set([])
         try:
             guider.sample(
-                unpacked(noise), unpacked(latent), sampler, sigmas, denoise_mask=unpacked(mask),
-                callback=lambda *_: tick(), disable_pbar=True, seed=given.get("seed"),
-            )  # fmt: skip
+                unpacked(noise),
+                unpacked(latent),
+                sampler,
+                sigmas,
+                denoise_mask=unpacked(mask),
+                callback=lambda *_: tick(),
+                disable_pbar=True,
+                seed=given.get("seed"),
+            )
             return (repeated.get() or [])[0]
         finally:
             repeated.reset(token)

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..precision import widest_float
+from ..numerics import widest_float
 
 DAMPING = 0.01  # of the diagonal's mean, as GPTQ's
 LATEST = 5  # runs whose difference is averaged

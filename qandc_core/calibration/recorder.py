@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..precision import is_out_of_memory
+from ..numerics import is_out_of_memory
 from .calls import ModelCall
 from .choice import reduced
 from .layer_inputs import HELD_OUT_TOKENS, call_of, of_samples
@@ -193,9 +193,15 @@ class Recorder:
         self.predictions.append((sigma.detach().reshape(-1)[:1], reduced(denoised.detach()).flatten()))
 
     def called(
-        self, network: Hashable, layers: Callable[[], Layers], room: Callable[[], int], call: Callable[[], Any],
-        x: Tensor, t: Tensor, conditions: Mapping[str, Any],
-    ) -> Any:  # fmt: skip
+        self,
+        network: Hashable,
+        layers: Callable[[], Layers],
+        room: Callable[[], int],
+        call: Callable[[], Any],
+        x: Tensor,
+        t: Tensor,
+        conditions: Mapping[str, Any],
+    ) -> Any:
         """What call() answers, a model call on x (N, ...) of a network, whose layers and room are asked for once."""
         with self.lock:
             self.expect(len(x))
