@@ -29,7 +29,7 @@ from .memory import StatisticsPlan, plan_statistics
 from .statistics import LayerStatistics, observed
 from .stream import Reservoir, Strata
 
-SPARSEST = 10  # at most one row in so many is looked into
+SPARSEST = 10  # at most one row in ten is observed
 TOKENS = 1024  # inputs of a layer that one sample adds to its sums
 HELD_OUT_A_RUN = 2
 PROBES, PROBE_TOKENS, PROBE_WIDTH = 4, 256, 4096  # layers on which it is measured what a run adds
@@ -38,8 +38,8 @@ Layers = Sequence[tuple[str, nn.Module]]
 
 @dataclass(frozen=True)
 class RecordingConfig:
-    """How many samples of a run are looked into, a sample being one row of a model call, and what is kept of them; as
-    in CalibrationConfig. A file that was begun with another `reset` is begun anew.
+    """How many samples of a run are observed, a sample being one row of a model call, and what is kept of them; as in
+    CalibrationConfig. A file that was begun with another `reset` is begun anew.
     """
 
     samples: int = 8
@@ -50,7 +50,7 @@ class RecordingConfig:
     reset: int = 0
 
     def strata(self, rows: int) -> int:
-        """How many rows one is chosen of, in a run of so many."""
+        """Length of the stretches of a run of `rows`, of each of which one row is chosen."""
         return min(max(-(-rows // self.samples), SPARSEST), max(rows, 1))
 
     def plan(self, widths: Sequence[int]) -> StatisticsPlan:
@@ -181,7 +181,7 @@ class Recorder:
         self.samples = 0
 
     def expect(self, rows: int) -> None:
-        """A prediction evaluates so many rows: the images of a batch, each under every condition. The first counts."""
+        """Takes the rows of a prediction: the images of a batch, each under every condition. The first call counts."""
         if self.strata is None and rows:
             size, apart = self.config.strata(rows * self.steps), 0
             if self.config.held_out:

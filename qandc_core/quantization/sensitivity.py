@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .native import NativeLayer, kernel_output
 
-GROUPS = 64  # at most so many measurements for the shares
+GROUPS = 64  # the maximum number of measurements for the shares
 
 
 class ModelError(Protocol):
@@ -39,7 +39,7 @@ def sensitivities(layers: Mapping[str, NativeLayer], model_error: ModelError, mo
 
 
 def grouped(names: Sequence[str], most: int = GROUPS) -> list[list[str]]:
-    """Each layer alone where there are at most so many; else those of the same place in blocks next to each other."""
+    """Each layer alone where there are at most `most`; else those of the same place in blocks next to each other."""
     if len(names) <= most:
         return [[name] for name in names]
     kinds: dict[str, list[str]] = {}
