@@ -19,7 +19,7 @@ from torch import Tensor
 
 
 class Strata:
-    """Of every `size` items in a row one is chosen, and of every `apart`-th such stratum a second one is held out.
+    """Chooses one of every `size` consecutive items, and in every `apart`-th such stratum holds out a second one.
 
     Every item is chosen with probability 1 / size and held out with 1 / (size * apart); 0 holds out nothing, and so do
     strata of one.

@@ -1,4 +1,4 @@
-"""How much of the whole model's error each quantized layer makes, measured on calls that no statistics come from.
+"""Each quantized layer's share of the whole model's error, measured on calls that no statistics come from.
 
 The errors of layers add up like independent noise, E^2 = sum_l s_l e_l^2, with e_l the relative error of a layer's own
 output. A layer's e_l says little of its share: one at the end of a network changes the prediction by all that it loses,
