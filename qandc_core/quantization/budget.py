@@ -181,9 +181,9 @@ def coarsest(
 
     # gptq of every format would take as long again for each: it lowers the error of all of them alike.
     same = nearest(layer.format)
-    gain = layer.error / same.error if same is not None and same.error > 0 else 1.0
+    factor = layer.error / same.error if same is not None and same.error > 0 else 1.0
     finer = [nearest(format.name) for format in able]
-    return layer, ladder(source, layer, *(replace(one, error=gain * one.error) for one in finer if one is not None))
+    return layer, ladder(source, layer, *(replace(one, error=factor * one.error) for one in finer if one is not None))
 
 
 def ladder(source: LayerSource, *layers: NativeLayer | None) -> list[Step]:
