@@ -27,7 +27,7 @@ repeated: ContextVar[list[RunReport] | None] = ContextVar("repeated", default=No
 
 @contextmanager
 def reporting(report: RunReport) -> Iterator[None]:
-    """Whatever a run finds out goes into this report too."""
+    """Adds a report that a run fills in as well."""
     token = reports.set((*reports.get(), report))
     try:
         yield

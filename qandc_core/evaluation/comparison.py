@@ -89,7 +89,7 @@ def sampled_in_turns(runs: Sequence[ComparedRun], rounds: int, progress: Progres
 
 
 def speedup_of(run: ComparedRun, reference: ComparedRun) -> Speedup | None:
-    """Of the rounds in turns where both have them, else of the one run each; None where either was not measured."""
+    """From the rounds in turns where both have them, else from the single runs; None where either was not measured."""
     if run.rounds and reference.rounds:
         return Speedup.of(reference.rounds, run.rounds)
     if not all(r.report is not None and r.report.seconds for r in (run, reference)):
@@ -119,7 +119,7 @@ def timing(run: ComparedRun, reference: ComparedRun) -> list[str]:
 
 
 def headlines(runs: Sequence[ComparedRun], rows: Sequence[dict[str, str]]) -> list[str]:
-    """What each run gains and costs, in one line."""
+    """One line for each run: gain and cost."""
     lines = []
     for run, row in zip(runs[1:], rows[1:]):
         speedup = speedup_of(run, runs[0])
