@@ -8,7 +8,6 @@ from . import schema
 from .comfyui.pictures import to_image, wanted_theme
 from .comfyui.queue import executing
 from .comfyui.reporting import recorded
-from .comfyui.status import node_of, show
 
 THEMES = ("auto", "light", "dark")
 
@@ -20,8 +19,8 @@ class Compare(io.ComfyNode):
             node_id="QandC_Compare",
             display_name="Compare",
             category=schema.CATEGORY,
-            description="Puts runs side by side: what each gains and costs, images, difference from the first, which "
-            "steps were computed or reused, the factors K_t, and a table of measured time, PSNR and SSIM.",
+            description="Compares runs side by side: gain and cost of each, images, differences from the first, "
+                "which steps were computed or reused, the factors K_t, and a table of measured times, PSNR and SSIM.",
             search_aliases=["compare", "psnr", "ssim", "report", "benchmark", "side by side", "a/b", "speedup"],
             inputs=[
                 io.Autogrow.Input(
@@ -46,16 +45,16 @@ class Compare(io.ComfyNode):
                 "figure."),
                 io.Float.Input(
                     "difference_gain", default=4.0, min=1.0, max=100.0, step=0.5, advanced=True,
-                    tooltip="How much the difference is enlarged.",
+                    tooltip="Factor by which differences are amplified.",
                 ),
                 io.Int.Input(
                     "repeats", default=0, min=0, max=50, optional=True,
-                    tooltip="Samples every run this many times again, in turns and after a round that does not count, "
-                    "for the range of the speedup. 0 takes the times of the runs as they were.",
+                    tooltip="Samples every run this many more times, taking turns, after one warm-up round, to "
+                        "measure the range of the speedup. 0 uses the times of the runs themselves.",
                 ),
                 io.Combo.Input(
                     "theme", options=list(THEMES), default=THEMES[0], optional=True, advanced=True,
-                    tooltip="Colours of the figure; auto is as ComfyUI's own.",
+                    tooltip="Colours of the figure. auto follows ComfyUI's theme.",
                 ),
             ],
             outputs=[
@@ -66,7 +65,6 @@ class Compare(io.ComfyNode):
                     tooltip="The first image of every run, pixel for pixel, above its difference from the first run's.",
                 ),
             ],
-            hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )  # fmt: skip
 
@@ -77,7 +75,6 @@ class Compare(io.ComfyNode):
     ) -> io.NodeOutput:  # fmt: skip
         from ..qandc_core.evaluation.comparison import (  # drawing is no part of start-up
             ComparedRun,
-            headlines_of,
             run_comparison,
             sampled_in_turns,
         )
@@ -100,7 +97,6 @@ class Compare(io.ComfyNode):
         figure, table = run_comparison(runs, shown, difference_gain, Bar().show, colors, said)
         whole = full_size([run.label for run in runs], [run.images[0] for run in runs], difference_gain, colors)
         output = to_image(figure)
-        show(node_of(cls), headlines_of(table))
         preview = ui.PreviewImage(output, cls=cls).as_dict()
         return io.NodeOutput(output, table, to_image(whole), ui={**preview, "text": (table,)})
 
