@@ -30,46 +30,7 @@ CLASSES: dict[str, type[CachePolicy]] = {
 }
 FIELDS = {"computed": "num_computed", "computed_steps": "steps"}  # inputs that the dataclasses name otherwise
 POLICIES = [
-<<<<<<< HEAD
     *(io.DynamicCombo.Option(name, []) for name in LEVELS),
-    io.DynamicCombo.Option("speedup", [
-        io.Float.Input(
-            "speedup", default=2.0, min=1.0, max=20.0, step=0.1,
-            tooltip="Target speedup of the model calls. The cost of a reused step is counted on the network and "
-            "decides how many steps are computed; a calibration decides which. 1 disables the cache.",
-        ),
-    ]),
-    io.DynamicCombo.Option("number of steps", [
-        io.Int.Input(
-            "computed", default=20, min=1, max=1000,
-            tooltip="How many steps to compute, closer together towards the end; with a calibration, where they "
-            "matter most.",
-        ),
-    ]),
-    io.DynamicCombo.Option("error budget", [
-        io.Float.Input(
-            "max_error", default=0.02, min=0.0, max=1.0, step=0.001, round=0.0001,
-            tooltip="Relative error of the image that reuse may add in all, as estimated in the run. Harder images "
-            "compute more steps. 0 disables the cache.",
-        ),
-        io.Int.Input(
-            "max_reused", default=4, min=1, max=50, tooltip="Maximum number of consecutive reused steps.",
-        ),
-    ]),
-    io.DynamicCombo.Option("interval", [
-        io.Int.Input(
-            "interval", default=3, min=1, max=50,
-            tooltip="Compute every so many steps: 3 computes one step in three. 1 disables the cache.",
-        ),
-    ]),
-    io.DynamicCombo.Option("chosen steps", [
-        io.String.Input(
-            "computed_steps", default="0-4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 44, 48",
-            tooltip="The steps to compute, from 0, with commas and ranges; all others reuse.",
-        ),
-    ]),
-]  # fmt: skip
-=======
     io.DynamicCombo.Option(
         "speedup",
         [
@@ -142,7 +103,6 @@ POLICIES = [
         ],
     ),
 ]
->>>>>>> main
 
 
 class ApplyCache(io.ComfyNode):
@@ -172,29 +132,21 @@ class ApplyCache(io.ComfyNode):
                 "\u7f13\u5b58",  # speed up, faster, cache
             ],
             inputs=[
-<<<<<<< HEAD
-                io.Model.Input("model", tooltip="Any MODEL; it stays as it is."),
+                io.Model.Input("model", tooltip="Any MODEL. It is not changed."),
                 io.DynamicCombo.Input(
-                    "policy", options=POLICIES,
+                    "policy",
+                    options=POLICIES,
                     tooltip="auto and balanced aim at 2x, safe at 1.5x, fast at 3x, and compute more where fewer steps "
                     "of the sampler would be as good. The others say exactly which steps compute.",
                 ),
                 io.Int.Input(
-                    "order", default=1, min=0, max=2, advanced=True,
-                    tooltip="0 holds the last computed step, 1 extrapolates linearly from the last two, 2 adds half "
-                    "their curvature from the last three. auto, safe, balanced and fast choose it themselves.",
-=======
-                io.Model.Input("model", tooltip="Any MODEL. It is not changed."),
-                io.DynamicCombo.Input("policy", options=POLICIES, tooltip="Which steps are computed."),
-                io.Int.Input(
                     "order",
                     default=1,
                     min=0,
-                    max=1,
+                    max=2,
                     advanced=True,
-                    tooltip="1 extrapolates linearly from the last two computed steps; 0 reuses the last one "
-                    "unchanged.",
->>>>>>> main
+                    tooltip="0 reuses the last computed step unchanged, 1 extrapolates linearly from the last two, 2 "
+                    "adds half their curvature from the last three. auto, safe, balanced and fast choose it themselves.",
                 ),
                 io.Float.Input(
                     "start_percent",
@@ -217,19 +169,13 @@ class ApplyCache(io.ComfyNode):
                     tooltip="Fraction of the run at which reuse ends; every step after it is computed.",
                 ),
                 io.Combo.Input(
-<<<<<<< HEAD
-                    "reuse", options=list(REUSE_OPTIONS), default=REUSE_OPTIONS[0], optional=True, advanced=True,
-                    tooltip="What is reused: the whole prediction, what the transformer blocks add, what the last "
-                    "block returns, or the outputs of attention and MLP (models of Load DiT).",
-=======
                     "reuse",
                     options=list(REUSE_OPTIONS),
                     default=REUSE_OPTIONS[0],
                     optional=True,
                     advanced=True,
-                    tooltip="What is reused: the whole prediction, what the transformer blocks add, or the outputs "
-                    "of attention and MLP (Load DiT models only).",
->>>>>>> main
+                    tooltip="What is reused: the whole prediction, what the transformer blocks add, what the last "
+                    "block returns, or the outputs of attention and MLP (Load DiT models only).",
                 ),
                 io.Boolean.Input(
                     "offload",
@@ -240,16 +186,10 @@ class ApplyCache(io.ComfyNode):
                     "of large models.",
                 ),
                 schema.Calibration.Input(
-<<<<<<< HEAD
-                    "calibration", optional=True,
-                    tooltip="From TAP Calibrate on the model without cache, with the same steps and scheduler: places "
-                    "the computed steps of auto, safe, balanced, fast, speedup and number of steps.",
-=======
                     "calibration",
                     optional=True,
                     tooltip="A calibration of the model without a cache, with the same steps and scheduler. It "
-                    "places the computed steps of speedup and number of steps.",
->>>>>>> main
+                    "places the computed steps of auto, safe, balanced, fast, speedup and number of steps.",
                 ),
             ],
             outputs=[io.Model.Output(tooltip="The model with the cache.")],
