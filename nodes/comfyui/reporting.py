@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
@@ -33,6 +32,7 @@ from .wrappers import (
     WRAPPERS,
     labels,
     options_of_run,
+    repeated,
     reporting,
     sampler_function_name,
 )
@@ -40,17 +40,16 @@ from .wrappers import (
 CLOCK = "qandc_clock"  # where the options of a run hold its clock
 OURS, SAMPLE = "QandC_", "QandC_Sample"
 Key = tuple[str, int, int]  # sampler node, place in its list of inputs, number of the run within
-repeated: ContextVar[list[RunReport] | None] = ContextVar("repeated", default=None)  # where a repetition reports
 
 
-class RunRecorder:
-    """What a report wire carries: what each sampler behind this model measured when it last ran.
+class ReportRecorder:
+    """Value of a report wire: the measurements of each sampler behind this model when it last ran.
 
     `node` is the id of the node that shows the words, `before` the record of samplers that the sample went through
     earlier, with another model.
     """
 
-    def __init__(self, label: str = "", node: str | None = None, before: RunRecorder | None = None):
+    def __init__(self, label: str = "", node: str | None = None, before: ReportRecorder | None = None):
         self.label, self.node, self.before = label, node, before
         self.runs: dict[Key, RunReport] = {}
         self.job: str | None = None
@@ -143,9 +142,9 @@ class RunRecorder:
         return replace(joined(found), label=self.label or found[-1].label) if found else None
 
 
-def recorded(value: RunRecorder | RunReport | None) -> RunReport | None:
+def recorded(value: ReportRecorder | RunReport | None) -> RunReport | None:
     """The report that a wire carries, as it is now."""
-    return value.report() if isinstance(value, RunRecorder) else value
+    return value.report() if isinstance(value, ReportRecorder) else value
 
 
 def repetition(guider, noise: Tensor, latent: Tensor, sampler, sigmas: Tensor, given: Mapping[str, Any]) -> Callable:
@@ -181,7 +180,7 @@ def measured_sample(
     patcher, settings: Settings, latent: Tensor, noise: Tensor, seed: int, label: str, mask: Tensor | None = None
 ) -> tuple[Tensor, RunReport]:
     """Samples as a stock node does, with the report of the run."""
-    recorder, progress = RunRecorder(label), Progress(patcher, settings.steps)
+    recorder, progress = ReportRecorder(label), Progress(patcher, settings.steps)
     samples = sample(recorder.attach(patcher), settings, latent, noise, seed, progress.step, mask)
     report = recorder.report()
     if report is None:  # no step: nothing was sampled
@@ -205,7 +204,7 @@ class RunClock:
             self.clock, self.predicted = StepClock(self.device), False
 
     def predict(self) -> None:
-        """What was done before the first prediction is no part of the run."""
+        """Excludes what was done before the first prediction from the run."""
         if not self.predicted:
             self.clock, self.predicted = StepClock(self.device), True
 
@@ -224,7 +223,7 @@ class RunClock:
         return ended
 
     def end(self) -> None:
-        """What follows the last callback belongs to the last step."""
+        """Counts what follows the last callback to the last step."""
         self.depth -= 1
         if self.clock is not None and not self.depth:
             self.clock.end()
@@ -280,7 +279,7 @@ def scale_of(guider) -> float | None:
 
 
 def made_by_us(prompt: Prompt, node: str) -> bool:
-    """Whether calibrating or fitting samples, which is no run of the user's."""
+    """True while calibrating or fitting samples, which is no run of the user's."""
     kind = str(prompt.graph.get(node, {}).get("class_type", ""))
     return kind.startswith(OURS) and kind != SAMPLE
 

@@ -34,7 +34,7 @@ class Budget:
 
     @property
     def climbs(self) -> bool:
-        """Whether layers may get finer formats than their own errors ask for."""
+        """True if layers may get finer formats than their own errors ask for."""
         return self.max_bytes is not None or self.max_model_error is not None
 
 
@@ -137,7 +137,7 @@ class Search:
         return self.rounded[key]
 
     def fewest(self, steps: Sequence[tuple[str, Step]], shares: Mapping[str, float]) -> int:
-        """How many of the upgrades the model's error asks for."""
+        """Number of upgrades that the limit of the model's error needs."""
         assert self.budget.max_model_error is not None and self.model_error is not None
         measure, target = self.model_error, self.budget.max_model_error
 

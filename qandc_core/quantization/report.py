@@ -59,7 +59,7 @@ class QuantizationReport:
         return max(self.layers, key=lambda layer: layer.error)
 
     def headline(self) -> str:
-        """What a person asks first: sizes, error, the worst layer and what multiplies."""
+        """The essentials: sizes, error, the worst layer and the backend."""
         if self.model_error is not None:
             error = f"{percent(self.model_error[0])} error of the model"
         else:
