@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
@@ -32,23 +31,23 @@ from .wrappers import (
     WRAPPERS,
     labels,
     options_of_run,
+    repeated,
     reporting,
     sampler_function_name,
 )
 
 OURS, SAMPLE = "QandC_", "QandC_Sample"
 Key = tuple[str, int, int]  # sampler node, place in its list of inputs, number of the run within
-repeated: ContextVar[list[RunReport] | None] = ContextVar("repeated", default=None)  # where a repetition reports
 
 
-class RunRecorder:
+class ReportRecorder:
     """Value of a report wire: the measurements of each sampler behind this model when it last ran.
 
     `node` is the id of the node that shows the words, `before` the record of samplers that the sample went through
     earlier, with another model.
     """
 
-    def __init__(self, label: str = "", node: str | None = None, before: RunRecorder | None = None):
+    def __init__(self, label: str = "", node: str | None = None, before: ReportRecorder | None = None):
         self.label, self.node, self.before = label, node, before
         self.runs: dict[Key, RunReport] = {}
         self.job: str | None = None
@@ -141,9 +140,9 @@ class RunRecorder:
         return replace(joined(found), label=self.label or found[-1].label) if found else None
 
 
-def recorded(value: RunRecorder | RunReport | None) -> RunReport | None:
+def recorded(value: ReportRecorder | RunReport | None) -> RunReport | None:
     """The report that a wire carries, as it is now."""
-    return value.report() if isinstance(value, RunRecorder) else value
+    return value.report() if isinstance(value, ReportRecorder) else value
 
 
 def repetition(guider, noise: Tensor, latent: Tensor, sampler, sigmas: Tensor, given: Mapping[str, Any]) -> Callable:
@@ -179,7 +178,7 @@ def measured_sample(
     patcher, settings: Settings, latent: Tensor, noise: Tensor, seed: int, label: str, mask: Tensor | None = None
 ) -> tuple[Tensor, RunReport]:
     """Samples as a stock node does, with the report of the run."""
-    recorder, progress = RunRecorder(label), Progress(patcher, settings.steps)
+    recorder, progress = ReportRecorder(label), Progress(patcher, settings.steps)
     samples = sample(recorder.attach(patcher), settings, latent, noise, seed, progress.step, mask)
     report = recorder.report()
     if report is None:  # no step: nothing was sampled
