@@ -146,7 +146,8 @@ class ApplyCache(io.ComfyNode):
                     max=2,
                     advanced=True,
                     tooltip="0 reuses the last computed step unchanged, 1 extrapolates linearly from the last two, 2 "
-                    "adds half their curvature from the last three. auto, safe, balanced and fast choose it themselves.",
+                    "adds half their curvature from the last three. auto, safe, balanced and fast choose it "
+                    "themselves.",
                 ),
                 io.Float.Input(
                     "start_percent",
