@@ -4,6 +4,7 @@ import comfy.sample
 from comfy_api.v0_0_2 import io
 
 from . import schema
+from .comfyui.defaults import completed
 from .comfyui.sampling import Settings, fitted_latent, measured_sample
 
 
@@ -44,7 +45,7 @@ class Sample(io.ComfyNode):
         cls, model: io.Model.Type, positive, negative, latent_image, seed: int, steps: int, cfg: float,
         sampler_name: str, scheduler: str, denoise: float, label: str,
     ) -> io.NodeOutput:  # fmt: skip
-        settings = Settings(positive, negative, steps, cfg, sampler_name, scheduler, denoise)
+        settings = completed(Settings(positive, negative, steps, cfg, sampler_name, scheduler, denoise), model)
         latent = fitted_latent(model, latent_image)
         noise = comfy.sample.prepare_noise(latent, seed, latent_image.get("batch_index"))
         samples, report = measured_sample(model, settings, latent, noise, seed, label, latent_image.get("noise_mask"))

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import comfy.samplers
 import torch
 from torch import Tensor
 
@@ -23,7 +20,8 @@ from ...qandc_core.compensation.correction import (
     shifted,
 )
 from ...qandc_core.compensation.fit import SequentialFit
-from .sampling import Progress, Settings, sample_new
+from .sampling import Progress, sample_new
+from .settings import Settings, guidance_of, sampler_options
 from .wrappers import (
     REPORT,
     WRAPPERS,
@@ -97,22 +95,6 @@ def differs(by: str, fitted: Any, verb: str, found: Any, advice: str) -> ValueEr
 
 def words(attached: Mapping[str, str]) -> str:
     return ", ".join(f"{topic} {detail}" for topic, detail in attached.items()) or "no cache and no quantization"
-
-
-def sampler_options(sampler) -> dict[str, float]:
-    """The numbers that a sampler takes, such as eta, defaults included: a node may pass what another leaves out."""
-    function = getattr(sampler, "sampler_function", None)
-    parameters = inspect.signature(function).parameters if function is not None else {}
-    values = {name: parameter.default for name, parameter in parameters.items()} | getattr(sampler, "extra_options", {})
-    # JSON has no infinity
-    return {k: float(v) for k, v in values.items() if isinstance(v, (int, float)) and math.isfinite(v)}
-
-
-def guidance_of(guider) -> float | str:
-    """cfg, or the name of a guider that combines its predictions in a way of its own."""
-    if type(guider).predict_noise is comfy.samplers.CFGGuider.predict_noise:
-        return float(guider.cfg)
-    return type(guider).__name__
 
 
 @dataclass
@@ -250,17 +232,17 @@ def fit_compensation(
     reference, accelerated, settings: Settings, latent, seed: int, progress: Progress, *,
     method: str, start: float, end: float, eps: float = 1e-2,
 ) -> tuple[VarianceCompensation, FittedFor]:  # fmt: skip
-    """Samples the empty latents (N, ...), nested or not, with both models from one noise and fits K_t step by step.
+    """Samples the images of a LATENT with both models from one noise and fits K_t step by step.
 
     Q&C, Eq. 9-12. Raises ValueError, before the accelerated run, on bounds, methods and samplers that cannot be fitted.
     """
-    fit, recording = SequentialFit(settings.steps, method, eps, start, end), Recording()
-    sample_new(attached(reference, recording), settings, latent, seed, progress.step)
+    steps = len(settings.schedule(reference)) - 1
+    fit, recording = SequentialFit(max(1, steps), method, eps, start, end), Recording()
+    sample_new(progress.timed(attached(reference, recording)), settings, latent, seed, progress.step)
     fit.steps = len(recording.samples)
-    sample_new(attached(accelerated, Fitting(fit, recording)), settings, latent, seed, progress.step)
-    sampler = comfy.samplers.sampler_object(settings.sampler_name)
+    sample_new(progress.timed(attached(accelerated, Fitting(fit, recording))), settings, latent, seed, progress.step)
+    sampler, guidance = settings.sampler_object(), guidance_of(settings.guider_on(reference))
     fitted = FittedFor(
-        sampler_function_name(sampler), sampler_options(sampler), float(settings.cfg), recording.channels,
-        details(accelerated),
-    )  # fmt: skip
+        sampler_function_name(sampler), sampler_options(sampler), guidance, recording.channels, details(accelerated)
+    )
     return fit.result(), fitted

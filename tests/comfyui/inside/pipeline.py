@@ -32,7 +32,7 @@ def calibrate(host: Host, patcher, **plan):
             **plan,
         }
     )
-    return calibration.calibrate(patcher, settings, torch.zeros(1, 3, 32, 32), full)
+    return calibration.calibrate(patcher, settings, {"samples": torch.zeros(1, 3, 32, 32)}, full)
 
 
 def statistics_equal_brute_force(host: Host) -> dict[str, float]:
@@ -50,7 +50,8 @@ def statistics_equal_brute_force(host: Host) -> dict[str, float]:
         for name in found
     ]
     for seed, size, first in ((3, 4, 0), (4, 2, 4)):
-        sampling.sample_new(patcher, settings, torch.zeros(size, 3, 32, 32), seed, lambda *_: computed.append(1), first)
+        latent = {"samples": torch.zeros(size, 3, 32, 32)}
+        sampling.sample_new(patcher, settings, latent, seed, lambda *_: computed.append(1), first)
     for handle in handles:
         handle.remove()
     worst = {"count": 0.0, "low": 0.0, "high": 0.0, "mean": 0.0, "hessian": 0.0}
@@ -83,7 +84,7 @@ def distances_between_steps(host: Host) -> dict[str, float | bool]:
     found = calibrate(host, patcher, trajectories=2, batch_size=2).distances
     settings = sampling.Settings(*conditioning(host), *SETTINGS)
     sampling.sample_new(
-        patcher, settings, torch.zeros(2, 3, 32, 32), 3, lambda step, denoised, x, total: seen.append(denoised.double())
+        patcher, settings, {"samples": torch.zeros(2, 3, 32, 32)}, 3, lambda step, denoised, x, total: seen.append(denoised.double())
     )
     sigmas, worst = schedule(patcher, "ddpm").double(), 0.0
     for i in range(STEPS):
@@ -208,7 +209,8 @@ def host_hash(tensors) -> float:
 def corrected_samples_have_the_reference_deviation(host: Host) -> float:
     """What the fit promises (Eq. 9): after correction every channel deviates as the reference's does, at every step."""
     compensation, sampling = host.module("nodes.comfyui.compensation"), host.module("nodes.comfyui.sampling")
-    settings, latent = sampling.Settings(*conditioning(host), *SETTINGS), torch.zeros(8, 3, 32, 32)
+    settings = sampling.Settings(*conditioning(host), *SETTINGS)
+    latent = {"samples": torch.zeros(8, 3, 32, 32)}
     reference, fast = demo(host), cached_demo(host)
     variance, fitted = compensation.fit_compensation(
         reference,
