@@ -152,7 +152,7 @@ class TAPCalibrate(io.ComfyNode):
         plan = CalibrationConfig(
             trajectories, min(batch_size or images_at_once(model, latent), trajectories), samples, selection, clusters,
             time_scale, computed_steps_only, hessians, calibration_seed if noise is None else noise.seed, memory_gb,
-            tokens, held_out, settings.count, settings.rows,
+            tokens, held_out, settings.count, max(settings.rows()),
         )  # fmt: skip
         inputs = digest_of(model, settings, latent, plan)
         made = made_before(filename_prefix, inputs.hex) if file == NEW else None
@@ -172,7 +172,8 @@ class TAPCalibrate(io.ComfyNode):
             partial.unlink(missing_ok=True)
         log.info("Calibration saved: %s", path)
         chosen = len(found.notes["samples"])
-        show(node_id(cls), done(plan, chosen, kept["batch_size"], time.perf_counter() - begun, path.name))
+        seconds = time.perf_counter() - begun
+        show(node_id(cls), done("samples", chosen, notes["prompts"], plan, kept["batch_size"], seconds, path.name))
         return io.NodeOutput(calibration)
 
 
@@ -190,11 +191,10 @@ def teller(cls):
     return tell
 
 
-def done(plan: CalibrationConfig, chosen: int, batch_size: int, seconds: float, name: str) -> str:
-    prompts = plan.prompts * plan.rows
+def done(what: str, count: int, prompts: int, plan: CalibrationConfig, at_once: int, seconds: float, name: str) -> str:
     of = f" of {prompts} prompts" if prompts > 1 else ""
-    fewer = f", {batch_size} images at once because {plan.batch_size} did not fit" * (batch_size < plan.batch_size)
-    return f"{chosen} samples{of}, {duration(seconds)}{fewer}, saved as {name}"
+    fewer = f", {at_once} images at once because more did not fit" if at_once < plan.batch_size else ""
+    return f"{count} {what}{of}, {duration(seconds)}{fewer}, saved as {name}"
 
 
 def guided_model(guider, wired):
@@ -215,7 +215,7 @@ def distinct_trajectories(settings: Settings, latent, wanted: int) -> int:
     parts = noise.unbind() if noise.is_nested else [noise]
     if any(part.any() for part in parts) or declares_noise(settings.sampler_object()):
         return wanted
-    distinct = math.lcm(batch_of(latent["samples"]), settings.count * settings.rows)
+    distinct = math.lcm(batch_of(latent["samples"]), settings.count * math.lcm(*settings.rows()))
     if distinct < wanted:
         log.info("Q&C: without new noise only %d trajectories differ; a latent with more images gives more.", distinct)
     return min(wanted, distinct)
@@ -238,7 +238,7 @@ def describe(model, settings: Settings, plan: CalibrationConfig) -> dict:
         "attached": details(model),
         "selection": plan.selection,
         "trajectories": plan.images,
-        "prompts": plan.prompts * plan.rows,
+        "prompts": sum(settings.rows()),
         "samples": plan.samples,
     }
 

@@ -6,14 +6,15 @@ from pathlib import Path
 
 from comfy_api.v0_0_2 import io
 
+from ..qandc_core.calibration.choice import CalibrationConfig
 from ..qandc_core.calibration.file import Calibration, load_calibration
 from ..qandc_core.compensation.factors import METHODS
 from . import schema
 from .comfyui.cache.attach import steps_vary
 from .comfyui.calibrate.inputs import digest_of_inputs
 from .comfyui.compensation import FittedFor, attach_compensation, fit_compensation
-from .comfyui.defaults import AUTO_COUNT, completed, pairs_of
-from .comfyui.estimate import Estimate, duration
+from .comfyui.defaults import AUTO_COUNT, LARGEST_PAIRING, completed, images_at_once, pairs_of
+from .comfyui.estimate import Estimate
 from .comfyui.files import (
     NEW,
     calibration_files,
@@ -24,11 +25,11 @@ from .comfyui.files import (
     save_new,
 )
 from .comfyui.quantize.weights import fingerprint_of
-from .comfyui.sampling import Progress, prepared
-from .comfyui.settings import LAST_STEP, Settings, images_of
+from .comfyui.sampling import prepared
+from .comfyui.settings import LAST_STEP, Settings
 from .comfyui.status import show
 from .comfyui.wrappers import details, labels
-from .tap_calibrate import node_id, require_sampling, teller
+from .tap_calibrate import done, node_id, require_sampling, teller
 
 log = logging.getLogger(__name__)
 
@@ -58,8 +59,8 @@ class VarianceCompensate(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "pairs", default=AUTO_COUNT, min=0, max=4096,
-                    tooltip="Images sampled by both models, all at once. More are steadier and take more memory. 0: "
-                    "what suits the size, 4 to 64.",
+                    tooltip="Images sampled by both models. More are steadier and take longer. 0: what suits the size, "
+                    "4 to 64.",
                 ),
                 *schema.sampler_settings("of the fit, the same as in the Sample node"),
                 io.Int.Input(
@@ -121,12 +122,13 @@ class VarianceCompensate(io.ComfyNode):
             reference,
         )  # fmt: skip
         latent = prepared(reference, latent_image)
-        pairs = pairs or pairs_of(latent)
-        latents, seed = images_of(latent, range(pairs)), calibration_seed if noise is None else noise.seed
+        plan = CalibrationConfig(
+            pairs or pairs_of(latent), images_at_once(reference, latent, LARGEST_PAIRING), held_out=0,
+            seed=calibration_seed if noise is None else noise.seed, prompts=settings.count, rows=max(settings.rows()),
+        )  # fmt: skip
         inputs = digest_of_inputs(
-            model, reference, settings.schedule(reference), settings, latent, pairs, seed, method, start_percent,
-            end_percent,
-        ).hex  # fmt: skip
+            model, reference, settings.schedule(reference), settings, latent, plan, method, start_percent, end_percent
+        ).hex
         saved = made_before(filename_prefix, inputs) if file == NEW else None
         if saved is not None:
             log.info("Variance compensation of the same inputs: %s", saved)
@@ -134,16 +136,19 @@ class VarianceCompensate(io.ComfyNode):
             return io.NodeOutput(loaded(saved, model, reference))
         check_writable()
         begun, notes = time.perf_counter(), settings.describe(reference)
-        estimate = Estimate(f"{pairs} pairs of {notes['steps']} steps", teller(cls))
-        variance, fitted = fit_compensation(
-            reference, model, settings, latents, seed, Progress(model, 2 * notes["steps"], estimate),
-            method=method, start=start_percent, end=end_percent,
-        )  # fmt: skip
-        made = {**notes, "pairs": pairs, "accelerated": fingerprint_of(model), **fitted.notes()}
+        estimate = Estimate(f"{plan.images} pairs of {notes['steps']} steps", teller(cls))
+        variance, fitted, at_once = fit_compensation(
+            reference, model, settings, latent, plan, estimate, method=method, start=start_percent, end=end_percent
+        )
+        notes |= {"pairs": plan.images, "prompts": sum(settings.rows()), "batch_size": at_once}
+        made = {**notes, "accelerated": fingerprint_of(model), **fitted.notes()}
         calibration = Calibration(fingerprint_of(reference), variance=variance, notes={**made, "inputs": inputs})
         path = save_new(calibration.save, filename_prefix, file)
         log.info("Variance compensation saved: %s", path)
-        show(node_id(cls), f"{pairs} pairs, {duration(time.perf_counter() - begun)}, saved as {path.name}")
+        show(
+            node_id(cls),
+            done("pairs", plan.images, notes["prompts"], plan, at_once, time.perf_counter() - begun, path.name),
+        )
         return io.NodeOutput(attach_compensation(model, variance, fitted))
 
 

@@ -16,7 +16,7 @@ from .wrappers import samples_flow
 AUTO = "auto"
 AUTO_STEPS, AUTO_CFG, AUTO_COUNT = 0, -1.0, 0
 ACTIVATIONS = 2 * 2**30  # bytes that the images sampled at once may take beside the weights
-LARGEST_BATCH = 16
+LARGEST_BATCH, LARGEST_PAIRING = 16, 64
 
 
 class Suited(NamedTuple):
@@ -67,11 +67,11 @@ def completed(settings: Settings, patcher) -> Settings:
     return replace(settings, **chosen)
 
 
-def images_at_once(patcher, latent: dict[str, Any]) -> int:
-    """1, 2, 4, 8 or 16: as many images of a LATENT, with both conditions, as take 2 GiB by ComfyUI's own estimate."""
+def images_at_once(patcher, latent: dict[str, Any], most: int = LARGEST_BATCH) -> int:
+    """1, 2, 4, ...: as many images of a LATENT, with both conditions, as take 2 GiB by ComfyUI's own estimate."""
     parts = latent["samples"].unbind() if latent["samples"].is_nested else [latent["samples"]]
     needed = sum(patcher.model.memory_required([2, *part.shape[1:]]) for part in parts)
-    fitting = min(LARGEST_BATCH, max(1, int(ACTIVATIONS // max(1, needed))))
+    fitting = min(most, max(1, int(ACTIVATIONS // max(1, needed))))
     return 1 << (fitting.bit_length() - 1)
 
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 
 FIRST = 2  # steps after which there is something to go by; a cache may reuse the second
+APART = 20.0  # seconds between two estimates
 
 
 def duration(seconds: float) -> str:
@@ -27,14 +28,14 @@ def about(seconds: float) -> str:
 
 
 class Estimate:
-    """Tells after the first steps, and again after each run, what is left of so many steps of work.
+    """Tells after the first steps, and again after runs, now and then, what is left of so many steps of work.
 
     Only sampling counts: `resume` is called where it begins, after the model is loaded.
     """
 
     def __init__(self, work: str, tell: Callable[[str], None], now: Callable[[], float] = time.perf_counter):
         self.work, self.tell, self.now = work, tell, now
-        self.steps, self.seconds, self.since = 0, 0.0, now()
+        self.steps, self.seconds, self.since, self.told = 0, 0.0, now(), now()
 
     def resume(self) -> None:
         self.since = self.now()
@@ -45,6 +46,8 @@ class Estimate:
         self.steps, self.seconds, self.since = self.steps + 1, self.seconds + now - self.since, now
         remaining = about(self.seconds / self.steps * left)
         if self.steps == FIRST:
+            self.told = now
             self.tell(f"{remaining} for {self.work}")
-        elif last and left and self.steps > FIRST:
+        elif last and left and now - self.told >= APART:
+            self.told = now
             self.tell(f"{remaining} left of {self.work}")

@@ -19,6 +19,7 @@ import comfy.sampler_helpers
 import comfy.samplers
 from torch import Tensor
 
+from ...qandc_core.calibration.choice import Batch
 from ...qandc_core.diffusion.classes import is_classes
 from .wrappers import sampler_function_name
 
@@ -98,14 +99,14 @@ class Settings:
         """1 where there is a positive conditioning beside `prompts`."""
         return int(self.guider is not None or self.positive is not None)
 
-    @property
-    def rows(self) -> int:
-        """How many prompts the largest batch of prompts in one entry has."""
+    def rows(self) -> list[int]:
+        """Of each prompt that takes turns, how many it is itself: a batch in one entry has several."""
         if self.guider is None:
-            conds = [converted(self.positive), converted(self.negative)]
+            own = converted(self.positive)
         else:
-            conds = list(getattr(self.guider, "original_conds", {}).values())
-        return max((prompts_of(cond) for entries in (*conds, converted(self.prompts)) for cond in entries), default=1)
+            own = getattr(self.guider, "original_conds", {}).get("positive", [])
+        conds = [own] * self.own + [[cond] for cond in converted(self.prompts)]
+        return [max(map(prompts_of, entries), default=1) for entries in conds]
 
     def guider_on(self, patcher, prompt: int = 0, first: int = 0) -> Any:
         """The guider that samples with this MODEL, for the images of a prompt from number `first` on."""
@@ -140,7 +141,7 @@ def model_of(guider) -> Any:
     """The MODEL of a wired guider, with the options that it samples with. Raises ValueError where it has none."""
     patcher = getattr(guider, "model_patcher", None)
     if not isinstance(patcher, comfy.model_patcher.ModelPatcher):
-        raise ValueError(f"The guider is a {type(guider).__name__} and has no MODEL of its own; wire a guider of one.")
+        raise ValueError(f"The guider ({type(guider).__name__}) has no MODEL of its own; wire a guider of one.")
     patcher = patcher.clone()
     options = getattr(guider, "model_options", patcher.model_options)
     patcher.model_options = comfy.model_patcher.create_model_options_clone(options)
@@ -223,6 +224,11 @@ def guidance_of(guider) -> float | str:
         if isinstance(value, (int, float)) and not name.startswith("_")
     }
     return f"{type(guider).__name__} ({', '.join(f'{name} {value:g}' for name, value in numbers.items())})"
+
+
+def image_numbers(batch: Batch, prompts: int) -> list[int]:
+    """Numbers of a batch's images among all, which take so many prompts in turn."""
+    return [(batch.first + i) * prompts + batch.prompt for i in range(batch.size)]
 
 
 def images_of(latent: dict[str, Any], numbers: Sequence[int]) -> dict[str, Any]:

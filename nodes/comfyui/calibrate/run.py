@@ -17,7 +17,7 @@ from ..model.dit import is_dit
 from ..quantize.layers import calibrated, check_not_quantized
 from ..quantize.weights import fingerprint_of
 from ..sampling import Progress, sample_new
-from ..settings import Settings, images_of
+from ..settings import Settings, image_numbers, images_of
 from ..wrappers import WRAPPERS, replace_wrapper
 from .candidates import Collecting
 from .inputs import digest_of_inputs
@@ -90,11 +90,10 @@ class SamplingHost:
 
     def sample(self, watch: Collecting | Observing, batch: Batch) -> None:
         """One sampling run whose predictions and model calls pass through `watch`."""
-        watched, prompts = self.progress.timed(self.patcher.clone()), self.settings.count
-        numbers = [(batch.first + i) * prompts + batch.prompt for i in range(batch.size)]
+        watched = self.progress.timed(self.patcher.clone())
         replace_wrapper(watched, WRAPPERS.PREDICT_NOISE, KEY, watch.predict_noise)
         replace_wrapper(watched, WRAPPERS.APPLY_MODEL, KEY, watch.apply_model)
-        images = images_of(self.latent, numbers)
+        images = images_of(self.latent, image_numbers(batch, self.settings.count))
         sample_new(watched, self.settings, images, batch.seed, self.progress.step, batch.first, batch.prompt)
 
 

@@ -500,7 +500,7 @@ def node_inputs(host: Host) -> bool:
     plan = run.CalibrationConfig(
         trajectories=3, batch_size=1, samples=9, selection="stratified", clusters=3, time_scale=2.5,
         computed_only=False, hessians=False, seed=77, memory_gb=0.5, tokens=99, held_out=3, prompts=1,
-        rows=settings.rows,
+        rows=max(settings.rows()),
     )  # fmt: skip
     prepared = host.module("nodes.comfyui.sampling").prepared(case.patcher, latent)
     expected = run.digest_of(case.patcher, settings, prepared, plan)

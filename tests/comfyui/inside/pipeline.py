@@ -84,7 +84,11 @@ def distances_between_steps(host: Host) -> dict[str, float | bool]:
     found = calibrate(host, patcher, trajectories=2, batch_size=2).distances
     settings = sampling.Settings(*conditioning(host), *SETTINGS)
     sampling.sample_new(
-        patcher, settings, {"samples": torch.zeros(2, 3, 32, 32)}, 3, lambda step, denoised, x, total: seen.append(denoised.double())
+        patcher,
+        settings,
+        {"samples": torch.zeros(2, 3, 32, 32)},
+        3,
+        lambda step, denoised, x, total: seen.append(denoised.double()),
     )
     sigmas, worst = schedule(patcher, "ddpm").double(), 0.0
     for i in range(STEPS):
@@ -212,16 +216,9 @@ def corrected_samples_have_the_reference_deviation(host: Host) -> float:
     settings = sampling.Settings(*conditioning(host), *SETTINGS)
     latent = {"samples": torch.zeros(8, 3, 32, 32)}
     reference, fast = demo(host), cached_demo(host)
-    variance, fitted = compensation.fit_compensation(
-        reference,
-        fast,
-        settings,
-        latent,
-        5,
-        sampling.Progress(fast, 2 * STEPS),
-        method="variance_match",
-        start=0.0,
-        end=1.0,
+    plan = host.module("qandc_core.calibration.choice").CalibrationConfig(8, 8, seed=5, held_out=0)
+    variance, fitted, _ = compensation.fit_compensation(
+        reference, fast, settings, latent, plan, method="variance_match", start=0.0, end=1.0
     )
     wanted, seen = Watch(), Watch()
     for patcher, watch in (
