@@ -193,7 +193,7 @@ def teller(cls):
 
 def done(what: str, count: int, prompts: int, plan: CalibrationConfig, at_once: int, seconds: float, name: str) -> str:
     of = f" of {prompts} prompts" if prompts > 1 else ""
-    fewer = f", {at_once} images at once because more did not fit" if at_once < plan.batch_size else ""
+    fewer = f", {at_once} at once because more did not fit" if at_once < plan.batch_size else ""
     return f"{count} {what}{of}, {duration(seconds)}{fewer}, saved as {name}"
 
 

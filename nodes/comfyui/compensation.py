@@ -252,7 +252,7 @@ def fit_compensation(
     methods and samplers that cannot be fitted.
     """
     while True:
-        fit = SequentialFit(max(1, len(settings.schedule(reference)) - 1), method, eps, start, end)
+        fit = SequentialFit(settings.steps_on(reference), method, eps, start, end)
         pairing = Pairing(reference, accelerated, settings, latent, plan, estimate)
         largest = max(batch.size for batch in pairing.batches)
         try:
@@ -273,8 +273,8 @@ class Pairing:
     def __init__(self, reference, accelerated, settings, latent, plan: CalibrationConfig, estimate: Estimate | None):
         self.reference, self.accelerated, self.settings, self.latent = reference, accelerated, settings, latent
         self.plan, self.batches = plan, list(plan.batches())
-        steps = len(settings.schedule(reference)) - 1
-        self.progress = Progress(accelerated, 2 * steps * len(self.batches), estimate)
+        steps = 2 * settings.steps_on(reference) * len(self.batches)
+        self.progress = Progress(accelerated, steps, estimate)
 
     def run(self, fit: SequentialFit) -> tuple[VarianceCompensation, FittedFor, int]:
         turns, recordings = Turns(), [Recording() for _ in self.batches]
@@ -298,5 +298,9 @@ class Pairing:
 
     def sample(self, patcher, batch: Batch) -> None:
         images = images_of(self.latent, image_numbers(batch, self.settings.count))
-        step = self.progress.step
-        sample_new(self.progress.timed(patcher), self.settings, images, batch.seed, step, batch.first, batch.prompt)
+        timed = self.progress.timed(patcher)
+        sample_new(timed, self.settings, images, batch.seed, self.count, batch.first, batch.prompt)
+
+    def count(self, index: int, denoised: Tensor, x: Tensor, steps: int) -> None:
+        """One step of any run: several may be under way."""
+        self.progress.step(0, denoised, x, 1)

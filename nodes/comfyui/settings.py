@@ -78,6 +78,15 @@ class Settings:
                 sigmas[-1] = 0
         return sigmas[self.start_at_step :] if self.start_at_step < len(sigmas) - 1 else sigmas[:0]
 
+    def steps_on(self, patcher) -> int:
+        """How many steps a run has. Raises ValueError where there are none."""
+        steps = len(self.schedule(patcher)) - 1
+        if steps < 1:
+            raise ValueError(
+                "These settings leave no step to sample; check start_at_step, end_at_step and denoise, or the sigmas."
+            )
+        return steps
+
     def sampler_object(self) -> Any:
         return comfy.samplers.sampler_object(self.sampler_name) if self.sampler is None else self.sampler
 
@@ -117,6 +126,11 @@ class Settings:
             guider.set_cfg(self.cfg)
         else:
             guider = on_model(self.guider, patcher)
+            if "positive" not in guider.original_conds and self.prompts:
+                raise ValueError(
+                    f"The guider {type(guider).__name__} has no positive conditioning that `prompts` could take turns "
+                    "with; disconnect prompts, or wire another guider."
+                )
             if prompt >= self.own:
                 guider.original_conds["positive"] = converted(positive)
         if first:
@@ -126,10 +140,9 @@ class Settings:
     def describe(self, patcher) -> dict[str, Any]:
         """Names for notes; those of the objects where they are wired."""
         sampler = self.sampler_name if self.sampler is None else sampler_function_name(self.sampler)
-        scheduler, steps = self.scheduler, len(self.schedule(patcher)) - 1
+        scheduler = self.scheduler if self.sigmas is None else "sigmas"
         guidance = self.cfg if self.guider is None else guidance_of(self.guider)
-        wired = {"scheduler": scheduler if self.sigmas is None else "sigmas", "steps": steps, "cfg": guidance}
-        return {"sampler": sampler, **wired}
+        return {"sampler": sampler, "scheduler": scheduler, "steps": self.steps_on(patcher), "cfg": guidance}
 
 
 def converted(conditioning: Any) -> Conds:

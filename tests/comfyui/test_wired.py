@@ -63,7 +63,7 @@ def test_out_of_memory_halves_the_batch_and_gives_what_the_small_batch_gives(run
     for case in ("at once", "in the second pass"):
         differing, batch, text = found[case]
         assert differing == [] and batch == 2, case
-        assert "2 images at once because more did not fit" in text
+        assert "2 at once because more did not fit" in text
     assert found["one image"] == "not enough for so many" and found["partial"] == []
 
 
@@ -80,7 +80,7 @@ def test_prompts_of_a_compensation_are_fitted_together_also_in_small_batches(run
     found = run("wired")["batches"]
     assert found["deviation"] < 1e-5 and found["halved"] < 1e-5 and found["before"] > 1e-3
     assert found["batches"] == [64, 1] and found["prompts"] == 4 and found["same"] and found["differ"]
-    assert "1 images at once because more did not fit" in found["texts"][1]
+    assert "1 at once because more did not fit" in found["texts"][1]
 
 
 def test_a_digest_covers_everything_that_is_wired(run):

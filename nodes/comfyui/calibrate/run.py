@@ -47,6 +47,7 @@ class SamplingHost:
     """Trajectories of a MODEL, as a stock sampler node samples them, with everything that is attached to it."""
 
     def __init__(self, patcher, settings: Settings, latent: dict[str, Any], estimate: Estimate | None = None):
+        patcher = settings.guider_on(patcher).model_patcher  # hooks may need one that is not dynamic
         self.patcher, self.settings, self.latent = patcher, settings, latent
         check_not_quantized(patcher.model.diffusion_model)
         self.layers = calibrated(patcher.model.diffusion_model)
@@ -55,11 +56,7 @@ class SamplingHost:
                 "This model has no linear layer of ComfyUI's within blocks, so there is nothing to calibrate."
             )
         self.fingerprint, self.device = fingerprint_of(patcher), patcher.load_device
-        self.steps = len(settings.schedule(patcher)) - 1
-        if self.steps < 1:
-            raise ValueError(
-                "These settings leave no step to sample; check start_at_step, end_at_step and denoise, or the sigmas."
-            )
+        self.steps = settings.steps_on(patcher)
         self.all_run, self.progress = is_dit(patcher), Progress(patcher, 0, estimate)
 
     def expect(self, steps: int) -> None:
