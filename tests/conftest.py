@@ -15,7 +15,7 @@ if os.environ.get("CI"):
     settings.load_profile("ci")
 
 # Tests of these files share a ComfyUI server.
-SERVED = {"test_errors", "test_files", "test_loading", "test_running", "test_workflows"}
+SERVED = {"test_errors", "test_files", "test_loading", "test_official_templates", "test_running", "test_workflows"}
 
 
 @pytest.hookimpl(optionalhook=True)

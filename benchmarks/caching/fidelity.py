@@ -101,15 +101,15 @@ def copied_input(patcher):
     return clone
 
 
-def ours(host: Host, patcher, tier: str, order: int, interval: int = 1, **choices):
+def ours(host: Host, patcher, reuse: str, order: int, interval: int = 1, **choices):
     policies = host.module("qandc_core.caching.policies")
     if "distances" in choices:
         choices["distances"] = host.module("qandc_core.caching.runs").StepDistances(choices["distances"])
-    kinds = {"computed": policies.StepCount, "speedup": policies.Speedup, "max_error": policies.ErrorBudget}
+    kinds = {"num_computed": policies.StepCount, "speedup": policies.Speedup, "max_error": policies.ErrorBudget}
     kind = next((kinds[name] for name in choices if name in kinds), None)
     policy = policies.Interval(interval, order=order) if kind is None else kind(**choices, order=order)
     caching = host.module("nodes.comfyui.cache.attach")
-    return caching.apply_cache(patcher, caching.CacheSettings(policy, tier))
+    return caching.apply_cache(patcher, caching.CacheSettings(policy, reuse))
 
 
 def calibrated(host: Host, subject: Subject) -> torch.Tensor:
@@ -135,10 +135,10 @@ def methods(host: Host, subject: Subject, order: int) -> dict[str, dict[float, C
         start = copied_input(patcher) if mended else patcher
         return {t: run(node.execute(start, t, 0.15, 0.95, False).args[0]) for t in thresholds}
 
-    tiers = {"whole prediction": "prediction", "blocks": "blocks"}
+    kinds = {"whole prediction": "prediction", "blocks": "blocks"}
     flowing = host.module("nodes.comfyui.wrappers").is_flow(patcher.model)
     if not flowing:
-        tiers["attention and MLP"] = "FORA"
+        kinds["attention and MLP"] = "FORA"
     found: dict[str, dict[float, Callable]] = {
         "fewer steps": {n: lambda seed, n=n: subject.images(patcher, seed, n) for n in counts},
         "core EasyCache": peer(core.EasyCacheNode),
@@ -147,12 +147,14 @@ def methods(host: Host, subject: Subject, order: int) -> dict[str, dict[float, C
     }
     if flowing:
         found["core EasyCache, input copied"] = peer(core.EasyCacheNode, mended=True)
-    found["Q&C prediction, order 0"] = {n: run(ours(host, patcher, "whole prediction", 0, computed=n)) for n in counts}
-    for tier, name in tiers.items():
-        found[f"Q&C {name}, order 1"] = {n: run(ours(host, patcher, tier, 1, computed=n)) for n in counts}
+    found["Q&C prediction, order 0"] = {
+        n: run(ours(host, patcher, "whole prediction", 0, num_computed=n)) for n in counts
+    }
+    for reuse, name in kinds.items():
+        found[f"Q&C {name}, order 1"] = {n: run(ours(host, patcher, reuse, 1, num_computed=n)) for n in counts}
     distances = calibrated(host, subject)
     found["Q&C prediction, calibrated"] = {
-        n: run(ours(host, patcher, "whole prediction", order, computed=n, distances=distances)) for n in counts
+        n: run(ours(host, patcher, "whole prediction", order, num_computed=n, distances=distances)) for n in counts
     }
     found["Q&C error budget"] = {
         e: run(ours(host, patcher, "whole prediction", order, max_error=e)) for e in (0.003, 0.01, 0.02, 0.05, 0.1)

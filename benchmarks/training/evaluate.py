@@ -39,7 +39,8 @@ def sampled(model: DiT, each: int, steps: int, cfg_scale: float, sampler: str) -
 def report_recognised(judge: PicturesJudge, images: Tensor, labels: Tensor) -> None:
     _, probabilities = classify(judge, images)
     right = (probabilities.argmax(1) == labels).double()
-    print(f"recognised: {100 * right.mean():.1f} % of {len(labels)}")
+    none = (probabilities.argmax(1) == len(CLASSES)).double()
+    print(f"recognised: {100 * right.mean():.1f} % of {len(labels)}; taken for nothing: {100 * none.mean():.1f} %")
     by_class = [(float(right[labels == c].mean()), thing.name) for c, thing in enumerate(CLASSES)]
     print("worst: " + ", ".join(f"{name} {100 * share:.0f} %" for share, name in sorted(by_class)[:8]))
 

@@ -41,10 +41,10 @@ def declares_noise(sampler: Any) -> bool:
     """
     function = getattr(sampler, "sampler_function", sampler)
     try:
-        parameters = inspect.signature(function).parameters
+        parameters = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):
-        parameters = {}
-    known = {name: p.default for name, p in parameters.items() if isinstance(p.default, (int, float))}
+        parameters = []
+    known = {p.name: p.default for p in parameters if isinstance(p.default, (int, float))}
     known |= getattr(sampler, "extra_options", {})
     if known.get("s_noise") == 0:
         return False

@@ -62,9 +62,9 @@ class FeatureCache:
     With `offloaded_from`, features wait in main memory and return to that device.
     """
 
-    def __init__(self, config: Schedule, mode: str = "branch", offloaded_from: torch.device | None = None):
+    def __init__(self, config: Schedule, reuse: str = "branch", offloaded_from: torch.device | None = None):
         self.config: Schedule = config
-        self.mode = mode
+        self.reuse = reuse
         self.offloaded_from = offloaded_from
         self.policy: CachePolicy | None = None  # makes `config` anew for each run that tells its steps
         self.cost = 0.0

@@ -86,9 +86,9 @@ class CachePolicy:
         return self.line()
 
     def line(
-        self, interval: int = 1, steps: list[int] | None = None, computed: int | None = None, rest: str = ""
+        self, interval: int = 1, steps: list[int] | None = None, num_computed: int | None = None, rest: str = ""
     ) -> str:
-        return f"{interval} {steps} branch {self.order} {computed} {self.start} {self.end}{rest}"
+        return f"{interval} {steps} branch {self.order} {num_computed} {self.start} {self.end}{rest}"
 
     @property
     def decided_before(self) -> bool:
@@ -174,21 +174,21 @@ class Placed(CachePolicy):
 
 @dataclass(frozen=True)
 class StepCount(Placed):
-    """`computed` steps of the run compute, those outside start..end counted."""
+    """`num_computed` steps of the run compute, those outside start..end counted."""
 
-    computed: int
+    num_computed: int
 
     def limits(self) -> list[tuple[str, float, float]]:
-        return [("computed", 1, float("inf")), *super().limits()]
+        return [("num_computed", 1, float("inf")), *super().limits()]
 
     def planned(self, run: RunFacts, inside: range) -> Plan:
-        return CountedPlan(run.total, self.order, inside, self.computed, self.placing(run))
+        return CountedPlan(run.total, self.order, inside, self.num_computed, self.placing(run))
 
     def phrase(self) -> str:
-        return f"{self.computed} steps"
+        return f"{self.num_computed} steps"
 
     def detail(self) -> str:
-        return self.line(computed=self.computed) + self.optimum()
+        return self.line(num_computed=self.num_computed) + self.optimum()
 
 
 @dataclass(frozen=True)
@@ -246,10 +246,10 @@ class ErrorBudget(CachePolicy):
 
 @dataclass(frozen=True)
 class PolicyConfig:
-    """A policy and what it reuses (`mode`), for an engine that learns the number of steps with each run."""
+    """A policy and what it reuses, for an engine that learns the number of steps with each run."""
 
     policy: CachePolicy
-    mode: str = "branch"
+    reuse: str = "branch"
 
     @property
     def order(self) -> int:
@@ -271,4 +271,4 @@ class PolicyConfig:
                 "it; use another policy, such as Speedup."
             )
         steps = self.policy.plan(total, cost=cost).steps
-        return CacheConfig(1, frozenset(steps), self.mode, self.order)
+        return CacheConfig(1, frozenset(steps), self.reuse, self.order)

@@ -277,7 +277,7 @@ class SamplingRun:
         return self.actions().count(ABSENT)
 
     @property
-    def reuses(self) -> bool:
+    def reused_any(self) -> bool:
         """Whether anything was reused."""
         return any(letter in (HELD, FORECAST) for line in self.lines.values() for letter in line.values())
 

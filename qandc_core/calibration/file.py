@@ -26,7 +26,8 @@ __all__ = ["FINGERPRINT", "Calibration", "fingerprint", "fingerprint_tensors", "
 FORMAT, VERSION = "qandc-calibration", 1
 REMEDY = "calibrate again"
 FINGERPRINT = "qandc_fingerprint"
-TENSORS = ("low", "high", "mean", "histogram", "hessian", "rows", "held_out")
+TENSORS = ("low", "high", "mean", "histogram", "hessian", "inputs", "held_out")
+STORED = {"inputs": "rows"}  # tensors that files name otherwise
 
 
 def fingerprint(model: nn.Module) -> Fingerprint:
@@ -116,7 +117,7 @@ class Calibration:
             for key in TENSORS:
                 value = getattr(layer, key)
                 if value is not None:
-                    tensors[f"statistics/{name}/{key}"] = value.contiguous()
+                    tensors[f"statistics/{name}/{STORED.get(key, key)}"] = value.contiguous()
             tensors[f"statistics/{name}/count"] = torch.tensor([layer.count, layer.reach], dtype=torch.float64)
         if self.schedule is not None:
             tensors["schedule/steps"] = torch.tensor(self.schedule)
@@ -207,7 +208,7 @@ def read_statistics(tensors: dict[str, Tensor]) -> dict[str, LayerStatistics]:
     for name in sorted(names):
         count, reach = tensors[f"statistics/{name}/count"].tolist()
         low, high, mean, histogram = (tensors[f"statistics/{name}/{key}"] for key in TENSORS[:4])
-        optional = (tensors.get(f"statistics/{name}/{key}") for key in TENSORS[4:])
+        optional = (tensors.get(f"statistics/{name}/{STORED.get(key, key)}") for key in TENSORS[4:])
         layer = LayerStatistics(int(count), low, high, mean, histogram, torch.tensor(reach), *optional)
         check_statistics(name, layer)
         statistics[name] = layer

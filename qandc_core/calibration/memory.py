@@ -26,7 +26,7 @@ class StatisticsPlan:
         """Whether a layer of so many inputs keeps X^T X, float32, rather than inputs in bfloat16."""
         return 4 * width**2 <= 2 * width * self.tokens
 
-    def rows(self, width: int) -> int:
+    def inputs(self, width: int) -> int:
         return 0 if self.hessian(width) else self.tokens
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from .calls import ModelCall
 from .choice import Batch, CalibrationConfig, Candidates, Choice
 from .file import Calibration, load_calibration
-from .layer_inputs import HELD_OUT_ROWS, Observer
+from .layer_inputs import HELD_OUT_TOKENS, Observer
 from .memory import StatisticsPlan, plan_statistics
 from .statistics import LayerStatistics, check_finite, observed
 
@@ -39,11 +39,13 @@ class Host(Protocol):
     run has at least.
     """
 
-    layers: Layers
     fingerprint: str
     device: torch.device
     all_run: bool
     steps: int
+
+    @property
+    def layers(self) -> Layers: ...
 
     def expect(self, steps: int) -> None:
         """So many sampling steps are still to come, for a progress bar."""
@@ -191,7 +193,7 @@ class Calibrating:
 def planned(layers: Layers, plan: CalibrationConfig) -> StatisticsPlan:
     """What each layer's statistics keep. Raises ValueError where the plan's memory does not hold them."""
     widths, budget = [width_of(layer) for _, layer in layers], int(plan.memory_gb * 2**30)
-    tokens, held_out = plan.tokens if plan.hessians else 0, HELD_OUT_ROWS if plan.held_out else 0
+    tokens, held_out = plan.tokens if plan.hessians else 0, HELD_OUT_TOKENS if plan.held_out else 0
     space = plan_statistics(widths, budget, tokens, held_out)
     blocks = {block_of(name) for name, _ in layers} - {""}
     kept = f", {space.tokens} tokens each" if plan.hessians else ""
@@ -215,7 +217,7 @@ def width_of(layer: nn.Module) -> int:
 
 def empty_statistics(layer: nn.Module, space: StatisticsPlan) -> LayerStatistics:
     width = width_of(layer)
-    return LayerStatistics.empty(width, space.hessian(width), space.rows(width), space.held_out)
+    return LayerStatistics.empty(width, space.hessian(width), space.inputs(width), space.held_out)
 
 
 def resumed(found: Calibration, layers: Mapping[str, nn.Module], space: StatisticsPlan) -> Standing:
@@ -226,11 +228,11 @@ def resumed(found: Calibration, layers: Mapping[str, nn.Module], space: Statisti
         layer, room = found.statistics.pop(name), empty_statistics(layers[name], space)
         if (layer.low.shape, layer.hessian is None) != (room.low.shape, room.hessian is None):
             raise ValueError(f"the statistics of {name} are of another layer")
-        if layer.rows is not None:
-            room.keep_rows(layer.rows)
+        if layer.inputs is not None:
+            room.keep_inputs(layer.inputs)
         if layer.held_out is not None:
             room.keep_held_out(layer.held_out)
-        statistics[name] = replace(layer, rows=room.rows, held_out=room.held_out)
+        statistics[name] = replace(layer, inputs=room.inputs, held_out=room.held_out)
     samples, held_out = (torch.tensor(found.notes[key]).long().reshape(-1, 4) for key in ("samples", "held_out"))
     kept = (found.notes[key] for key in ("runs", "distances", "batch_size"))
     return Standing(Choice(samples, held_out), found.distances, statistics, found.held_out, *kept)

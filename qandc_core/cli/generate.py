@@ -7,7 +7,7 @@ from ..caching.policies import CachePolicy, ChosenSteps, Interval, Speedup, Step
 from ..calibration.file import Calibration, load_calibration
 from ..diffusion.process import SamplingConfig
 from ..files import written_whole
-from .common import CACHE_INTERVAL, add_model, add_sampling, at_least, class_id, finite, load, log, sampling
+from .common import CACHE_INTERVAL, add_model, add_number, add_sampling, at_least, class_id, finite, load, log, sampling
 
 SUMMARY = "sample images of given classes"
 
@@ -31,19 +31,11 @@ def add(command: argparse.ArgumentParser) -> None:
 def add_policy(command: argparse.ArgumentParser) -> None:
     """Which steps compute; each of these replaces the steps of a calibration."""
     policies = command.add_mutually_exclusive_group()
-    policies.add_argument(
-        "--cache-interval", type=at_least(1), metavar="N",
-        help="compute every N-th step, 1 caches nothing; replaces the steps of a calibration "
-        f"(default {CACHE_INTERVAL} without them)",
-    )  # fmt: skip
-    policies.add_argument(
-        "--speedup", type=finite, metavar="X",
-        help="compute as many steps as make the model calls X times faster; replaces the steps of a calibration",
-    )  # fmt: skip
-    policies.add_argument(
-        "--computed-steps", type=at_least(1), metavar="N",
-        help="compute N steps, closer together at the end; replaces the steps of a calibration",
-    )  # fmt: skip
+    replaces = "; replaces the steps of a calibration"
+    interval = f"compute every N-th step, 1 caches nothing{replaces} (default {CACHE_INTERVAL} without them)"
+    add_number(policies, "--cache-interval", at_least(1), interval)
+    add_number(policies, "--speedup", finite, f"target speedup of the model calls{replaces}", metavar="X")
+    add_number(policies, "--computed-steps", at_least(1), f"compute N steps, denser towards the end{replaces}")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -67,9 +59,15 @@ def run(args: argparse.Namespace) -> None:
     apply_cache_to_dit(sampled, asked or found_policy(calibration))
     compensation = calibration.variance if calibration else None
     x, report = generate(
-        sampled, args.classes, config.steps, config.cfg_scale, config.sampler, args.seed,
-        compensation=compensation, progress=True,
-    )  # fmt: skip
+        sampled,
+        args.classes,
+        config.steps,
+        config.cfg_scale,
+        config.sampler,
+        args.seed,
+        compensation=compensation,
+        progress=True,
+    )
     images = x if vae is None else decode(vae, x)
     if not images.isfinite().all():
         raise ValueError("The images hold values that are not finite; sample with a smaller --cfg, or another model.")

@@ -180,10 +180,10 @@ def remarks(runs: Sequence[ComparedRun]) -> list[str]:
         report = run.report
         if report is not None and report.quantization is not None:
             lines.append(f"{run.label}: {report.quantization.summary()}")
-        if report is None or not report.tier:
+        if report is None or not report.reuse:
             continue
         gain = "" if report.cache_speedup is None else f", model calls {report.cache_speedup:.2f}x faster for it"
-        lines.append(f"{run.label}: reuses {report.tier}{gain}" + "".join(f"; {text}" for text in report.warnings))
+        lines.append(f"{run.label}: reuses {report.reuse}{gain}" + "".join(f"; {text}" for text in report.warnings))
     return lines
 
 

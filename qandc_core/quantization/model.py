@@ -117,9 +117,10 @@ def quantize_linear(
         format = replace(format, w_bits=8)
     grid = weight_grid(weight, format.w_bits, format.symmetric)
     if config.rounding == "gptq":
-        if statistics is None or statistics.hessian is None:
+        hessian = None if statistics is None else statistics.second_moment(weight.device)
+        if hessian is None:
             raise ValueError(f"gptq rounding needs the input Hessian of {name}; calibrate with hessians.")
-        codes = gptq_codes(weight, statistics.hessian.to(weight.device), grid)
+        codes = gptq_codes(weight, hessian, grid)
     else:
         codes = quantize(weight, grid)
     inputs = activation_grid(statistics, format.a_bits, config, weight.device) if format.static else None

@@ -52,6 +52,17 @@ def span(begun: Any, ended: Any) -> float:
     return begun.elapsed_time(ended) / 1000
 
 
+class Stopwatch:
+    """Seconds since it was made, of the host and all that a device was given to do meanwhile."""
+
+    def __init__(self, device: torch.device | None = None):
+        self.device = device or torch.device("cpu")
+        self.begun = host_mark(self.device)
+
+    def seconds(self) -> float:
+        return host_mark(self.device) - self.begun
+
+
 class StepClock:
     """Seconds of the steps of a run, each from where the last ended, or from where `begin` was called since."""
 

@@ -18,7 +18,7 @@ class RunReport:
 
     `peak_memory` is the device allocator's peak on a GPU (on MPS what its driver holds at the end) and the process's
     peak on CPU; None where the system has none.
-    `factors` are K_t of each step's channels where variance compensation was on. Of a cache: `tier` is what it reused
+    `factors` are K_t of each step's channels where variance compensation was on. Of a cache: `reuse` is what it reused
     and why, `timeline` a letter per step for each condition (C computed, R held, F forecast, . not evaluated; steps
     that the sampler went back to follow after the last), `not_visited` the steps that the sampler left out, and
     `cache_speedup` how much longer the model calls would have taken had each computed. `quantization` is what Quantize
@@ -36,7 +36,7 @@ class RunReport:
     peak_memory: int | None = None
     label: str = ""
     factors: list[list[float]] = field(default_factory=list)
-    tier: str = ""
+    reuse: str = ""
     timeline: dict[str, str] = field(default_factory=dict)
     cache_speedup: float | None = None
     warnings: list[str] = field(default_factory=list)

@@ -32,13 +32,16 @@ class Frontend:
         self.errors: list[str] = []
         page.on("pageerror", lambda error: self.errors.append(str(error)))
 
-    def load(self, workflow: dict, name: str) -> None:
+    def load(self, workflow: dict, name: str, wait: int = 1500) -> None:
+        """`wait` is in milliseconds, for what the frontend does after it has loaded a graph."""
         self.page.evaluate("([w, name]) => app.loadGraphData(w, true, true, name)", [workflow, name])
-        self.page.wait_for_timeout(1500)
+        self.page.wait_for_timeout(wait)
 
     def missing_nodes(self) -> list[str]:
+        """Types that the frontend does not know, inside subgraphs too."""
         return self.page.evaluate(
-            "() => app.graph._nodes.filter(n => !LiteGraph.registered_node_types[n.type]).map(n => n.type)"
+            """() => { const inside = graph => graph._nodes.flatMap(n => n.subgraph ? inside(n.subgraph) : [n]);
+            return inside(app.graph).filter(n => !LiteGraph.registered_node_types[n.type]).map(n => n.type) }"""
         )
 
     def prompt(self) -> dict:
@@ -100,19 +103,37 @@ class Frontend:
         self.page.wait_for_timeout(700)
         return area
 
+    def search(self, *words: str) -> dict[str, list[str]]:
+        """What the search box that a double click opens lists for each of the words, best first."""
+        self.page.evaluate("() => app.graph.clear()")
+        self.page.mouse.move(400, 300)
+        self.page.mouse.dblclick(640, 420)
+        box, found = self.page.locator("input[role=combobox]"), {}
+        for word in words:
+            box.fill("")
+            self.page.wait_for_timeout(150)
+            box.fill(word)
+            self.page.wait_for_timeout(400)
+            found[word] = [text.strip() for text in self.page.get_by_test_id("result-item").all_text_contents()]
+        self.page.keyboard.press("Escape")
+        return found
+
     def screenshot(self, path: Path, area: dict[str, float] | None = None, quality: int = 82) -> None:
         self.page.screenshot(path=str(path), type="jpeg", quality=quality, clip=area)
 
 
 @contextmanager
-def open_frontend(address: str, width: int = 2200, height: int = 1240) -> Iterator[Frontend]:
+def open_frontend(
+    address: str, width: int = 2200, height: int = 1240, locale: str = "en", nodes_2: bool = False
+) -> Iterator[Frontend]:
+    """`nodes_2` draws nodes as HTML ("Nodes 2.0") instead of on the canvas."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium(), args=FLAGS)
         try:
             page = browser.new_page(viewport={"width": width, "height": height})
-            for name, value in SETTINGS.items():
+            for name, value in {**SETTINGS, "Comfy.Locale": locale, "Comfy.VueNodes.Enabled": nodes_2}.items():
                 page.request.post(f"http://{address}/settings/{name}", data=json.dumps(value))
             page.goto(f"http://{address}")
             page.wait_for_function("() => window.app?.graph && window.app.extensionManager", timeout=90_000)

@@ -441,10 +441,10 @@ def test_the_cost_of_a_reused_step_is_the_share_of_the_matmuls_over_tokens_that_
     blocks = config.depth * config.hidden_size**2 * (4 + 2 * config.mlp_ratio)
     expected = around / (around + blocks)
     assert reuse_cost(model, model.blocks) == pytest.approx(expected)
-    for mode in ("branch", "block"):
-        cached = qandc_core.apply_cache_to_dit(model, Speedup(2.0), mode=mode)
+    for reuse in ("branch", "block"):
+        cached = qandc_core.apply_cache_to_dit(model, Speedup(2.0), reuse=reuse)
         assert feature_cache(cached).cost == pytest.approx(expected)
-        assert qandc_core.fuse_dit(qandc_core.load_dit("demo")).reuse_cost(mode) == pytest.approx(expected)
+        assert qandc_core.fuse_dit(qandc_core.load_dit("demo")).reuse_cost(reuse) == pytest.approx(expected)
 
 
 def test_a_network_without_matmuls_saves_nothing():
@@ -466,7 +466,7 @@ def test_our_loop_and_the_fused_loop_compute_the_steps_of_the_policy(policy):
     plan = policy.plan(12)
     model = qandc_core.apply_cache_to_dit(qandc_core.load_dit("demo"), policy)
     fused = qandc_core.fuse_dit(qandc_core.load_dit("demo"))
-    qandc_core.apply_cache_to_dit(fused, replace(policy, order=1), mode="prediction")
+    qandc_core.apply_cache_to_dit(fused, replace(policy, order=1), reuse="prediction")
     for each in (model, fused):
         _, report = qandc_core.generate(each, [1], 12, 1.0, "ddim")
         assert {step for step, done in enumerate(report.computed) if done} == computed_by(plan)
@@ -481,7 +481,7 @@ def test_our_loop_follows_an_error_budget_and_the_fused_loop_refuses_it():
         counts.append(sum(reports[0].computed))
     assert counts[0] == 12 > counts[1] > counts[2]
     fused = qandc_core.fuse_dit(qandc_core.load_dit("demo"))
-    qandc_core.apply_cache_to_dit(fused, ErrorBudget(0.05), mode="prediction")
+    qandc_core.apply_cache_to_dit(fused, ErrorBudget(0.05), reuse="prediction")
     with pytest.raises(ValueError, match="decides each step during the run"):
         qandc_core.generate(fused, [1], 12, 1.0, "ddim")
 

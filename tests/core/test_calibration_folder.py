@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qandc_core.calibration.file import Calibration
-from qandc_core.calibration.folder import check_writable, is_listed, is_portable, listed, made_before, save_new, stem_of
+from qandc_core.calibration.folder import check_writable, is_listed, listed, made_before, save_new, stem_of
+from qandc_core.files import is_portable
 
 
 def saving(content):

@@ -223,7 +223,7 @@ def test_figure_grows_with_runs_and_shows_what_was_measured(images):
 
 
 def test_a_cached_run_says_what_it_reused_and_when(images):
-    cached = report([1.0, 0.1], [True, False], tier="blocks, as chosen", timeline={"positive": "CF", "negative": "CR"})
+    cached = report([1.0, 0.1], [True, False], reuse="blocks, as chosen", timeline={"positive": "CF", "negative": "CR"})
     cached.cache_speedup, cached.warnings = 1.82, ["no effect at all"]
     plain = ComparedRun("full", images, report([1.0, 1.0], [True, True]))
     _, bare = run_comparison([plain, ComparedRun("fast", images, report([1.0, 0.1], [True, False]))])

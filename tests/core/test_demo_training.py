@@ -254,6 +254,28 @@ def test_the_judge_learns_and_is_written(drawings, tmp_path, monkeypatch, capsys
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
+def test_a_third_of_what_the_judge_learns_from_is_spoiled_and_is_none_of_the_things(drawings):
+    config = judge.JudgeConfig(batch=20, spoiled=10)
+    pictures, labels = judge.judged_batch(drawings, config, seeded(3))
+    whole = augment(drawings, indices := balanced_draw(drawings, 30, generator := seeded(3)), generator)
+    assert torch.equal(labels[:20], drawings.labels[indices[:20]]) and set(labels[20:].tolist()) == {len(CLASSES)}
+    assert torch.equal(pictures[:20], whole[:20])
+    changed = (pictures[20:] - whole[20:]).abs().amax(dim=(1, 2, 3))
+    assert changed.min() > 0.05 and pictures.abs().max() <= 1
+
+
+def test_tiles_change_places_and_nothing_else():
+    pictures = torch.rand(3, 2, 32, 32, generator=seeded(1))
+    moved = judge.shuffled_tiles(pictures, seeded(2))
+    assert not torch.equal(moved, pictures)
+    for one, other in zip(pictures, moved):
+        tiles = [
+            part.unfold(1, 8, 8).unfold(2, 8, 8).permute(1, 2, 0, 3, 4).flatten(2).flatten(0, 1)
+            for part in (one, other)
+        ]
+        assert sorted(tiles[0].tolist()) == sorted(tiles[1].tolist())
+
+
 def test_the_ground_of_a_picture_is_found(drawings):
     image = torch.zeros(3, 32, 32)
     image[:, 8:24, 8:24] = 1

@@ -79,7 +79,7 @@ def test_contract_holds_no_files_of_the_machine_it_was_recorded_on():
 
 def test_contract_is_written_with_sorted_keys():
     recorded = Path(__file__).with_name("object_info.json").read_text(encoding="utf-8")
-    assert recorded == json.dumps(CONTRACT, indent=1, sort_keys=True) + "\n"
+    assert recorded == json.dumps(CONTRACT, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 @pytest.mark.parametrize("node", NODES)

@@ -17,6 +17,7 @@ from ....qandc_core.caching.blocks import CachedBlocks, blocks_at, read_between
 from ....qandc_core.caching.cost import reuse_cost
 from ....qandc_core.caching.families import block_lists
 from ....qandc_core.caching.features import FeatureCache
+from ....qandc_core.numerics import relative_error
 from ..model.dit import DiTModel
 from ..wrappers import REPORT, WRAPPERS, note, options_of_run, samples_flow
 from .calls import COMPILE, KEY, keep_inside, nothing_between, state_of
@@ -83,7 +84,7 @@ def fill_report(report, run: ModelRun) -> None:
         return
     report.computed, report.cache_bytes = run.computed(), run.peak_bytes
     report.timeline, report.not_visited = run.timeline, run.not_visited
-    report.tier = f"{run.tier}, {run.reason}" if run.reason else run.tier
+    report.reuse = f"{run.reuse}, {run.reason}" if run.reason else run.reuse
     report.cache_speedup = run.times.speedup()
     report.warnings = [*report.warnings, *run.warnings]
 
@@ -125,8 +126,8 @@ def prediction_wrapper(executor, x, timestep, model_options, seed):
 class ModelWrapper:
     """APPLY_MODEL: each call is computed, or made of what earlier ones kept."""
 
-    def __init__(self, tier: str):
-        self.tier = tier
+    def __init__(self, reuse: str):
+        self.reuse = reuse
 
     def __call__(self, executor, x, t, c_concat, c_crossattn, control, transformer_options, **kwargs):
         def call() -> Tensor:
@@ -136,9 +137,9 @@ class ModelWrapper:
         if run is None:
             warn_of_no_run()
             return call()
-        if not run.tier:
-            tier, reason = choose_tier(model, self.tier)
-            run.begin(tier, reason, cost_of(model.diffusion_model, tier))
+        if not run.reuse:
+            reuse, reason = choose_reuse(model, self.reuse)
+            run.begin(reuse, reason, cost_of(model.diffusion_model, reuse))
         # A batch of two prompts may be padded to the longer, which blocks see and the prediction does not.
         tokens = tuple(c_crossattn.shape[1:]) if run.keeps_tokens and c_crossattn is not None else ()
         state = (*state_of(model, control, transformer_options), tokens)
@@ -146,7 +147,7 @@ class ModelWrapper:
         cache = run.place(x, known)
         begun = run.times.mark(x.device)
         try:
-            out = CALLS[run.tier](run, cache, model, transformer_options, call)
+            out = CALLS[run.reuse](run, cache, model, transformer_options, call)
         except comfy.model_management.OOM_EXCEPTION:
             if not run.num_bytes:
                 raise
@@ -221,7 +222,7 @@ def self_test(blocks: CachedBlocks, cache: FeatureCache, model, call, out: Tenso
             again = call()
     finally:
         cache.run.reusing = False
-    difference = float((again - out).float().norm() / out.float().norm().clamp(min=1e-12))
+    difference = relative_error(again, out)
     if difference <= SELF_TEST[min(4, model.get_dtype_inference().itemsize)]:
         return ""
     return f"the first step reused on itself differs by {difference:.2g}"
@@ -230,7 +231,7 @@ def self_test(blocks: CachedBlocks, cache: FeatureCache, model, call, out: Tenso
 CALLS = {PREDICTION: reuse_prediction, BRANCHES: reuse_branches, BLOCKS: reuse_blocks}
 
 
-def choose_tier(model, wanted: str) -> tuple[str, str]:
+def choose_reuse(model, wanted: str) -> tuple[str, str]:
     """What to reuse on this model, and why."""
     network: nn.Module = model.diffusion_model
     if hasattr(network, "_orig_mod"):  # torch.compile's wrapper, whose module takes seconds to import
@@ -244,11 +245,11 @@ def choose_tier(model, wanted: str) -> tuple[str, str]:
     return PREDICTION, "which measured best"
 
 
-def cost_of(network: nn.Module, tier: str) -> float:
+def cost_of(network: nn.Module, reuse: str) -> float:
     """Share of a computed step that a reused one takes, counted on the network."""
-    if tier == PREDICTION:
+    if reuse == PREDICTION:
         return 0.0
-    if tier == BRANCHES:
+    if reuse == BRANCHES:
         return reuse_cost(network, cached_modules(network, "branch"))
     return reuse_cost(network, [block for path in block_lists(network) for block in blocks_at(network, path)])
 
@@ -264,7 +265,7 @@ def apply_cache(patcher, settings: CacheSettings):
         return clone
     clone.add_wrapper_with_key(WRAPPERS.OUTER_SAMPLE, KEY, RunWrapper(settings))
     clone.add_wrapper_with_key(WRAPPERS.PREDICT_NOISE, KEY, prediction_wrapper)
-    clone.add_wrapper_with_key(WRAPPERS.APPLY_MODEL, KEY, ModelWrapper(settings.tier))
+    clone.add_wrapper_with_key(WRAPPERS.APPLY_MODEL, KEY, ModelWrapper(settings.reuse))
     clone.add_callback_with_key(PRE_RUN, KEY, before_run)
     note(clone, "cache", settings.describe(), settings.detail())
     return clone

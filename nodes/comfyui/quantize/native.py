@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 import uuid
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,10 +14,12 @@ from torch import Tensor
 
 from ....qandc_core.calibration.calls import ModelCall
 from ....qandc_core.calibration.file import FINGERPRINT, Calibration
+from ....qandc_core.numerics import relative_error
 from ....qandc_core.quantization.budget import FLOAT, Budget, LayerSource, quantize_layers, stored_bytes
 from ....qandc_core.quantization.native import COLLAPSE, NativeConfig, NativeLayer
 from ....qandc_core.quantization.report import LayerReport, QuantizationReport
 from ....qandc_core.quantization.selection import unmatched
+from ....qandc_core.sampling.clock import Stopwatch
 from ..pictures import error_bars, report_picture
 from ..sampling import Progress
 from ..wrappers import QUANTIZATION, note
@@ -58,7 +59,7 @@ def quantize_native(
     layers = chosen_layers(patcher, settings.skip, settings.include)
     if calibration is not None:
         calibration.check_fingerprint(fingerprint_of(patcher))
-    started = time.perf_counter()
+    watch = Stopwatch(patcher.load_device)
     calls = calibration.held_out if calibration is not None else ()
     progress = Progress(patcher, len(layers) + 2 * len(calls))
     weights = SourceWeights(patcher, settings.loras == "bake", stored_dtype(patcher.model.model_config))
@@ -68,7 +69,7 @@ def quantize_native(
     report = QuantizationReport(
         settings.format,
         layer_reports(weights, quantized),
-        time.perf_counter() - started,
+        watch.seconds(),
         backend(settings.format, model.load_device),
         error,
     )
@@ -203,7 +204,7 @@ def model_error(
     if not calls:
         return None
     full, lossy = (predictions(model, calls, progress) for model in (patcher, quantized))
-    errors = torch.stack([(b - a).norm() / a.norm().clamp(min=1e-12) for a, b in zip(full, lossy)]).double()
+    errors = torch.tensor([relative_error(b, a) for a, b in zip(full, lossy)], dtype=torch.float64)
     spread = float(errors.std() / math.sqrt(len(errors))) if len(errors) > 1 else math.nan
     return float(errors.mean()), spread, len(errors)
 
