@@ -9,10 +9,10 @@ from pathlib import Path
 from comfy_api.v0_0_2 import io
 
 from ..qandc_core.calibration.file import Calibration, load_calibration
+from ..qandc_core.sampling.estimate import Estimate, duration
 from . import schema
 from .comfyui.calibrate.run import SELECTIONS, CalibrationConfig, calibrate, digest_of
 from .comfyui.defaults import AUTO_COUNT, completed, images_at_once
-from .comfyui.estimate import Estimate, duration
 from .comfyui.files import (
     NEW,
     calibration_files,
@@ -200,7 +200,7 @@ def done(what: str, count: int, prompts: int, plan: CalibrationConfig, at_once: 
 def guided_model(guider, wired):
     """The MODEL of a guider, which goes before a wired one. Raises ValueError where that is another network."""
     model = model_of(guider)
-    if wired is not None and not model.is_clone(wired):
+    if wired is not None and not model.is_clone(wired) and fingerprint_of(model) != fingerprint_of(wired):
         raise ValueError(
             "`model` and the guider's model are different ones; disconnect `model`, the guider has its own."
         )

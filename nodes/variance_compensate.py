@@ -9,12 +9,12 @@ from comfy_api.v0_0_2 import io
 from ..qandc_core.calibration.choice import CalibrationConfig
 from ..qandc_core.calibration.file import Calibration, load_calibration
 from ..qandc_core.compensation.factors import METHODS
+from ..qandc_core.sampling.estimate import Estimate
 from . import schema
 from .comfyui.cache.attach import steps_vary
 from .comfyui.calibrate.inputs import digest_of_inputs
 from .comfyui.compensation import FittedFor, attach_compensation, fit_compensation
 from .comfyui.defaults import AUTO_COUNT, LARGEST_PAIRING, completed, images_at_once, pairs_of
-from .comfyui.estimate import Estimate
 from .comfyui.files import (
     NEW,
     calibration_files,

@@ -25,7 +25,7 @@ from ...qandc_core.compensation.correction import (
 )
 from ...qandc_core.compensation.fit import JointFit, SequentialFit
 from ...qandc_core.compensation.turns import Turns
-from .estimate import Estimate
+from ...qandc_core.sampling.estimate import Estimate
 from .sampling import Progress, sample_new
 from .settings import Settings, guidance_of, image_numbers, images_of, sampler_options
 from .wrappers import (

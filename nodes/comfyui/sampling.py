@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ...qandc_core.sampling.clock import StepClock
+from ...qandc_core.sampling.estimate import Estimate
 from ...qandc_core.sampling.report import RunReport, peak_memory, reset_peak_memory
-from .estimate import Estimate
 from .settings import Settings
 from .wrappers import QUANTIZATION, REPORT, WRAPPERS, labels, replace_wrapper
 

@@ -12,7 +12,7 @@ from ....qandc_core.calibration.choice import SELECTIONS, Batch, CalibrationConf
 from ....qandc_core.calibration.digest import Digest
 from ....qandc_core.calibration.file import Calibration
 from ....qandc_core.calibration.layer_inputs import Observer
-from ..estimate import Estimate
+from ....qandc_core.sampling.estimate import Estimate
 from ..model.dit import is_dit
 from ..quantize.layers import calibrated, check_not_quantized
 from ..quantize.weights import fingerprint_of

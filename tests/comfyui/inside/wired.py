@@ -247,7 +247,7 @@ def refused(host: Host) -> dict[str, str]:
     return {
         "nothing wired": said(latent_image=empty),
         "no latent": said(guider=guider),
-        "another model": said(build(FAMILIES["Flux"]), guider=guider, latent_image=empty),
+        "another model": said(build(FAMILIES["SDXL"]), guider=guider, latent_image=empty),
         "same model": said(watched.clone(), guider=guider, latent_image=empty),
         "part of sigmas": said(watched, **wires, sigmas=sigmas, start_at_step=1),
         "no step": said(watched, **wires, start_at_step=STEPS),
