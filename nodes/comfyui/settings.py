@@ -68,9 +68,9 @@ class Settings:
         """Noise levels (T + 1,) of the run, on the CPU; empty where there is nothing to sample."""
         if self.sigmas is not None:
             return self.sigmas.cpu()
+        name = "euler" if self.sampler is not None else self.sampler_name  # KSampler leaves a level out for some
         sigmas = comfy.samplers.KSampler(
-            patcher, self.steps, patcher.load_device, self.sampler_name, self.scheduler, self.denoise,
-            patcher.model_options,
+            patcher, self.steps, patcher.load_device, name, self.scheduler, self.denoise, patcher.model_options
         ).sigmas.cpu().clone()  # fmt: skip
         if self.end_at_step < len(sigmas) - 1:
             sigmas = sigmas[: self.end_at_step + 1]
