@@ -8,6 +8,7 @@ from .comfyui.cache.attach import apply_cache
 from .comfyui.cache.placing import placing
 from .comfyui.cache.run import REUSE_OPTIONS, CacheSettings
 from .comfyui.quantize.weights import fingerprint_of
+from .comfyui.status import node_of, show
 
 # What each option of `policy` makes; its inputs are the fields.
 CLASSES: dict[str, type[CachePolicy]] = {
@@ -103,6 +104,8 @@ class ApplyCache(io.ComfyNode):
                 ),
             ],
             outputs=[io.Model.Output(tooltip="The model with the cache.")],
+            hidden=[io.Hidden.unique_id],
+            not_idempotent=True,  # ComfyUI must not give one node what another with the same inputs made
         )  # fmt: skip
 
     @classmethod
@@ -121,7 +124,9 @@ class ApplyCache(io.ComfyNode):
                     f"the policy {policy['policy']} does not use the calibration; speedup and number of steps do"
                 ]
         when = policy_of(policy, order, start_percent, end_percent, distances)
-        return io.NodeOutput(apply_cache(model, CacheSettings(when, reuse, offload, tuple(warnings))))
+        settings = CacheSettings(when, reuse, offload, tuple(warnings), node_of(cls))
+        show(settings.node, "\n".join(f"Warning: {text}" for text in warnings))
+        return io.NodeOutput(apply_cache(model, settings))
 
 
 def policy_class(policy: dict) -> type[CachePolicy]:

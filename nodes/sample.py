@@ -5,7 +5,8 @@ from comfy_api.v0_0_2 import io
 
 from . import schema
 from .comfyui.defaults import completed
-from .comfyui.sampling import Settings, fitted_latent, measured_sample
+from .comfyui.reporting import measured_sample
+from .comfyui.sampling import Settings, fitted_latent
 
 
 class Sample(io.ComfyNode):

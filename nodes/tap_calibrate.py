@@ -9,7 +9,7 @@ from pathlib import Path
 from comfy_api.v0_0_2 import io
 
 from ..qandc_core.calibration.file import Calibration, load_calibration
-from ..qandc_core.sampling.estimate import Estimate, duration
+from ..qandc_core.sampling.remaining import Remaining, duration
 from . import schema
 from .comfyui.calibrate.run import SELECTIONS, CalibrationConfig, calibrate, digest_of
 from .comfyui.defaults import AUTO_COUNT, completed, images_at_once
@@ -54,7 +54,7 @@ class TAPCalibrate(io.ComfyNode):
                     "where trajectories start from, in turn.", True,
                 ),
                 io.Combo.Input(
-                    "file", options=calibration_files(), default=NEW,
+                    "file", options=calibration_files("statistics"), default=NEW,
                     tooltip="new calibrates, or finds the file that was made of the same inputs; or take a calibration "
                     "from output/qandc.",
                 ),
@@ -96,7 +96,7 @@ class TAPCalibrate(io.ComfyNode):
                 ),
                 io.String.Input(
                     "filename_prefix", default="calibration", advanced=True,
-                    tooltip="New files are named with this and a number.",
+                    tooltip="New files are named with this, the model, the date and a number.",
                 ),
                 io.Float.Input(
                     "memory_gb", default=4.0, min=0.1, max=1024.0, step=0.1, optional=True,
@@ -164,10 +164,10 @@ class TAPCalibrate(io.ComfyNode):
         partial = partial_path(filename_prefix, inputs.hex) if inputs.known else None
         begun, notes = time.perf_counter(), describe(model, settings, plan)
         work = f"{plan.images} trajectories of {notes['steps']} steps"
-        found = calibrate(model, settings, latent, plan, partial, Estimate(work, teller(cls)))
+        found = calibrate(model, settings, latent, plan, partial, Remaining(work, teller(cls)))
         kept = {key: found.notes[key] for key in ("distances", "batch_size")}
         calibration = replace(found, notes={**notes, "inputs": inputs.hex, **kept})
-        path = save_new(calibration.save, filename_prefix, file)
+        path = save_new(calibration.save, filename_prefix, file, model)
         if partial is not None:
             partial.unlink(missing_ok=True)
         log.info("Calibration saved: %s", path)

@@ -9,7 +9,7 @@ from comfy_api.v0_0_2 import io
 from ..qandc_core.calibration.choice import CalibrationConfig
 from ..qandc_core.calibration.file import Calibration, load_calibration
 from ..qandc_core.compensation.factors import METHODS
-from ..qandc_core.sampling.estimate import Estimate
+from ..qandc_core.sampling.remaining import Remaining
 from . import schema
 from .comfyui.cache.attach import steps_vary
 from .comfyui.calibrate.inputs import digest_of_inputs
@@ -54,7 +54,7 @@ class VarianceCompensate(io.ComfyNode):
                     "pairs start from, in turn.", True,
                 ),
                 io.Combo.Input(
-                    "file", options=calibration_files(), default=NEW,
+                    "file", options=calibration_files("variance"), default=NEW,
                     tooltip="new fits; or take a compensation fitted before, from output/qandc.",
                 ),
                 io.Int.Input(
@@ -81,7 +81,7 @@ class VarianceCompensate(io.ComfyNode):
                 ),
                 io.String.Input(
                     "filename_prefix", default="compensation", advanced=True,
-                    tooltip="New files are named with this and a number.",
+                    tooltip="New files are named with this, the model, the date and a number.",
                 ),
                 *schema.wired_sampling(),
             ],
@@ -136,14 +136,14 @@ class VarianceCompensate(io.ComfyNode):
             return io.NodeOutput(loaded(saved, model, reference))
         check_writable()
         begun, notes = time.perf_counter(), settings.describe(reference)
-        estimate = Estimate(f"{plan.images} pairs of {notes['steps']} steps", teller(cls))
+        estimate = Remaining(f"{plan.images} pairs of {notes['steps']} steps", teller(cls))
         variance, fitted, at_once = fit_compensation(
             reference, model, settings, latent, plan, estimate, method=method, start=start_percent, end=end_percent
         )
         notes |= {"pairs": plan.images, "prompts": sum(settings.rows()), "batch_size": at_once}
         made = {**notes, "accelerated": fingerprint_of(model), **fitted.notes()}
         calibration = Calibration(fingerprint_of(reference), variance=variance, notes={**made, "inputs": inputs})
-        path = save_new(calibration.save, filename_prefix, file)
+        path = save_new(calibration.save, filename_prefix, file, reference)
         log.info("Variance compensation saved: %s", path)
         show(
             node_id(cls),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import flow_model
+import rivals
 import torch
 
 if TYPE_CHECKING:
@@ -120,6 +121,43 @@ def calibrated(host: Host, subject: Subject) -> torch.Tensor:
     return distances(torch.stack(seen), subject.sigmas())
 
 
+def papers(subject: Subject) -> dict[str, dict[float, Callable]]:
+    """Method of another paper -> its setting -> (seed) -> images and calls."""
+    T, where = subject.steps, rivals.sites(subject.patcher.model.diffusion_model)
+
+    def run(plan, place, forecaster):
+        def images(seed):
+            rival = rivals.Rival(plan, place, forecaster)
+            with rival.applied(where):
+                return subject.images(subject.patcher, seed)[0], rival.calls
+
+        return images
+
+    noted = rivals.Magnitudes()
+    run([True] * T, "residual", lambda: noted)(1000)
+    series = {
+        "TaylorSeer, order 1": lambda: rivals.Taylor(1),
+        "TaylorSeer, order 2": lambda: rivals.Taylor(2),
+        "HiCache, order 2": lambda: rivals.Hermite(2),
+    }
+    intervals, growths = (2, 3, 4, 5), (0.0, 0.25, 0.75, 1.5, 3.0)
+    found: dict[str, dict[float, Callable]] = {
+        "FORA": {n: run(rivals.every(T, n), "branches", rivals.Hold) for n in intervals},
+        "MagCache": {
+            t: run(rivals.magnitudes(T, noted.ratios, t, most=5), "residual", rivals.Hold)
+            for t in (0.02, 0.06, 0.12, 0.24, 0.5)
+        },
+    }
+    for name, forecaster in series.items():
+        found[name] = {n: run(rivals.every(T, n, first=2), "branches", forecaster) for n in intervals}
+    for name, w in {"Spectrum": 0.5, "Spectrum, regression only": 1.0}.items():
+        found[name] = {
+            growth: run(rivals.windows(T, growth=growth), "last", lambda w=w: rivals.Chebyshev(T, w=w))
+            for growth in growths
+        }
+    return found
+
+
 def methods(host: Host, subject: Subject, order: int) -> dict[str, dict[float, Callable]]:
     """Method -> setting -> (seed) -> images and calls; `order` is what Apply Cache uses with the sampler."""
     import comfy_extras.nodes_easycache as core
@@ -147,6 +185,7 @@ def methods(host: Host, subject: Subject, order: int) -> dict[str, dict[float, C
     }
     if flowing:
         found["core EasyCache, input copied"] = peer(core.EasyCacheNode, mended=True)
+    found |= papers(subject)
     found["Q&C prediction, order 0"] = {
         n: run(ours(host, patcher, "whole prediction", 0, num_computed=n)) for n in counts
     }

@@ -25,17 +25,17 @@ from ...qandc_core.compensation.correction import (
 )
 from ...qandc_core.compensation.fit import JointFit, SequentialFit
 from ...qandc_core.compensation.turns import Turns
-from ...qandc_core.sampling.estimate import Estimate
+from ...qandc_core.sampling.remaining import Remaining
 from .sampling import Progress, sample_new
 from .settings import Settings, guidance_of, image_numbers, images_of, sampler_options
 from .wrappers import (
-    REPORT,
     WRAPPERS,
     details,
     is_flow,
     note,
     options_of_run,
     replace_wrapper,
+    reports_of,
     sampler_function_name,
     scalar,
     step_at,
@@ -173,8 +173,7 @@ class CompensatedRun(Correcting):
             )
         if run.sampler not in EXACT:
             log.info("Q&C variance compensation: exact for euler, ddim and ddpm, approximate for this sampler.")
-        report = guider.model_options["transformer_options"].get(REPORT)
-        if report is not None:
+        for report in reports_of(guider.model_options["transformer_options"]):
             report.factors = [variance.at(sigma)[1].tolist() for sigma in levels]
 
     def factors(self, run: Run, step: int, sigma: float, given: Tensor) -> tuple[Tensor, Tensor]:
@@ -243,7 +242,7 @@ def no_steps(sampler: str) -> ValueError:
 
 def fit_compensation(
     reference, accelerated, settings: Settings, latent: dict[str, Any], plan: CalibrationConfig,
-    estimate: Estimate | None = None, *, method: str, start: float, end: float, eps: float = 1e-2,
+    estimate: Remaining | None = None, *, method: str, start: float, end: float, eps: float = 1e-2,
 ) -> tuple[VarianceCompensation, FittedFor, int]:  # fmt: skip
     """Samples the images of a plan with both models from one noise and fits K_t step by step, over all of them.
 
@@ -270,7 +269,7 @@ def fit_compensation(
 class Pairing:
     """The runs of a fit: every batch with the reference, then all batches with the accelerated model, in turns."""
 
-    def __init__(self, reference, accelerated, settings, latent, plan: CalibrationConfig, estimate: Estimate | None):
+    def __init__(self, reference, accelerated, settings, latent, plan: CalibrationConfig, estimate: Remaining | None):
         self.reference, self.accelerated, self.settings, self.latent = reference, accelerated, settings, latent
         self.plan, self.batches = plan, list(plan.batches())
         steps = 2 * settings.steps_on(reference) * len(self.batches)

@@ -1,4 +1,4 @@
-"""Attaches a feature cache to a DiT, ours or diffusers', and takes it off again without a trace."""
+"""Attaches a feature cache to a DiT, ours or diffusers', and removes it again without a trace."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def fresh_caches(model: nn.Module) -> Iterator[None]:
 
 
 def remove_cache(model: nn.Module) -> nn.Module:
-    """Takes the cache off; the model computes exactly what it did before."""
+    """Removes the cache; the model computes exactly what it did before."""
     own: Any = getattr(model, "set_cache", None)
     if own is not None:
         own(None)

@@ -57,9 +57,11 @@ class BlockCall:
             return
         deltas = [None if a is None or b is None else a.float() - b for a, b in zip(after, before)]
         sums = self.sums.get(part)
-        self.sums[part] = deltas if sums is None else [
-            s if d is None else d if s is None else s.add_(d) for s, d in zip(sums, deltas)
-        ]  # fmt: skip
+        self.sums[part] = (
+            deltas
+            if sums is None
+            else [s if d is None else d if s is None else s.add_(d) for s, d in zip(sums, deltas)]
+        )
 
     def store(self, dtype: torch.dtype) -> None:
         for part, sums in self.sums.items():
@@ -158,7 +160,7 @@ def blocks_at(network: nn.Module, path: str) -> list[nn.Module]:
 
 
 def read_between(network: nn.Module, transformer_options: dict[str, Any]) -> bool:
-    """Whether something reads the streams between blocks, so that the sum of a list may not be added at once."""
+    """True if something reads the streams between blocks, so that the sum of a list may not be added at once."""
     patched = any("block" in kind for kind in transformer_options.get("patches", {}))
     return patched or any(base.__name__ in READ_BETWEEN for base in type(network).__mro__)
 

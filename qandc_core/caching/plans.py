@@ -26,7 +26,7 @@ class Plan:
         return step in self.steps or step >= self.total
 
     def keeps(self, step: int) -> bool:
-        """Whether a reused step reads what `step` computes: it reads the last order + 1 of them."""
+        """True if a reused step reads what `step` computes: it reads the last order + 1 computed steps."""
         newer = 0
         for later in range(step + 1, self.total):
             if not self.computes(later):
@@ -37,7 +37,7 @@ class Plan:
         return False
 
     def charge(self, cost: float) -> None:
-        """What is reused is known: a reused step costs this share of a computed one. Only steps to come may change."""
+        """Sets the cost of a reused step relative to a computed one. Only steps to come may change."""
 
     def restart(self) -> None:
         """The sampler went back to an earlier noise level: what was observed does not lead there."""
@@ -46,10 +46,10 @@ class Plan:
         """The sampler begins a step at noise level sigma; the next step begins at `following`."""
 
     def observe(self, position: float, denoised: Tensor) -> None:
-        """What the guided model computed."""
+        """Takes the guided prediction of a computed step."""
 
     def review(self, steps: Collection[int]) -> list[str]:
-        """What the user should know of a run that computed these steps."""
+        """Warnings about a run that computed these steps."""
         few = few_steps(self.total, steps, self.order, self.noisy)
         return [*self.warnings, few] if few else list(self.warnings)
 
@@ -57,7 +57,7 @@ class Plan:
 def few_steps(total: int, steps: Collection[int], order: int, noisy: bool) -> str:
     """Says where reuse has too few steps to go by; "" elsewhere.
 
-    Holding a prediction over Euler's steps is one longer step, and the first two computed ones allow no forecast.
+    Reusing a prediction over Euler's steps is one longer step, and extrapolation needs two computed ones.
     """
     count = len(steps)
     if not 0 < count < total <= FEW_STEPS or (noisy and total > FEW_STEPS // 2):
@@ -129,8 +129,8 @@ class SpeedupPlan(Plan):
 class BudgetPlan(Plan):
     """Reuses while the estimated error of the image stays within its share of the budget.
 
-    The remainder of a forecast of order p is Newton's next term, a divided difference of the computed predictions times
-    the product of the distances; the term after it is added, because the next one alone vanishes where its sign turns.
+    The remainder of an extrapolation of order p is Newton's next term, a divided difference of the computed predictions
+    times the product of the distances; the term after it is added, as the next one alone vanishes where its sign turns.
     A step moves the sample by (1 - following / sigma) of an error in the prediction; relative to the sample this is the
     relative error of the final image where image and noise are Gaussian. No coefficient belongs to a model.
     """
@@ -162,7 +162,7 @@ class BudgetPlan(Plan):
         self.history = [*older, (position, denoised.float())][-3 - self.order :]
 
     def estimate(self, position: float, sigma: float, following: float) -> float:
-        """Relative error of the final image if this step is forecast; infinite while too few predictions are known."""
+        """Relative error of the final image if this step reuses; infinite while too few predictions are known."""
         if len(self.history) < self.order + 2:
             return float("inf")
         remainder = sum(

@@ -2,7 +2,7 @@
 
 A policy is immutable and knows no run; `plan` makes the steps of one run of it. All but ErrorBudget fix them before the
 run from counts alone (how many steps, what a reused one costs), so the same settings compute the same steps everywhere.
-A new policy is a subclass with plan, describe, detail and off; node, command line and engine take any.
+A new policy is a subclass with limits, planned, phrase, detail and off; the node and the engine take any.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from .schedule import CacheConfig, check_order
 
 @dataclass(frozen=True)
 class CachePolicy:
-    """What all policies share: reuse only in start..end, fractions of the run, by a forecast of this order.
+    """Base of all policies: reuse only between `start` and `end`, fractions of the run, with this order.
 
-    order 0 holds the last computed value, 1 extrapolates linearly from the last two.
+    `order` 0 reuses the last computed value, 1 extrapolates linearly from the last two.
     """
 
     order: int = field(default=0, kw_only=True)
@@ -67,7 +67,7 @@ class CachePolicy:
         raise NotImplementedError
 
     def remarks(self, run: RunFacts) -> list[str]:
-        """What the user should know before the run."""
+        """Warnings that are known before the run."""
         return []
 
     def phrase(self) -> str:
@@ -92,12 +92,12 @@ class CachePolicy:
 
     @property
     def decided_before(self) -> bool:
-        """Whether the steps of a run are known before it."""
+        """True if the steps of a run are known before it."""
         return True
 
     @property
     def off(self) -> bool:
-        """Whether nothing is ever reused."""
+        """True if nothing is ever reused."""
         return False
 
 

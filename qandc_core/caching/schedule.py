@@ -14,7 +14,7 @@ ORDERS = (0, 1)
 
 def check_order(order: int) -> None:
     if order not in ORDERS:
-        raise ValueError(f"forecast order must be {' or '.join(map(str, ORDERS))}, got {order}.")
+        raise ValueError(f"order must be {' or '.join(map(str, ORDERS))}, got {order}.")
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class CacheConfig:
 
     `reuse` "branch" keeps attention and MLP outputs before the gate (FORA), "block" what each block adds, "prediction"
     the predicted clean image, which needs a FusedDiT: only its loop sees predictions.
-    `order` 1 extrapolates linearly over the last two computed steps instead of holding the last.
+    `order` 1 extrapolates linearly from the last two computed steps, 0 reuses the last one.
     """
 
     interval: int = 3
@@ -48,7 +48,7 @@ class CacheConfig:
         return step % self.interval == 0
 
     def keeps(self, step: int) -> bool:
-        """Whether a later step may read what `step` computes: with order 0 never where the next step computes too."""
+        """True if a later step may read what `step` computes: with order 0 never where the next step computes too."""
         return self.order > 0 or not self.computes(step + 1)
 
 

@@ -1,4 +1,4 @@
-"""How far each branch's output moves from step to step: what optimal_schedule minimises."""
+"""Distances between steps, which optimal_schedule minimizes: of predictions, and of the branches' outputs."""
 
 from __future__ import annotations
 

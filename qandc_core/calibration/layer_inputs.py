@@ -1,4 +1,4 @@
-"""The second pass of calibration: what layers see on the chosen samples, and model calls that are held out."""
+"""The second pass of calibration: the inputs of layers on the chosen samples, and held-out model calls."""
 
 from __future__ import annotations
 
@@ -52,9 +52,14 @@ class Observer:
     """
 
     def __init__(
-        self, layers: Sequence[tuple[str, nn.Module]], statistics: dict[str, LayerStatistics], choice: Choice, run: int,
-        tokens: int, seed: int,
-    ):  # fmt: skip
+        self,
+        layers: Sequence[tuple[str, nn.Module]],
+        statistics: dict[str, LayerStatistics],
+        choice: Choice,
+        run: int,
+        tokens: int,
+        seed: int,
+    ):
         chosen, held_out = choice.samples, choice.held_out
         self.layers, self.statistics = layers, statistics
         self.chosen, self.held_out = chosen[chosen[:, 0] == run], held_out[held_out[:, 0] == run]
@@ -72,7 +77,7 @@ class Observer:
         self.call, self.condition = self.call + 1, 0
 
     def called(self, call: Callable[[], Any], x: Tensor, t: Tensor, conditions: Mapping[str, Any], count: int) -> Any:
-        """What call() answers, a model call on x (N, ...) whose batch holds so many conditions side by side."""
+        """The result of call(), a model call on x (N, ...) whose batch holds `count` conditions side by side."""
         samples, held_out = self.places(len(x), count)
         if not len(samples) and not len(held_out):
             return call()
@@ -111,14 +116,17 @@ class Observer:
 
     def keep_calls(self, samples: list[int], x: Tensor, t: Tensor, conditions: Mapping[str, Any]) -> None:
         """Keeps these samples of the batch as calls of their own."""
-        given = {key: value for key, value in conditions.items() if value is not None}
-        for row in samples:
-            call = {key: part_of(value, row, len(x)) for key, value in given.items()}
-            unfit = [key for key, value in call.items() if not storable(value)]
-            if unfit:
-                log.info("Q&C calibration: a held-out call is left out, its %s cannot be stored.", ", ".join(unfit))
-                continue
-            self.calls.append(ModelCall(part_of(x, row, len(x)), part_of(t, row, len(x)), call))
+        self.calls += [call for row in samples if (call := call_of(row, x, t, conditions)) is not None]
+
+
+def call_of(row: int, x: Tensor, t: Tensor, conditions: Mapping[str, Any]) -> ModelCall | None:
+    """One sample of a batch as a call of its own; None, with a message, where a condition cannot be stored."""
+    given = {key: part_of(value, row, len(x)) for key, value in conditions.items() if value is not None}
+    unfit = [key for key, value in given.items() if not storable(value)]
+    if unfit:
+        log.info("Q&C calibration: a held-out call is left out, its %s cannot be stored.", ", ".join(unfit))
+        return None
+    return ModelCall(part_of(x, row, len(x)), part_of(t, row, len(x)), given)
 
 
 def of_samples(inputs: Tensor, batch: int, samples: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ Layers = Sequence[tuple[str, nn.Module]]
 
 
 class Host(Protocol):
-    """What samples the trajectories: `layers` to observe by name, the model's `fingerprint`, and the `device` that its
+    """Samples the trajectories: `layers` to observe by name, the model's `fingerprint`, and the `device` that its
     layers run on. `all_run` says that every call of the model runs all of its layers, `steps` how many predictions a
     run has at least.
     """
@@ -48,7 +48,7 @@ class Host(Protocol):
     def layers(self) -> Layers: ...
 
     def expect(self, steps: int) -> None:
-        """So many sampling steps are still to come, for a progress bar."""
+        """The number of sampling steps still to come, for a progress bar."""
 
     def room(self) -> int:
         """Bytes on the device that statistics may take."""
@@ -65,7 +65,7 @@ class Host(Protocol):
 
 @dataclass
 class Standing:
-    """How far a calibration has come: what was chosen, and what `runs` sampling runs of the second pass found."""
+    """Progress of a calibration: the choice, and the statistics of `runs` sampling runs of the second pass."""
 
     choice: Choice
     distances: Tensor | None
@@ -76,7 +76,7 @@ class Standing:
     batch_size: int = 0
 
     def result(self, model: str) -> Calibration:
-        """As a calibration, with notes on what is not found in one."""
+        """The state as a Calibration; what that has no field for goes into its notes."""
         places = {"samples": self.choice.samples.tolist(), "held_out": self.choice.held_out.tolist()}
         notes = {**places, "runs": self.runs, "distances": self.missing, "batch_size": self.batch_size}
         return Calibration(model, self.statistics, distances=self.distances, notes=notes, held_out=self.held_out)
@@ -129,7 +129,7 @@ class Calibrating:
         return True
 
     def interrupted(self) -> Standing | None:
-        """What an interrupted calibration came to. A file that is damaged is set aside, with a warning."""
+        """The state of an interrupted calibration. A damaged file is set aside, with a warning."""
         if self.partial is None or not self.partial.is_file():
             return None
         try:
@@ -191,16 +191,19 @@ class Calibrating:
 
 
 def planned(layers: Layers, plan: CalibrationConfig) -> StatisticsPlan:
-    """What each layer's statistics keep. Raises ValueError where the plan's memory does not hold them."""
+    """The memory plan of all layers' statistics. Raises ValueError where they do not fit."""
     widths, budget = [width_of(layer) for _, layer in layers], int(plan.memory_gb * 2**30)
     tokens, held_out = plan.tokens if plan.hessians else 0, HELD_OUT_TOKENS if plan.held_out else 0
     space = plan_statistics(widths, budget, tokens, held_out)
     blocks = {block_of(name) for name, _ in layers} - {""}
     kept = f", {space.tokens} tokens each" if plan.hessians else ""
     log.info(
-        "Q&C calibration: %d blocks, %d layers: %.2f GiB of statistics%s", len(blocks), len(layers),
-        space.bytes / 2**30, kept,
-    )  # fmt: skip
+        "Q&C calibration: %d blocks, %d layers: %.2f GiB of statistics%s",
+        len(blocks),
+        len(layers),
+        space.bytes / 2**30,
+        kept,
+    )
     return space
 
 
@@ -221,7 +224,7 @@ def empty_statistics(layer: nn.Module, space: StatisticsPlan) -> LayerStatistics
 
 
 def resumed(found: Calibration, layers: Mapping[str, nn.Module], space: StatisticsPlan) -> Standing:
-    """What an interrupted calibration came to; its statistics have room for more."""
+    """The state of an interrupted calibration, with room for more statistics."""
     statistics = {}
     for name in list(found.statistics):
         # Taken out one by one: all of them twice would not fit the budget.
@@ -251,8 +254,9 @@ def leave_out_unseen(statistics: dict[str, LayerStatistics], all_run: bool) -> N
         )
     if unseen:
         log.warning(
-            "Q&C calibration: the selected samples give %s no input; %d such layers get no statistics.", unseen[0],
+            "Q&C calibration: the selected samples give %s no input; %d such layers get no statistics.",
+            unseen[0],
             len(unseen),
-        )  # fmt: skip
+        )
     for name in unseen:
         del statistics[name]

@@ -1,4 +1,4 @@
-"""What calibration keeps of each layer's inputs: sums, bounds, a histogram, and X^T X or a random sample of them."""
+"""Statistics of each layer's inputs: sums, bounds, a histogram, and X^T X or a random sample of the inputs."""
 
 from __future__ import annotations
 
@@ -49,12 +49,16 @@ class LayerStatistics:
     def reach(self) -> float:
         return float(self.span)
 
-    def update(self, x: Tensor) -> None:
-        """Adds inputs x (M, K), on their device and without waiting for it: nothing is read before the end."""
+    def update(self, x: Tensor, among: Tensor | None = None) -> None:
+        """Adds inputs x (M, K), on their device and without waiting for it: nothing is read before the end.
+
+        Where x was drawn from inputs `among` (N, K), the bounds are theirs.
+        """
         x = x.detach().float()
         self.follow(x.device)
         self.count += len(x)
-        low, high = x.amin(0), x.amax(0)
+        low, high = (x if among is None else among.detach()).aminmax(dim=0)
+        low, high = low.float(), high.float()
         self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
         self.mean += (x.mean(0) - self.mean) * (len(x) / self.count)
         self.widen(torch.maximum(high.max(), -low.min()))
@@ -75,7 +79,7 @@ class LayerStatistics:
             self.histogram = self.histogram.to(device, widest_float(device))
 
     def settle(self, device: torch.device, room: int) -> int:
-        """Moves X^T X and kept inputs to a device that has room for so many bytes. Returns those that it took."""
+        """Moves X^T X and kept inputs to a device with `room` free bytes. Returns how many of them were used."""
         taken = 0
         for key in ("hessian", "inputs", "held_out"):
             value = getattr(self, key)
@@ -91,8 +95,32 @@ class LayerStatistics:
         self.follow(cpu)
         self.settle(cpu, sys.maxsize)
 
+    def sums(self) -> LayerStatistics:
+        """A copy without kept inputs."""
+        hessian = None if self.hessian is None else self.hessian.clone()
+        return LayerStatistics(
+            self.count,
+            self.low.clone(),
+            self.high.clone(),
+            self.mean.clone(),
+            self.histogram.clone(),
+            self.span.clone(),
+            hessian,
+        )
+
+    def merge(self, other: LayerStatistics) -> None:
+        """Adds all inputs that another object of the layer was given, kept ones aside; both on the CPU."""
+        self.count += other.count
+        self.low, self.high = torch.minimum(self.low, other.low), torch.maximum(self.high, other.high)
+        self.mean += (other.mean - self.mean) * (other.count / max(self.count, 1))
+        self.widen(other.span)
+        other.widen(self.span)
+        self.histogram += other.histogram
+        if self.hessian is not None and other.hessian is not None:
+            self.hessian += other.hessian
+
     def finite(self) -> Tensor:
-        """Whether all inputs were, as a tensor on their device."""
+        """True if all inputs were finite, as a tensor on their device."""
         return (self.low.isfinite() & self.high.isfinite()).all()
 
     def keep_inputs(self, x: Tensor) -> None:

@@ -22,7 +22,7 @@ def quantized_names(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def holds_quantized(path: Path) -> bool:
-    """Whether a file has quantized layers; reads no tensor."""
+    """True if a file has quantized layers; reads no tensor."""
     if path.suffix not in SAFETENSORS:
         return False
     return any(key.endswith(MARK) for key in read_header(path)[0])

@@ -1,4 +1,4 @@
-"""What a step of a model takes: computed, reused from the cache, and both again with quantized layers."""
+"""Times a step of a model: computed, reused from the cache, and both again with quantized layers."""
 
 from __future__ import annotations
 

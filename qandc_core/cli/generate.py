@@ -70,7 +70,9 @@ def run(args: argparse.Namespace) -> None:
     )
     images = x if vae is None else decode(vae, x)
     if not images.isfinite().all():
-        raise ValueError("The images hold values that are not finite; sample with a smaller --cfg, or another model.")
+        raise ValueError(
+            "The images contain values that are not finite; sample with a smaller --cfg, or another model."
+        )
     picture = to_pil(images.cpu(), max(128, images.shape[-1]))
     with written_whole(args.out) as temporary:
         picture.save(temporary, format)
@@ -98,7 +100,7 @@ def asked_policy(args: argparse.Namespace) -> CachePolicy | None:
 
 
 def found_policy(calibration: Calibration | None) -> CachePolicy:
-    """Where none is asked for: the steps of the calibration, or the default interval."""
+    """The default policy: the steps of the calibration, or else the default interval."""
     if calibration is not None and calibration.schedule is not None:
         return ChosenSteps(frozenset(calibration.schedule))
     return Interval(CACHE_INTERVAL)
@@ -127,7 +129,7 @@ def check_run(calibration: Calibration, config: SamplingConfig, asked: CachePoli
 
 
 def fits_steps(calibration: Calibration, steps: int) -> bool:
-    """Whether a calibration that does not say how it was sampled can be one of so many steps."""
+    """True if a calibration without sampling settings can be one of `steps` steps."""
     if calibration.distances is not None:
         return len(calibration.distances) == steps
     return calibration.schedule is None or max(calibration.schedule) < steps

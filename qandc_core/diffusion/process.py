@@ -24,7 +24,7 @@ VARIANCES = ("fixed_small", "learned_range")
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How to sample. `sigmas` (falling, ending at 0) replaces `steps` and `spacing`.
+    """Settings of a sampling run. `sigmas` (falling, ending at 0) replaces `steps` and `spacing`.
 
     `guidance_channels` None guides all channels; 3 gives the grids published for DiT.
     """

@@ -71,7 +71,7 @@ def factor_rows() -> list[tuple[str, Variant]]:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How many images, over which seeds, in which batches."""
+    """Number of images for each seed, the seeds, and the batch size."""
 
     images: int = 1000
     seeds: tuple[int, ...] = (1, 2, 3)

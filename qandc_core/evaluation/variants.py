@@ -53,7 +53,7 @@ class Variant:
 
     @property
     def cache(self) -> tuple[Any, ...]:
-        """What decides the trajectories that calibration sees."""
+        """The settings that determine the calibration trajectories."""
         return (self.interval, self.optimal, self.reuse, self.order, self.sampler, self.steps)
 
     @property

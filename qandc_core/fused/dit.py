@@ -120,9 +120,9 @@ class FusedDiT(PatchGrid):
         return super()._apply(lambda tensor: tensor.to(moved.device), recurse)
 
     def set_cache(self, config: CacheConfig | PolicyConfig | None) -> None:
-        """Raises ValueError on a forecast of features."""
+        """Raises ValueError on order 1 for features: only predictions are extrapolated."""
         if config is not None and config.order and config.reuse != "prediction":
-            raise ValueError("A FusedDiT forecasts predictions only; use reuse='prediction' with order 1.")
+            raise ValueError("A FusedDiT extrapolates predictions only; use reuse='prediction' with order 1.")
         self.cache = config
 
     def reuse_cost(self, reuse: str) -> float:

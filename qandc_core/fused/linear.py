@@ -195,7 +195,7 @@ class KitchenLinear(nn.Module):
 
 @cache
 def takes_activation(function: Callable) -> bool:
-    """Whether this version of comfy-kitchen applies GELU to the inputs of the layer itself (W4A8: since 0.2.38)."""
+    """True if this version of comfy-kitchen applies GELU to the inputs of the layer itself (W4A8: since 0.2.38)."""
     return "input_act" in inspect.signature(function).parameters
 
 

@@ -42,7 +42,7 @@ EVERY_STEP = CacheConfig(interval=1, reuse="prediction")
 
 
 def addresses(model: nn.Module) -> tuple:
-    """Where the weights are, and in which form: what a recorded graph relies on."""
+    """Address and form of every weight, which a captured graph relies on."""
     return tuple((t.data_ptr(), t.dtype, t.stride()) for t in chain(model.parameters(), model.buffers()))
 
 
@@ -103,7 +103,7 @@ class DeviceLoop:
 
     @property
     def cache_bytes(self) -> int:
-        """Of what a reused step reads."""
+        """Size of the features that a reused step reads."""
         if all(self.computed):
             return 0
         kept = getattr(self.predictor, "kept", None)

@@ -1,4 +1,4 @@
-"""What a DeviceLoop asks for a prediction: a DiT as it is, or a FusedDiT with the modulations of all steps at hand."""
+"""Predictors of a DeviceLoop: a plain DiT, or a FusedDiT with the modulations of all steps computed beforehand."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ INT_MM_ROWS = 17  # torch._int_mm on CUDA takes no fewer rows, and multiples of 
 
 
 def int_mm(a: Tensor, b: Tensor) -> Tensor:
-    """As simulated_matmul; zeros fill up what CUDA's product asks for."""
+    """The same product by torch._int_mm, padded with zeros to the sizes that it needs on CUDA."""
     if not a.is_cuda:
         return torch._int_mm(a, b.t())
     rows, columns, inner = max(0, INT_MM_ROWS - len(a)), -len(b) % 8, -a.shape[1] % 8

@@ -98,7 +98,7 @@ def quantize_model(
 
 
 def refuse_saving(*args: Any, **kwargs: Any) -> NoReturn:
-    """Stands in for diffusers' save_pretrained, whose from_pretrained would not know the codes and draw new weights."""
+    """Replaces diffusers' save_pretrained, whose from_pretrained would ignore the codes and use random weights."""
     raise ValueError(
         "from_pretrained cannot read a quantized model back; save it before quantize_model, and quantize it again "
         "after loading."

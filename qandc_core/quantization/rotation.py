@@ -24,9 +24,12 @@ def hadamard(group: int) -> Tensor:
     from comfy_kitchen.tensor import TensorWiseINT8Layout
 
     params = TensorWiseINT8Layout.Params(
-        scale=torch.ones(group, 1), orig_dtype=torch.float32, orig_shape=(group, group), convrot=True,
+        scale=torch.ones(group, 1),
+        orig_dtype=torch.float32,
+        orig_shape=(group, group),
+        convrot=True,
         convrot_groupsize=group,
-    )  # fmt: skip
+    )
     return TensorWiseINT8Layout.dequantize(torch.eye(group, dtype=torch.int8), params)
 
 
@@ -42,7 +45,7 @@ def rotate(x: Tensor, group: int) -> Tensor:
 
 
 def rotate_fast(x: Tensor, group: int) -> Tensor:
-    """As rotate but for the last bit: the largest R is side (x) side, an eighth of the arithmetic."""
+    """rotate up to the last bit, faster: the largest R is side (x) side, an eighth of the arithmetic."""
     if group < 256:
         return rotate(x, group)
     side = hadamard_on(x.device, x.dtype, 16)

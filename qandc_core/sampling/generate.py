@@ -101,7 +101,7 @@ def generate_by_steps(
 
 
 def corrections(compensation: VarianceCompensation | None, process: ReverseProcess) -> Callable[[int, Tensor], Tensor]:
-    """What variance compensation does to x before step i, with its factors on the device from the start."""
+    """Variance compensation of x before step i, with all factors on the device from the start."""
     if compensation is None:
         return lambda i, x: x
     rows = [compensation.find(sigma) for sigma in process.schedule.sigmas[:-1]]

@@ -87,22 +87,6 @@ class Frontend:
         self.page.wait_for_timeout(6000)  # until notices of the finished job are gone
         return area
 
-    def show_node(self, index: int, scale: float) -> dict[str, float]:
-        """Brings one node into the corner; returns where it lies on the page."""
-        area = self.page.evaluate(
-            """([index, scale]) => { const node = app.graph._nodes[index];
-            const e = app.canvas.canvas.getBoundingClientRect();
-            app.canvas.deselectAll();
-            app.canvas.ds.scale = scale;
-            app.canvas.ds.offset = [90 / scale - node.pos[0], 130 / scale - node.pos[1] + 30];
-            app.canvas.setDirty(true, true);
-            const [width, height] = [node.size[0] * scale + 40, (node.size[1] + 30) * scale + 50];
-            return {x: e.x + 70, y: e.y + 100, width, height} }""",
-            [index, scale],
-        )
-        self.page.wait_for_timeout(700)
-        return area
-
     def search(self, *words: str) -> dict[str, list[str]]:
         """What the search box that a double click opens lists for each of the words, best first."""
         self.page.evaluate("() => app.graph.clear()")

@@ -235,7 +235,7 @@ def test_the_report_and_the_log_tell_what_ran(run, subtests):
 def test_other_choices_reuse_whole_predictions_and_say_why(run, subtests):
     found = run("cache_runs")
     reasons = {
-        "attention and MLP": "because attention and MLP are told apart on models of Load DiT only",
+        "attention and MLP": "because attention and MLP can be reused separately on models of Load DiT only",
         "automatic": "which measured best",
     }
     for family, (wanted, reason) in product(FAMILIES, reasons.items()):

@@ -55,7 +55,7 @@ def test_all_prompts_are_sampled_alike_and_the_held_out_calls_are_of_different_o
 def test_a_node_says_how_long_it_takes_and_what_it_did(run):
     first, *_, last = run("wired")["prompts"]["texts"]
     assert first == "about 10 seconds for 24 trajectories of 2 steps"
-    assert last.startswith("20 samples of 5 prompts, ") and last.endswith(" s, saved as prompts_00001.safetensors")
+    assert last.startswith("20 samples of 5 prompts, ") and " s, saved as prompts_" in last
 
 
 def test_out_of_memory_halves_the_batch_and_gives_what_the_small_batch_gives(run):

@@ -334,7 +334,7 @@ def test_refuses_what_it_cannot_run():
         fuse_dit(model, "triton")
     with pytest.raises(ValueError, match="takes this package's DiT"):
         fuse_dit(torch.nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="forecasts predictions only"):
+    with pytest.raises(ValueError, match="extrapolates predictions only"):
         apply_cache_to_dit(fuse_dit(model), 3, order=1)
     with pytest.raises(ValueError, match="fuse_dit"):
         apply_cache_to_dit(model, 3, reuse="prediction")

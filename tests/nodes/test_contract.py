@@ -114,11 +114,12 @@ def test_help_page_has_no_table(node):
 
 
 @pytest.mark.parametrize("node", NODES)
-def test_help_page_is_ascii_and_shows_the_node(node):
+def test_help_page_is_ascii_and_shows_the_wiring_first(node):
     page = help_page(node)
     assert page.isascii()
     # The frontend puts the folder web/docs, not that of the page, before a picture's path.
-    assert re.findall(r"!\[[^\]]+\]\(([^)]+)\)", page) == [f"{node}/node.jpg"]
+    assert re.findall(r"!\[[^\]]+\]\(([^)]+)\)", page) == [f"{node}/wiring.svg"]
+    assert page.splitlines()[2].startswith("![")
 
 
 @pytest.mark.parametrize("language", LOCALES)

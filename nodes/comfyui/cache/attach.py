@@ -10,6 +10,7 @@ from typing import Any
 
 import comfy.model_management
 import comfy.patcher_extension
+import torch
 from torch import Tensor, nn
 
 from ....qandc_core.caching.attach import cached_call, cached_modules
@@ -18,11 +19,14 @@ from ....qandc_core.caching.cost import reuse_cost
 from ....qandc_core.caching.families import block_lists
 from ....qandc_core.caching.features import FeatureCache
 from ....qandc_core.numerics import relative_error
+from ....qandc_core.sampling.report import RunReport
 from ..model.dit import DiTModel
-from ..wrappers import REPORT, WRAPPERS, note, options_of_run, samples_flow
+from ..status import show
+from ..wrappers import WRAPPERS, note, options_of_run, reports_of, samples_flow
 from .calls import COMPILE, KEY, keep_inside, nothing_between, state_of
 from .others import other_caches
 from .run import AUTOMATIC, BLOCKS, BRANCHES, PREDICTION, CacheSettings, ModelRun
+from .words import words_of
 
 SELF_TEST = {2: 3e-2, 4: 1e-3}  # relative difference allowed, by bytes of a value
 PRE_RUN = comfy.patcher_extension.CallbacksMP.ON_PRE_RUN
@@ -47,15 +51,18 @@ class RunWrapper:
         options[KEY] = run
         keep_inside(options)
         keep_unconditional(guider.model_options, run)
-        begun = running.set((*running.get(), self))
+        begun, ended = running.set((*running.get(), self)), "The run did not end."
         try:
             out = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
             run.finish()
+            ended = ""
             log.log(logging.WARNING if run.warnings else logging.INFO, run.summary())
             return out
         finally:
+            show(self.settings.node, words_of(run, ended))
             running.reset(begun)
-            fill_report(options.get(REPORT), run)
+            for report in reports_of(options):
+                fill_report(report, run)
             run.caches.clear()
             run.blocks.clear()
             guider.model_options = saved
@@ -79,9 +86,7 @@ def inside_compile(options: dict[str, Any]) -> None:
         wrappers[KEY] = wrappers.pop(KEY)
 
 
-def fill_report(report, run: ModelRun) -> None:
-    if report is None:
-        return
+def fill_report(report: RunReport, run: ModelRun) -> None:
     report.computed, report.cache_bytes = run.computed(), run.peak_bytes
     report.timeline, report.not_visited = run.timeline, run.not_visited
     report.reuse = f"{run.reuse}, {run.reason}" if run.reason else run.reuse
@@ -98,8 +103,7 @@ def before_run(patcher) -> None:
             how = "with the cache of the guider's main model" if active else "without a cache"
             text = f"a model is sampled {how} instead of its own ({own}); apply the cache to the main model"
             log.warning("Q&C cache: %s", text)
-            report = patcher.model_options["transformer_options"].get(REPORT)
-            if report is not None:
+            for report in reports_of(patcher.model_options["transformer_options"]):
                 report.warnings = [*report.warnings, text]
 
 
@@ -137,6 +141,22 @@ class ModelWrapper:
         if run is None:
             warn_of_no_run()
             return call()
+        with run.lock:
+            known, cache = self.placed(run, model, x, c_crossattn, control, transformer_options)
+        begun = run.times.mark(x.device)
+        try:
+            out = CALLS[run.reuse](run, cache, model, transformer_options, call)
+        except comfy.model_management.OOM_EXCEPTION:
+            if not run.num_bytes:
+                raise
+            out = without_features(run, cache, x.device, call)
+        with run.lock:
+            run.times.add(begun, run.times.mark(x.device), cache.run.reusing)
+            run.record(cache, known)
+        return out
+
+    def placed(self, run: ModelRun, model, x: Tensor, c_crossattn, control, transformer_options):
+        """What a call is a call of, and the cache of its network."""
         if not run.reuse:
             reuse, reason = choose_reuse(model, self.reuse)
             run.begin(reuse, reason, cost_of(model.diffusion_model, reuse))
@@ -144,17 +164,7 @@ class ModelWrapper:
         tokens = tuple(c_crossattn.shape[1:]) if run.keeps_tokens and c_crossattn is not None else ()
         state = (*state_of(model, control, transformer_options), tokens)
         known = run.identify(x, conditions_of(transformer_options), state, nothing_between(transformer_options))
-        cache = run.place(x, known)
-        begun = run.times.mark(x.device)
-        try:
-            out = CALLS[run.reuse](run, cache, model, transformer_options, call)
-        except comfy.model_management.OOM_EXCEPTION:
-            if not run.num_bytes:
-                raise
-            out = without_features(run, cache, call)
-        run.times.add(begun, run.times.mark(x.device), cache.run.reusing)
-        run.record(cache, known)
-        return out
+        return known, run.place(x, known, id(model))
 
 
 def conditions_of(transformer_options: dict[str, Any]) -> list[tuple[Hashable, int]]:
@@ -164,9 +174,9 @@ def conditions_of(transformer_options: dict[str, Any]) -> list[tuple[Hashable, i
     return list(zip(ids, sides))
 
 
-def without_features(run: ModelRun, cache: FeatureCache, call) -> Tensor:
-    """After memory ran out: frees what was kept and computes."""
-    run.drop()
+def without_features(run: ModelRun, cache: FeatureCache, device: torch.device, call) -> Tensor:
+    """After memory ran out on a device: frees what was kept there and computes."""
+    run.drop(device)
     cache.run.reusing = False
     comfy.model_management.soft_empty_cache()
     run.warn("memory ran out: kept features were dropped and the step was computed")
@@ -174,9 +184,10 @@ def without_features(run: ModelRun, cache: FeatureCache, call) -> Tensor:
 
 
 def reuse_prediction(run: ModelRun, cache: FeatureCache, model, transformer_options, call) -> Tensor:
-    """The denoised sample itself is held or forecast; any sampler can use it, and Euler as well as its derivative."""
-    if cache.run.reusing:
+    """Reuses or extrapolates the denoised sample, right for any sampler; with Euler as good as its derivative."""
+    if cache.run.reusing and cache.holds("denoised"):
         return cache.recall("denoised").clone()
+    cache.run.reusing = False  # features of blocks, kept before another device found that they cannot be reused
     out = call()
     if cache.needs(run.step):
         cache.store("denoised", out.float().clone())
@@ -190,7 +201,7 @@ def reuse_branches(run: ModelRun, cache: FeatureCache, model, transformer_option
 
 
 def reuse_blocks(run: ModelRun, cache: FeatureCache, model, transformer_options, call) -> Tensor:
-    """What the lists of blocks add to their streams is reused; embedding and output layers compute."""
+    """Reuses what the lists of blocks add to their streams; embedding and output layers compute."""
     network = model.diffusion_model
     if not cache.run.reusing and not cache.needs(run.step):
         return call()
@@ -232,12 +243,12 @@ CALLS = {PREDICTION: reuse_prediction, BRANCHES: reuse_branches, BLOCKS: reuse_b
 
 
 def choose_reuse(model, wanted: str) -> tuple[str, str]:
-    """What to reuse on this model, and why."""
+    """Chooses what to reuse on this model, with the reason."""
     network: nn.Module = model.diffusion_model
     if hasattr(network, "_orig_mod"):  # torch.compile's wrapper, whose module takes seconds to import
         return PREDICTION, "because the whole model is compiled"
     if wanted == BRANCHES and not isinstance(model, DiTModel):
-        return PREDICTION, "because attention and MLP are told apart on models of Load DiT only"
+        return PREDICTION, "because attention and MLP can be reused separately on models of Load DiT only"
     if wanted == BLOCKS and not block_lists(network):
         return PREDICTION, f"because the blocks of {type(network).__name__} are not known"
     if wanted != AUTOMATIC:
@@ -255,7 +266,7 @@ def cost_of(network: nn.Module, reuse: str) -> float:
 
 
 def apply_cache(patcher, settings: CacheSettings):
-    """A clone of the model that caches; interval 1 attaches nothing and takes off a cache that was there."""
+    """A clone of the model that caches; interval 1 attaches nothing and removes a cache that was there."""
     clone = patcher.clone()
     for kind in (WRAPPERS.OUTER_SAMPLE, WRAPPERS.PREDICT_NOISE, WRAPPERS.APPLY_MODEL):
         clone.remove_wrappers_with_key(kind, KEY)
@@ -272,12 +283,12 @@ def apply_cache(patcher, settings: CacheSettings):
 
 
 def steps_vary(patcher) -> bool:
-    """Whether its cache picks other steps for other images."""
+    """True if its cache picks other steps for other images."""
     wrappers = patcher.get_wrappers(WRAPPERS.OUTER_SAMPLE, KEY)
     return any(not wrapper.settings.policy.decided_before for wrapper in wrappers)
 
 
 def is_reused(transformer_options: dict[str, Any]) -> bool:
-    """Whether the latest model call of the run came from the cache."""
+    """True if the latest model call of the run came from the cache."""
     run = transformer_options.get(KEY)
     return run is not None and run.reused

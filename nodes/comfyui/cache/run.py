@@ -1,4 +1,4 @@
-"""What Apply Cache attaches, and a run of a model of ComfyUI under it."""
+"""The settings of Apply Cache, and a run of a ComfyUI model with them."""
 
 from __future__ import annotations
 
@@ -20,18 +20,19 @@ REUSE_OPTIONS = (AUTOMATIC, PREDICTION, BLOCKS, BRANCHES)
 
 @dataclass(frozen=True)
 class CacheSettings:
-    """What Apply Cache attaches: when to reuse, what, where it is kept, and what the node has to say of every run."""
+    """Settings of Apply Cache: when to reuse, what, where features are kept, warnings for every run, the node's id."""
 
     policy: CachePolicy
     reuse: str = AUTOMATIC
     offload: bool = False
     warnings: tuple[str, ...] = ()
+    node: str | None = None
 
     def describe(self) -> str:
         return self.policy.describe()
 
     def detail(self) -> str:
-        """All of it that changes an image."""
+        """All settings that change an image, in one line."""
         return self.policy.detail() + ("" if self.reuse == AUTOMATIC else f" {self.reuse}")
 
 
@@ -50,9 +51,9 @@ class ModelRun(SamplingRun):
         self.unconditional: Tensor | None = None
 
     def begin(self, reuse: str, reason: str, cost: float = 0.0) -> None:
-        """What is reused is known now, and what share of a computed step that costs.
+        """Sets what is reused, with the reason, and the cost relative to a computed step.
 
-        Only forecasts of whole predictions suffer from noise that a sampler adds.
+        Only extrapolated predictions suffer from noise that a sampler adds.
         """
         self.reuse, self.reason = reuse, reason
         self.plan.charge(cost)

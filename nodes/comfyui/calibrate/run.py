@@ -12,13 +12,13 @@ from ....qandc_core.calibration.choice import SELECTIONS, Batch, CalibrationConf
 from ....qandc_core.calibration.digest import Digest
 from ....qandc_core.calibration.file import Calibration
 from ....qandc_core.calibration.layer_inputs import Observer
-from ....qandc_core.sampling.estimate import Estimate
+from ....qandc_core.sampling.remaining import Remaining
 from ..model.dit import is_dit
-from ..quantize.layers import calibrated, check_not_quantized
+from ..quantize.layers import calibrated, check_not_paper
 from ..quantize.weights import fingerprint_of
 from ..sampling import Progress, sample_new
 from ..settings import Settings, image_numbers, images_of
-from ..wrappers import WRAPPERS, replace_wrapper
+from ..wrappers import WRAPPERS, on_one_device, replace_wrapper
 from .candidates import Collecting
 from .inputs import digest_of_inputs
 from .layer_inputs import Observing
@@ -34,7 +34,7 @@ def calibrate(
     latent: dict[str, Any],
     plan: CalibrationConfig,
     partial: Path | None = None,
-    estimate: Estimate | None = None,
+    estimate: Remaining | None = None,
 ) -> Calibration:
     """Statistics of every linear layer within blocks, on trajectories of any MODEL sampled with these settings.
 
@@ -46,10 +46,10 @@ def calibrate(
 class SamplingHost:
     """Trajectories of a MODEL, as a stock sampler node samples them, with everything that is attached to it."""
 
-    def __init__(self, patcher, settings: Settings, latent: dict[str, Any], estimate: Estimate | None = None):
+    def __init__(self, patcher, settings: Settings, latent: dict[str, Any], estimate: Remaining | None = None):
         patcher = settings.guider_on(patcher).model_patcher  # hooks may need one that is not dynamic
         self.patcher, self.settings, self.latent = patcher, settings, latent
-        check_not_quantized(patcher.model.diffusion_model)
+        check_not_paper(patcher.model.diffusion_model)
         self.layers = calibrated(patcher.model.diffusion_model)
         if not self.layers:
             raise ValueError(
@@ -88,6 +88,7 @@ class SamplingHost:
     def sample(self, watch: Collecting | Observing, batch: Batch) -> None:
         """One sampling run whose predictions and model calls pass through `watch`."""
         watched = self.progress.timed(self.patcher.clone())
+        on_one_device(watched)  # whose layers are observed
         replace_wrapper(watched, WRAPPERS.PREDICT_NOISE, KEY, watch.predict_noise)
         replace_wrapper(watched, WRAPPERS.APPLY_MODEL, KEY, watch.apply_model)
         images = images_of(self.latent, image_numbers(batch, self.settings.count))

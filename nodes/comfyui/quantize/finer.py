@@ -72,7 +72,7 @@ def finer_parts(weight: Any) -> dict[str, Tensor]:
 
 
 def growth(weight: Any) -> int:
-    """Bytes that the weight takes more in its finer format; 0 where it keeps its own."""
+    """Extra bytes of the weight in its finer format; 0 where it keeps its own."""
     if finer_format(weight) is None:
         return 0
     now = sum(part.nbytes for part in weight.state_dict("").values())

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 def quantized_patcher(
     patcher, w_bits: int, a_bits: int, calibration: Calibration | None, config: QuantizationConfig
 ) -> tuple[Any, str]:
-    """A quantized model that keeps what was attached to the given one, and what it cost; LoRAs go into the weights."""
+    """A quantized copy that keeps the model's wrappers, and its report; LoRAs are merged into the weights."""
     source = patcher.model.diffusion_model
     if not is_dit(patcher):
         raise ValueError(

@@ -23,7 +23,7 @@ from .weights import is_quantized
 
 
 class Backup(NamedTuple):
-    """What core keeps of a weight while another is in its place."""
+    """ComfyUI's backup of a weight while another is in its place."""
 
     weight: Tensor
     inplace_update: bool
@@ -58,7 +58,7 @@ class NativePatcher:
         return found
 
     def growths(self) -> dict[str, int]:
-        """Bytes that patched weights take more than unpatched ones, by their keys; under dynamic VRAM none do."""
+        """Extra bytes of patched weights, by their keys; none under dynamic VRAM."""
         if getattr(self, "is_dynamic", bool)():
             return {}
         return {key: growth(self.unpatched(key)) for key in self.patches}  # type: ignore[attr-defined]
@@ -157,7 +157,7 @@ class NativePatcher:
             self.hook_backup[key] = (kept, weight.device)  # type: ignore[attr-defined]
 
     def hook_device(self, weight: Tensor, memory_counter) -> torch.device:
-        """Where the other version of a weight is kept: beside it while there is room."""
+        """Device for the other version of a weight: beside it while there is room."""
         fast = self.hook_mode == comfy.hooks.EnumHookMode.MaxSpeed  # type: ignore[attr-defined]
         return weight.device if fast and memory_counter.use(weight) else self.offload_device  # type: ignore[attr-defined]
 

@@ -39,7 +39,7 @@ class GroupedGrid:
 class Grouped(Format):
     @abstractmethod
     def values(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """What the codes from 0 on stand for, (2^bits,) ascending."""
+        """Values of the codes, (2^bits,) ascending."""
 
     @abstractmethod
     def pack(self, codes: Tensor) -> Tensor:
@@ -88,9 +88,18 @@ class Grouped(Format):
         import comfy_kitchen
 
         return comfy_kitchen.w4a8_int8_linear(
-            x, tensors["weight"], tensors["weight_s_rel"], tensors["weight_s_channel"], tensors.get("weight_codebook"),
-            None, bias, config["group_size"], self.rotation(config), dtype, **act,
-        )  # fmt: skip
+            x,
+            tensors["weight"],
+            tensors["weight_s_rel"],
+            tensors["weight_s_channel"],
+            tensors.get("weight_codebook"),
+            None,
+            bias,
+            config["group_size"],
+            self.rotation(config),
+            dtype,
+            **act,
+        )
 
     def traced(self, weight: Any) -> Any:
         return traced(weight) if weight._layout_cls == STOCK_LAYOUT else weight

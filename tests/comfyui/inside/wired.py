@@ -66,6 +66,12 @@ def calibrated(host: Host, model=None, **inputs):
     return calibration
 
 
+def saved(host: Host, prefix: str):
+    """The one file that begins with this."""
+    (path,) = (host.base / "output" / "qandc").glob(f"{prefix}*.safetensors")
+    return host.module("qandc_core").load_calibration(path)
+
+
 def custom():
     import comfy_extras.nodes_custom_sampler as nodes
 
@@ -450,9 +456,7 @@ def compensated_guiders(host: Host) -> dict[str, Any]:
             fast, model, "new", 2, 20, 8.0, "heun", "karras", 1, "variance_match", 0.0, 1.0, f"by_hand_{len(found)}",
             latent_image=latent, guider=guider, sampler=sampler, sigmas=sigmas, noise=noise,
         ).args[0]  # fmt: skip
-        variance = host.module("qandc_core").load_calibration(
-            host.base / "output" / "qandc" / f"by_hand_{len(found)}_00001.safetensors"
-        ).variance  # fmt: skip
+        variance = saved(host, f"by_hand_{len(found)}").variance
 
         def run(patcher, sampler, make=make, noise=noise, sigmas=sigmas, latent=latent) -> torch.Tensor:
             return nodes.SamplerCustomAdvanced.execute(noise, make(patcher), sampler, sigmas, latent).args[0]["samples"]
@@ -484,8 +488,7 @@ def compensated_batches(host: Host) -> dict[str, Any]:
             fast, model, "new", 8, 5, CFG, "euler", "simple", 31, "variance_match", 0.0, 1.0, prefix, positive,
             negative, latent, prompts=further,
         ).args[0]  # fmt: skip
-        path = host.base / "output" / "qandc" / f"{prefix}_00001.safetensors"
-        return made, host.module("qandc_core").load_calibration(path)
+        return made, saved(host, prefix)
 
     def given(patcher, batch_size: int) -> list[torch.Tensor]:
         """What the model is given at each step, of all images."""

@@ -27,7 +27,7 @@ def about(seconds: float) -> str:
     return "about a minute" if seconds >= 50 else f"about {max(10, 10 * round(seconds / 10))} seconds"
 
 
-class Estimate:
+class Remaining:
     """Tells after the first steps, and again after runs, now and then, what is left of so many steps of work.
 
     Only sampling counts: `resume` is called where it begins, after the model is loaded.
