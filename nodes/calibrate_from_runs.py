@@ -23,37 +23,36 @@ class CalibrateFromRuns(io.ComfyNode):
             node_id="QandC_CalibrateFromRuns",
             display_name="Calibrate from Runs",
             category=schema.CATEGORY,
-            description="Whatever samples with this model adds to a calibration: any sampler, guider, prompt, size and "
-            "LoRA, at almost no time. Each queue adds a run to the file; the node says when they are enough.",
+            description="Adds every run that samples with this model to a calibration: any sampler, guider, prompt, "
+            "size and LoRA, at almost no extra time. Each queued run adds to the file; the node says when there "
+            "are enough.",
             search_aliases=["calibration", "record", "ptq", "gptq", "statistics", "any sampler"],
             inputs=[
                 io.Model.Input("model", tooltip="The full-precision model, with the cache that will be used."),
                 io.String.Input(
                     "name",
                     default="runs",
-                    tooltip="The calibration that runs are added to: a file of this name in output/qandc. Each expert "
-                    "of a model with two needs a name of its own.",
+                    tooltip="Calibration to add the runs to: the file of this name in output/qandc. Each expert of a "
+                    "two-expert model needs its own name.",
                 ),
                 io.Boolean.Input(
                     "record",
                     default=True,
-                    tooltip="On: runs are added. Off: the model is passed on as it is, and calibration gives what was "
-                    "recorded.",
+                    tooltip="On: add runs. Off: pass the model on unchanged and output the recorded calibration.",
                 ),
                 io.Int.Input(
                     "samples",
                     default=8,
                     min=1,
                     max=1024,
-                    tooltip="Samples of a run whose layers are looked into, spread over its steps, prompts and images; "
-                    "at most a tenth of the run, at least one.",
+                    tooltip="Calibration samples per run, spread over its steps, prompts and images; at most a tenth "
+                    "of the run, at least one.",
                 ),
                 io.Boolean.Input(
                     "hessians",
                     default=True,
                     advanced=True,
-                    tooltip="Collect the input Hessian (X^T X) of every layer, which GPTQ needs. Off takes little "
-                    "memory.",
+                    tooltip="Collect the input Hessian (X^T X) of every layer, which GPTQ needs. Off saves memory.",
                 ),
                 io.Float.Input(
                     "memory_gb",
@@ -62,7 +61,7 @@ class CalibrateFromRuns(io.ComfyNode):
                     max=1024.0,
                     step=0.1,
                     advanced=True,
-                    tooltip="Memory that statistics may take, in GiB; less keeps fewer inputs of each layer.",
+                    tooltip="Memory limit of the statistics in GiB. A lower limit keeps fewer tokens per layer.",
                 ),
                 io.Int.Input(
                     "tokens",
@@ -70,7 +69,7 @@ class CalibrateFromRuns(io.ComfyNode):
                     min=64,
                     max=1048576,
                     advanced=True,
-                    tooltip="Maximum number of inputs kept of a layer, where they take less memory than its Hessian.",
+                    tooltip="Maximum number of tokens kept per layer, where they take less memory than its Hessian.",
                 ),
                 io.Int.Input(
                     "held_out",
@@ -78,7 +77,7 @@ class CalibrateFromRuns(io.ComfyNode):
                     min=0,
                     max=256,
                     advanced=True,
-                    tooltip="Model calls of the runs that are held out for Quantize to measure its error on; 0: none.",
+                    tooltip="Model calls held out of the runs for Quantize to measure its error on. 0 = none.",
                 ),
                 io.Int.Input(
                     "reset",
@@ -86,7 +85,7 @@ class CalibrateFromRuns(io.ComfyNode):
                     min=0,
                     max=2**31,
                     advanced=True,
-                    tooltip="Change it to begin the calibration anew with the next run.",
+                    tooltip="Change this number to start the calibration over with the next run.",
                 ),
             ],
             outputs=[
@@ -94,7 +93,7 @@ class CalibrateFromRuns(io.ComfyNode):
                 schema.Calibration.Output(
                     "calibration",
                     display_name="calibration",
-                    tooltip="What was recorded, once record is off; until then nothing that needs it runs.",
+                    tooltip="The recorded calibration, once record is off. Until then, nodes that need it do not run.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],

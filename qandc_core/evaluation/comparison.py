@@ -90,7 +90,7 @@ def sampled_in_turns(runs: Sequence[ComparedRun], rounds: int, progress: Progres
 
 
 def speedup_of(run: ComparedRun, reference: ComparedRun) -> Speedup | None:
-    """Of the rounds in turns where both have them, else of the one run each; None where either was not measured."""
+    """From the rounds in turns where both have them, else from the single runs; None where either was not measured."""
     if run.rounds and reference.rounds:
         return Speedup.of(reference.rounds, run.rounds)
     if not all(r.report is not None and r.report.seconds for r in (run, reference)):
@@ -120,7 +120,7 @@ def timing(run: ComparedRun, reference: ComparedRun) -> list[str]:
 
 
 def headlines(runs: Sequence[ComparedRun], rows: Sequence[dict[str, str]]) -> list[str]:
-    """What each run gains and costs, in one line."""
+    """One line for each run: gain and cost."""
     lines = []
     for run, row in zip(runs[1:], rows[1:]):
         speedup = speedup_of(run, runs[0])
@@ -159,7 +159,7 @@ def mean(values: Sequence[float]) -> float:
 
 
 def mismatches(runs: Sequence[ComparedRun]) -> list[str]:
-    """What else differs between runs, in their order; a run without report says nothing."""
+    """Other differences between runs, in their order; a run without report has none."""
     lines = []
     reports = [run.report for run in runs if run.report is not None]
     for name, value in SETTINGS.items():
@@ -181,7 +181,7 @@ def headlines_of(text: str) -> str:
 
 
 def levels_differ(reports: Sequence[RunReport]) -> bool:
-    """Whether runs of as many steps went through other noise levels, as far as they are known."""
+    """True if runs of equal length went through other noise levels, as far as these are known."""
     known = [report.sigmas for report in reports if report.sigmas]
     return any(
         len(levels) != len(known[0])

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..numerics import ratio
-from ..precision import widest_float
+from ..numerics import ratio, widest_float
 from .formats import BY_NAME, Format, check_available, fitting, stored_format
 from .grids import dequantize as grid_values
 from .grids import quantize, token_grid
