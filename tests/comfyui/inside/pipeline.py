@@ -134,7 +134,7 @@ def pipeline(host: Host, gptq: bool = False) -> dict[str, float | list[float]]:
         .args
     )
     rounding = "gptq" if gptq else "nearest"
-    (quantized,) = host.node("QandC_Quantize").execute(cached, *PAPER, rounding, calibration).args
+    quantized, *_ = host.node("QandC_Quantize").execute(cached, *PAPER, rounding, calibration).args
     (compensated,) = (
         host.node("QandC_VarianceCompensate")
         .execute(quantized, reference, "new", 8, *SETTINGS, 502, "variance_match", 0.0, 1.0, "inside_vc", **wires)
@@ -186,7 +186,7 @@ def inputs_stay_as_they_are(host: Host) -> dict[str, bool]:
     """Weights, options, wrappers and output of the models given to Quantize and Variance Compensate."""
     reference, cached = demo(host), cached_demo(host)
     before, images = snapshot(cached), ksampler(host, cached, "ddpm")
-    (quantized,) = host.node("QandC_Quantize").execute(cached, *PAPER, "nearest").args
+    quantized, *_ = host.node("QandC_Quantize").execute(cached, *PAPER, "nearest").args
     wires = dict(zip(("positive", "negative"), conditioning(host)))
     wires["latent_image"] = host.nodes.EmptyLatentImage().generate(32, 32, 1)[0]
     host.node("QandC_VarianceCompensate").execute(
