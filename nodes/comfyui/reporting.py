@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ...qandc_core.sampling.report import RunReport, joined, peak_memory, reset_peak_memory
 from .queue import Prompt, downstream, executing
-from .sampling import Progress, Settings, sample
+from .sampling import Progress, Settings, parts_of, sample
 from .status import show
 from .timing import CLOCK, RunClock, time_prediction, time_sampler
 from .wrappers import (
@@ -183,6 +183,7 @@ def measured_sample(
     report = recorder.report()
     if report is None:  # no step: nothing was sampled
         report = RunReport("", 0, latent.shape[0], settings.cfg, str(patcher.load_device), label=label)
+        report.size = [list(part.shape[1:]) for part in parts_of(latent)]
     report.sampler, report.cfg_scale = f"{settings.sampler_name}, {settings.scheduler}", settings.cfg
     report.seed, report.denoise = seed, settings.denoise
     return samples, report
