@@ -51,16 +51,16 @@ class TAPCalibrate(io.ComfyNode):
                 ),
                 *schema.conditioning(optional=True),
                 schema.latent(
-                    "The latent of the sampler node, mostly an empty one of the size to calibrate for. Its images are "
-                    "where trajectories start from, in turn.",
+                    "The latent of the sampler node, usually an empty one of the size to calibrate for. "
+                    "Trajectories start from its images in turn.",
                     True,
                 ),
                 io.Combo.Input(
                     "file",
                     options=calibration_files("statistics"),
                     default=NEW,
-                    tooltip="new calibrates, or finds the file that was made of the same inputs; or take a calibration "
-                    "from output/qandc.",
+                    tooltip="new: calibrate, or find the file that was made from the same inputs. Or pick a "
+                    "calibration from output/qandc.",
                 ),
                 io.Int.Input("trajectories", default=32, min=1, max=4096, tooltip="Images to sample for calibration."),
                 io.Int.Input(
@@ -68,7 +68,7 @@ class TAPCalibrate(io.ComfyNode):
                     default=400,
                     min=1,
                     max=100000,
-                    tooltip="How many of the images' intermediate steps are chosen.",
+                    tooltip="Number of intermediate samples to calibrate on.",
                 ),
                 *schema.sampler_settings("of the calibration, the same as in the Sample node"),
                 io.Int.Input(
@@ -76,7 +76,7 @@ class TAPCalibrate(io.ComfyNode):
                     default=501,
                     min=0,
                     max=schema.MAX_SEED - 4096,
-                    tooltip="Noise of the first batch.",
+                    tooltip="Seed of the first batch's noise.",
                 ),
                 io.Int.Input(
                     "batch_size",
@@ -84,8 +84,8 @@ class TAPCalibrate(io.ComfyNode):
                     min=0,
                     max=1024,
                     advanced=True,
-                    tooltip="Images sampled at once; half as many where memory runs out. 0: what suits the model and "
-                    "the size, at most 16.",
+                    tooltip="Images sampled at once, halved when memory runs out. 0 = chosen for the model and the "
+                    "size, at most 16.",
                 ),
                 io.Combo.Input(
                     "selection",
@@ -104,27 +104,26 @@ class TAPCalibrate(io.ComfyNode):
                     max=1000.0,
                     step=0.1,
                     advanced=True,
-                    tooltip="TAP: how many steps apart samples must lie to count as different in time. Larger values "
-                    "let clusters span more steps.",
+                    tooltip="TAP: how many steps apart two samples count as different in time. Larger values let "
+                    "clusters span more steps.",
                 ),
                 io.Boolean.Input(
                     "computed_steps_only",
                     default=True,
                     advanced=True,
-                    tooltip="Choose only from steps that the cache computes: cached layers see no others.",
+                    tooltip="Select only from steps that the cache computes; cached layers run on no others.",
                 ),
                 io.Boolean.Input(
                     "hessians",
                     default=True,
                     advanced=True,
-                    tooltip="Collect the input Hessian (X^T X) of every layer, which GPTQ needs. Off takes little "
-                    "memory.",
+                    tooltip="Collect the input Hessian (X^T X) of every layer, which GPTQ needs. Off saves memory.",
                 ),
                 io.String.Input(
                     "filename_prefix",
                     default="calibration",
                     advanced=True,
-                    tooltip="New files are named with this, the model, the date and a number.",
+                    tooltip="Prefix of new files; the model, the date and a number are appended.",
                 ),
                 io.Float.Input(
                     "memory_gb",
@@ -133,7 +132,7 @@ class TAPCalibrate(io.ComfyNode):
                     max=1024.0,
                     step=0.1,
                     optional=True,
-                    tooltip="Memory that statistics may take, in GiB; less keeps fewer inputs of each layer.",
+                    tooltip="Memory limit of the statistics in GiB. A lower limit keeps fewer tokens per layer.",
                 ),
                 io.Int.Input(
                     "tokens",
@@ -142,7 +141,7 @@ class TAPCalibrate(io.ComfyNode):
                     max=1048576,
                     optional=True,
                     advanced=True,
-                    tooltip="Maximum number of inputs kept of a layer, where they take less memory than its Hessian.",
+                    tooltip="Maximum number of tokens kept per layer, where they take less memory than its Hessian.",
                 ),
                 io.Int.Input(
                     "held_out",
@@ -151,8 +150,7 @@ class TAPCalibrate(io.ComfyNode):
                     max=256,
                     optional=True,
                     advanced=True,
-                    tooltip="Model calls of the last images that are held out for Quantize to measure its error on; "
-                    "0: none.",
+                    tooltip="Model calls of the last images, held out for Quantize to measure its error on. 0 = none.",
                 ),
                 *schema.wired_sampling(),
             ],

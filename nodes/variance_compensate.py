@@ -41,36 +41,40 @@ class VarianceCompensate(io.ComfyNode):
             node_id="QandC_VarianceCompensate",
             display_name="Variance Compensate",
             category=schema.CATEGORY,
-            description="Corrects the drift in variance that quantization and caching cause together: samples the "
-            "same noise "
-            "with both models and fits one factor for each step and channel (Q&C, Eq. 9-12). Saved in output/qandc.",
+            description="Corrects the variance drift that quantization and caching cause together: samples both "
+            "models from the same noise and fits one factor per step and channel (Q&C, Eq. 9-12). Saved in "
+            "output/qandc.",
             search_aliases=["variance", "vc", "drift", "correction"],
             inputs=[
                 io.Model.Input("model", tooltip="The accelerated model: quantized, cached, or both."),
                 io.Model.Input("reference", tooltip="The untouched full-precision model."),
                 *schema.conditioning(optional=True),
                 schema.latent(
-                    "The latent of the sampler node, mostly an empty one of the size to fit for. Its images are where "
-                    "pairs start from, in turn.",
+                    "The latent of the sampler node, usually an empty one of the size to fit for. Pairs start "
+                    "from its images in turn.",
                     True,
                 ),
                 io.Combo.Input(
                     "file",
                     options=calibration_files("variance"),
                     default=NEW,
-                    tooltip="new fits; or take a compensation fitted before, from output/qandc.",
+                    tooltip="new: fit. Or pick a compensation from output/qandc.",
                 ),
                 io.Int.Input(
                     "pairs",
                     default=AUTO_COUNT,
                     min=0,
                     max=4096,
-                    tooltip="Images sampled by both models. More are steadier and take longer. 0: what suits the size, "
-                    "4 to 64.",
+                    tooltip="Images sampled with both models. More give a steadier fit and take longer. 0 = chosen "
+                    "for the size, 4 to 64.",
                 ),
                 *schema.sampler_settings("of the fit, the same as in the Sample node"),
                 io.Int.Input(
-                    "calibration_seed", default=502, min=0, max=schema.MAX_SEED, tooltip="Noise of the pairs."
+                    "calibration_seed",
+                    default=502,
+                    min=0,
+                    max=schema.MAX_SEED,
+                    tooltip="Seed of the noise of the pairs.",
                 ),
                 io.Combo.Input(
                     "method",
@@ -78,7 +82,7 @@ class VarianceCompensate(io.ComfyNode):
                     default=METHODS[0],
                     advanced=True,
                     tooltip="variance_match: match the standard deviation. paper: the paper's objective. "
-                    "least_squares: least error.",
+                    "least_squares: least squared error.",
                 ),
                 io.Float.Input(
                     "start_percent",
@@ -87,7 +91,7 @@ class VarianceCompensate(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     advanced=True,
-                    tooltip="Correct from this part of the run on.",
+                    tooltip="Fraction of the run at which the correction begins.",
                 ),
                 io.Float.Input(
                     "end_percent",
@@ -96,13 +100,13 @@ class VarianceCompensate(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     advanced=True,
-                    tooltip="Correct up to this part of the run.",
+                    tooltip="Fraction of the run at which the correction ends.",
                 ),
                 io.String.Input(
                     "filename_prefix",
                     default="compensation",
                     advanced=True,
-                    tooltip="New files are named with this, the model, the date and a number.",
+                    tooltip="Prefix of new files; the model, the date and a number are appended.",
                 ),
                 *schema.wired_sampling(),
             ],
