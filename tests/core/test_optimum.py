@@ -189,7 +189,7 @@ def test_presets_take_a_calibration_of_their_run():
     values, lengths = trajectory(20, 5)
     distances = StepDistances(distances_of(values, lengths))
     plan = Preset(level="safe", distances=distances).plan(20, sampler="euler", noisy=False)
-    assert plan.steps == set(optimal_schedule(distances.values, 13, order=1))
+    assert plan.order == 2 and plan.steps == set(optimal_schedule(distances.values, 13, order=2))
     assert Preset(level="safe", distances=distances).detail() != Preset(level="safe").detail()
 
 
