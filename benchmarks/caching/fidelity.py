@@ -1,6 +1,7 @@
 """Images of the two small models under every cache against the full run: runs in ComfyUI's Python, prints JSON.
 
-Called by `python -m benchmarks.caching`; argv: checkout, base directory with the pack, flow model, seeds.
+Called by `python -m benchmarks.caching`; argv: checkout, base directory with the pack, flow model, seeds, and
+parts of the names of subjects, separated by semicolons.
 """
 
 from __future__ import annotations
@@ -195,6 +196,10 @@ def methods(host: Host, subject: Subject, order: int) -> dict[str, dict[float, C
     found["Q&C prediction, calibrated"] = {
         n: run(ours(host, patcher, "whole prediction", order, num_computed=n, distances=distances)) for n in counts
     }
+    if order:
+        found["Q&C prediction, calibrated, order 2"] = {
+            n: run(ours(host, patcher, "whole prediction", 2, num_computed=n, distances=distances)) for n in counts
+        }
     found["Q&C error budget"] = {
         e: run(ours(host, patcher, "whole prediction", order, max_error=e)) for e in (0.003, 0.01, 0.02, 0.05, 0.1)
     }
@@ -236,12 +241,12 @@ def main() -> None:
                     results = [run(seed) for seed in references]
                     rows.append({
                         "subject": name, "steps": subject.steps, "method": method, "setting": setting,
-                        "calls": [calls for _, calls in results],
+                        "calls": [calls for _, calls in results for _ in range(IMAGES)],
                         "errors": [
-                            sum(e) / len(e) for e in (relative_l2(r, references[s]) for s, (r, _) in enumerate(results))
+                            round(e, 7) for s, (r, _) in enumerate(results) for e in relative_l2(r, references[s])
                         ],
                     })  # fmt: skip
-                    print(name, method, setting, rows[-1]["calls"], rows[-1]["errors"], file=sys.stderr, flush=True)
+                    print(name, method, setting, results[0][1], max(rows[-1]["errors"]), file=sys.stderr, flush=True)
     print("RESULTS " + json.dumps(rows))
 
 
