@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from qandc_core import load_calibration
+
+from .prompts import Graph
+
 HALVES = "KSamplerAdvanced halves"
 RUNS = ["KSampler", "KSampler, ancestral", HALVES, "SamplerCustom", "BasicGuider", "CFGGuider", "DualCFGGuider"]
 CACHES = [
@@ -91,3 +95,25 @@ def test_a_second_model_of_a_guider_is_not_mixed_in(run):
 def test_the_built_in_model_is_recorded_with_its_last_layers(run):
     found = run("recording")["built-in"]
     assert found["same"] and found["sampler"] == "ddpm" and found["layers"] > 20
+
+
+def test_queues_add_runs_until_record_is_off_and_the_calibration_quantizes(server):
+    """While it records, what needs the calibration waits; the same seed again is no new run."""
+
+    def queue(seed, record=True):
+        graph = Graph()
+        model = graph.load()
+        inputs = {"samples": 8, "hessians": True, "memory_gb": 1.0, "tokens": 256, "held_out": 4, "reset": 0}
+        recorder = graph.add("QandC_CalibrateFromRuns", model=model, name="queued", record=record, **inputs)
+        image = graph.save(graph.stock_sample(recorder, seed=seed))
+        quantized = graph.picture(graph.quantize(model, [recorder[0], 1]), seed=seed)
+        return server.succeed(graph), image, quantized
+
+    for seed in (1, 2, 2, 3):
+        run, image, quantized = queue(seed)
+        assert image in run.outputs and quantized not in run.outputs
+    found = load_calibration(server.calibrations / "queued.safetensors")
+    assert found.recording.runs == 3
+    run, image, quantized = queue(4, record=False)
+    assert image in run.outputs and quantized in run.outputs
+    assert load_calibration(server.calibrations / "queued.safetensors").recording.runs == 3
