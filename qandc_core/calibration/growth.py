@@ -147,7 +147,9 @@ def finished(record: LayerRecord) -> LayerStatistics:
 
 def distances_of(run: RunRecord, schedule: RunSchedule) -> Schedule | None:
     """The distances between the run's steps; None where a step was not computed, or its predictions are not finite."""
-    steps = len(schedule.sigmas) - 1
+    sigmas, steps = schedule.sigmas, len(schedule.sigmas) - 1
+    if any(after >= before for before, after in zip(sigmas, sigmas[1:])):
+        return None  # a schedule that rises, as of unsampling
     by_step: dict[int, Tensor] = {}
     for level, values in run.predictions:
         begun = [i for i, start in enumerate(schedule.sigmas[:-1]) if start >= level * (1 - 1e-4)]

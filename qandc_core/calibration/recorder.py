@@ -236,8 +236,12 @@ class Recorder:
                     layers[name].merge(record)
                 else:
                     layers[name] = record
-        levels = torch.cat([sigma.cpu() for sigma, _ in self.predictions]).tolist() if self.predictions else []
-        predictions = [(level, values.cpu()) for level, (_, values) in zip(levels, self.predictions)]
+        predictions: list[tuple[float, Tensor]] = []
+        if self.predictions:
+            levels, values = zip(*self.predictions)
+            alike = len({part.shape for part in values}) == 1  # brought to the CPU in one piece
+            parts = list(torch.stack(values).cpu()) if alike else [part.cpu() for part in values]
+            predictions = list(zip(torch.cat(levels).tolist(), parts))
         found = RunRecord(layers, self.calls, predictions, self.samples)
         self.close()
         return found

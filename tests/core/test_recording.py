@@ -290,6 +290,7 @@ def test_runs_of_other_schedules_share_layers_and_have_their_own_distances(tmp_p
 
 @pytest.mark.parametrize(("schedule", "missing"), [
     (run_schedule(whole=False), "with a cache"), (run_schedule(sigmas=[*SIGMAS, -1.0]), "every step"),
+    (run_schedule(sigmas=SIGMAS[::-1]), "every step"),
 ])  # fmt: skip
 def test_a_run_without_all_steps_has_no_distances(schedule, missing, tmp_path):
     path = tmp_path / "runs.safetensors"
