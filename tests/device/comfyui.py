@@ -137,12 +137,11 @@ class Checks:
         waits = self.waits_for_a_prediction(recorder)
         file = self.h.module("nodes.comfyui.files").named_path("device")
         made = self.h.module("qandc_core").load_calibration(file)
-        kinds = {
-            kind for s in made.statistics.values() for kind in ("hessian", "inputs") if getattr(s, kind) is not None
-        }
+        layers = made.statistics.values()
+        kinds = [kind for kind in ("hessian", "inputs") if any(getattr(s, kind) is not None for s in layers)]
         return {
             "same": same, "runs": made.recording.runs, "waits": waits, "layers": len(made.statistics),
-            "kinds": sorted(kinds), "finite": all(bool(s.finite()) for s in made.statistics.values()),
+            "kinds": kinds, "finite": all(bool(s.finite()) for s in layers),
             "measured": len(made.recording.history), "distances": made.distances is not None,
         }  # fmt: skip
 
