@@ -14,14 +14,15 @@ import time
 from pathlib import Path
 from statistics import median
 
-STEPS, WIDTH = 20, 512
+STEPS, WIDTH = 20, 384
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "comfyui" / "inside"))
 
 
 def main() -> None:
     from host import Host
 
-    host, pairs = Host(sys.argv[1], sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else 5
+    checkout, base, *more = sys.argv[1:]  # ComfyUI reads sys.argv later
+    host, pairs = Host(checkout, base), int(more[0]) if more else 6
     import torch
     from families import build, conditioning
     from family_configs import flux
@@ -29,7 +30,7 @@ def main() -> None:
 
     torch.manual_seed(0)
     family = FAMILIES["Flux"]
-    sizes = {"hidden_size": WIDTH, "num_heads": 16, "mlp_ratio": 4.0, "depth": 2, "depth_single_blocks": 4}
+    sizes = {"hidden_size": WIDTH, "num_heads": 12, "mlp_ratio": 4.0, "depth": 2, "depth_single_blocks": 4}
     patcher = build(type(family)("Flux", flux(image_model="flux", **sizes), family.latent, conds=family.conds))
     node, files = host.module("nodes.calibrate_from_runs"), host.module("nodes.comfyui.files")
     growth = host.module("nodes.comfyui.calibrate.recording")
