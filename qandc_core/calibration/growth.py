@@ -85,7 +85,13 @@ def placed(model: str, recording: Recording, latest: RunSchedule) -> Calibration
     if most is None:
         notes |= {"distances": "steps" if latest.whole else "cache", "sampler": latest.sampler}
         return Calibration(model, notes=notes, recording=recording)
-    notes |= {"distances": "", "sampler": most.sampler, "sigmas": most.sigmas, "steps": len(most.sigmas) - 1}
+    notes |= {
+        "distances": "",
+        "sampler": most.sampler,
+        "sigmas": most.sigmas,
+        "steps": len(most.sigmas) - 1,
+        "noisy": most.noisy,
+    }
     return Calibration(model, distances=most.distances(), notes=notes, recording=recording)
 
 

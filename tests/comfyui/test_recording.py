@@ -59,7 +59,7 @@ def test_runs_of_many_kinds_make_one_calibration_that_other_nodes_take(run):
     assert found["runs"] == found["again"] == found["tap"] == 7 and found["history"] == 6
     assert found["listed"] and found["held-out calls"] in (4, None)
     assert found["steps"] == 20 and [20, 5] in found["schedules"] and [10, 1] in found["schedules"]
-    assert found["warnings"] == [] and found["detached"]
+    assert found["warnings"] == [] and found["noisy"] is False and found["detached"]
     assert found["text"].startswith("7 runs, ") and "more runs would lower the layer error by about" in found["text"]
 
 

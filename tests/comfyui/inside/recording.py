@@ -323,7 +323,7 @@ def runs_of_many_kinds(host: Host) -> dict[str, Any]:
         "steps": found.notes["steps"],
         "schedules": [[len(s.sigmas) - 1, s.runs] for s in found.recording.schedules],
         "history": len(found.recording.history), "text": found.recording.describe(), "warnings": warnings,
-        "placed": type(run).__name__,
+        "placed": type(run).__name__, "noisy": placed.noisy,
         "detached": "RunRecorder" not in state_of(node(host, watched, name, record=False)[0]),
     }  # fmt: skip
 
