@@ -26,6 +26,7 @@ from .calls import ModelCall
 from .choice import reduced
 from .layer_inputs import HELD_OUT_TOKENS, call_of, of_samples
 from .memory import StatisticsPlan, plan_statistics
+from .run import width_of
 from .statistics import LayerStatistics, observed
 from .stream import Reservoir, Strata
 
@@ -249,11 +250,6 @@ class Recorder:
     def close(self) -> None:
         """Frees what was recorded."""
         self.places, self.calls, self.predictions, self.samples = {}, [], [], 0
-
-
-def width_of(layer: nn.Module) -> int:
-    width: int = layer.in_features  # type: ignore[assignment]
-    return width
 
 
 def probes(widths: Mapping[str, int]) -> set[str]:
