@@ -3,7 +3,7 @@
     COMFYUI/python benchmarks/calibration/overhead.py CHECKOUT BASE [pairs]
 
 BASE is a ComfyUI base directory with the pack in it. Prints one JSON object: median seconds of a run, the ratio of each
-pair, and what adding the run to the file took.
+pair, and what adding a run to the file takes, in its thread, before the next run is timed.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ def main() -> None:
     recorded = node.CalibrateFromRuns.execute(patcher, "overhead", True, 8, True, 4.0, 4096, 8, 0).args[0]
 
     def run(model, seed: int) -> float:
+        growth.settle()
         latent = {"samples": torch.zeros(1, 16, 32, 32)}
         begun = time.perf_counter()
         host.nodes.common_ksampler(
@@ -57,6 +58,7 @@ def main() -> None:
     with torch.inference_mode():
         run(patcher, 0), run(recorded, 0)
         times = [(run(patcher, seed), run(recorded, seed)) for seed in range(pairs)]
+    growth.settle()
     plain, slow = zip(*times)
     ratios = sorted(b / a for a, b in times)
     print(json.dumps({  # noqa: T201

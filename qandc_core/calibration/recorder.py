@@ -3,8 +3,9 @@ and the prediction of every step.
 
 Nothing is sampled twice and nothing is computed anew: statistics are gathered in the very calls that the sampler
 makes. What that costs is bounded in advance. At most one row in ten of the model calls is looked into, and of a sample
-at most TOKENS inputs of a layer, drawn at random, enter its sums; bounds are those of all its inputs. Nothing waits for
-a device before the run has ended, but for the calls that are held out.
+a quarter of a layer's inputs, drawn at random, enters its sums; bounds are those of all its inputs. X^T X of a layer
+may cost more than the layer itself, and inputs of one image at one step resemble each other. Nothing waits for a
+device before the run has ended, but for the calls that are held out.
 
 The host hands every model call to `called`, with the key of the network that it runs on. Clones of a model on several
 devices work in threads of their own: each has its own statistics, which add up at the end, and only the choice, a few
@@ -31,7 +32,7 @@ from .statistics import LayerStatistics, observed
 from .stream import Reservoir, Strata
 
 SPARSEST = 10  # at most one row in so many is looked into
-TOKENS = 1024  # inputs of a layer that one sample adds to its sums
+SHARE, FEWEST, MOST = 4, 64, 1024  # one input of a layer in so many enters its sums, within these limits for a sample
 HELD_OUT_A_RUN = 2
 PROBES, PROBE_TOKENS, PROBE_WIDTH = 4, 256, 4096  # layers on which it is measured what a run adds
 Layers = Sequence[tuple[str, nn.Module]]
@@ -157,7 +158,7 @@ class Place:
             record = self.record(name, inputs.shape[-1])
             if len(chosen):
                 x = of_samples(inputs, batch, chosen)
-                some, keys = draws(x, TOKENS * len(chosen))
+                some, keys = draws(x, len(chosen) * min(max(len(x) // len(chosen) // SHARE, FEWEST), MOST))
                 record.statistics.update(some, x)
                 for kind in record.kept.keys() - {"held_out"}:
                     record.kept[kind].add(some, keys)

@@ -112,8 +112,6 @@ def test_queues_add_runs_until_record_is_off_and_the_calibration_quantizes(serve
     for seed in (1, 2, 2, 3):
         run, image, quantized = queue(seed)
         assert image in run.outputs and quantized not in run.outputs
-    found = load_calibration(server.calibrations / "queued.safetensors")
-    assert found.recording.runs == 3
     run, image, quantized = queue(4, record=False)
     assert image in run.outputs and quantized in run.outputs
     assert load_calibration(server.calibrations / "queued.safetensors").recording.runs == 3

@@ -215,7 +215,8 @@ def test_statistics_are_those_of_hooks_written_by_hand(together, hessians):
 
 
 def test_a_sample_of_many_inputs_adds_some_of_them_and_all_bounds(monkeypatch):
-    monkeypatch.setattr(recorder_module, "TOKENS", 5)
+    monkeypatch.setattr(recorder_module, "FEWEST", 5)
+    monkeypatch.setattr(recorder_module, "SHARE", 3)
     sampled, run = recorded(dit(), 3)
     name = "blocks.1.mlp.fc1"
     x, layer = sampled.inputs(name), run.layers[name]

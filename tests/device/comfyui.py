@@ -135,6 +135,7 @@ class Checks:
         recorder = self.h.node("QandC_CalibrateFromRuns").execute(plain, "device", True, 8, True, 1.0, 64, 4, 0).args[0]
         same = torch.equal(self.run(recorder)[0], self.run(plain)[0])
         waits = self.waits_for_a_prediction(recorder)
+        self.h.module("nodes.comfyui.calibrate.recording").settle()
         file = self.h.module("nodes.comfyui.files").named_path("device")
         made = self.h.module("qandc_core").load_calibration(file)
         layers = made.statistics.values()

@@ -37,6 +37,7 @@ def recording(host: Host, patcher, name: str, **inputs):
 
 
 def loaded(host: Host, name: str):
+    host.module("nodes.comfyui.calibrate.recording").settle()
     return host.module("qandc_core").load_calibration(path_of(host, name))
 
 
@@ -246,6 +247,7 @@ def interrupted(host: Host) -> dict[str, Any]:
     watched = recording(host, patcher, name)
     plain = ksampler(host, patcher)
     ksampler(host, watched)
+    loaded(host, name)
     before, calls = path_of(host, name).read_bytes(), []
 
     def cancel(executor, *args):
@@ -263,8 +265,8 @@ def interrupted(host: Host) -> dict[str, Any]:
         ended = ""
     same = path_of(host, name).read_bytes() == before
     again = torch.equal(ksampler(host, watched), plain)
-    files = [file.name for file in path_of(host, name).parent.iterdir() if file.name.startswith((".", "interrupted"))]
     found = loaded(host, name).recording.runs
+    files = [file.name for file in path_of(host, name).parent.iterdir() if file.name.startswith((".", "interrupted"))]
     return {"ended": ended, "as it was": same, "clean": clean(patcher), "again": again, "runs": found, "files": files}
 
 
@@ -394,6 +396,7 @@ def two_models_in_a_guider(host: Host) -> dict[str, Any] | None:
     with watch.around():
         out = run(recording(host, main_model, "dual"), second)
     lines = logged(lambda: run(main_model, recording(host, second, "dual second")))
+    host.module("nodes.comfyui.calibrate.recording").settle()
     return {
         "same": torch.equal(out, plain), "differing": differing(loaded(host, "dual"), [watch]),
         "said": [line for line in lines if "not the main one" in line], "none": path_of(host, "dual second").exists(),
