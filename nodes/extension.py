@@ -9,6 +9,7 @@ from .class_label import ClassLabel
 from .compare import Compare
 from .load_dit import LoadDiT
 from .quantize import Quantize
+from .run_report import RunReport
 from .sample import Sample
 from .tap_calibrate import TAPCalibrate
 from .variance_compensate import VarianceCompensate
@@ -26,5 +27,6 @@ class QandCExtension(ComfyExtension):
             Quantize,
             VarianceCompensate,
             Sample,
+            RunReport,
             Compare,
         ]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import comfy.model_patcher
@@ -11,10 +13,29 @@ import comfy.model_sampling
 import comfy.patcher_extension
 import torch
 
+from ...qandc_core.sampling.report import RunReport
+
 KEY = "qandc"
-REPORT = "qandc_report"  # where a run finds the report that it fills in
+REPORT = "qandc_report"  # key of the wrappers that record runs, and where a script puts a report into the options
 QUANTIZATION = "qandc_quantization"  # where a model's options hold what Quantize measured
 WRAPPERS = comfy.patcher_extension.WrappersMP
+reports: ContextVar[tuple[RunReport, ...]] = ContextVar("reports", default=())  # of the run that goes on
+
+
+@contextmanager
+def reporting(report: RunReport) -> Iterator[None]:
+    """Whatever a run finds out goes into this report too."""
+    token = reports.set((*reports.get(), report))
+    try:
+        yield
+    finally:
+        reports.reset(token)
+
+
+def reports_of(options: Mapping[str, Any]) -> list[RunReport]:
+    """The reports that a run with these transformer_options fills in."""
+    own = options.get(REPORT)
+    return [*reports.get(), *([] if own is None else [own])]
 
 
 def step_at(sigmas: Sequence[float], sigma: float) -> int:

@@ -45,9 +45,13 @@ class RunSchedule:
 
 @torch.inference_mode()
 def with_run(
-    old: Calibration | None, model: str, run: RunRecord, schedule: RunSchedule, config: RecordingConfig,
+    old: Calibration | None,
+    model: str,
+    run: RunRecord,
+    schedule: RunSchedule,
+    config: RecordingConfig,
     device: torch.device | str = "cpu",
-) -> Calibration:  # fmt: skip
+) -> Calibration:
     """The calibration of a model with one run more; `old` and `run` are used up. What the run adds is measured on the
     device. Raises ValueError on inputs that are not finite, or where nothing was observed.
     """
@@ -181,9 +185,13 @@ def schedules_with(known: list[Schedule], new: Schedule | None) -> list[Schedule
 
 
 def add_run(
-    path: Path, model: str, run: RunRecord, schedule: RunSchedule, config: RecordingConfig,
+    path: Path,
+    model: str,
+    run: RunRecord,
+    schedule: RunSchedule,
+    config: RecordingConfig,
     device: torch.device | str = "cpu",
-) -> Recording:  # fmt: skip
+) -> Recording:
     """Replaces the file by one with this run more, atomically; any error leaves it as it was."""
     grown = with_run(grown_from(path, model, config), model, run, schedule, config, device)
     grown.save(path)

@@ -195,9 +195,15 @@ class Recorder:
         self.predictions.append((sigma.detach().reshape(-1)[:1], reduced(denoised.detach()).flatten()))
 
     def called(
-        self, network: Hashable, layers: Callable[[], Layers], room: Callable[[], int], call: Callable[[], Any],
-        x: Tensor, t: Tensor, conditions: Mapping[str, Any],
-    ) -> Any:  # fmt: skip
+        self,
+        network: Hashable,
+        layers: Callable[[], Layers],
+        room: Callable[[], int],
+        call: Callable[[], Any],
+        x: Tensor,
+        t: Tensor,
+        conditions: Mapping[str, Any],
+    ) -> Any:
         """What call() answers, a model call on x (N, ...) of a network, whose layers and room are asked for once."""
         with self.lock:
             self.expect(len(x))

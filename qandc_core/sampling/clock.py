@@ -8,6 +8,7 @@ it tell more stops the queue at every step. A moment is therefore an event in th
 from __future__ import annotations
 
 import time
+from statistics import median
 from typing import Any
 
 import torch
@@ -116,9 +117,11 @@ class CallTimes:
         return [span(begun, ended) for begun, ended in self.spans[reused]]
 
     def speedup(self) -> float | None:
-        """Time of all calls had each been computed, over the time they took; None before both kinds were seen."""
-        computed, reused = self.seconds(False), self.seconds(True)
+        """Time of all calls had each been computed, over the time they take, by the median call of either kind; None
+        before both were seen.
+        """
         if not self.known:
             return None
-        median = sorted(computed)[len(computed) // 2]
-        return median * len(computed + reused) / sum(computed + reused)
+        computed, reused = self.seconds(False), self.seconds(True)
+        each, cheap = median(computed), median(reused)
+        return each * len(computed + reused) / (each * len(computed) + cheap * len(reused))

@@ -1,5 +1,6 @@
 """What decides which steps compute: spacings, plans of every policy, forecasts; and the times that are reported."""
 
+import statistics
 import time
 from dataclasses import replace
 from functools import partial
@@ -778,16 +779,20 @@ def test_the_speedup_is_the_time_of_all_calls_computed_over_that_of_the_run(comp
     for seconds, kind in [(s, False) for s in computed] + [(s, True) for s in reused]:
         times.add(clock, clock + seconds, kind)
         clock += seconds
-    calls, whole = len(computed + reused), sum(computed + reused)
-    assert min(computed) * calls / whole * 0.99 <= times.speedup() <= max(computed) * calls / whole * 1.01
+    calls, each, cheap = len(computed + reused), statistics.median(computed), statistics.median(reused)
+    assert times.speedup() == pytest.approx(calls * each / (len(computed) * each + len(reused) * cheap))
+    assert 1 < times.speedup() <= calls / len(computed)
     assert times.seconds(True) == pytest.approx(reused)
 
 
-def test_one_slow_first_call_does_not_count_as_what_computing_costs():
+@pytest.mark.parametrize("slow", [False, True])
+def test_one_slow_call_does_not_count_as_what_calls_of_its_kind_cost(slow):
+    """The first of either kind pays for what is set up once, and any may be disturbed."""
     times = CallTimes()
-    for seconds, reused in ((50.0, False), (2.0, False), (1.0, False), (0.0, True), (0.0, True), (0.0, True)):
-        times.add(0.0, seconds, reused)
-    assert times.speedup() == pytest.approx(2 * 6 / 53)
+    for kind, seconds in ((False, 2.0), (True, 0.5)):
+        for i in range(3):
+            times.add(0.0, 50.0 if kind is slow and not i else seconds, kind)
+    assert times.speedup() == pytest.approx(6 * 2.0 / (3 * 2.0 + 3 * 0.5))
 
 
 @pytest.mark.parametrize("kind", [False, True])

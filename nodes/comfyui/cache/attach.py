@@ -19,11 +19,14 @@ from ....qandc_core.caching.cost import reuse_cost
 from ....qandc_core.caching.families import block_lists
 from ....qandc_core.caching.features import FeatureCache
 from ....qandc_core.numerics import relative_error
+from ....qandc_core.sampling.report import RunReport
 from ..model.dit import DiTModel
-from ..wrappers import REPORT, WRAPPERS, note, options_of_run, samples_flow
+from ..status import show
+from ..wrappers import WRAPPERS, note, options_of_run, reports_of, samples_flow
 from .calls import COMPILE, KEY, keep_inside, nothing_between, state_of
 from .others import other_caches
 from .run import AUTOMATIC, BLOCKS, BRANCHES, PREDICTION, CacheSettings, ModelRun
+from .words import words_of
 
 SELF_TEST = {2: 3e-2, 4: 1e-3}  # relative difference allowed, by bytes of a value
 PRE_RUN = comfy.patcher_extension.CallbacksMP.ON_PRE_RUN
@@ -48,15 +51,18 @@ class RunWrapper:
         options[KEY] = run
         keep_inside(options)
         keep_unconditional(guider.model_options, run)
-        begun = running.set((*running.get(), self))
+        begun, ended = running.set((*running.get(), self)), "The run did not end."
         try:
             out = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
             run.finish()
+            ended = ""
             log.log(logging.WARNING if run.warnings else logging.INFO, run.summary())
             return out
         finally:
+            show(self.settings.node, words_of(run, ended))
             running.reset(begun)
-            fill_report(options.get(REPORT), run)
+            for report in reports_of(options):
+                fill_report(report, run)
             run.caches.clear()
             run.blocks.clear()
             guider.model_options = saved
@@ -80,9 +86,7 @@ def inside_compile(options: dict[str, Any]) -> None:
         wrappers[KEY] = wrappers.pop(KEY)
 
 
-def fill_report(report, run: ModelRun) -> None:
-    if report is None:
-        return
+def fill_report(report: RunReport, run: ModelRun) -> None:
     report.computed, report.cache_bytes = run.computed(), run.peak_bytes
     report.timeline, report.not_visited = run.timeline, run.not_visited
     report.reuse = f"{run.reuse}, {run.reason}" if run.reason else run.reuse
@@ -99,8 +103,7 @@ def before_run(patcher) -> None:
             how = "with the cache of the guider's main model" if active else "without a cache"
             text = f"a model is sampled {how} instead of its own ({own}); apply the cache to the main model"
             log.warning("Q&C cache: %s", text)
-            report = patcher.model_options["transformer_options"].get(REPORT)
-            if report is not None:
+            for report in reports_of(patcher.model_options["transformer_options"]):
                 report.warnings = [*report.warnings, text]
 
 

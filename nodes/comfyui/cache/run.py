@@ -20,12 +20,13 @@ REUSE_OPTIONS = (AUTOMATIC, PREDICTION, BLOCKS, BRANCHES)
 
 @dataclass(frozen=True)
 class CacheSettings:
-    """Settings of Apply Cache: when to reuse, what, where features are kept, and warnings for every run."""
+    """Settings of Apply Cache: when to reuse, what, where features are kept, warnings for every run, the node's id."""
 
     policy: CachePolicy
     reuse: str = AUTOMATIC
     offload: bool = False
     warnings: tuple[str, ...] = ()
+    node: str | None = None
 
     def describe(self) -> str:
         return self.policy.describe()

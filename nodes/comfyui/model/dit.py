@@ -36,6 +36,7 @@ from ..quantize.formats import check_supported
 from ..quantize.patcher import as_paper
 from ..quantize.rebuild import rebuilt
 from ..status import show
+from ..wrappers import reports
 
 log = logging.getLogger(__name__)
 LATENT_FORMATS = {3: comfy.latent_formats.ChromaRadiance, 4: comfy.latent_formats.SD15}
@@ -125,6 +126,8 @@ def say_size(config: DiTConfig, shape: torch.Size) -> None:
         log.warning("Q&C: %s", sentence)
         context = get_executing_context()
         show(context and context.node_id, sentence)
+        for report in reports.get():
+            report.warnings = [*report.warnings, sentence]
 
 
 def load_dit_patcher(
