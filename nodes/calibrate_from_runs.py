@@ -101,7 +101,10 @@ class CalibrateFromRuns(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, name, record, **kwargs):
-        return "" if record else file_state(named_path(name).name)
+        if record:
+            return ""
+        settle()
+        return file_state(named_path(name).name)
 
     @classmethod
     def execute(

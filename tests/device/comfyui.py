@@ -132,7 +132,9 @@ class Checks:
         """Runs that Calibrate from Runs adds to a file: the image, what the file holds, waits for a prediction."""
         import torch
 
-        recorder = self.h.node("QandC_CalibrateFromRuns").execute(plain, "device", True, 8, True, 1.0, 400, 4, 0).args[0]
+        recorder = (
+            self.h.node("QandC_CalibrateFromRuns").execute(plain, "device", True, 8, True, 1.0, 400, 4, 0).args[0]
+        )
         same = torch.equal(self.run(recorder)[0], self.run(plain)[0])
         waits = self.waits_for_a_prediction(recorder)
         self.h.module("nodes.comfyui.calibrate.recording").settle()
