@@ -100,6 +100,13 @@ class RunRecord:
     predictions: list[tuple[float, Tensor]] = field(default_factory=list)
     samples: int = 0
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the layers' sums and inputs."""
+        sums = [record.statistics.hessian for record in self.layers.values()]
+        kept = [kept.memory for record in self.layers.values() for kept in record.kept.values()]
+        return sum(tensor.nbytes for tensor in (*sums, *kept) if tensor is not None)
+
 
 class Draws:
     """Which inputs of a model call are kept, at random: layers with as many inputs keep the same ones."""
@@ -261,5 +268,6 @@ class Recorder:
 
 def probes(widths: Mapping[str, int]) -> set[str]:
     """Layers, evenly over the network, on which it is measured what a run adds; wide ones would take too long."""
-    narrow = [name for name, width in widths.items() if width <= PROBE_WIDTH]
+    middle = sorted(widths.values())[len(widths) // 2] if widths else 0
+    narrow = [name for name, width in widths.items() if width <= min(middle, PROBE_WIDTH)]
     return {narrow[(2 * i + 1) * len(narrow) // (2 * PROBES)] for i in range(PROBES)} if narrow else set()

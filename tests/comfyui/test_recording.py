@@ -92,6 +92,10 @@ def test_a_second_model_of_a_guider_is_not_mixed_in(run):
     assert len(found["said"]) == 1 and not found["none"]
 
 
+def test_large_statistics_are_added_beside_what_comes_next(run):
+    assert run("recording")["beside"] == {"same": True, "runs": 4}
+
+
 def test_the_built_in_model_is_recorded_with_its_last_layers(run):
     found = run("recording")["built-in"]
     assert found["same"] and found["sampler"] == "ddpm" and found["layers"] > 20

@@ -5,7 +5,8 @@ OUTER_SAMPLE and found in the options of that run alone, so several samplers and
 own; it is freed however the run ends, and only a run that ended well is added.
 
 Reading, merging and writing gigabytes of statistics takes seconds, so a thread does it while the image is decoded and
-the next run begins. That run waits for it before it keeps anything of its own: memory holds one run's statistics.
+the next run begins. That run waits for it before it keeps anything of its own: memory holds one run's statistics. What
+is small is added at once.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from ..wrappers import WRAPPERS, declares_noise, options_of_run, replace_wrapper
 KEY = "qandc_recording"
 PRE_RUN = comfy.patcher_extension.CallbacksMP.ON_PRE_RUN
 log = logging.getLogger(__name__)
+AT_ONCE = 2**28  # bytes of statistics that are added before the run returns
 adding = ThreadPoolExecutor(1, "qandc-recording")  # one run after the other
 recorded: ContextVar[tuple[RunRecorder, ...]] = ContextVar("recorded", default=())  # runs that have begun
 
@@ -83,26 +85,28 @@ class RunRecorder:
         begun = recorded.set((*recorded.get(), self))
         try:
             out = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
-            self.end(run.recorder, schedule)
+            self.end(run.recorder, schedule, guider.model_patcher.load_device)
             return out
         finally:
             recorded.reset(begun)
             run.recorder.close()
             guider.model_options = saved
 
-    def end(self, recorder: Recorder, schedule: RunSchedule) -> None:
-        """Has a run added that ended well."""
+    def end(self, recorder: Recorder, schedule: RunSchedule, device: torch.device) -> None:
+        """Has a run added that ended well; what it adds is measured on the device."""
         try:
             record = recorder.result()
         except (ValueError, RuntimeError) as error:
             self.say(f"this run was not added, {error}", logging.WARNING)
         else:
-            adding.submit(self.add, record, schedule)
+            done = adding.submit(self.add, record, schedule, device)
+            if record.num_bytes <= AT_ONCE:
+                done.result()
 
-    def add(self, record: RunRecord, schedule: RunSchedule) -> None:
+    def add(self, record: RunRecord, schedule: RunSchedule, device: torch.device) -> None:
         """Where adding fails, the image is still there and the file is as it was."""
         try:
-            self.say(add_run(self.path, self.fingerprint, record, schedule, self.config).describe())
+            self.say(add_run(self.path, self.fingerprint, record, schedule, self.config, device).describe())
         except (ValueError, OSError, RuntimeError) as error:
             self.say(f"this run was not added, {error}", logging.WARNING)
 

@@ -417,6 +417,15 @@ def logged(work: Callable) -> list[str]:
     return lines
 
 
+def beside(host: Host) -> dict[str, Any]:
+    """Statistics that are too large to be added at once: in a thread, which the next run and the node wait for."""
+    module, patcher = host.module("nodes.comfyui.calibrate.recording"), build(FLUX)
+    watched, plain = recording(host, patcher, "beside"), ksampler(host, patcher)
+    with patch.object(module, "AT_ONCE", -1):
+        same = [torch.equal(ksampler(host, watched), plain) for _ in range(4)]
+    return {"same": all(same), "runs": node(host, patcher, "beside", record=False)[1].recording.runs}
+
+
 def built_in(host: Host) -> dict[str, Any]:
     """The built-in model, whose layers are all observed, with its stock sampler and a cache of its branches."""
     patcher = demo(host)
@@ -443,5 +452,6 @@ if __name__ == "__main__":
         "many kinds": runs_of_many_kinds,
         "refused": refused,
         "two models in a guider": two_models_in_a_guider,
+        "beside": beside,
         "built-in": built_in,
     })  # fmt: skip
