@@ -174,10 +174,12 @@ class Quantize(io.ComfyNode):
             LORAS[loras],
             parts(include),
         )
-        ignored = "".join(f"\n\nWarning: {sentence}." for sentence in ignored_patterns(model, settings))
+        warnings = ignored_patterns(model, settings)
         quantized, report = quantize_native(model, settings, calibration, node_id)
-        show(node_id, f"{report.headline()}{ignored}")
-        text = f"{report.summary()}{ignored}\n\n{report.table()}"
+        warnings += report.misses(settings.budget.max_model_error)
+        said = "".join(f"\n\nWarning: {sentence}." for sentence in warnings)
+        show(node_id, f"{report.headline()}{said}")
+        text = f"{report.summary()}{said}\n\n{report.table()}"
         shown = ui.PreviewImage(to_image(report_picture(report)), cls=cls).as_dict()
         return io.NodeOutput(quantized, file_prefix(model, format), ui={**shown, "text": (text,)})
 

@@ -35,7 +35,7 @@ KINDS = ("inputs", "held_out")
 
 @dataclass(frozen=True)
 class RunSchedule:
-    """Of a recorded run: noise levels, sampler, whether it adds noise, and whether all its steps were computed."""
+    """The schedule of a recorded run: noise levels, sampler, whether it adds noise, whether all steps were computed."""
 
     sigmas: list[float]
     sampler: str
@@ -207,7 +207,7 @@ def grown_from(path: Path, model: str, config: RecordingConfig) -> Calibration |
 
 
 def check_recording(path: Path, model: str, config: RecordingConfig) -> Mapping[str, Any] | None:
-    """What the file says of its recording; None where there is no file, or one with another `reset`.
+    """The recording in the file's header; None where there is no file, or one with another `reset`.
 
     Raises ValueError in one sentence on a file that runs of this model cannot be added to.
     """
@@ -235,5 +235,5 @@ def check_recording(path: Path, model: str, config: RecordingConfig) -> Mapping[
 
 
 def plan_of(config: RecordingConfig) -> dict[str, Any]:
-    """What all runs of a file have in common, so that what they keep adds up."""
+    """Properties that all runs of a file share, so that their statistics add up."""
     return {key: getattr(config, key) for key in ("hessians", "memory_gb", "tokens", "reset")}

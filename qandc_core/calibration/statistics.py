@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from ..precision import widest_float
+from ..numerics import widest_float
 
 BINS = 2048
 

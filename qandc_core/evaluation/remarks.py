@@ -1,4 +1,4 @@
-"""What the reports of compared runs say in words: remarks, the timeline of every condition, the worst layers."""
+"""Reports of compared runs in words: remarks, the timeline of every condition, the worst layers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def remarks(runs: Sequence[ComparedRun]) -> list[str]:
-    """What each run's quantization cost, what its cache reused, what that gained by its own clock, and its warnings."""
+    """Cost of each run's quantization, what its cache reused and gained by its own clock, and its warnings."""
     lines = [line for run in runs if run.report is not None for line in remarks_of(run.label, run.report)]
     counts = {len(run.rounds) for run in runs if run.rounds}
     if counts:

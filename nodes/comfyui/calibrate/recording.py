@@ -30,7 +30,7 @@ from ..cache.calls import COMPILE
 from ..cache.others import other_caches
 from ..quantize.layers import calibrated, check_not_quantized
 from ..status import show
-from ..wrappers import WRAPPERS, declares_noise, options_of_run, replace_wrapper, sampler_function_name
+from ..wrappers import WRAPPERS, declares_noise, options_of_run, repeated, replace_wrapper, sampler_function_name
 
 KEY = "qandc_recording"
 PRE_RUN = comfy.patcher_extension.CallbacksMP.ON_PRE_RUN
@@ -42,7 +42,7 @@ recorded: ContextVar[tuple[RunRecorder, ...]] = ContextVar("recorded", default=(
 
 @dataclass(frozen=True)
 class RunRecorder:
-    """What Calibrate from Runs attaches; as a wrapper, OUTER_SAMPLE of every run."""
+    """The wrapper of Calibrate from Runs: OUTER_SAMPLE of every run."""
 
     path: Path
     config: RecordingConfig
@@ -69,7 +69,7 @@ class RunRecorder:
 
     def __call__(self, executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
         guider = executor.class_obj
-        if len(sigmas) < 2:  # no step
+        if len(sigmas) < 2 or repeated.get() is not None:  # no step, or one that Compare only times
             return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
         self.check(guider.model_patcher)
         saved, options = guider.model_options, options_of_run(guider)
@@ -99,8 +99,9 @@ class RunRecorder:
         except (ValueError, RuntimeError) as error:
             self.say(f"this run was not added, {error}", logging.WARNING)
         else:
+            small = record.num_bytes <= AT_ONCE
             done = adding.submit(self.add, record, schedule, device)
-            if record.num_bytes <= AT_ONCE:
+            if small:
                 done.result()
 
     def add(self, record: RunRecord, schedule: RunSchedule, device: torch.device) -> None:
@@ -204,7 +205,7 @@ def is_compiled(patcher) -> bool:
 def before_run(patcher) -> None:
     """ON_PRE_RUN: tells of a model that its guider does not wrap, such as the second one of a guider with two."""
     for wrapper in patcher.get_wrappers(WRAPPERS.OUTER_SAMPLE, KEY):
-        if wrapper not in recorded.get():
+        if wrapper not in recorded.get() and repeated.get() is None:
             wrapper.say("a run is not recorded, this model is not the main one of its guider", logging.WARNING)
 
 

@@ -61,7 +61,7 @@ def narrower(layers: list[tuple[str, nn.Module]], format: Format) -> list[tuple[
 
 
 def packed_name(module: nn.Module) -> str | None:
-    """What a layer's weight is stored in where that is no floating point of 16 bits or more."""
+    """The storage type of a layer's weight where that is no floating point of 16 bits or more."""
     weight = module.weight
     if hasattr(weight, "_layout_cls"):
         format = packed_format(weight)

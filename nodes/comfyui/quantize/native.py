@@ -172,7 +172,7 @@ def quantized_weights(
 
 
 def judge_of_layers(judge: Judge, settings: NativeSettings) -> Judge:
-    """What judges layers by themselves: LoRAs that are kept on top are no part of them."""
+    """The judge of the layers by themselves: LoRAs that are kept on top are no part of them."""
     if settings.loras == "bake" or not judge.patcher.patches:
         return judge
     plain = judge.patcher.clone()
