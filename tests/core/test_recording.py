@@ -50,7 +50,7 @@ def test_every_stratum_has_one_chosen_however_calls_are_cut(size, apart, calls, 
 
 
 def test_every_row_is_chosen_and_held_out_equally_often():
-    size, apart, total, seeds = 7, 3, 40, 6000
+    size, apart, total, seeds = 7, 3, 40, 3000
     chosen, held = torch.zeros(total), torch.zeros(total)
     for seed in range(seeds):
         for counts, places in zip((chosen, held), Strata(size, apart, generator(seed)).take(total)):
