@@ -292,7 +292,7 @@ def paged_weights(patcher) -> int:
 
 
 def words_of(report: RunReport) -> str:
-    """The report in the lines that a node shows."""
+    """The report in the lines that a node shows, two of which it shows without being made larger."""
     steps = f"{report.computed_steps} of {report.computed_steps + report.reused_steps} steps computed"
     runs = f" in {report.parts} runs" if report.parts > 1 else ""
     per_step = f", {1000 * report.total_seconds / len(report.seconds):.0f} ms a step" if report.seconds else ""
@@ -300,12 +300,13 @@ def words_of(report: RunReport) -> str:
     about = [f"{report.images} x {size}", report.sampler, "" if report.seed is None else f"seed {report.seed}"]
     lines = [
         "" if report.finished else "The run did not end.",
-        f"{report.total_seconds:.2f} s{per_step}, {steps}{runs}",
+        f"{report.total_seconds:.2f} s{per_step}",
+        f"{steps}{runs}",
+        *(f"Warning: {text}" for text in report.warnings),
         ", ".join(filter(None, about)),
         f"cache {report.cache_bytes / 2**20:.1f} MiB" if report.cache_bytes else "",
         f"peak memory {report.peak_memory / 2**20:.0f} MiB"
         if report.peak_memory and "cpu" not in report.device
         else "",
-        *(f"Warning: {text}" for text in report.warnings),
     ]
     return "\n".join(filter(None, lines))
