@@ -24,7 +24,7 @@ from torch import Tensor
 from ...qandc_core.sampling.clock import StepClock
 from ...qandc_core.sampling.report import RunReport, joined, peak_memory, reset_peak_memory
 from .queue import Prompt, downstream, executing
-from .sampling import Progress, Settings, sample
+from .sampling import Progress, Settings, parts_of, sample
 from .status import show
 from .wrappers import (
     QUANTIZATION,
@@ -39,6 +39,7 @@ from .wrappers import (
 
 CLOCK = "qandc_clock"  # where the options of a run hold its clock
 OURS, SAMPLE = "QandC_", "QandC_Sample"
+PLAIN = "full precision, no cache"  # label of a model with nothing of ours on it
 Key = tuple[str, int, int]  # sampler node, place in its list of inputs, number of the run within
 
 
@@ -103,7 +104,7 @@ class ReportRecorder:
         report.sampler, report.sigmas = report.solver, [float(sigma) for sigma in sigmas.tolist()]
         report.seed, report.denoise, report.finished = given.get("seed"), None, False
         report.size = [list(shape[1:]) for shape in shapes]
-        report.label = self.label or labels(patcher) or "full precision, no cache"
+        report.label = self.label or labels(patcher) or PLAIN
         report.quantization = patcher.model_options["transformer_options"].get(QUANTIZATION)
         return report
 
@@ -133,7 +134,8 @@ class ReportRecorder:
         """Leaves out samplers that do not sample what this node gives them any more."""
         if self.node is not None and self.node in prompt.graph:
             follow = downstream(prompt.graph, self.node)
-            self.runs = {key: run for key, run in self.runs.items() if key[0] in follow}
+            # Nodes that another expanded into are named after it, with points between.
+            self.runs = {key: run for key, run in self.runs.items() if key[0].split(".")[0] in follow}
 
     def report(self) -> RunReport | None:
         """All that its samplers did last, as one report; None before any ran."""
@@ -184,7 +186,9 @@ def measured_sample(
     samples = sample(recorder.attach(patcher), settings, latent, noise, seed, progress.step, mask)
     report = recorder.report()
     if report is None:  # no step: nothing was sampled
-        report = RunReport("", 0, latent.shape[0], settings.cfg, str(patcher.load_device), label=label)
+        report = RunReport("", 0, latent.shape[0], settings.cfg, str(patcher.load_device))
+        report.label = label or labels(patcher) or PLAIN
+        report.size = [list(part.shape[1:]) for part in parts_of(latent)]
     report.sampler, report.cfg_scale = f"{settings.sampler_name}, {settings.scheduler}", settings.cfg
     report.seed, report.denoise = seed, settings.denoise
     return samples, report
