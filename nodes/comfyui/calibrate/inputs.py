@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import uuid
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,12 +12,11 @@ import comfy.hooks
 import comfy.model_patcher
 import comfy.samplers
 import comfy.utils
-from torch import Tensor, nn
+from torch import nn
 
 from ....qandc_core.calibration.digest import Digest, Sampled, digest
 from ..cache.attach import KEY as CACHE
 from ..quantize.weights import base_tensors
-from ..sampling import Settings
 from ..wrappers import REPORT, details
 
 log = logging.getLogger(__name__)
@@ -24,14 +24,37 @@ OURS = "qandc"  # begins the names under which the pack keeps state and reports 
 # Attributes that sampling changes, and changes back or finds anew in every run.
 OF_A_RUN = {
     comfy.controlnet.ControlBase: {
-        "cond_hint", "extra_concat", "timestep_range", "model_sampling_current", "multigpu_clones", "control_input"
+        "cond_hint",
+        "extra_concat",
+        "timestep_range",
+        "model_sampling_current",
+        "multigpu_clones",
+        "control_input",
     },
     comfy.hooks.Hook: {"hook_ref", "_skip_adding"},
     comfy.hooks.HookKeyframe: {"start_t"},
     comfy.hooks.HookKeyframeGroup: {
-        "_current_keyframe", "_current_used_steps", "_current_index", "_current_strength", "_curr_t", "curr_t"
+        "_current_keyframe",
+        "_current_used_steps",
+        "_current_index",
+        "_current_strength",
+        "_curr_t",
+        "curr_t",
     },
-}  # fmt: skip
+    # the MODEL of a guider is told apart as such, with what the guider changes in its options
+    comfy.samplers.CFGGuider: {
+        "model_patcher",
+        "model_options",
+        "inner_model",
+        "conds",
+        "loaded_models",
+        "uncond_inner",
+        "uncond_loaded",
+        "_uncond_neg",
+        "_uncond_conds",
+        "_v_numel",
+    },
+}
 
 
 def digest_of_inputs(*values: Any) -> Digest:
@@ -43,14 +66,6 @@ def digest_of_inputs(*values: Any) -> Digest:
             ", ".join(found.opaque),
         )
     return found
-
-
-def schedule_of(patcher, settings: Settings) -> Tensor:
-    """Noise levels of a run with these settings; some samplers leave out the last but one."""
-    return comfy.samplers.KSampler(
-        patcher, settings.steps, patcher.load_device, settings.sampler_name, settings.scheduler, settings.denoise,
-        patcher.model_options,
-    ).sigmas.cpu()  # fmt: skip
 
 
 class Standing:
@@ -65,6 +80,8 @@ class Standing:
             return self.networks[id(value)]
         if isinstance(value, comfy.model_patcher.ModelPatcher):
             return self.model(value)
+        if isinstance(value, uuid.UUID):
+            return "name"  # of a condition, made anew whenever a guider is
         for kind, names in OF_A_RUN.items():
             if isinstance(value, kind):
                 return {name: kept for name, kept in sorted(vars(value).items()) if name not in names}
@@ -76,13 +93,25 @@ class Standing:
             self.named(f"model {len(self.models)}", patcher)
         network = getattr(patcher.model, "diffusion_model", None)
         return [
-            type(patcher.model), type(network), vars_of_config(patcher.model),
+            type(patcher.model),
+            type(network),
+            vars_of_config(patcher.model),
             weights(patcher) if network is not None else plain_weights(patcher.model),
-            patcher.patches, patcher.object_patches, patcher.hook_patches, patcher.weight_wrapper_patches,
-            options_of(patcher.model_options), without_cache(patcher.wrappers), patcher.callbacks,
-            patcher.attachments, patcher.injections, patcher.additional_models, patcher.hook_mode,
-            getattr(patcher, "forced_hooks", None), details(patcher), hooks_of(patcher.model),
-        ]  # fmt: skip
+            patcher.patches,
+            patcher.object_patches,
+            patcher.hook_patches,
+            patcher.weight_wrapper_patches,
+            options_of(patcher.model_options),
+            without_cache(patcher.wrappers),
+            patcher.callbacks,
+            patcher.attachments,
+            patcher.injections,
+            patcher.additional_models,
+            patcher.hook_mode,
+            getattr(patcher, "forced_hooks", None),
+            details(patcher),
+            hooks_of(patcher.model),
+        ]
 
     def named(self, name: str, patcher) -> None:
         """Parts of a network that others refer to go by their names; what is patched into it just now does not."""
