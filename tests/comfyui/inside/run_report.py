@@ -261,13 +261,8 @@ def sizes(host: Host) -> dict[str, list]:
 
 
 if __name__ == "__main__":
-    main(
-        {
-            "samplers": every_sampler,
-            "jobs": jobs,
-            "interrupted": interrupted,
-            "nested": nested,
-            "sizes": sizes,
-            "calibrated": calibrated,
-        }
-    )
+    checks = {
+        "samplers": every_sampler, "jobs": jobs, "interrupted": interrupted, "nested": nested, "sizes": sizes,
+        "calibrated": calibrated, "digests": digests,
+    }  # fmt: skip
+    main(checks)
