@@ -222,7 +222,7 @@ def loaded(path: Path, model, reference):
 
 
 def attach_saved(model, calibration: Calibration, name: str):
-    """The model with the compensation of a file that was fitted for what is attached to it."""
+    """The model with the compensation of a file that was fitted for its cache and quantization."""
     if calibration.variance is None:
         raise ValueError(f"{name} holds no variance compensation; pick one that this node made, or {NEW!r}.")
     if calibration.notes.get("attached") != details(model):

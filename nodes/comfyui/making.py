@@ -44,7 +44,7 @@ def guided_model(guider, wired):
             "`model` and the guider's model are different ones; disconnect `model`, the guider has its own."
         )
     if wired is not None and details(wired) != details(model):
-        log.warning("Q&C: what is attached to `model` is not used, the guider's model counts.")
+        log.warning("Q&C: caches and patches on `model` are not used; those of the guider's model are.")
     return model
 
 
