@@ -35,6 +35,28 @@ def node_classes(host: Host) -> dict[str, Any]:
     return found
 
 
+@dataclass(frozen=True)
+class Run:
+    """One call of a sampler node."""
+
+    node: str
+    inputs: dict[str, Any]
+
+    @property
+    def model(self) -> Any:
+        return self.inputs["model"] if "model" in self.inputs else self.inputs["guider"].model_patcher
+
+    def as_wired(self) -> dict[str, Any]:
+        """The same wires and settings for a node that samples by itself: TAP Calibrate, Variance Compensate."""
+        given = {key: value for key, value in self.inputs.items() if key not in ("seed", "noise_seed", "model")}
+        for name in ("add_noise", "return_with_leftover_noise"):
+            if name in given:
+                given[name] = given[name] in (True, "enable")
+        if "noise" not in given:
+            given["calibration_seed"] = self.inputs["seed" if "seed" in self.inputs else "noise_seed"]
+        return given
+
+
 @dataclass
 class Desk:
     """Models, prompts and an empty latent of one family, and nodes to call; every call of a sampler node is noted."""
@@ -42,20 +64,31 @@ class Desk:
     classes: dict[str, Any]
     family: str
     models: list[Any]
-    runs: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
-    outputs: list[Any] = field(default_factory=list)
+    runs: list[Run] = field(default_factory=list)
+    guiders: list[tuple[Any, str, dict[str, Any]]] = field(default_factory=list)  # each with what made it
 
     def __call__(self, name: str, **inputs) -> Any:
         """The node's first output."""
+        from comfy_execution.utils import CurrentNodeContext
+
         node = self.classes.get(name)
         if node is None:
             raise Absent(name)
         if name in SAMPLERS:
-            self.runs.append((name, inputs))
-        made = node.execute(**inputs).args if hasattr(node, "execute") else getattr(node(), node.FUNCTION)(**inputs)
-        if name in SAMPLERS:
-            self.outputs.append(made[0]["samples"])
+            self.runs.append(Run(name, inputs))
+        with CurrentNodeContext(f"job {id(self)}", f"{name} {len(self.runs)}"):  # as the executor of a queue does
+            made = node.execute(**inputs).args if hasattr(node, "execute") else getattr(node(), node.FUNCTION)(**inputs)
+        if name.endswith("Guider"):
+            self.guiders.append((made[0], name, inputs))
         return made[0]
+
+    def again(self, run: Run, model: Any) -> torch.Tensor:
+        """The samples of one noted run, flat, with another model in its place."""
+        inputs = {**run.inputs, "model": model} if "model" in run.inputs else dict(run.inputs)
+        if "guider" in inputs:
+            name, made_of = next((name, given) for made, name, given in self.guiders if made is inputs["guider"])
+            inputs["guider"] = self(name, **{**made_of, "model": model})
+        return families.flat(self(run.node, **inputs)["samples"])
 
     def prompt(self, seed: int) -> list:
         return families.conditioning(FAMILIES[self.family], seed)
@@ -108,7 +141,7 @@ class Desk:
 
 @dataclass(frozen=True)
 class Topology:
-    """`same` models are clones of one, as from one loader; others are experts with weights of their own."""
+    """`experts` is how many models it takes, with weights of their own."""
 
     nodes: str
     family: str
