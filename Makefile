@@ -21,6 +21,8 @@ lint: $(VENV)/.test
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+	mkdir -p build/typed && ln -sfn ../.. build/typed/qandc_pack
+	MYPYPATH=build/typed $(RUN) -m mypy -p qandc_pack.nodes  # a part of a package, as ComfyUI imports them
 	$(VENV)/bin/lint-imports
 
 bench: $(VENV)/.demo

@@ -6,8 +6,9 @@ from ..qandc_core.caching.policies import CachePolicy, ChosenSteps, ErrorBudget,
 from . import schema
 from .comfyui.cache.attach import apply_cache
 from .comfyui.cache.placing import placing
-from .comfyui.cache.run import TIERS, CacheSettings
+from .comfyui.cache.run import REUSE_OPTIONS, CacheSettings
 from .comfyui.quantize.weights import fingerprint_of
+from .comfyui.status import node_of, show
 
 # What each option of `policy` makes; its inputs are the fields.
 CLASSES: dict[str, type[CachePolicy]] = {
@@ -17,6 +18,7 @@ CLASSES: dict[str, type[CachePolicy]] = {
     "interval": Interval,
     "chosen steps": ChosenSteps,
 }
+FIELDS = {"computed": "num_computed", "computed_steps": "steps"}  # inputs that the dataclasses name otherwise
 POLICIES = [
     io.DynamicCombo.Option("speedup", [
         io.Float.Input(
@@ -66,7 +68,11 @@ class ApplyCache(io.ComfyNode):
             category=schema.CATEGORY,
             description="Computes the model only on some steps and reuses what it found on the others. Works on any "
             "MODEL; every other step is enough for 2x.",
-            search_aliases=["fora", "teacache", "easycache", "feature cache", "speed up"],
+            search_aliases=[
+                "cache", "faster", "speed up", "accelerate", "skip steps", "fewer steps", "teacache", "spectrum",
+                "easycache", "first block cache", "fora", "feature cache",
+                "\u52a0\u901f", "\u63d0\u901f", "\u7f13\u5b58",  # speed up, faster, cache
+            ],
             inputs=[
                 io.Model.Input("model", tooltip="Any MODEL; it stays as it is."),
                 io.DynamicCombo.Input("policy", options=POLICIES, tooltip="Which steps are computed."),
@@ -83,7 +89,7 @@ class ApplyCache(io.ComfyNode):
                     tooltip="Reuse up to this part of the run; every step after it is computed.",
                 ),
                 io.Combo.Input(
-                    "reuse", options=list(TIERS), default=TIERS[0], optional=True, advanced=True,
+                    "reuse", options=list(REUSE_OPTIONS), default=REUSE_OPTIONS[0], optional=True, advanced=True,
                     tooltip="What is reused: the whole prediction, what the transformer blocks add, or the outputs of "
                     "attention and MLP (models of Load DiT).",
                 ),
@@ -98,14 +104,17 @@ class ApplyCache(io.ComfyNode):
                 ),
             ],
             outputs=[io.Model.Output(tooltip="The model with the cache.")],
+            hidden=[io.Hidden.unique_id],
+            not_idempotent=True,  # ComfyUI must not give one node what another with the same inputs made
         )  # fmt: skip
 
     @classmethod
     def execute(
         cls, model: io.Model.Type, policy: dict, order: int, start_percent: float = 0.0, end_percent: float = 1.0,
-        reuse: str = TIERS[0], offload: bool = False, calibration=None,
+        reuse: str = REUSE_OPTIONS[0], offload: bool = False, calibration=None,
     ) -> io.NodeOutput:  # fmt: skip
-        kind, distances, warnings = policy_class(policy), None, []
+        kind, distances = policy_class(policy), None
+        warnings: list[str] = []
         if calibration is not None:
             calibration.check_fingerprint(fingerprint_of(model))
             if issubclass(kind, Placed):
@@ -115,7 +124,9 @@ class ApplyCache(io.ComfyNode):
                     f"the policy {policy['policy']} does not use the calibration; speedup and number of steps do"
                 ]
         when = policy_of(policy, order, start_percent, end_percent, distances)
-        return io.NodeOutput(apply_cache(model, CacheSettings(when, reuse, offload, tuple(warnings))))
+        settings = CacheSettings(when, reuse, offload, tuple(warnings), node_of(cls))
+        show(settings.node, "\n".join(f"Warning: {text}" for text in warnings))
+        return io.NodeOutput(apply_cache(model, settings))
 
 
 def policy_class(policy: dict) -> type[CachePolicy]:
@@ -123,10 +134,11 @@ def policy_class(policy: dict) -> type[CachePolicy]:
 
 
 def policy_of(policy: dict, order: int, start: float, end: float, distances=None) -> CachePolicy:
-    """The policy that an option of the node describes; its inputs are named as the fields of the dataclass."""
-    kind, values = policy_class(policy), {name: value for name, value in policy.items() if name != "policy"}
+    """The policy that an option of the node describes."""
+    kind, values = policy_class(policy), {FIELDS.get(name, name): value for name, value in policy.items()}
+    del values["policy"]
     if kind is ChosenSteps:
-        values = {"steps": frozenset(schema.parse_numbers(values["computed_steps"]))}
+        values["steps"] = frozenset(schema.parse_numbers(values["steps"]))
     if distances is not None:
         values["distances"] = distances
     return kind(**values, order=order, start=start, end=end)

@@ -23,12 +23,15 @@ class ClassLabel(io.ComfyNode):
             search_aliases=["imagenet", "class id", "conditioning", "label"],
             inputs=[
                 io.String.Input(
-                    "classes", default="0-9",
+                    "classes",
+                    default="0-9",
                     tooltip="Class ids, ranges or ImageNet names, with commas: 207, 360-365, golden retriever. "
                     "Image 1 takes the first, image 2 the second, and so on, from the start again.",
                 ),
                 io.Combo.Input(
-                    "imagenet_class", options=[NONE, *choices()], default=NONE,
+                    "imagenet_class",
+                    options=[NONE, *choices()],
+                    default=NONE,
                     tooltip="Pick one ImageNet class by name (type to search); it replaces the list above.",
                 ),
             ],
@@ -36,7 +39,7 @@ class ClassLabel(io.ComfyNode):
                 io.Conditioning.Output("positive", display_name="positive", tooltip="The classes."),
                 io.Conditioning.Output("negative", display_name="negative", tooltip="No class, for guidance."),
             ],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, classes: str, imagenet_class: str) -> io.NodeOutput:

@@ -1,13 +1,15 @@
-"""What ComfyUI registers."""
+"""The extension that ComfyUI registers."""
 
 from comfy_api.v0_0_2 import ComfyExtension, io
 from typing_extensions import override
 
 from .apply_cache import ApplyCache
+from .calibrate_from_runs import CalibrateFromRuns
 from .class_label import ClassLabel
 from .compare import Compare
 from .load_dit import LoadDiT
 from .quantize import Quantize
+from .run_report import RunReport
 from .sample import Sample
 from .tap_calibrate import TAPCalibrate
 from .variance_compensate import VarianceCompensate
@@ -16,4 +18,15 @@ from .variance_compensate import VarianceCompensate
 class QandCExtension(ComfyExtension):
     @override
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [LoadDiT, ClassLabel, ApplyCache, TAPCalibrate, Quantize, VarianceCompensate, Sample, Compare]
+        return [
+            LoadDiT,
+            ClassLabel,
+            ApplyCache,
+            TAPCalibrate,
+            CalibrateFromRuns,
+            Quantize,
+            VarianceCompensate,
+            Sample,
+            RunReport,
+            Compare,
+        ]

@@ -10,8 +10,10 @@ import torch
 from comfy_api.v0_0_2 import io
 
 from ..qandc_core.checkpoints.dit import dit_folders, source_files
+from ..qandc_core.checkpoints.recognition import may_be_dit
 from ..qandc_core.files import is_text
 from .comfyui.model.dit import load_dit_patcher
+from .comfyui.model.others import advice
 from .schema import CATEGORY
 
 DEMO = "built-in demo"
@@ -23,36 +25,49 @@ SIZES = {"auto": None, "256": 32, "512": 64}
 class LoadDiT(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        listed = [name for folder in FOLDERS for name in folder_paths.get_filename_list(folder) if is_text(name)]
-        files = dict.fromkeys([*listed, *diffusers_folders()])
+        files = dict.fromkeys([*dit_files(), *diffusers_folders()])
         return io.Schema(
             node_id="QandC_LoadDiT",
-            display_name="Load DiT",
+            display_name="Load DiT (class-conditional)",
             category=CATEGORY,
             description="Loads a class-conditional diffusion transformer (DiT) as a MODEL that every stock node takes: "
             "the built-in demo, a published checkpoint, a diffusers file, or one that Quantize made.",
-            search_aliases=["dit", "imagenet", "class conditional", "load diffusion model", "q&c"],
+            search_aliases=["dit", "imagenet", "class conditional", "load diffusion model", "demo", "q&c"],
             inputs=[
                 io.Combo.Input(
-                    "model_name", options=[DEMO, *files], default=DEMO,
-                    tooltip="The built-in demo, a file of models/diffusion_models or models/checkpoints, or a folder "
-                    "of models/diffusers.",
+                    "model_name",
+                    options=[DEMO, *files],
+                    default=DEMO,
+                    tooltip="The built-in demo, a class-conditional DiT of models/diffusion_models or "
+                    "models/checkpoints, or a folder of models/diffusers. Models that read text, such as Flux, are "
+                    "not listed: load them with Load Diffusion Model.",
                 ),
                 io.Combo.Input(
-                    "weight_dtype", options=list(DTYPES), default="auto", advanced=True,
+                    "weight_dtype",
+                    options=list(DTYPES),
+                    default="auto",
+                    advanced=True,
                     tooltip="Precision of the weights; auto lets ComfyUI choose what suits the device.",
                 ),
                 io.Combo.Input(
-                    "image_size", options=list(SIZES), default="auto", advanced=True,
+                    "image_size",
+                    options=list(SIZES),
+                    default="auto",
+                    advanced=True,
                     tooltip="Image size the model was trained for. Only diffusers files without a config.json need it.",
                 ),
                 io.Int.Input(
-                    "num_heads", default=0, min=0, max=256, optional=True, advanced=True,
+                    "num_heads",
+                    default=0,
+                    min=0,
+                    max=256,
+                    optional=True,
+                    advanced=True,
                     tooltip="Attention heads, for a model of a width that was never published; 0 finds out.",
                 ),
             ],
             outputs=[io.Model.Output(tooltip="The model in full precision, or quantized if the file is.")],
-        )  # fmt: skip
+        )
 
     @classmethod
     def validate_inputs(cls, model_name) -> bool:
@@ -75,7 +90,17 @@ class LoadDiT(io.ComfyNode):
                 f"There is no model file {model_name} here; put it into models/{FOLDERS[0]} and press R to refresh, "
                 "or choose another."
             )
-        return io.NodeOutput(load_dit_patcher(path, DTYPES[weight_dtype], SIZES[image_size], num_heads or None))
+        try:
+            return io.NodeOutput(load_dit_patcher(path, DTYPES[weight_dtype], SIZES[image_size], num_heads or None))
+        except ValueError as error:
+            raise ValueError(f"{str(error).rstrip('.')}. {advice(path)}".rstrip()) from error
+
+
+def dit_files() -> list[str]:
+    """Files of the model folders that hold a class-conditional DiT."""
+    names = [(folder, name) for folder in FOLDERS for name in folder_paths.get_filename_list(folder) if is_text(name)]
+    paths = ((name, folder_paths.get_full_path(folder, name)) for folder, name in names)
+    return [name for name, path in paths if path and may_be_dit(path)]
 
 
 def find(name: str) -> str | None:

@@ -21,12 +21,16 @@ class Quantize(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="QandC_Quantize",
-            display_name="Quantize",
+            display_name="Quantize (INT8, INT4)",
             category=schema.CATEGORY,
             description="Makes an integer copy of any diffusion model: 8- or 4-bit weights, 8-bit activations, chosen "
             "by what TAP Calibrate saw. What was attached, such as a cache, stays on. Save it with the stock node "
             "ModelSave: ComfyUI loads the file without this pack.",
-            search_aliases=["int8", "w8a8", "w4a8", "convrot", "ptq", "gptq", "quantization", "convert"],
+            search_aliases=[
+                "int8", "int4", "fp8", "quantize", "quantization", "smaller", "compress", "vram", "w8a8", "w4a8",
+                "convrot", "gptq", "ptq", "convert", "faster", "speed up", "accelerate",
+                "\u91cf\u5316", "\u663e\u5b58", "\u538b\u7f29", "\u52a0\u901f",  # quantize, VRAM, compress, speed up
+            ],
             inputs=[
                 io.Model.Input("model", tooltip="A model in full precision, LoRAs included; it stays as it is."),
                 schema.Calibration.Input(

@@ -4,7 +4,8 @@ import comfy.sample
 from comfy_api.v0_0_2 import io
 
 from . import schema
-from .comfyui.sampling import Settings, fitted_latent, measured_sample
+from .comfyui.reporting import measured_sample
+from .comfyui.sampling import Settings, fitted_latent
 
 
 class Sample(io.ComfyNode):
@@ -23,7 +24,7 @@ class Sample(io.ComfyNode):
                 *schema.conditioning(),
                 schema.latent("The latent to denoise: empty, or an encoded image."),
                 io.Int.Input(
-                    "seed", default=0, min=0, max=schema.MAX_SEED, control_after_generate=True,
+                    "seed", default=0, min=0, max=schema.MAX_SEED, control_after_generate=io.ControlAfterGenerate.fixed,
                     tooltip="The noise. Equal seeds give comparable images.",
                 ),
                 *schema.sampler_settings("of the run"),

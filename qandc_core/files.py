@@ -13,10 +13,11 @@ import os
 import pickle
 import re
 import secrets
+import unicodedata
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,30 +27,32 @@ from torch import Tensor
 
 SAFETENSORS = (".safetensors", ".sft")
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
-METADATA_KEY = (
-    "qandc_metadata"  # a tensor that holds metadata, for savers that write tensors alone (ComfyUI's ModelSave)
-)
+METADATA_KEY = "qandc_metadata"  # a tensor of metadata, for savers that write tensors alone (ComfyUI's ModelSave)
 METADATA_BYTES = 2**26
 NESTED = 8  # how deep a pickled checkpoint may nest its state dicts
-WINDOWS_DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)
+WINDOWS_DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d) *(\.|$)", re.IGNORECASE)
 
 
 # Names.
 
 
-def is_plain_name(name: str) -> bool:
-    """Whether a name is that of a file in one folder, on every system: no path, no device, nothing hidden.
+def is_text(name: str) -> bool:
+    """True for printable Unicode: file systems also hold bytes that no JSON and no web page can carry."""
+    return all(unicodedata.category(character) not in ("Cc", "Cs", "Zl", "Zp") for character in name)
+
+
+def is_file_name(name: str) -> bool:
+    """True for the name of one visible file in its folder: no path on any system, printable, not hidden.
 
     Any script, brackets, commas, quotes and the like are fine.
     """
-    if not name or name.startswith(".") or WINDOWS_DEVICE.match(name) or not is_text(name):
-        return False
-    return PurePosixPath(name).name == name == PureWindowsPath(name).name
+    return bool(name) and not name.startswith(".") and is_text(name) and not set(name) & {"/", "\\"}
 
 
-def is_text(name: str) -> bool:
-    """Whether a name is printable Unicode: file systems also hold bytes that no JSON and no web page can carry."""
-    return not any(ord(char) < 32 or ord(char) == 127 or 0xD800 <= ord(char) < 0xE000 for char in name)
+def is_portable(name: str) -> bool:
+    """True for a file name that every system can hold; Windows takes CON and a:b for devices and streams."""
+    device = WINDOWS_DEVICE.match(name) or set(name) & set('<>:"|?*')
+    return is_file_name(name) and not device and len(os.fsencode(name)) < 256
 
 
 # Writing.
@@ -223,7 +226,7 @@ def shard_files(path: Path) -> list[Path]:
         raise ValueError(f"{path} has no weight_map, expected the index of a sharded checkpoint")
     names = sorted(set(map(str, shards.values())))
     for name in names:
-        if not is_plain_name(name) or not name.endswith(SAFETENSORS + PICKLES):
+        if not is_portable(name) or not name.endswith(SAFETENSORS + PICKLES):
             raise ValueError(f"{path} lists {name[:100]!r}, expected the names of checkpoint files in its own folder")
     return [path.parent / name for name in names]
 

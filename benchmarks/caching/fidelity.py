@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import flow_model
+import rivals
 import torch
 
 if TYPE_CHECKING:
@@ -101,15 +102,15 @@ def copied_input(patcher):
     return clone
 
 
-def ours(host: Host, patcher, tier: str, order: int, interval: int = 1, **choices):
+def ours(host: Host, patcher, reuse: str, order: int, interval: int = 1, **choices):
     policies = host.module("qandc_core.caching.policies")
     if "distances" in choices:
         choices["distances"] = host.module("qandc_core.caching.runs").StepDistances(choices["distances"])
-    kinds = {"computed": policies.StepCount, "speedup": policies.Speedup, "max_error": policies.ErrorBudget}
+    kinds = {"num_computed": policies.StepCount, "speedup": policies.Speedup, "max_error": policies.ErrorBudget}
     kind = next((kinds[name] for name in choices if name in kinds), None)
     policy = policies.Interval(interval, order=order) if kind is None else kind(**choices, order=order)
     caching = host.module("nodes.comfyui.cache.attach")
-    return caching.apply_cache(patcher, caching.CacheSettings(policy, tier))
+    return caching.apply_cache(patcher, caching.CacheSettings(policy, reuse))
 
 
 def calibrated(host: Host, subject: Subject) -> torch.Tensor:
@@ -118,6 +119,43 @@ def calibrated(host: Host, subject: Subject) -> torch.Tensor:
     subject.images(subject.patcher, seed=1000, watch=lambda step, denoised, x, total: seen.append(denoised.flatten()))
     distances = host.module("qandc_core.calibration.distances").prediction_distances
     return distances(torch.stack(seen), subject.sigmas())
+
+
+def papers(subject: Subject) -> dict[str, dict[float, Callable]]:
+    """Method of another paper -> its setting -> (seed) -> images and calls."""
+    T, where = subject.steps, rivals.sites(subject.patcher.model.diffusion_model)
+
+    def run(plan, place, forecaster):
+        def images(seed):
+            rival = rivals.Rival(plan, place, forecaster)
+            with rival.applied(where):
+                return subject.images(subject.patcher, seed)[0], rival.calls
+
+        return images
+
+    noted = rivals.Magnitudes()
+    run([True] * T, "residual", lambda: noted)(1000)
+    series = {
+        "TaylorSeer, order 1": lambda: rivals.Taylor(1),
+        "TaylorSeer, order 2": lambda: rivals.Taylor(2),
+        "HiCache, order 2": lambda: rivals.Hermite(2),
+    }
+    intervals, growths = (2, 3, 4, 5), (0.0, 0.25, 0.75, 1.5, 3.0)
+    found: dict[str, dict[float, Callable]] = {
+        "FORA": {n: run(rivals.every(T, n), "branches", rivals.Hold) for n in intervals},
+        "MagCache": {
+            t: run(rivals.magnitudes(T, noted.ratios, t, most=5), "residual", rivals.Hold)
+            for t in (0.02, 0.06, 0.12, 0.24, 0.5)
+        },
+    }
+    for name, forecaster in series.items():
+        found[name] = {n: run(rivals.every(T, n, first=2), "branches", forecaster) for n in intervals}
+    for name, w in {"Spectrum": 0.5, "Spectrum, regression only": 1.0}.items():
+        found[name] = {
+            growth: run(rivals.windows(T, growth=growth), "last", lambda w=w: rivals.Chebyshev(T, w=w))
+            for growth in growths
+        }
+    return found
 
 
 def methods(host: Host, subject: Subject, order: int) -> dict[str, dict[float, Callable]]:
@@ -135,10 +173,10 @@ def methods(host: Host, subject: Subject, order: int) -> dict[str, dict[float, C
         start = copied_input(patcher) if mended else patcher
         return {t: run(node.execute(start, t, 0.15, 0.95, False).args[0]) for t in thresholds}
 
-    tiers = {"whole prediction": "prediction", "blocks": "blocks"}
+    kinds = {"whole prediction": "prediction", "blocks": "blocks"}
     flowing = host.module("nodes.comfyui.wrappers").is_flow(patcher.model)
     if not flowing:
-        tiers["attention and MLP"] = "FORA"
+        kinds["attention and MLP"] = "FORA"
     found: dict[str, dict[float, Callable]] = {
         "fewer steps": {n: lambda seed, n=n: subject.images(patcher, seed, n) for n in counts},
         "core EasyCache": peer(core.EasyCacheNode),
@@ -147,12 +185,15 @@ def methods(host: Host, subject: Subject, order: int) -> dict[str, dict[float, C
     }
     if flowing:
         found["core EasyCache, input copied"] = peer(core.EasyCacheNode, mended=True)
-    found["Q&C prediction, order 0"] = {n: run(ours(host, patcher, "whole prediction", 0, computed=n)) for n in counts}
-    for tier, name in tiers.items():
-        found[f"Q&C {name}, order 1"] = {n: run(ours(host, patcher, tier, 1, computed=n)) for n in counts}
+    found |= papers(subject)
+    found["Q&C prediction, order 0"] = {
+        n: run(ours(host, patcher, "whole prediction", 0, num_computed=n)) for n in counts
+    }
+    for reuse, name in kinds.items():
+        found[f"Q&C {name}, order 1"] = {n: run(ours(host, patcher, reuse, 1, num_computed=n)) for n in counts}
     distances = calibrated(host, subject)
     found["Q&C prediction, calibrated"] = {
-        n: run(ours(host, patcher, "whole prediction", order, computed=n, distances=distances)) for n in counts
+        n: run(ours(host, patcher, "whole prediction", order, num_computed=n, distances=distances)) for n in counts
     }
     found["Q&C error budget"] = {
         e: run(ours(host, patcher, "whole prediction", order, max_error=e)) for e in (0.003, 0.01, 0.02, 0.05, 0.1)

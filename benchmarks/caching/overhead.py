@@ -59,9 +59,9 @@ def main() -> None:
     policies = host.module("qandc_core.caching.policies")
     caching = host.module("nodes.comfyui.cache.attach")
 
-    def cached(tier: str, kind: str, *values):
+    def cached(reuse: str, kind: str, *values):
         policy = getattr(policies, kind)(*values, order=1)
-        return caching.apply_cache(patcher, caching.CacheSettings(policy, tier))
+        return caching.apply_cache(patcher, caching.CacheSettings(policy, reuse))
 
     variants = {
         "plain": patcher,

@@ -27,7 +27,7 @@ PAIRS = [*(("GPTQ, TAP", other) for other in OTHERS), ("nearest, corrected biase
 TEXT = """# Errors of quantized models by what chose their integers
 
 Mean and standard error over {seeds} seeds of calibration and of images, {images} images each; Apply Cache with interval
-{interval} ({tier}); ComfyUI {comfyui}, float32 and eager integer kernels on CPU ({machine}, {threads} threads,
+{interval} ({reuse}); ComfyUI {comfyui}, float32 and eager integer kernels on CPU ({machine}, {threads} threads,
 {minutes:.0f} minutes in all). All errors are relative L2 distances:
 
 - layers: output of every quantized layer, activations in 8 bits, averaged over the layers, on at most {inputs} inputs
@@ -125,7 +125,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--flow", type=Path, default=Path("out/digits_flow.safetensors"))
     parser.add_argument("--seeds", type=int, default=8)
-    parser.add_argument("--tier", default="automatic", help="what Apply Cache reuses")
+    parser.add_argument("--reuse", default="automatic", help="what Apply Cache reuses")
     parser.add_argument("--only", default="", help="parts of 'model, format, method', separated by semicolons")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -133,7 +133,7 @@ def main() -> None:
     args = parser.parse_args()
     file = args.out / "quantization.json"
     if not args.redraw:
-        options = {"seeds": args.seeds, "tier": args.tier, "only": args.only, "flow": str(args.flow.resolve())}
+        options = {"seeds": args.seeds, "reuse": args.reuse, "only": args.only, "flow": str(args.flow.resolve())}
         data = run_inside("errors", options, args.threads)
         file.write_text(json.dumps(data, indent=0) + "\n", encoding="utf-8")
     data = json.loads(file.read_text(encoding="utf-8"))

@@ -74,11 +74,12 @@ def paper(study: Study, format: str, calibration) -> tuple[Any, dict[str, float]
     model, native = (study.host.module(f"nodes.comfyui.{name}") for name in ("quantize.paper", "quantize.native"))
     config = study.host.module("qandc_core.quantization.model").QuantizationConfig()
     patcher, _ = model.quantized_patcher(study.cached, int(format[1]), 8, calibration, config)
+    relative_error = study.host.module("qandc_core.numerics").relative_error
     source, errors = study.cached.model.diffusion_model, []
     for name, inputs in study.layers.items():
         x = inputs.float()
         true = source.get_submodule(name)(x)
-        errors.append(float((patcher.model.diffusion_model.get_submodule(name)(x) - true).norm() / true.norm()))
+        errors.append(relative_error(patcher.model.diffusion_model.get_submodule(name)(x), true))
     progress = study.host.module("nodes.comfyui.sampling").Progress(patcher, 2 * len(study.calls))
     error = native.model_error(study.cached, patcher, study.calls, progress)
     return patcher, {"layers": sum(errors) / len(errors), "model": error[0]}
@@ -119,7 +120,7 @@ def main() -> None:
     host, begun, found = Host(checkout, base), time.perf_counter(), []
     only = [part for part in options["only"].split(";") if part]
     with torch.inference_mode():
-        for name, study in studies(host, options["flow"], options["tier"]).items():
+        for name, study in studies(host, options["flow"], options["reuse"]).items():
             for seed in range(options["seeds"]):
                 found += rows(study, name, seed, only)
     result = {

@@ -42,7 +42,7 @@ def with_rows(statistics: dict[str, Any], tokens: int, seed: int) -> dict[str, A
     def drawn(rows: torch.Tensor) -> torch.Tensor:
         return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:tokens]]
 
-    return {name: replace(layer, hessian=None, rows=drawn(layer.rows)) for name, layer in statistics.items()}
+    return {name: replace(layer, hessian=None, inputs=drawn(layer.inputs)) for name, layer in statistics.items()}
 
 
 def errors(study: Study, calibration, rounding: str = "gptq") -> dict[str, float]:

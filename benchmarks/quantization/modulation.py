@@ -17,17 +17,18 @@ from typing import Any
 from torch import Tensor
 
 from benchmarks.speed.work import step_weight_bytes, step_work
-from qandc_core import DiT, SamplingConfig, fuse_dit, generate, load_dit
-from qandc_core.calibration.candidates import collect_pool, collect_statistics
+from qandc_core import CalibrationConfig, DiT, DiTTrajectories, SamplingConfig, calibrate, fuse_dit, generate, load_dit
 from qandc_core.calibration.statistics import LayerStatistics
 from qandc_core.evaluation.experiment import hardware
 from qandc_core.models.layers import DIT_SKIP, named_linears
 from qandc_core.models.presets import preset
+from qandc_core.numerics import relative_error
 from qandc_core.quantization.model import NATIVE_SKIP
-from qandc_core.quantization.native import FORMATS, NativeConfig, NativeLayer, quantize_weight
+from qandc_core.quantization.native import NativeConfig, NativeLayer, quantize_weight
 
 RESULTS = Path(__file__).parents[1] / "results"
 KEPT = {"float": DIT_SKIP, "quantized": NATIVE_SKIP}
+FORMATS = ("W8A8", "W4A8")
 STEPS, CFG, IMAGES, SEED = 50, 1.5, 16, 1000
 TEXT = """# Quantizing the modulation layers
 
@@ -42,9 +43,10 @@ seeds x {images} images, mean and standard error; "difference" is paired by seed
 
 
 def calibrated(model: DiT, seed: int) -> dict[str, LayerStatistics]:
-    """X^T X of every layer over a run of each class."""
-    pool = collect_pool(model, list(range(10)), SamplingConfig(STEPS, CFG, "ddim"), seed=seed)
-    return collect_statistics(model, pool, cfg_scale=CFG, skip_patterns=NATIVE_SKIP, hessians=True)
+    """X^T X of every layer over all of a run of each class."""
+    runs = DiTTrajectories(model, range(10), SamplingConfig(STEPS, CFG, "ddim"), skip_patterns=NATIVE_SKIP)
+    everything = CalibrationConfig(10, 10, samples=10 * STEPS, selection="random", seed=seed, held_out=0)
+    return calibrate(runs, everything).statistics
 
 
 def quantized(
@@ -70,7 +72,7 @@ def measure(seeds: int) -> dict[str, Any]:
             for rounding, guide in (("nearest", None), ("gptq", found)):
                 for name, kept in KEPT.items():
                     fast = fuse_dit(model, "reference", quantized(model, format, kept, guide))
-                    error = float((images(fast, seed) - full).norm() / full.norm())
+                    error = relative_error(images(fast, seed), full)
                     errors.setdefault(f"{format}, {rounding}, {name}", []).append(error)
     return {"seeds": seeds, "images": IMAGES, "steps": STEPS, "cfg": CFG, **hardware(), "errors": errors}
 

@@ -54,7 +54,7 @@ class Study:
         return replace(calibration, statistics=statistics, held_out=self.calls)
 
 
-def studies(host: Host, flow: str, tier: str = "automatic") -> dict[str, Study]:
+def studies(host: Host, flow: str, reuse: str = "automatic") -> dict[str, Study]:
     import comfy.utils
 
     comfy.utils.PROGRESS_BAR_ENABLED = False
@@ -63,6 +63,6 @@ def studies(host: Host, flow: str, tier: str = "automatic") -> dict[str, Study]:
         "flow, euler, 30 steps": fidelity.flow(host, flow, "euler", 30),
     }
     return {
-        name: Study(host, subject, fidelity.ours(host, subject.patcher, tier, 1, INTERVAL))
+        name: Study(host, subject, fidelity.ours(host, subject.patcher, reuse, 1, INTERVAL))
         for name, subject in subjects.items()
     }

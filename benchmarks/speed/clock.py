@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from qandc_core.sampling.clock import Stopwatch, mark, span, synchronize
 
 CPU_CACHE = 2**26  # bytes
 SPIN_CYCLES = 3e9  # of torch.cuda._sleep for each second that issuing the call takes; GPUs run below 3 GHz
@@ -17,7 +18,7 @@ SPIN_CYCLES = 3e9  # of torch.cuda._sleep for each second that issuing the call 
 def median_seconds(
     function: Callable[[], Any], device: torch.device | str, repeats: int = 20, cold: bool = False
 ) -> float:
-    """Median seconds of a call after warm-up; CUDA by events, CPU by perf_counter. `cold` empties the caches before
+    """Median seconds of a call after warm-up; by events on CUDA. `cold` empties the caches before
     every call, as the rest of a model does between two uses of a weight.
     """
     return statistics.median(call_seconds(function, torch.device(device), repeats, cold))
@@ -37,7 +38,7 @@ def call_seconds(function: Callable[[], Any], device: torch.device, repeats: int
     if device.type != "cuda":
         return cpu_seconds(function, repeats, evict)
     with torch.cuda.device(device):
-        return cuda_seconds(function, repeats, evict)
+        return cuda_seconds(function, device, repeats, evict)
 
 
 @torch.no_grad()
@@ -47,8 +48,7 @@ def wall_seconds(function: Callable[[], Any], device: torch.device | str, repeat
 
     def finished() -> None:
         function()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
 
     return statistics.median(cpu_seconds(finished, repeats, nothing))
 
@@ -70,29 +70,28 @@ def cpu_seconds(function: Callable[[], Any], repeats: int, evict: Callable[[], A
     seconds = []
     for _ in range(repeats):
         evict()
-        started = time.perf_counter()
+        watch = Stopwatch()
         function()
-        seconds.append(time.perf_counter() - started)
+        seconds.append(watch.seconds())
     return seconds
 
 
-def cuda_seconds(function: Callable[[], Any], repeats: int, evict: Callable[[], Any]) -> list[float]:
+def cuda_seconds(
+    function: Callable[[], Any], device: torch.device, repeats: int, evict: Callable[[], Any]
+) -> list[float]:
     """The device spins while a call is queued: its kernels follow each other however slowly Python issues them."""
     for _ in range(3):
         function()
     torch.cuda.synchronize()
-    started = time.perf_counter()
+    watch = Stopwatch()
     function()
-    cycles = int(SPIN_CYCLES * (time.perf_counter() - started)) + 100_000
+    cycles = int(SPIN_CYCLES * watch.seconds()) + 100_000
     seconds = []
     for _ in range(repeats):
-        begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         torch.cuda._sleep(cycles)
         evict()
-        begun.record()
+        begun = mark(device)
         function()
-        ended.record()
-        ended.synchronize()
-        seconds.append(begun.elapsed_time(ended) / 1000)
+        seconds.append(span(begun, mark(device)))
     return seconds

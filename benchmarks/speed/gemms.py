@@ -12,10 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qandc_core.quantization.formats.w4a8 import GROUP
+from qandc_core.numerics import relative_error
+from qandc_core.quantization.formats.grouped import GROUP
+from qandc_core.quantization.formats.w4a8 import W4A8
+from qandc_core.quantization.formats.w8a8 import W8A8
 from qandc_core.quantization.grids import Grid
 from qandc_core.quantization.matmul import int_mm, int_mm_is_fast
-from qandc_core.quantization.native import INT8, W4A8, NativeConfig, weight_tensors
+from qandc_core.quantization.native import NativeConfig, weight_tensors
 from qandc_core.quantization.rotation import rotation_group
 
 from .ceilings import Ceilings, float32_products, random_codes
@@ -62,7 +65,7 @@ class Problem:
 
     @cached_property
     def int8(self) -> dict[str, Tensor]:
-        return weight_tensors(self.weight, INT8, NativeConfig("W8A8", "nearest", clip_search=False), None)
+        return weight_tensors(self.weight, W8A8, NativeConfig("W8A8", "nearest", clip_search=False), None)
 
     @cached_property
     def w4a8(self) -> dict[str, Tensor]:
@@ -134,8 +137,9 @@ def differences(problem: Problem, module: ModuleType, reference: ModuleType) -> 
 
     def apart(call: Callable[[ModuleType], Tensor]) -> float:
         ours, theirs = call(module), call(reference)
-        gap = (ours.double() - theirs.double()).abs()
-        return float(gap.max() if ours.dtype == torch.int8 else gap.norm() / theirs.double().norm())
+        if ours.dtype == torch.int8:
+            return float((ours.int() - theirs.int()).abs().max())
+        return relative_error(ours, theirs)
 
     return {
         "modulated codes": apart(lambda m: m.quantize_modulated(x, shift, scale, EPS, problem.group)[0]),

@@ -10,8 +10,9 @@ from functools import partial
 import torch
 from torch import nn
 
-from qandc_core.calibration.candidates import collect_pool, collect_statistics
-from qandc_core.calibration.file import Calibration, fingerprint
+from qandc_core.calibration.choice import CalibrationConfig
+from qandc_core.calibration.run import calibrate
+from qandc_core.calibration.trajectories import DiTTrajectories
 from qandc_core.diffusion.process import SamplingConfig
 from qandc_core.fused.dit import FusedDiT, fuse_dit
 from qandc_core.models.dit import DiT, DiTConfig, initialize_weights, sincos_positions
@@ -138,9 +139,9 @@ class Maker:
     def static(self, model: DiT) -> FusedDiT:
         """Grids of the bounds that inputs have in a short run."""
         half = self.half(model)
-        pool = collect_pool(half, [0, 1], SamplingConfig(steps=4, sampler="ddim"))
-        statistics = collect_statistics(half, pool, skip_patterns=DIT_SKIP)
-        quantize_model(half, 8, 8, DIT_SKIP, Calibration(fingerprint(half), statistics))
+        runs = DiTTrajectories(half, [0, 1], SamplingConfig(steps=4, sampler="ddim"))
+        everything = CalibrationConfig(2, samples=8, selection="random", hessians=False, held_out=0)
+        quantize_model(half, 8, 8, DIT_SKIP, calibrate(runs, everything))
         return self.fuse(half)
 
     @torch.no_grad()

@@ -6,7 +6,6 @@ import copy
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -24,6 +23,7 @@ from qandc_core.quantization.grids import quantize, weight_grid
 from qandc_core.quantization.linear import LinearFormat, QuantizedLinear
 from qandc_core.quantization.matmul import pick_backend
 from qandc_core.quantization.model import linear_weight_bytes, quantize_model
+from qandc_core.sampling.clock import Stopwatch
 from qandc_core.sampling.generate import generate
 
 SHAPES = ((768, 2304), (768, 768), (768, 3072), (3072, 768))
@@ -32,14 +32,14 @@ SHAPES = ((768, 2304), (768, 768), (768, 3072), (3072, 768))
 def interleaved(functions: Mapping[str, Callable[[], Any]], repeats: int = 15) -> dict[str, list[float]]:
     """Seconds of every function, called in turn so that a slow spell hits all alike."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for round in range(repeats + 2):
         for name, function in functions.items():
-            started = time.perf_counter()
+            watch = Stopwatch(device)
             function()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            taken = watch.seconds()
             if round >= 2:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(taken)
     return seconds
 
 
@@ -67,7 +67,7 @@ def bench_cache(device: str) -> dict[str, Any]:
     plain, x, t, y = dit_b4(device)
     fora, blocks, idle = (copy.deepcopy(plain) for _ in range(3))
     apply_cache_to_dit(fora, 10**6)
-    apply_cache_to_dit(blocks, 10**6, mode="block")
+    apply_cache_to_dit(blocks, 10**6, reuse="block")
     apply_cache_to_dit(idle, 1)
     clock = {"t": 999.0}
 
@@ -97,7 +97,7 @@ def bench_cache(device: str) -> dict[str, Any]:
 @torch.inference_mode()
 def bench_linear(device: str) -> dict[str, Any]:
     """Quantized linear, activations quantized on the fly, against F.linear in float32 at DiT-B shapes, 1024 tokens."""
-    results: dict[str, Any] = {"backend": {bits: pick_backend(torch.device(device), bits) for bits in (8, 7, 4)}}
+    results: dict[str, Any] = {"backend": pick_backend(torch.device(device))}
     for width, out in SHAPES:
         x, linear = torch.randn(1024, width, device=device), nn.Linear(width, out, device=device)
         functions: dict[str, Callable[[], Any]] = {"fp32": partial(F.linear, x, linear.weight, linear.bias)}
@@ -172,11 +172,11 @@ def bench_import() -> dict[str, float]:
 def bench_end_to_end(device: str) -> dict[str, Any]:
     """The built-in model, 50 steps: full precision, Q&C, its parts, and fewer steps, interleaved."""
     from qandc_core.checkpoints import load_dit
-    from qandc_core.evaluation.demo import DEMO_PLAN, DEMO_SAMPLING, RECOMMENDED
+    from qandc_core.evaluation.demo import DEMO_CALIBRATION, DEMO_SAMPLING, RECOMMENDED
     from qandc_core.evaluation.experiment import measure_time
     from qandc_core.evaluation.variants import Variant, Workbench
 
-    bench = Workbench(load_dit("demo", device=device), DEMO_SAMPLING, DEMO_PLAN)
+    bench = Workbench(load_dit("demo", device=device), DEMO_SAMPLING, DEMO_CALIBRATION)
     variants = [
         Variant("full precision"),
         Variant("quantization only, static", bits=(8, 8)),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -17,6 +16,8 @@ from qandc_core.diffusion.process import SamplingConfig
 from qandc_core.fused.dit import FusedDiT
 from qandc_core.fused.loop import DeviceLoop
 from qandc_core.models.dit import DiT
+from qandc_core.numerics import relative_error
+from qandc_core.sampling.clock import Stopwatch
 from qandc_core.sampling.report import peak_memory, reset_peak_memory
 
 from .models import Subject, model_bytes, resize
@@ -49,8 +50,8 @@ class Setting:
 def schedules(steps: int) -> dict[str, CacheConfig | None]:
     """Without a cache, every third step computed and held, and as many steps where Apply Cache would put them."""
     third = -(-steps // 3)
-    spaced = CacheConfig(steps=frozenset(spaced_steps(steps, third)), mode="prediction", order=1)
-    return {ALL_STEPS: None, "interval 3": CacheConfig(3, mode="prediction"), CHOSEN: spaced}
+    spaced = CacheConfig(steps=frozenset(spaced_steps(steps, third)), reuse="prediction", order=1)
+    return {ALL_STEPS: None, "interval 3": CacheConfig(3, reuse="prediction"), CHOSEN: spaced}
 
 
 @dataclass
@@ -155,30 +156,22 @@ class Bench:
     def burst(self, loop: DeviceLoop, reuse: bool, steps: int) -> float:
         """Seconds of one of several steps, waiting for the device before and after all."""
         program = loop.program(reuse)
-        self.wait()
-        began = time.perf_counter()
+        watch = Stopwatch(self.device)
         for _ in range(steps):
             loop.rewind()
             program()
-        self.wait()
-        return (time.perf_counter() - began) / steps
+        return watch.seconds() / steps
 
     def run_seconds(self, loop: DeviceLoop) -> float:
-        self.wait()
-        began = time.perf_counter()
+        watch = Stopwatch(self.device)
         loop.run(self.labels, [self.noise])
-        self.wait()
-        return time.perf_counter() - began
+        return watch.seconds()
 
     def error(self, latents: Tensor) -> float:
         """Against the first run that was measured."""
         if self.reference is None:
             self.reference = latents.clone()
-        return float((latents - self.reference).norm() / self.reference.norm())
-
-    def wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        return relative_error(latents, self.reference)
 
 
 def measure_subject(

@@ -136,7 +136,7 @@ def products(
 def extras(machine: Machine, bench: Bench, subjects: Sequence[Subject], rows: Sequence[Row]) -> list[Row]:
     """FORA, and full precision with the steps that fit Q&C's time."""
     fused = next(subject for subject in subjects if "fused" in subject.name)
-    found = [bench.measure(fused, machine.model_of, "interval 3, FORA", CacheConfig(3, mode="branch"))]
+    found = [bench.measure(fused, machine.model_of, "interval 3, FORA", CacheConfig(3, reuse="branch"))]
     here = [row for row in rows if row["setting"] == bench.setting.label]
     baseline, fast = fastest(here), find(here, QANDC, CHOSEN)
     if baseline is not None and fast is not None and not fast["problem"]:

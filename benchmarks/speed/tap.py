@@ -8,7 +8,6 @@ import os
 import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 
 from qandc_core.calibration.tap import affinity, checked_pool, tap_select
+from qandc_core.sampling.clock import Stopwatch
 
 DIMENSION = 64
 TIMESTEPS = 50
@@ -50,9 +50,9 @@ def measure(run: Callable[[int], None], num_points: int) -> tuple[float, float]:
     import resource
 
     run(200)  # imports of scipy and scikit-learn are no part of the time
-    start = time.perf_counter()
+    watch = Stopwatch()
     run(num_points)
-    seconds = time.perf_counter() - start
+    seconds = watch.seconds()
     unit = 2**20 if sys.platform == "darwin" else 2**10
     return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 

@@ -7,14 +7,12 @@ from dataclasses import dataclass, replace
 
 from qandc_core.models.dit import FREQUENCIES, DiT, DiTConfig
 from qandc_core.models.layers import DIT_SKIP, named_linears
-from qandc_core.quantization.formats.w4a8 import GROUP
-from qandc_core.quantization.native import FORMATS, INT8, native_format
+from qandc_core.quantization.formats import BY_NAME, Format, fitting
 
 from .ceilings import Ceilings
 
 FLOAT_BYTES = {"float32": 4, "tf32": 4, "bfloat16": 2}
-SCALE_BYTES = 4  # of an output channel or of a row of inputs
-CODEBOOK_BYTES = 16 * 4
+SCALE_BYTES = 4  # of a row of inputs
 
 
 @dataclass(frozen=True)
@@ -141,13 +139,13 @@ def mark_quantizable(gemms: Iterable[Gemm], config: DiTConfig) -> tuple[Gemm, ..
 # Formats: float32, tf32 or bfloat16 throughout, or W8A8 or W4A8 with everything else in the float format `rest`.
 
 
-def stored_format(gemm: Gemm, format: str) -> str | None:
-    """The checkpoint's format of the layer; None where it stays float."""
-    return native_format(gemm.columns, gemm.inner, format) if format in FORMATS and gemm.quantizable else None
+def stored_format(gemm: Gemm, format: str) -> Format | None:
+    """The layer's format; None where it stays float."""
+    return fitting(BY_NAME.get(format), gemm.columns, gemm.inner) if gemm.quantizable else None
 
 
 def float_format(format: str, rest: str) -> str:
-    return rest if format in FORMATS else format
+    return rest if format in BY_NAME else format
 
 
 def product_format(gemm: Gemm, format: str, rest: str) -> str:
@@ -156,14 +154,11 @@ def product_format(gemm: Gemm, format: str, rest: str) -> str:
 
 
 def weight_bytes(gemm: Gemm, format: str, rest: str = "bfloat16") -> int:
-    """Weights with their scales, without biases. W4A8: half a byte, an e4m3 scale for 16, a float32 for a channel."""
-    weights, channels = gemm.columns * gemm.inner, SCALE_BYTES * gemm.columns
+    """Weights with their scales, without biases."""
     stored = stored_format(gemm, format)
     if stored is None:
-        return FLOAT_BYTES[float_format(format, rest)] * weights * gemm.count
-    if stored == INT8:
-        return (weights + channels) * gemm.count
-    return (weights // 2 + weights // GROUP + channels + CODEBOOK_BYTES) * gemm.count
+        return FLOAT_BYTES[float_format(format, rest)] * gemm.columns * gemm.inner * gemm.count
+    return stored.bytes(gemm.columns, gemm.inner) * gemm.count
 
 
 def activation_bytes(gemm: Gemm, format: str, rest: str = "bfloat16") -> int:
@@ -186,7 +181,7 @@ def launches(work: StepWork, format: str) -> int:
     """Kernels of an ideal fused step: products, attentions, normalisations (which round too), and where formats are
     quantized one rounding of each attention's output.
     """
-    roundings = work.attention.count if format in FORMATS else 0
+    roundings = work.attention.count if format in BY_NAME else 0
     return sum(gemm.count for gemm in work.gemms) + work.attention.count + work.normalisations + roundings
 
 

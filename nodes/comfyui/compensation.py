@@ -25,13 +25,13 @@ from ...qandc_core.compensation.correction import (
 from ...qandc_core.compensation.fit import SequentialFit
 from .sampling import Progress, Settings, sample_new
 from .wrappers import (
-    REPORT,
     WRAPPERS,
     details,
     is_flow,
     note,
     options_of_run,
     replace_wrapper,
+    reports_of,
     sampler_function_name,
     scalar,
     step_at,
@@ -185,8 +185,7 @@ class CompensatedRun(Correcting):
             )
         if run.sampler not in EXACT:
             log.info("Q&C variance compensation: exact for euler, ddim and ddpm, approximate for this sampler.")
-        report = guider.model_options["transformer_options"].get(REPORT)
-        if report is not None:
+        for report in reports_of(guider.model_options["transformer_options"]):
             report.factors = [variance.at(sigma)[1].tolist() for sigma in levels]
 
     def factors(self, run: Run, step: int, sigma: float, given: Tensor) -> tuple[Tensor, Tensor]:

@@ -29,6 +29,11 @@ def calibration_path(name: str) -> Path:
     return calibration_folder() / name
 
 
+def named_path(name: str) -> Path:
+    """The file of a calibration that somebody named, under a name that every system can hold."""
+    return shared.named(calibration_folder(), name)
+
+
 def made_before(prefix: str, inputs: str) -> Path | None:
     """The newest numbered file of this prefix that was made of inputs with this digest."""
     return shared.made_before(calibration_folder(), prefix, inputs)

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
+import folder_paths
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ...qandc_core.quantization.report import SHORT, QuantizationReport
+from ...qandc_core.quantization.formats import ALL
+from ...qandc_core.quantization.report import QuantizationReport
 
 PAPER, INK = (250, 250, 252), (32, 36, 44)
-COLORS = {"W8A8": (38, 110, 190), "W4A8": (214, 126, 40), "float": (150, 150, 156)}
+BLUE, ORANGE, GRAY = (38, 110, 190), (214, 126, 40), (150, 150, 156)
+PALETTE = (BLUE, ORANGE, (60, 150, 90), (150, 80, 170))
+COLORS = {**{format.name: color for format, color in zip(ALL, PALETTE)}, "float": GRAY}
 
 
 def error_bars(errors: dict[str, float], measure: str = "relative weight error") -> Image.Image:
@@ -20,14 +27,14 @@ def error_bars(errors: dict[str, float], measure: str = "relative weight error")
     draw, highest = ImageDraw.Draw(picture), max(errors.values()) or 1.0
     for i, error in enumerate(errors.values()):
         left, right = width * i // len(errors), max(width * i // len(errors), width * (i + 1) // len(errors) - 2)
-        draw.rectangle((left, height - round((height - 24) * error / highest), right, height), fill=COLORS["W8A8"])
+        draw.rectangle((left, height - round((height - 24) * error / highest), right, height), fill=BLUE)
     title = f"{measure} of {len(errors)} layers, largest {highest:.4f}"
     draw.text((8, 4), title, INK, ImageFont.load_default(14))
     return picture
 
 
 def report_picture(report: QuantizationReport) -> Image.Image:
-    """What quantizing did: the error of every layer in the colour of its format, and the report in words."""
+    """Picture of a quantization: the error of every layer in the colour of its format, and the report in words."""
     width, bars, line, font = 560, 200, 19, ImageFont.load_default(14)
     lines = report.summary().split("; ")
     picture = Image.new("RGB", (width, bars + line * (len(lines) + 1)), PAPER)
@@ -35,7 +42,7 @@ def report_picture(report: QuantizationReport) -> Image.Image:
     for i, layer in enumerate(report.layers):
         left, right = (8 + (width - 16) * j // len(report.layers) for j in (i, i + 1))
         top = bars - max(2, round((bars - 12) * layer.error / highest))
-        color = COLORS[SHORT.get(layer.format, layer.format)]
+        color = COLORS.get(layer.format, GRAY)
         draw.rectangle((left, top, max(left, right - 2), bars), fill=color)
     for i, text in enumerate(lines):
         color = COLORS[report.format] if i == 0 else INK
@@ -46,3 +53,13 @@ def report_picture(report: QuantizationReport) -> Image.Image:
 def to_image(figure: Image.Image) -> Tensor:
     """As an IMAGE (1, H, W, 3)."""
     return torch.from_numpy(np.asarray(figure).astype(np.float32) / 255)[None]
+
+
+def wanted_theme() -> str:
+    """light where ComfyUI's user chose its light colours, else dark, which it begins with."""
+    settings = Path(folder_paths.get_user_directory(), "default", "comfy.settings.json")
+    try:
+        palette = json.loads(settings.read_text(encoding="utf-8")).get("Comfy.ColorPalette")
+    except (OSError, ValueError, AttributeError):
+        return "dark"
+    return "light" if palette == "light" else "dark"

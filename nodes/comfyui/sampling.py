@@ -17,9 +17,6 @@ import torch
 from torch import Tensor
 
 from ...qandc_core.diffusion.classes import is_classes
-from ...qandc_core.sampling.clock import StepClock
-from ...qandc_core.sampling.report import RunReport, peak_memory, reset_peak_memory
-from .wrappers import QUANTIZATION, REPORT, WRAPPERS, labels, replace_wrapper
 
 
 @dataclass(frozen=True)
@@ -132,66 +129,3 @@ def sample_new(patcher, settings: Settings, latent: Tensor, seed: int, callback:
         settings, positive=from_image(settings.positive, first), negative=from_image(settings.negative, first)
     )
     return sample(patcher, settings, latent, comfy.sample.prepare_noise(latent, seed), seed, callback)
-
-
-class Stopwatch:
-    """Seconds of every step, from the first model call on: loading the model is not sampling. Waits at the end only."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.clock: StepClock | None = None
-
-    def predict_noise(self, executor, *args, **kwargs):
-        if self.clock is None:
-            self.clock = StepClock(self.device)
-        return executor(*args, **kwargs)
-
-    def step(self) -> None:
-        if self.clock is not None:
-            self.clock.end()
-
-    def resume(self) -> None:
-        """After what is no part of sampling, such as a preview."""
-        if self.clock is not None:
-            self.clock.begin()
-
-    @property
-    def seconds(self) -> list[float]:
-        return [] if self.clock is None else self.clock.seconds()
-
-
-def paged_weights(patcher) -> int:
-    """Bytes of weights on the device that dynamic VRAM keeps outside torch's allocator."""
-    if not getattr(patcher, "is_dynamic", bool)():
-        return 0
-    return max(0, patcher.loaded_size() - patcher.model.model_loaded_weight_memory)
-
-
-def measured_sample(
-    patcher, settings: Settings, latent: Tensor, noise: Tensor, seed: int, label: str, mask: Tensor | None = None
-) -> tuple[Tensor, RunReport]:
-    """Samples, and the report of the run: time of every step, what was computed, what it kept."""
-    device = patcher.load_device
-    report = RunReport(f"{settings.sampler_name}, {settings.scheduler}", 0, latent.shape[0], settings.cfg, str(device))
-    report.seed, report.denoise = seed, settings.denoise
-    report.size = [list(part.shape[1:]) for part in parts_of(latent)]
-    report.label = label or labels(patcher) or "full precision, no cache"
-    report.quantization = patcher.model_options["transformer_options"].get(QUANTIZATION)
-    watch, progress = Stopwatch(device), Progress(patcher, settings.steps)
-    run = patcher.clone()
-    run.model_options["transformer_options"][REPORT] = report
-    replace_wrapper(run, WRAPPERS.PREDICT_NOISE, REPORT, watch.predict_noise)
-
-    def callback(step: int, denoised: Tensor, x: Tensor, steps: int) -> None:
-        watch.step()
-        report.steps = steps
-        progress.step(step, denoised, x, steps)
-        watch.resume()
-
-    reset_peak_memory(device)
-    samples = sample(run, settings, latent, noise, seed, callback, mask)
-    report.seconds, report.peak_memory = watch.seconds, peak_memory(device)
-    if report.peak_memory is not None:
-        report.peak_memory += paged_weights(run)
-    report.computed = report.computed or [True] * report.steps
-    return samples, report

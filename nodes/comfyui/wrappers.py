@@ -1,9 +1,11 @@
-"""What our wrappers share: one key, the state of one sampling run, and where a run stands."""
+"""Shared by our wrappers: one key, the state of one sampling run, and its position."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import comfy.model_patcher
@@ -11,10 +13,29 @@ import comfy.model_sampling
 import comfy.patcher_extension
 import torch
 
+from ...qandc_core.sampling.report import RunReport
+
 KEY = "qandc"
-REPORT = "qandc_report"  # where a run finds the report that it fills in
+REPORT = "qandc_report"  # key of the wrappers that record runs, and where a script puts a report into the options
 QUANTIZATION = "qandc_quantization"  # where a model's options hold what Quantize measured
 WRAPPERS = comfy.patcher_extension.WrappersMP
+reports: ContextVar[tuple[RunReport, ...]] = ContextVar("reports", default=())  # of the run that goes on
+
+
+@contextmanager
+def reporting(report: RunReport) -> Iterator[None]:
+    """Whatever a run finds out goes into this report too."""
+    token = reports.set((*reports.get(), report))
+    try:
+        yield
+    finally:
+        reports.reset(token)
+
+
+def reports_of(options: Mapping[str, Any]) -> list[RunReport]:
+    """The reports that a run with these transformer_options fills in."""
+    own = options.get(REPORT)
+    return [*reports.get(), *([] if own is None else [own])]
 
 
 def step_at(sigmas: Sequence[float], sigma: float) -> int:
@@ -35,16 +56,16 @@ NOISY = ("ddpm", "ancestral", "sde", "lcm", "seeds", "sa_solver")  # in the name
 
 
 def declares_noise(sampler: Any) -> bool:
-    """Whether a sampler adds noise by its options and the defaults of its function, and by its name where it has none.
+    """True if a sampler adds noise by its options and the defaults of its function, or by its name where it has none.
 
     A run sees for itself whether it does; this is for what has to be known before.
     """
     function = getattr(sampler, "sampler_function", sampler)
     try:
-        parameters = inspect.signature(function).parameters
+        parameters = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):
-        parameters = {}
-    known = {name: p.default for name, p in parameters.items() if isinstance(p.default, (int, float))}
+        parameters = []
+    known = {p.name: p.default for p in parameters if isinstance(p.default, (int, float))}
     known |= getattr(sampler, "extra_options", {})
     if known.get("s_noise") == 0:
         return False
@@ -54,7 +75,7 @@ def declares_noise(sampler: Any) -> bool:
 
 
 def is_flow(model) -> bool:
-    """Whether noise replaces the image, as in rectified flow, instead of adding to it."""
+    """True if noise replaces the image, as in rectified flow, instead of adding to it."""
     return isinstance(model.model_sampling, comfy.model_sampling.CONST)
 
 
@@ -74,6 +95,13 @@ def replace_wrapper(patcher, kind: str, key: str, wrapper) -> None:
     patcher.add_wrapper_with_key(kind, key, wrapper)
 
 
+def on_one_device(patcher) -> bool:
+    """Removes the clones for other devices that core's multi-GPU node added; True if there were any."""
+    clones = patcher.get_additional_models_with_key("multigpu")
+    patcher.remove_additional_models("multigpu")
+    return bool(clones)
+
+
 def note(patcher, topic: str, text: str, detail: str = "") -> None:
     """Notes what a node attached: a text for reports, and in full what a saved compensation depends on."""
     options = patcher.model_options["transformer_options"]
@@ -81,7 +109,7 @@ def note(patcher, topic: str, text: str, detail: str = "") -> None:
 
 
 def labels(patcher) -> str:
-    """What our nodes attached to this model, in words."""
+    """The caches, quantization and compensation that our nodes put on this model, in words."""
     noted = patcher.model_options["transformer_options"].get(KEY, {})
     return ", ".join(text for text, _ in noted.values() if text)
 

@@ -1,4 +1,4 @@
-"""Attaches a feature cache to a DiT, ours or diffusers', and takes it off again without a trace."""
+"""Attaches a feature cache to a DiT, ours or diffusers', and removes it again without a trace."""
 
 from __future__ import annotations
 
@@ -22,19 +22,18 @@ def is_ours(blocks: Any) -> bool:
     return all(hasattr(block, "attention_branch") and hasattr(block, "mlp_branch") for block in blocks)
 
 
-def default_mode(model: nn.Module) -> str:
-    """Attention and MLP where a model has them apart, else whole blocks."""
-    known = diffusers_lists(model)
-    apart = not known or any(base.__name__ in BRANCHED for base in type(model).__mro__)
-    return "branch" if apart else "block"
+def default_reuse(model: nn.Module) -> str:
+    """Attention and MLP where they are separate modules, else whole blocks."""
+    separate = not diffusers_lists(model) or any(base.__name__ in BRANCHED for base in type(model).__mro__)
+    return "branch" if separate else "block"
 
 
-def branches(model: nn.Module, mode: str) -> list[tuple[Any, str, str]]:
-    """(owner, attribute, name) of each callable that the mode caches; raises ValueError on other models."""
+def branches(model: nn.Module, reuse: str) -> list[tuple[Any, str, str]]:
+    """(owner, attribute, name) of each callable whose output is reused; raises ValueError on other models."""
     lists, name = diffusers_lists(model), type(model).__name__
     blocks: Any = getattr(model, "blocks", None)
     if not lists and blocks is not None and is_ours(blocks):
-        if mode == "block":
+        if reuse == "block":
             return [(block, "forward", f"{i}.block") for i, block in enumerate(blocks)]
         kinds = (("attention_branch", "attention"), ("mlp_branch", "mlp"))
         return [(block, at, f"{i}.{kind}") for i, block in enumerate(blocks) for at, kind in kinds]
@@ -48,11 +47,11 @@ def branches(model: nn.Module, mode: str) -> list[tuple[Any, str, str]]:
             f"The blocks of {name} are not known; expected this package's DiT or one of diffusers' "
             f"{', '.join(DIFFUSERS)}."
         )
-    if mode == "block":
+    if reuse == "block":
         found: list[tuple[str, Any]] = [(path, model.get_submodule(path)) for path in lists]
         return [(block, "forward", f"{path}.{i}") for path, list_ in found for i, block in enumerate(list_)]
     if not any(base.__name__ in BRANCHED for base in type(model).__mro__):
-        raise ValueError(f"mode='branch' cannot tell attention and MLP of {name} apart; use mode='block'.")
+        raise ValueError(f"reuse='branch' cannot tell attention and MLP of {name} apart; use reuse='block'.")
     inside, blocks = (("attn1", "attention"), ("ff", "mlp")), model.transformer_blocks
     return [
         (getattr(block, owner), "forward", f"{i}.{kind}") for i, block in enumerate(blocks) for owner, kind in inside
@@ -64,16 +63,17 @@ def apply_cache_to_dit(
     cache_interval: int | CachePolicy = 3,
     *,
     steps: Iterable[int] | None = None,
-    mode: str | None = None,
+    reuse: str | None = None,
     order: int | None = None,
     num_steps: int | None = None,
+    mode: str | None = None,
 ) -> nn.Module:
     """Caches features over timesteps (FORA, arXiv 2407.01425), in place; replaces a cache already there.
 
     `model` is our DiT or a transformer of diffusers (DiT, PixArt, Flux, SD3, Wan, CogVideoX). The second argument is an
     interval or a policy: apply_cache_to_dit(model, Speedup(2)). `steps` lists the computed steps instead of every
-    `cache_interval`-th; see CacheConfig for `mode` ("branch" where the model has attention and MLP apart, else "block")
-    and `order`, which a policy holds itself.
+    `cache_interval`-th; see CacheConfig for `reuse` (default "branch" where attention and MLP are separate modules,
+    else "block") and `order`, which a policy holds itself. `mode` is the former name of `reuse`.
     generate() tells a policy the steps of a run; a loop of your own gives them as `num_steps`.
     A call reuses only what provably belongs to its own run (`calls`); fresh_caches says so outright.
     Raises ValueError, and changes nothing, on other models and settings.
@@ -81,24 +81,24 @@ def apply_cache_to_dit(
     policy = cache_interval if isinstance(cache_interval, CachePolicy) else None
     if policy is not None and (steps is not None or order is not None):
         raise ValueError("A policy holds steps and order itself; leave `steps` and `order` out beside it.")
-    mode = mode or default_mode(model)
+    reuse = reuse or mode or default_reuse(model)
     own: Any = getattr(model, "set_cache", None)
     config: CacheConfig | PolicyConfig
     if isinstance(cache_interval, CachePolicy):
-        config = PolicyConfig(cache_interval, mode)
+        config = PolicyConfig(cache_interval, reuse)
     else:
-        config = CacheConfig(cache_interval, step_set(steps), mode, order or 0)
+        config = CacheConfig(cache_interval, step_set(steps), reuse, order or 0)
     if own is not None:  # a FusedDiT, whose loop follows the configuration itself
         own(config)
         return model
-    if mode == "prediction":
-        raise ValueError("mode='prediction' needs our own DiT made ready by fuse_dit(); use 'branch' or 'block' here.")
-    branches(model, mode)
-    cost = reuse_cost(model, cached_modules(model, mode)) if policy is not None else 0.0
+    if reuse == "prediction":
+        raise ValueError("reuse='prediction' needs our own DiT made ready by fuse_dit(); use 'branch' or 'block' here.")
+    branches(model, reuse)
+    cost = reuse_cost(model, cached_modules(model, reuse)) if policy is not None else 0.0
     if isinstance(config, PolicyConfig):
         config = config_of(config, num_steps, cost)
     remove_cache(model)
-    cache = FeatureCache(config, mode)
+    cache = FeatureCache(config, reuse)
     cache.policy, cache.cost = policy, cost
     wrap_branches(model, cache)
     cache.hooks = [
@@ -115,26 +115,26 @@ def config_of(config: PolicyConfig, num_steps: int | None, cost: float) -> Cache
     if num_steps is not None:
         return config.for_run(num_steps, cost)
     if (policy.start, policy.end) == (0, 1) and isinstance(policy, Interval):
-        return CacheConfig(policy.interval, None, config.mode, policy.order)
+        return CacheConfig(policy.interval, None, config.reuse, policy.order)
     if (policy.start, policy.end) == (0, 1) and isinstance(policy, ChosenSteps):
-        return CacheConfig(1, policy.steps, config.mode, policy.order)
+        return CacheConfig(1, policy.steps, config.reuse, policy.order)
     return config
 
 
-def cached_modules(model: nn.Module, mode: str) -> list[nn.Module]:
+def cached_modules(model: nn.Module, reuse: str) -> list[nn.Module]:
     """The modules whose work a reused step leaves out."""
     inside = {"attention_branch": "attn", "mlp_branch": "mlp"}
-    return [getattr(owner, inside.get(attribute, ""), owner) for owner, attribute, _ in branches(model, mode)]
+    return [getattr(owner, inside.get(attribute, ""), owner) for owner, attribute, _ in branches(model, reuse)]
 
 
 def wrap_branches(model: nn.Module, cache: FeatureCache) -> None:
-    lists = diffusers_lists(model) if cache.mode == "block" else {}
-    for owner, attribute, name in branches(model, cache.mode):
+    lists = diffusers_lists(model) if cache.reuse == "block" else {}
+    for owner, attribute, name in branches(model, cache.reuse):
         streams = lists.get(name.rpartition(".")[0])
         cache.attached.append((owner, attribute, vars(owner).get(attribute)))
         function: Any = getattr(owner, attribute)
         if streams is None:
-            branch: Any = CachedBranch(function, name, cache, residual=cache.mode == "block")
+            branch: Any = CachedBranch(function, name, cache, residual=cache.reuse == "block")
         else:
             branch = CachedStreams(function, type(owner), name, cache, streams)
         setattr(owner, attribute, branch)
@@ -181,7 +181,7 @@ def fresh_caches(model: nn.Module) -> Iterator[None]:
 
 
 def remove_cache(model: nn.Module) -> nn.Module:
-    """Takes the cache off; the model computes exactly what it did before."""
+    """Removes the cache; the model computes exactly what it did before."""
     own: Any = getattr(model, "set_cache", None)
     if own is not None:
         own(None)

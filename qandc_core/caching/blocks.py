@@ -158,7 +158,7 @@ def blocks_at(network: nn.Module, path: str) -> list[nn.Module]:
 
 
 def read_between(network: nn.Module, transformer_options: dict[str, Any]) -> bool:
-    """Whether something reads the streams between blocks, so that the sum of a list may not be added at once."""
+    """True if something reads the streams between blocks, so that the sum of a list may not be added at once."""
     patched = any("block" in kind for kind in transformer_options.get("patches", {}))
     return patched or any(base.__name__ in READ_BETWEEN for base in type(network).__mro__)
 

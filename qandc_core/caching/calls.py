@@ -176,7 +176,7 @@ class CallLocator:
     leading: int = 0  # channels of the sample that the model predicts; 0: not known
 
     def locate(self, call: ModelInput) -> tuple[bool, bool, Hashable]:
-        """Whether a new run, and whether a new step begins; and whose features the call may use."""
+        """Does a new run begin; does a new step begin; and the key of the features that the call may use."""
         timestep, sample, condition = self.read(call)
         shape = tuple(call.x.shape)
         known = bool(self.now) and shape == self.shape and timestep <= self.timestep and len(sample) > 0

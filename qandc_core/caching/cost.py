@@ -1,4 +1,4 @@
-"""What a reused step costs beside a computed one, counted on the network so that no plan depends on a clock.
+"""The cost of a reused step relative to a computed one, counted on the network so that no plan depends on a clock.
 
 Nearly all time of a transformer goes into matmuls over its tokens, and a matmul's time grows with its weight. So a step
 that reuses the blocks costs about the share of the weights that lie outside them. Softmax attention has no weight and

@@ -53,7 +53,7 @@ BLOCKS: dict[str, dict[str, Streams]] = {
 # attends to one token of music, which adds the same whatever the stream holds.
 READ_BETWEEN = {"WanModel_S2V", "AnimateWanModel"}
 
-# The transformers of diffusers, whose blocks return their streams in this order. mode="branch" needs blocks that add
+# The transformers of diffusers, whose blocks return their streams in this order. reuse="branch" needs blocks that add
 # attention (attn1) and MLP (ff) to one stream.
 DIFFUSERS: dict[str, dict[str, Streams]] = {
     "DiTTransformer2DModel": {"transformer_blocks": ("hidden_states",)},

@@ -1,4 +1,4 @@
-"""What one sampling run keeps."""
+"""The features that one sampling run keeps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .plans import Plan
 from .policies import CachePolicy
 
 Key = tuple[Hashable, str]  # condition, branch name
-NEAREST = 0.25  # of a step, between the two features of a forecast
+NEAREST = 0.25  # of a step, between the two features of an extrapolation
 
 
 @dataclass
@@ -62,9 +62,9 @@ class FeatureCache:
     With `offloaded_from`, features wait in main memory and return to that device.
     """
 
-    def __init__(self, config: Schedule, mode: str = "branch", offloaded_from: torch.device | None = None):
+    def __init__(self, config: Schedule, reuse: str = "branch", offloaded_from: torch.device | None = None):
         self.config: Schedule = config
-        self.mode = mode
+        self.reuse = reuse
         self.offloaded_from = offloaded_from
         self.policy: CachePolicy | None = None  # makes `config` anew for each run that tells its steps
         self.cost = 0.0
@@ -155,7 +155,7 @@ class FeatureCache:
     def place(self, step: int, conditions: Sequence[Hashable], position: float | None = None) -> bool:
         """Begins a call at `step` whose batch holds equal parts for the `conditions`; returns whether it reuses.
 
-        Forecasts go by `position`: the step, and for a sampler's evaluations within it a fraction more.
+        Extrapolation goes by `position`: the step, plus a fraction for a sampler's evaluations within it.
         """
         run = self.run
         run.step, run.conditions = step, tuple(conditions)
@@ -184,7 +184,7 @@ class FeatureCache:
         self.run.features = {key: history for key, history in features.items() if history[-1][0] >= latest}
 
     def needs(self, step: int) -> bool:
-        """Whether features computed at `step` may be read later."""
+        """True if features computed at `step` may be read later."""
         return bool(self.run.conditions) and self.config.keeps(step)
 
     def store(self, branch: str, value: Tensor) -> None:
@@ -218,13 +218,13 @@ class FeatureCache:
 
     @property
     def forecasts(self) -> bool:
-        """Whether a feature of this call would be a forecast instead of held."""
+        """True if a feature of this call would be extrapolated rather than reused as it is."""
         run = self.run
         found = (history for (condition, _), history in run.features.items() if condition in run.conditions)
         return any(map(self.extrapolates, found))
 
     def extrapolates(self, history: list[tuple[float, Tensor]]) -> bool:
-        """Whether two features are known and still wanted: a run may go back to order 0."""
+        """True if two features are known and still wanted: a run may go back to order 0."""
         return len(history) > 1 and self.config.order > 0
 
     def drop(self) -> None:

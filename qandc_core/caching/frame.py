@@ -1,4 +1,4 @@
-"""What a host knows of a model call before the model is called."""
+"""The host's knowledge of a model call before the model is called."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Frame:
     trusted: bool = True
 
     def holds(self, conditions: Sequence[Condition], x: Tensor, trusted: bool) -> bool:
-        """Whether x (N b, C, ...) is the inputs of these conditions; else something cut or changed them."""
+        """True if x (N b, C, ...) is the inputs of these conditions; else something cut or changed them."""
         if x.shape[0] % len(conditions) or not self.inputs.keys() >= set(conditions):
             return False
         inputs = [self.inputs[condition] for condition in conditions]

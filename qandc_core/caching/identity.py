@@ -1,4 +1,4 @@
-"""What a model call is a call of: which part of the sample, and with which patches.
+"""Identifies a model call: the part of the sample that it evaluates, and the patches that it runs with.
 
 Features may be reused only for the same part of the same condition under the same patches. The number of a call within
 a prediction proves none of that: packs evaluate windows, tiles and frames in another order, or move them, from one step
@@ -31,7 +31,7 @@ LARGEST = 2**24  # comparisons along one dimension; more would not pay
 
 
 def locate(part: Tensor, whole: Tensor) -> Piece | None:
-    """Where `part` (b, C, ...) was taken from `whole` (B, C, ...): indices for each dimension; None: not to be told."""
+    """Position of `part` (b, C, ...) in `whole` (B, C, ...): indices of each dimension; None if absent or ambiguous."""
     if part.ndim != whole.ndim or part.ndim < 2 or part.shape[1] != whole.shape[1] or not part.numel():
         return None
     if part.shape == whole.shape and torch.equal(part, whole):
@@ -44,7 +44,7 @@ def locate(part: Tensor, whole: Tensor) -> Piece | None:
 
 
 def is_changed(part: Tensor, whole: Tensor) -> bool:
-    """Whether `part` is the whole sample in its place, scaled, blurred or noised, as guidance makes it."""
+    """True if `part` is the whole sample in its place, scaled, blurred or noised, as guidance makes it."""
     if part.shape != whole.shape or part.shape[-1] < 2:
         return False
     first, second = part.diff(dim=-1).flatten().float(), whole.diff(dim=-1).flatten().float()
@@ -142,7 +142,7 @@ def signature(value: Any) -> Hashable:
 
 
 def own(value: Any) -> Hashable:
-    """Of a closure: plain values by value, all else by identity, for closures may hold each other."""
+    """Key of a closure: plain values by value, all else by identity, since closures may hold each other."""
     return value if value is None or isinstance(value, (bool, int, float, str)) else Same(value)
 
 

@@ -26,7 +26,7 @@ class Plan:
         return step in self.steps or step >= self.total
 
     def keeps(self, step: int) -> bool:
-        """Whether a reused step reads what `step` computes: it reads the last order + 1 of them."""
+        """True if a reused step reads what `step` computes: it reads the last order + 1 computed steps."""
         newer = 0
         for later in range(step + 1, self.total):
             if not self.computes(later):
@@ -37,7 +37,7 @@ class Plan:
         return False
 
     def charge(self, cost: float) -> None:
-        """What is reused is known: a reused step costs this share of a computed one. Only steps to come may change."""
+        """Sets the cost of a reused step relative to a computed one. Only steps to come may change."""
 
     def restart(self) -> None:
         """The sampler went back to an earlier noise level: what was observed does not lead there."""
@@ -46,40 +46,40 @@ class Plan:
         """The sampler begins a step at noise level sigma; the next step begins at `following`."""
 
     def observe(self, position: float, denoised: Tensor) -> None:
-        """What the guided model computed."""
+        """Takes the guided prediction of a computed step."""
 
-    def review(self, computed: Collection[int]) -> list[str]:
-        """What the user should know of a run that computed these steps."""
-        few = few_steps(self.total, computed, self.order, self.noisy)
+    def review(self, steps: Collection[int]) -> list[str]:
+        """Warnings about a run that computed these steps."""
+        few = few_steps(self.total, steps, self.order, self.noisy)
         return [*self.warnings, few] if few else list(self.warnings)
 
 
-def few_steps(total: int, computed: Collection[int], order: int, noisy: bool) -> str:
+def few_steps(total: int, steps: Collection[int], order: int, noisy: bool) -> str:
     """Says where reuse has too few steps to go by; "" elsewhere.
 
-    Holding a prediction over Euler's steps is one longer step, and the first two computed ones allow no forecast.
+    Reusing a prediction over Euler's steps is one longer step, and extrapolation needs two computed ones.
     """
-    count = len(computed)
+    count = len(steps)
     if not 0 < count < total <= FEW_STEPS or (noisy and total > FEW_STEPS // 2):
         return ""
-    reused = set(range(total)) - set(computed)
-    held = order == 0 or all(sum(step < later for step in computed) < 2 for later in reused)
+    reused = set(range(total)) - set(steps)
+    held = order == 0 or all(sum(step < later for step in steps) < 2 for later in reused)
     return f"{total} steps with {count} computed are {'no' if held else 'hardly'} better than a run of {count}"
 
 
 class CountedPlan(Plan):
     """A number of computed steps, placed by the default spacing or where the distances (T, T) are least."""
 
-    def __init__(self, total: int, order: int, inside: range, computed: int, distances: Tensor | None = None):
-        super().__init__(total, order, spread(total, computed, inside, distances))
-        self.asked = computed
+    def __init__(self, total: int, order: int, inside: range, num_computed: int, distances: Tensor | None = None):
+        super().__init__(total, order, spread(total, num_computed, inside, distances))
+        self.asked = num_computed
 
-    def review(self, computed: Collection[int]) -> list[str]:
-        found, least = super().review(computed), len(self.steps)
+    def review(self, steps: Collection[int]) -> list[str]:
+        found, least = super().review(steps), len(self.steps)
         if self.asked < least < self.total:
             found.append(f"{self.asked} computed steps asked, at least {least} necessary{self.part}")
-        elif max(least, self.asked) < len(computed) < self.total:
-            found.append(f"{self.asked} computed steps asked, {len(computed)} were computed")
+        elif max(least, self.asked) < len(steps) < self.total:
+            found.append(f"{self.asked} computed steps asked, {len(steps)} were computed")
         return found
 
 
@@ -105,18 +105,18 @@ class SpeedupPlan(Plan):
             count = affordable(self.total, self.speedup, cost)
         self.steps = spread(self.total, count, self.inside, self.distances) | {0}
 
-    def reached(self, computed: int) -> float:
+    def reached(self, num_computed: int) -> float:
         """The speedup of a run that computes as many steps, by the counted cost of the others."""
-        return self.total / max(computed + (self.total - computed) * self.cost, 1e-9)
+        return self.total / max(num_computed + (self.total - num_computed) * self.cost, 1e-9)
 
-    def review(self, computed: Collection[int]) -> list[str]:
-        found, planned = super().review(computed), self.reached(len(self.steps))
+    def review(self, steps: Collection[int]) -> list[str]:
+        found, planned = super().review(steps), self.reached(len(self.steps))
         if 1 < planned < KEPT * self.speedup:
             found.append(f"{self.speedup:g}x asked, {planned:.2g}x possible{self.because()}")
-        elif len(self.steps) < len(computed) < self.total and self.reached(len(computed)) < 0.9 * self.speedup:
-            reached = self.reached(len(computed))
+        elif len(self.steps) < len(steps) < self.total and self.reached(len(steps)) < 0.9 * self.speedup:
+            reached = self.reached(len(steps))
             found.append(
-                f"{self.speedup:g}x asked, {reached:.2g}x reached: {len(computed)} of {self.total} steps were computed"
+                f"{self.speedup:g}x asked, {reached:.2g}x reached: {len(steps)} of {self.total} steps were computed"
             )
         return found
 
@@ -129,8 +129,8 @@ class SpeedupPlan(Plan):
 class BudgetPlan(Plan):
     """Reuses while the estimated error of the image stays within its share of the budget.
 
-    The remainder of a forecast of order p is Newton's next term, a divided difference of the computed predictions times
-    the product of the distances; the term after it is added, because the next one alone vanishes where its sign turns.
+    The remainder of an extrapolation of order p is Newton's next term, a divided difference of the computed predictions
+    times the product of the distances; the term after it is added, as the next one alone vanishes where its sign turns.
     A step moves the sample by (1 - following / sigma) of an error in the prediction; relative to the sample this is the
     relative error of the final image where image and noise are Gaussian. No coefficient belongs to a model.
     """
@@ -162,7 +162,7 @@ class BudgetPlan(Plan):
         self.history = [*older, (position, denoised.float())][-3 - self.order :]
 
     def estimate(self, position: float, sigma: float, following: float) -> float:
-        """Relative error of the final image if this step is forecast; infinite while too few predictions are known."""
+        """Relative error of the final image if this step reuses; infinite while too few predictions are known."""
         if len(self.history) < self.order + 2:
             return float("inf")
         remainder = sum(

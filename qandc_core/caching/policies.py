@@ -20,9 +20,9 @@ from .schedule import CacheConfig, check_order
 
 @dataclass(frozen=True)
 class CachePolicy:
-    """What all policies share: reuse only in start..end, fractions of the run, by a forecast of this order.
+    """Base of all policies: reuse only between `start` and `end`, fractions of the run, with this order.
 
-    order 0 holds the last computed value, 1 extrapolates linearly from the last two.
+    `order` 0 reuses the last computed value, 1 extrapolates linearly from the last two.
     """
 
     order: int = field(default=0, kw_only=True)
@@ -67,7 +67,7 @@ class CachePolicy:
         raise NotImplementedError
 
     def remarks(self, run: RunFacts) -> list[str]:
-        """What the user should know before the run."""
+        """Warnings that are known before the run."""
         return []
 
     def phrase(self) -> str:
@@ -86,18 +86,18 @@ class CachePolicy:
         return self.line()
 
     def line(
-        self, interval: int = 1, steps: list[int] | None = None, computed: int | None = None, rest: str = ""
+        self, interval: int = 1, steps: list[int] | None = None, num_computed: int | None = None, rest: str = ""
     ) -> str:
-        return f"{interval} {steps} branch {self.order} {computed} {self.start} {self.end}{rest}"
+        return f"{interval} {steps} branch {self.order} {num_computed} {self.start} {self.end}{rest}"
 
     @property
     def decided_before(self) -> bool:
-        """Whether the steps of a run are known before it."""
+        """True if the steps of a run are known before it."""
         return True
 
     @property
     def off(self) -> bool:
-        """Whether nothing is ever reused."""
+        """True if nothing is ever reused."""
         return False
 
 
@@ -174,21 +174,21 @@ class Placed(CachePolicy):
 
 @dataclass(frozen=True)
 class StepCount(Placed):
-    """`computed` steps of the run compute, those outside start..end counted."""
+    """`num_computed` steps of the run compute, those outside start..end counted."""
 
-    computed: int
+    num_computed: int
 
     def limits(self) -> list[tuple[str, float, float]]:
-        return [("computed", 1, float("inf")), *super().limits()]
+        return [("num_computed", 1, float("inf")), *super().limits()]
 
     def planned(self, run: RunFacts, inside: range) -> Plan:
-        return CountedPlan(run.total, self.order, inside, self.computed, self.placing(run))
+        return CountedPlan(run.total, self.order, inside, self.num_computed, self.placing(run))
 
     def phrase(self) -> str:
-        return f"{self.computed} steps"
+        return f"{self.num_computed} steps"
 
     def detail(self) -> str:
-        return self.line(computed=self.computed) + self.optimum()
+        return self.line(num_computed=self.num_computed) + self.optimum()
 
 
 @dataclass(frozen=True)
@@ -246,10 +246,10 @@ class ErrorBudget(CachePolicy):
 
 @dataclass(frozen=True)
 class PolicyConfig:
-    """A policy and what it reuses (`mode`), for an engine that learns the number of steps with each run."""
+    """A policy and what it reuses, for an engine that learns the number of steps with each run."""
 
     policy: CachePolicy
-    mode: str = "branch"
+    reuse: str = "branch"
 
     @property
     def order(self) -> int:
@@ -271,4 +271,4 @@ class PolicyConfig:
                 "it; use another policy, such as Speedup."
             )
         steps = self.policy.plan(total, cost=cost).steps
-        return CacheConfig(1, frozenset(steps), self.mode, self.order)
+        return CacheConfig(1, frozenset(steps), self.reuse, self.order)

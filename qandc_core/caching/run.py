@@ -9,7 +9,7 @@ conditions; nothing here knows the host. Three decisions are made, each by what 
 - **The features** of a call belong to a condition, the part of the sample that it was evaluated on, and its patches
   (`identity`). A call whose part cannot be located, and a condition that is evaluated twice with no difference to tell
   the two apart, is computed.
-- **Forecasts** end where the sampler adds noise between its predictions, which the samples themselves show
+- **Extrapolation** ends where the sampler adds noise between its predictions, which the samples themselves show
   (`trajectory`).
 
 A run costs the host one wait for each prediction, for the noise level; features are `order` + 1 values for every
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Sequence
+from threading import RLock
 from typing import Any
 
 import torch
@@ -31,13 +32,13 @@ from .identity import locate
 from .steps import Steps, same_level
 from .trajectory import NoiseWatch, probe_positions
 
-COMPUTED, HELD, FORECAST, ABSENT = "C", "R", "F", "."
+COMPUTED, REUSED, EXTRAPOLATED, ABSENT = "C", "R", "F", "."
 SIDES = {0: "positive", 1: "negative"}
 CHURNED = 3  # passes that began between the levels of the schedule; a restart begins at one of them
 
 
 class SamplingRun:
-    """Features by condition, for each device; steps by noise level; nothing outlives the run.
+    """Features by condition, for each device and network; steps by noise level; nothing outlives the run.
 
     `plan` says which steps compute, `sampler` is its name in messages. `corrects`: the sampler's first evaluation at a
     noise level ends the step before it, as Heun's does.
@@ -49,7 +50,8 @@ class SamplingRun:
         self.plan, self.steps, self.sampler = plan, Steps(sigmas), sampler
         self.corrects, self.offload = corrects, offload
         self.total = self.steps.total
-        self.caches: dict[torch.device, FeatureCache] = {}
+        self.caches: dict[tuple[torch.device, Hashable], FeatureCache] = {}
+        self.lock = RLock()  # clones of a network on several devices are called in threads
         self.sample: Tensor | None = None  # what the sampler handed over, for calls whose part has to be located
         self.frame: Frame | None = None
         self.watch: NoiseWatch | None = None
@@ -106,7 +108,7 @@ class SamplingRun:
             self.end_forecasts()
 
     def column(self) -> int:
-        """Of the present step in the timeline: its own, or one more where an earlier pass was there."""
+        """Column of the present step in the timeline: its own, or a new one where an earlier pass took it."""
         where = self.number, self.step
         if where not in self.columns:
             taken = self.step in self.columns.values()
@@ -115,7 +117,7 @@ class SamplingRun:
         return self.columns[where]
 
     def end_prediction(self, denoised: Tensor) -> None:
-        """What guidance made of the computed predictions."""
+        """Ends a prediction with the guided result."""
         if self.computed_any:
             self.plan.observe(self.position, denoised)
         self.sample = self.frame = None
@@ -131,11 +133,11 @@ class SamplingRun:
         self.watch, self.positions, self.shape = NoiseWatch(), positions.to(sample.device), sample.shape
 
     def values(self, tensor: Tensor) -> Tensor:
-        """Those of a sample or a prediction that the watch sees."""
+        """The values of a sample or a prediction that the watch reads."""
         return tensor.detach().reshape(-1)[self.positions].float()
 
     def keep_values(self, *tensors: Tensor) -> None:
-        """Of what the sampler was given; they come to the host with the next noise level."""
+        """Keeps values of what the sampler was given; they reach the host with the next noise level."""
         if self.watch is not None:
             self.waiting = [self.values(tensor) for tensor in tensors if tensor.shape == self.shape]
 
@@ -154,7 +156,7 @@ class SamplingRun:
         return float(level)
 
     def see_noise(self, sigma: float) -> None:
-        """Ends forecasts once the sampler has added noise, which a forecast does not see."""
+        """Ends extrapolation once the sampler has added noise, which it cannot foresee."""
         if self.watch is None or self.seen is None:
             return
         (now, predicted), self.seen = self.seen, None
@@ -192,7 +194,9 @@ class SamplingRun:
                 self.ambiguous.add(key)
             self.met.add(key)
         if self.ambiguous.intersection(keys):
-            self.warn("conditions that were evaluated again with nothing to tell the two apart were computed")
+            self.warn(
+                "conditions that were evaluated again, with nothing to distinguish the two evaluations, were computed"
+            )
             return ModelCall(None, tuple(lines))
         return ModelCall(keys, tuple(lines))
 
@@ -206,10 +210,10 @@ class SamplingRun:
         whole = self.sample.to(x.device)
         return [locate(part, whole) for part in x.chunk(len(conditions))], tuple(conditions)
 
-    def place(self, x: Tensor, call: ModelCall) -> FeatureCache:
-        """Begins a model call; the cache answers whether it reuses."""
+    def place(self, x: Tensor, call: ModelCall, network: Hashable = None) -> FeatureCache:
+        """Begins a model call; the cache, one for each device and network, answers whether it reuses."""
         home = x.device if self.offload else None
-        cache = self.caches.setdefault(x.device, FeatureCache(self.plan, offloaded_from=home))
+        cache = self.caches.setdefault((x.device, network), FeatureCache(self.plan, offloaded_from=home))
         if call.keys is None:
             cache.pass_by(self.step, self.position)
             cache.forget(self.ambiguous)
@@ -233,7 +237,7 @@ class SamplingRun:
     def action(self, cache: FeatureCache) -> str:
         if not cache.run.reusing:
             return COMPUTED
-        return FORECAST if cache.forecasts else HELD
+        return EXTRAPOLATED if cache.forecasts else REUSED
 
     def name(self, line: tuple) -> str:
         """positive, negative, or with a number where a side has several areas, windows or passes."""
@@ -244,9 +248,11 @@ class SamplingRun:
             self.names[line] = base if not others else f"{base} #{others + 1}"
         return self.names[line]
 
-    def drop(self) -> None:
-        for cache in self.caches.values():
-            cache.drop()
+    def drop(self, device: torch.device | None = None) -> None:
+        """Forgets the features, or those that are on a device."""
+        for (place, _), cache in self.caches.items():
+            if device in (None, place):
+                cache.drop()
 
     @property
     def num_bytes(self) -> int:
@@ -256,20 +262,18 @@ class SamplingRun:
 
     @property
     def timeline(self) -> dict[str, str]:
-        """A letter for each step, by condition and part: C computed, R held, F forecast, . not evaluated. Steps that a
-        later pass evaluated once more follow after the last.
-        """
+        """Letters by condition and part: C computed, R reused, F extrapolated, . not evaluated; repeated steps last."""
         return {
             name: "".join(letters.get(i, ABSENT) for i in range(self.width)) for name, letters in self.lines.items()
         }
 
     def actions(self) -> list[str]:
-        """Of each step and repeated step: computed if any condition was, reused, or not visited."""
+        """One letter per step and repeated step: computed if any condition was, reused, or not visited."""
         columns = list(zip(*self.timeline.values())) if self.lines else [()] * self.width
         return [COMPUTED if COMPUTED in column else max(column, default=ABSENT) for column in columns]
 
     def computed(self) -> list[bool]:
-        """Whether each step computed for any condition; one that was not visited did not."""
+        """One flag per step: computed for any condition. Steps that were not visited were not computed."""
         return [action == COMPUTED for action in self.actions()]
 
     @property
@@ -277,16 +281,16 @@ class SamplingRun:
         return self.actions().count(ABSENT)
 
     @property
-    def reuses(self) -> bool:
-        """Whether anything was reused."""
-        return any(letter in (HELD, FORECAST) for line in self.lines.values() for letter in line.values())
+    def reused_any(self) -> bool:
+        """True if anything was reused."""
+        return any(letter in (REUSED, EXTRAPOLATED) for line in self.lines.values() for letter in line.values())
 
     def counts(self) -> str:
-        """In words."""
+        """The numbers of computed, reused and unvisited steps in words."""
         actions = self.actions()
         computed, absent, repeated = actions.count(COMPUTED), actions.count(ABSENT), self.width - self.total
         mixed = sum(
-            COMPUTED in column and bool({HELD, FORECAST} & {*column}) for column in zip(*self.timeline.values())
+            COMPUTED in column and bool({REUSED, EXTRAPOLATED} & {*column}) for column in zip(*self.timeline.values())
         )
         in_part = f" ({mixed} in part)" if mixed else ""
         left_out = f", {absent} not visited" if absent else ""

@@ -1,4 +1,4 @@
-"""What is known of a run before it begins, and whether a calibration was made of such a run."""
+"""Facts about a run that are known before it begins, and whether a calibration applies to it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TOLERANCE = 0.02  # relative difference up to which two noise levels count as th
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What is known of a run before it begins.
+    """Facts about a run that are known before it begins.
 
     `flow` says that noise replaces the image instead of adding to it, `cost` what share of a computed step a reused one
     takes, `sigmas` (total + 1,) the noise levels and `noisy` whether the sampler adds noise; None: not known.
@@ -27,7 +27,7 @@ class RunFacts:
 
 @dataclass(frozen=True, eq=False)
 class StepDistances:
-    """What a calibration knows of steps: `values` (T, T), upper triangular, as optimal_schedule takes them, and the run
+    """Step distances of a calibration: `values` (T, T), upper triangular, as optimal_schedule takes them, and the run
     that they were measured on: its noise levels (T + 1,), and whether its sampler adds noise. None: not known.
     """
 

@@ -8,34 +8,34 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-MODES = ("branch", "block", "prediction")
+REUSE = ("branch", "block", "prediction")
 ORDERS = (0, 1)
 
 
 def check_order(order: int) -> None:
     if order not in ORDERS:
-        raise ValueError(f"forecast order must be {' or '.join(map(str, ORDERS))}, got {order}.")
+        raise ValueError(f"order must be {' or '.join(map(str, ORDERS))}, got {order}.")
 
 
 @dataclass(frozen=True)
 class CacheConfig:
     """Reuse policy. `steps` lists the computed steps and replaces `interval`; step 0 always computes.
 
-    `mode` "branch" keeps attention and MLP outputs before the gate (FORA), "block" what each block adds, "prediction"
+    `reuse` "branch" keeps attention and MLP outputs before the gate (FORA), "block" what each block adds, "prediction"
     the predicted clean image, which needs a FusedDiT: only its loop sees predictions.
-    `order` 1 extrapolates linearly over the last two computed steps instead of holding the last.
+    `order` 1 extrapolates linearly from the last two computed steps, 0 reuses the last one.
     """
 
     interval: int = 3
     steps: frozenset[int] | None = None
-    mode: str = "branch"
+    reuse: str = "branch"
     order: int = 0
 
     def __post_init__(self) -> None:
         if self.interval < 1:
             raise ValueError(f"cache_interval must be 1 (no reuse) or more, got {self.interval}.")
-        if self.mode not in MODES:
-            raise ValueError(f"cache mode must be one of {', '.join(MODES)}, got {self.mode!r}.")
+        if self.reuse not in REUSE:
+            raise ValueError(f"reuse must be one of {', '.join(REUSE)}, got {self.reuse!r}.")
         check_order(self.order)
 
     def for_run(self, total: int, cost: float = 0.0) -> CacheConfig:
@@ -48,36 +48,36 @@ class CacheConfig:
         return step % self.interval == 0
 
     def keeps(self, step: int) -> bool:
-        """Whether a later step may read what `step` computes: with order 0 never where the next step computes too."""
+        """True if a later step may read what `step` computes: with order 0 never where the next step computes too."""
         return self.order > 0 or not self.computes(step + 1)
 
 
 SPACING = 0.7  # exponent of the default spacing; chosen on the models of benchmarks/caching
 
 
-def spaced_steps(total: int, computed: int) -> tuple[int, ...]:
-    """`computed` of `total` steps, first and last among them, closer together towards the end, where images sharpen.
+def spaced_steps(total: int, num_computed: int) -> tuple[int, ...]:
+    """`num_computed` of `total` steps, the first and the last among them, denser towards the end, where images sharpen.
 
-    Step k lies at (total - 1) (k / (computed - 1))^SPACING, rounded, and earlier where two would coincide.
-    Raises ValueError unless 1 <= computed <= total.
+    Step k lies at (total - 1) (k / (num_computed - 1))^SPACING, rounded, and earlier where two would coincide.
+    Raises ValueError unless 1 <= num_computed <= total.
     """
-    if not 1 <= computed <= total:
-        raise ValueError(f"The number of computed steps must be between 1 and {total}, got {computed}.")
-    steps = [round((total - 1) * (k / max(computed - 1, 1)) ** SPACING) for k in range(computed)]
-    for k in reversed(range(computed - 1)):
+    if not 1 <= num_computed <= total:
+        raise ValueError(f"The number of computed steps must be between 1 and {total}, got {num_computed}.")
+    steps = [round((total - 1) * (k / max(num_computed - 1, 1)) ** SPACING) for k in range(num_computed)]
+    for k in reversed(range(num_computed - 1)):
         steps[k] = min(steps[k], steps[k + 1] - 1)
     return tuple(steps)
 
 
-def spread(total: int, computed: int, inside: range, distances: Tensor | None = None) -> set[int]:
-    """All steps outside `inside`, and within it as many as make up `computed`, at least one.
+def spread(total: int, num_computed: int, inside: range, distances: Tensor | None = None) -> set[int]:
+    """All steps outside `inside`, and within it as many as make up `num_computed`, at least one.
 
     Those are spaced, or lie where the distances (T, T) are least.
     """
     outside = set(range(total)) - set(inside)
     if not len(inside):
         return outside
-    count = min(max(computed - len(outside), 1), len(inside))
+    count = min(max(num_computed - len(outside), 1), len(inside))
     if distances is None:
         steps = spaced_steps(len(inside), count)
     else:

@@ -62,7 +62,7 @@ class Steps:
         return (level > self.level) != self.rises
 
     def fraction(self, sigma: float) -> float:
-        """How far an evaluation within the present step lies towards the next, 0..1, by noise level."""
+        """Position of an evaluation between the present step and the next, 0..1, by noise level."""
         if not self.total:
             return 0.0
         begin, end = self.sigmas[self.at], self.sigmas[self.at + 1]

@@ -1,12 +1,12 @@
-"""Whether a sample follows from what the model predicted before: linear algebra on a few hundred of its values.
+"""Detects noise that a sampler adds between predictions, by linear algebra on a few hundred values of the sample.
 
 Every sampler of diffusion models is linear in what it knows: a step, a midpoint, a corrector or a multistep formula
 sets the next sample to a x + b D + c D' + ..., with one coefficient for all values of a tensor. So it lies in the span
 of the last samples and predictions, whatever the sampler is called and however it was set. What a least-squares fit
 leaves over did not come from there:
 
-- noise that the sampler added. A forecast of predictions does not see it, so the run holds them instead. eta, s_noise
-  and s_churn need not be known.
+- noise that the sampler added. Extrapolation does not see it, so the run reuses the last prediction instead. eta,
+  s_noise and s_churn need not be known.
 - another run: its first sample is noise that no earlier sample explains, and earlier features are not its own.
 
 A fit takes 512 values and at most 15 vectors, about 0.2 ms on the host. The values come over together with the noise
@@ -58,7 +58,7 @@ class NoiseWatch:
         self.noisy = False
 
     def see(self, sample: np.ndarray, sigma: float) -> bool:
-        """Whether noise was added on the way to this sample at noise level sigma, or before."""
+        """True if noise was added on the way to this sample at noise level sigma, or before."""
         vectors = [vector for step in self.vectors for vector in step]
         if vectors and len(vectors[0]) != len(sample):
             self.vectors, vectors = [], []
@@ -70,7 +70,7 @@ class NoiseWatch:
         return self.noisy
 
     def predicted(self, *vectors: np.ndarray) -> None:
-        """What the sampler was given for the latest sample: the prediction, and the unconditional one if known."""
+        """Takes the prediction that the sampler got for the latest sample, and the unconditional one if known."""
         self.vectors[-1] += vectors
 
     def forget(self) -> None:

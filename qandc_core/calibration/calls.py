@@ -23,7 +23,7 @@ class ModelCall:
 
 
 def storable(value: Any) -> bool:
-    """Whether a condition can be stored."""
+    """True if a condition can be stored."""
     if isinstance(value, (list, tuple)):
         return type(value) in SEQUENCES.values() and all(map(storable, value))
     return value is None or isinstance(value, (Tensor, bool, int, float, str))

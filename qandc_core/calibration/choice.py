@@ -1,4 +1,4 @@
-"""What calibration may learn from: every sample of a model's own trajectories, and the choice among them."""
+"""Candidates for calibration, every sample of a model's own trajectories, and the choice among them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SELECTIONS = ("tap", "stratified", "random")
 
 @dataclass(frozen=True)
 class CalibrationConfig:
-    """How much to sample, how to choose from it, and how much of what layers see is kept."""
+    """How much to sample, how to choose calibration samples, and how many activations to keep of each layer."""
 
     trajectories: int = 32
     batch_size: int = 16
@@ -36,7 +36,7 @@ class CalibrationConfig:
 
     @property
     def apart(self) -> bool:
-        """Whether the last trajectory is held out as a whole."""
+        """True if the last trajectory is held out as a whole."""
         return self.held_out > 0 and self.trajectories > 1
 
     def batches(self) -> Iterator[tuple[int, int, int]]:
@@ -95,7 +95,7 @@ class Candidates:
         return "steps" if not steps or any(step not in run for run in self.predictions for step in steps) else ""
 
     def distances(self) -> Tensor | None:
-        """How much each step's prediction differs from earlier ones; None where one is missing."""
+        """Distances between the predictions of all steps (T, T); None where one is missing."""
         if self.sigmas is None or self.missing():
             return None
         steps = range(len(self.sigmas) - 1)
@@ -143,10 +143,15 @@ def spread(calls: Tensor, count: int) -> Tensor:
 
 def features_of(x: Tensor) -> Tensor:
     """A sample as TAP sees it (N, D), float32 on CPU."""
+    return reduced(x).cpu()
+
+
+def reduced(x: Tensor) -> Tensor:
+    """Samples (N, ...) averaged down to at most FEATURES values each (N, D), float32, on their device."""
     values = x[0].numel()
     if values > FEATURES and x.ndim >= 4:
         side = max(1, int((FEATURES / (values / (x.shape[-1] * x.shape[-2]))) ** 0.5))
         x = F.adaptive_avg_pool2d(x.flatten(1, -3).float(), side)
     elif values > FEATURES:  # sound, or several latents packed into one
         x = F.adaptive_avg_pool1d(x.flatten(1).float(), FEATURES)
-    return x.flatten(1).float().cpu()
+    return x.flatten(1).float()

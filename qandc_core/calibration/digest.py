@@ -43,7 +43,7 @@ class Digest:
 
     @property
     def known(self) -> bool:
-        """Whether another process finds the same digits for the same value."""
+        """True if another process finds the same digits for the same value."""
         return not self.opaque
 
 

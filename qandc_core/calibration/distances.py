@@ -1,4 +1,4 @@
-"""How far each branch's output moves from step to step: what optimal_schedule minimises."""
+"""Distances between steps, which optimal_schedule minimizes: of predictions, and of the branches' outputs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,15 @@ from torch import Tensor, nn
 from ..caching.attach import cache_bypassed
 from ..diffusion.process import ReverseProcess, SamplingConfig
 from ..models.dit import DiT
+from ..numerics import ratios
 from ..precision import with_float64
+
+FARTHEST = 1e12  # from a prediction that is zero
+
+
+def relative_distances(values: Tensor) -> Tensor:
+    """|x_i - x_j| / |x_j| (T, T) between the rows of values (T, V); finite, as optimal_schedule requires."""
+    return ratios(torch.cdist(values, values), values.norm(dim=1)[None]).clamp(max=FARTHEST)
 
 
 def prediction_distances(denoised: Tensor, sigmas: Tensor) -> Tensor:
@@ -21,7 +29,7 @@ def prediction_distances(denoised: Tensor, sigmas: Tensor) -> Tensor:
     (1 - following / sigma) of an error in it. sigmas (T + 1,).
     """
     values, sigmas = denoised.to(with_float64(denoised.device)).double(), sigmas.cpu().double()
-    relative = torch.cdist(values, values) / values.norm(dim=1).clamp(min=1e-12)[None]
+    relative = relative_distances(values)
     return torch.triu(relative * (1 - sigmas[1:] / sigmas[:-1]).to(values.device)[None], diagonal=1).cpu()
 
 
@@ -57,6 +65,5 @@ def feature_distances(
     total = torch.zeros(len(process), len(process), dtype=torch.float64)
     for outputs in kept.values():
         # Split guidance runs a branch twice in a step; the conditions lie side by side.
-        features = torch.stack(outputs).view(len(process), -1).double()
-        total += torch.cdist(features, features) / features.norm(dim=1).clamp(min=1e-12)[None]
+        total += relative_distances(torch.stack(outputs).view(len(process), -1).double())
     return torch.triu(total / len(kept), diagonal=1)

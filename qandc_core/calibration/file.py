@@ -20,13 +20,15 @@ from ..files import parse_json, read_safetensors, reading, save_tensors
 from ..values import check_finite
 from .calls import ModelCall, pack_calls, unpack_calls
 from .fingerprint import Fingerprint, fingerprint_tensors, same_model
+from .recording import Recording, read_recording
 from .statistics import BINS, LayerStatistics
 
 __all__ = ["FINGERPRINT", "Calibration", "fingerprint", "fingerprint_tensors", "load_calibration", "read_header"]
 FORMAT, VERSION = "qandc-calibration", 1
 REMEDY = "calibrate again"
 FINGERPRINT = "qandc_fingerprint"
-TENSORS = ("low", "high", "mean", "histogram", "hessian", "rows", "held_out")
+TENSORS = ("low", "high", "mean", "histogram", "hessian", "inputs", "held_out")
+STORED = {"inputs": "rows"}  # tensors that files name otherwise
 
 
 def fingerprint(model: nn.Module) -> Fingerprint:
@@ -37,10 +39,11 @@ def fingerprint(model: nn.Module) -> Fingerprint:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What calibration found for one model: layer statistics, computed steps of the cache, variance compensation.
+    """The result of calibrating one model: layer statistics, computed steps of the cache, variance compensation.
 
     `distances` (T, T) are what optimal_schedule minimises. `sampling` and `notes` say how it was made. `held_out` are
-    calls of the model that no statistics come from. Immutable: `with_variance` and `with_schedule` make a new one.
+    calls of the model that no statistics come from. `recording` is there to add runs to it.
+    Immutable: `with_variance` and `with_schedule` make a new one.
     """
 
     model: str
@@ -51,6 +54,7 @@ class Calibration:
     sampling: SamplingConfig | None = None
     notes: dict[str, Any] = field(default_factory=dict)
     held_out: tuple[ModelCall, ...] = ()
+    recording: Recording | None = None
 
     def check_model(self, model: nn.Module) -> None:
         self.check_fingerprint(fingerprint(model))
@@ -91,7 +95,7 @@ class Calibration:
         return tuple(self.sampling.schedule().sigmas) if self.sampling is not None else None
 
     def schedule_mismatch(self, sigmas: Sequence[float]) -> str:
-        """How a run at these noise levels, the last included, differs from the one it was made on; "" if it does not.
+        """How a run at these noise levels, the last included, differs from the one it was made on; "" if not at all.
 
         Levels within 2 % count as the same. Of a file that does not know its levels the number of steps counts.
         """
@@ -100,7 +104,7 @@ class Calibration:
         return schedule_mismatch(known, made, steps, sigmas)
 
     def belongs_to_schedule(self, sigmas: Sequence[float]) -> bool:
-        """Whether it was made on a run at these noise levels, the last included."""
+        """True if it was made on a run at these noise levels, the last included."""
         return not self.schedule_mismatch(sigmas)
 
     def with_variance(self, variance: VarianceCompensation) -> Calibration:
@@ -116,7 +120,7 @@ class Calibration:
             for key in TENSORS:
                 value = getattr(layer, key)
                 if value is not None:
-                    tensors[f"statistics/{name}/{key}"] = value.contiguous()
+                    tensors[f"statistics/{name}/{STORED.get(key, key)}"] = value.contiguous()
             tensors[f"statistics/{name}/count"] = torch.tensor([layer.count, layer.reach], dtype=torch.float64)
         if self.schedule is not None:
             tensors["schedule/steps"] = torch.tensor(self.schedule)
@@ -125,6 +129,8 @@ class Calibration:
         if self.variance is not None:
             for key in ("sigmas", "mean", "factor"):
                 tensors[f"variance/{key}"] = getattr(self.variance, key).contiguous()
+        if self.recording is not None:
+            tensors |= self.recording.tensors()
         header = {
             "format": FORMAT,
             "version": VERSION,
@@ -134,12 +140,13 @@ class Calibration:
             "sampling": asdict(self.sampling) if self.sampling is not None else None,
             "notes": self.notes,
             "held_out": held_out,
+            **({"recording": self.recording.header()} if self.recording is not None else {}),
         }
         save_tensors(tensors or {"empty": torch.zeros(1)}, path, {"qandc": json.dumps(header)})
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """What a calibration file says of itself, without its tensors. Raises OSError or ValueError on any other file."""
+    """The header of a calibration file, without its tensors. Raises OSError or ValueError on any other file."""
     with reading(path, REMEDY):
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -185,6 +192,7 @@ def read_calibration(tensors: dict[str, Tensor], header: Mapping[str, Any]) -> C
         sampling=read_sampling(header["sampling"]),
         notes=header["notes"],
         held_out=unpack_calls(tensors, header.get("held_out", ())),
+        recording=read_recording(tensors, header.get("recording")),
     )
 
 
@@ -207,7 +215,7 @@ def read_statistics(tensors: dict[str, Tensor]) -> dict[str, LayerStatistics]:
     for name in sorted(names):
         count, reach = tensors[f"statistics/{name}/count"].tolist()
         low, high, mean, histogram = (tensors[f"statistics/{name}/{key}"] for key in TENSORS[:4])
-        optional = (tensors.get(f"statistics/{name}/{key}") for key in TENSORS[4:])
+        optional = (tensors.get(f"statistics/{name}/{STORED.get(key, key)}") for key in TENSORS[4:])
         layer = LayerStatistics(int(count), low, high, mean, histogram, torch.tensor(reach), *optional)
         check_statistics(name, layer)
         statistics[name] = layer

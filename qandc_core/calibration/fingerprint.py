@@ -1,4 +1,4 @@
-"""What model a file belongs to, told from its weights in whatever precision they were loaded.
+"""Recognizes the model that a file belongs to by its weights, in whatever precision they were loaded.
 
 A hash of the weights tells models apart exactly, and also one file from itself: loaded in bfloat16 and in float16 the
 values differ by a rounding. No hash can be the same for both, because values near the border of two roundings fall on
@@ -67,7 +67,7 @@ def fingerprint_tensors(tensors: Mapping[str, Tensor]) -> Fingerprint:
 
 
 def same_model(one: str, other: str) -> bool:
-    """Whether two fingerprints are of one model, in equal or in different precisions."""
+    """True if two fingerprints are of one model, in equal or in different precisions."""
     if one == other:
         return True
     sketches = [getattr(found, "sketch", "").split(":") for found in (one, other)]
@@ -85,7 +85,7 @@ def decoded(text: str) -> Tensor:
 
 
 def agree(a: Tensor, marks_a: str, b: Tensor, marks_b: str) -> Tensor:
-    """Whether each pair of values can be roundings of one number: equal where their precisions are."""
+    """True for each pair of values that can be roundings of one number: equal where their precisions are."""
     size = torch.maximum(a.abs().nan_to_num(0, 0, 0), b.abs().nan_to_num(0, 0, 0))
     bound, overflow = torch.zeros_like(size), torch.zeros_like(size, dtype=torch.bool)
     different = torch.tensor([x != y for x, y in zip(marks_a, marks_b)])

@@ -16,11 +16,11 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from ..files import is_file_name, is_portable
 from .file import read_header
 
 SUFFIX = ".safetensors"
 LONGEST = 128  # bytes of a prefix; a number and the endings come after it, and file systems allow 255
-DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{number}" for port in ("COM", "LPT") for number in range(10))}
 
 
 def listed(folder: Path) -> list[str]:
@@ -32,16 +32,14 @@ def listed(folder: Path) -> list[str]:
 
 
 def is_listed(name: str) -> bool:
-    """Whether this is one visible file's name: no path on any system, and characters that JSON and a list can hold."""
-    drawn = all(unicodedata.category(character) not in ("Cc", "Cs", "Zl", "Zp") for character in name)
-    return name.endswith(SUFFIX) and not name.startswith(".") and drawn and not set(name) & {"/", "\\"}
+    """True for the names that a list of calibration files can hold."""
+    return name.endswith(SUFFIX) and is_file_name(name)
 
 
-def is_portable(name: str) -> bool:
-    """Whether every system can hold a file of this name; Windows takes CON and a:b for devices and streams."""
-    stem = name.removesuffix(SUFFIX)
-    device = stem.partition(".")[0].rstrip().upper() in DEVICES
-    return not device and not set(name) & set('<>:"|?*') and len(os.fsencode(name)) + 20 < 256
+def named(folder: Path, name: str) -> Path:
+    """The file that stands for a name somebody typed, under a name that every system can hold and that is listed."""
+    stem = stem_of(name.strip().removesuffix(SUFFIX))
+    return folder / (f"{stem}{SUFFIX}" if is_portable(f"{stem}{SUFFIX}") else f"calibration_{stem}{SUFFIX}")
 
 
 def made_before(folder: Path, prefix: str, inputs: str) -> Path | None:

@@ -1,4 +1,4 @@
-"""The second pass of calibration: what layers see on the chosen samples, and model calls that are held out."""
+"""The second pass of calibration: the inputs of layers on the chosen samples, and held-out model calls."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor, nn
 
 from .calls import ModelCall, storable
 from .choice import Choice
-from .statistics import LayerStatistics, merge_rows, observed
+from .statistics import LayerStatistics, merge_tokens, observed
 
-HELD_OUT_ROWS = 256  # of a layer's held-out inputs
+HELD_OUT_TOKENS = 256  # of a layer's held-out inputs
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class Share:
-    """Hands out `total` rows evenly among so many parts that come one after the other."""
+    """Shares `total` tokens evenly among parts that come one after the other."""
 
     total: int
     parts: int
@@ -32,14 +32,14 @@ class Share:
 
 
 class Draw:
-    """The rows at random that a model call keeps; layers with as many rows keep the same ones."""
+    """The random tokens that a model call keeps; layers with as many tokens keep the same ones."""
 
     def __init__(self, generator: torch.Generator):
         self.generator = generator
         self.orders: dict[int, Tensor] = {}
 
     def __call__(self, x: Tensor, count: int) -> Tensor:
-        """At most `count` rows of x (M, K)."""
+        """At most `count` tokens of x (M, K)."""
         if len(x) not in self.orders:
             self.orders[len(x)] = torch.randperm(len(x), generator=self.generator)
         return x[self.orders[len(x)][:count].to(x.device)]
@@ -55,76 +55,80 @@ class Observer:
         self, layers: Sequence[tuple[str, nn.Module]], statistics: dict[str, LayerStatistics], choice: Choice, run: int,
         tokens: int, seed: int,
     ):  # fmt: skip
-        chosen, apart = choice.samples, choice.held_out
+        chosen, held_out = choice.samples, choice.held_out
         self.layers, self.statistics = layers, statistics
-        self.chosen, self.apart = chosen[chosen[:, 0] == run], apart[apart[:, 0] == run]
-        earlier = int(chosen[chosen[:, 0] < run, 3].sum()), int((apart[:, 0] < run).sum())
-        self.rows = Share(tokens, int(chosen[:, 3].sum()), earlier[0])
-        self.held_out_rows = Share(HELD_OUT_ROWS, len(apart), earlier[1])
+        self.chosen, self.held_out = chosen[chosen[:, 0] == run], held_out[held_out[:, 0] == run]
+        earlier = int(chosen[chosen[:, 0] < run, 3].sum()), int((held_out[:, 0] < run).sum())
+        self.tokens = Share(tokens, int(chosen[:, 3].sum()), earlier[0])
+        self.held_out_tokens = Share(HELD_OUT_TOKENS, len(held_out), earlier[1])
         self.generator = torch.Generator().manual_seed((seed + run) % 2**63)
         self.calls: list[ModelCall] = []
         self.call = self.condition = 0
-        self.images, self.apart_now = chosen[:0, 2], apart[:0]
+        self.images, self.held_out_now = chosen[:0, 2], held_out[:0]
 
     def next_prediction(self) -> None:
         self.images = self.chosen[self.chosen[:, 1] == self.call, 2]
-        self.apart_now = self.apart[self.apart[:, 1] == self.call]
+        self.held_out_now = self.held_out[self.held_out[:, 1] == self.call]
         self.call, self.condition = self.call + 1, 0
 
     def called(self, call: Callable[[], Any], x: Tensor, t: Tensor, conditions: Mapping[str, Any], count: int) -> Any:
-        """What call() answers, a model call on x (N, ...) whose batch holds so many conditions side by side."""
-        rows, apart = self.places(len(x), count)
-        if not len(rows) and not len(apart):
+        """The result of call(), a model call on x (N, ...) whose batch holds `count` conditions side by side."""
+        samples, held_out = self.places(len(x), count)
+        if not len(samples) and not len(held_out):
             return call()
-        self.keep_calls(apart.tolist(), x, t, conditions)
-        with observed(self.layers, self.observer(len(x), rows.to(x.device), apart.to(x.device))):
+        self.keep_calls(held_out.tolist(), x, t, conditions)
+        with observed(self.layers, self.observer(len(x), samples.to(x.device), held_out.to(x.device))):
             return call()
 
     def places(self, batch: int, conditions: int) -> tuple[Tensor, Tensor]:
-        """Rows of the batch that are chosen, and that are held out; it has its conditions one after the other."""
+        """Samples of the batch that are chosen, and that are held out; it has its conditions one after the other."""
         images, first = batch // conditions, self.condition
         self.condition += conditions
-        rows = torch.cat([self.images + i * images for i in range(conditions)])
-        image, condition = self.apart_now[:, 2], self.apart_now[:, 3] - first
+        samples = torch.cat([self.images + i * images for i in range(conditions)])
+        image, condition = self.held_out_now[:, 2], self.held_out_now[:, 3] - first
         here = (condition >= 0) & (condition < conditions)
-        return rows, (image + condition * images)[here]
+        return samples, (image + condition * images)[here]
 
-    def observer(self, batch: int, rows: Tensor, apart: Tensor):
-        """observe(name, inputs) of one model call: samples at `rows` of the batch are added, those at `apart` kept."""
-        draw, wanted = Draw(self.generator), self.rows.take(len(rows))
-        draw_apart, wanted_apart = Draw(self.generator), self.held_out_rows.take(len(apart)) if len(apart) else 0
+    def observer(self, batch: int, samples: Tensor, held_out: Tensor):
+        """observe(name, inputs) of one model call: the inputs of `samples` are added, those of `held_out` kept."""
+        draw, wanted = Draw(self.generator), self.tokens.take(len(samples))
+        draw_held_out = Draw(self.generator)
+        wanted_held_out = self.held_out_tokens.take(len(held_out)) if len(held_out) else 0
 
         def observe(name: str, inputs: Tensor) -> None:
             if not inputs.numel():
                 return  # an expert to which no token went
             layer = self.statistics[name]
-            if len(rows):
-                x = of_samples(inputs, batch, rows)
+            if len(samples):
+                x = of_samples(inputs, batch, samples)
                 layer.update(x)
-                if layer.rows is not None:
-                    layer.keep_rows(draw(x, wanted))
-            if len(apart):
-                layer.keep_held_out(draw_apart(of_samples(inputs, batch, apart), wanted_apart))
+                if layer.inputs is not None:
+                    layer.keep_inputs(draw(x, wanted))
+            if len(held_out):
+                layer.keep_held_out(draw_held_out(of_samples(inputs, batch, held_out), wanted_held_out))
 
         return observe
 
-    def keep_calls(self, rows: list[int], x: Tensor, t: Tensor, conditions: Mapping[str, Any]) -> None:
-        """Notes the samples at `rows` of the batch as calls of their own."""
-        given = {key: value for key, value in conditions.items() if value is not None}
-        for row in rows:
-            call = {key: part_of(value, row, len(x)) for key, value in given.items()}
-            unfit = [key for key, value in call.items() if not storable(value)]
-            if unfit:
-                log.info("Q&C calibration: a held-out call is left out, its %s cannot be stored.", ", ".join(unfit))
-                continue
-            self.calls.append(ModelCall(part_of(x, row, len(x)), part_of(t, row, len(x)), call))
+    def keep_calls(self, samples: list[int], x: Tensor, t: Tensor, conditions: Mapping[str, Any]) -> None:
+        """Keeps these samples of the batch as calls of their own."""
+        self.calls += [call for row in samples if (call := call_of(row, x, t, conditions)) is not None]
 
 
-def of_samples(inputs: Tensor, batch: int, rows: Tensor) -> Tensor:
-    """The inputs (M, K) that belong to some rows of the batch; all of them in layers that do not keep it first."""
+def call_of(row: int, x: Tensor, t: Tensor, conditions: Mapping[str, Any]) -> ModelCall | None:
+    """One sample of a batch as a call of its own; None, with a message, where a condition cannot be stored."""
+    given = {key: part_of(value, row, len(x)) for key, value in conditions.items() if value is not None}
+    unfit = [key for key, value in given.items() if not storable(value)]
+    if unfit:
+        log.info("Q&C calibration: a held-out call is left out, its %s cannot be stored.", ", ".join(unfit))
+        return None
+    return ModelCall(part_of(x, row, len(x)), part_of(t, row, len(x)), given)
+
+
+def of_samples(inputs: Tensor, batch: int, samples: Tensor) -> Tensor:
+    """The inputs (M, K) that belong to some samples of the batch; all of them in layers that do not keep it first."""
     if len(inputs) % batch:
-        return merge_rows(inputs)
-    return merge_rows(inputs.reshape(batch, -1, inputs.shape[-1])[rows])
+        return merge_tokens(inputs)
+    return merge_tokens(inputs.reshape(batch, -1, inputs.shape[-1])[samples])
 
 
 def part_of(value: Any, row: int, batch: int) -> Any:

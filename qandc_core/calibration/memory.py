@@ -1,4 +1,4 @@
-"""How much of each layer's inputs fits the memory that statistics may take."""
+"""Fits the statistics of all layers into a memory budget."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LEAST = 64  # kept inputs below which GPTQ has little to go by
 
 @dataclass(frozen=True)
 class StatisticsPlan:
-    """What every layer keeps: X^T X where that is the smaller, else `tokens` of its inputs; `held_out` inputs beside.
+    """What each layer keeps: X^T X where that is smaller, else `tokens` of its inputs; and `held_out` further inputs.
 
     `bytes` is what all layers' statistics take.
     """
@@ -23,10 +23,10 @@ class StatisticsPlan:
     bytes: int
 
     def hessian(self, width: int) -> bool:
-        """Whether a layer of so many inputs keeps X^T X, float32, rather than inputs in bfloat16."""
+        """True if a layer of this width keeps X^T X in float32 rather than inputs in bfloat16."""
         return 4 * width**2 <= 2 * width * self.tokens
 
-    def rows(self, width: int) -> int:
+    def inputs(self, width: int) -> int:
         return 0 if self.hessian(width) else self.tokens
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from .calls import ModelCall
 from .choice import CalibrationConfig, Candidates, Choice
 from .file import Calibration, load_calibration
-from .layer_inputs import HELD_OUT_ROWS, Observer
+from .layer_inputs import HELD_OUT_TOKENS, Observer
 from .memory import StatisticsPlan, plan_statistics
 from .statistics import LayerStatistics, check_finite, observed
 
@@ -33,19 +33,21 @@ Layers = Sequence[tuple[str, nn.Module]]
 
 
 class Host(Protocol):
-    """What samples the trajectories: `layers` to observe by name, the model's `fingerprint`, and the `device` that its
+    """Samples the trajectories: `layers` to observe by name, the model's `fingerprint`, and the `device` that its
     layers run on. `all_run` says that every call of the model runs all of its layers, `steps` how many predictions a
     run has at least.
     """
 
-    layers: Layers
     fingerprint: str
     device: torch.device
     all_run: bool
     steps: int
 
+    @property
+    def layers(self) -> Layers: ...
+
     def expect(self, steps: int) -> None:
-        """So many sampling steps are still to come, for a progress bar."""
+        """The number of sampling steps still to come, for a progress bar."""
 
     def room(self) -> int:
         """Bytes on the device that statistics may take."""
@@ -59,7 +61,7 @@ class Host(Protocol):
 
 @dataclass
 class Standing:
-    """How far a calibration has come: what was chosen, and what `runs` sampling runs of the second pass found."""
+    """Progress of a calibration: the choice, and the statistics of `runs` sampling runs of the second pass."""
 
     choice: Choice
     distances: Tensor | None
@@ -69,7 +71,7 @@ class Standing:
     missing: str = ""  # why there are no distances
 
     def result(self, model: str) -> Calibration:
-        """As a calibration, with notes on what is not found in one."""
+        """The state as a Calibration; what that has no field for goes into its notes."""
         places = {"samples": self.choice.samples.tolist(), "held_out": self.choice.held_out.tolist()}
         notes = {**places, "runs": self.runs, "distances": self.missing}
         return Calibration(model, self.statistics, distances=self.distances, notes=notes, held_out=self.held_out)
@@ -102,7 +104,7 @@ class Calibrating:
         return standing.result(self.host.fingerprint)
 
     def interrupted(self) -> Standing | None:
-        """What an interrupted calibration came to. A file that is damaged is set aside, with a warning."""
+        """The state of an interrupted calibration. A damaged file is set aside, with a warning."""
         if self.partial is None or not self.partial.is_file():
             return None
         try:
@@ -162,9 +164,9 @@ class Calibrating:
 
 
 def planned(layers: Layers, plan: CalibrationConfig) -> StatisticsPlan:
-    """What each layer's statistics keep. Raises ValueError where the plan's memory does not hold them."""
+    """The memory plan of all layers' statistics. Raises ValueError where they do not fit."""
     widths, budget = [width_of(layer) for _, layer in layers], int(plan.memory_gb * 2**30)
-    tokens, held_out = plan.tokens if plan.hessians else 0, HELD_OUT_ROWS if plan.held_out else 0
+    tokens, held_out = plan.tokens if plan.hessians else 0, HELD_OUT_TOKENS if plan.held_out else 0
     space = plan_statistics(widths, budget, tokens, held_out)
     blocks = {block_of(name) for name, _ in layers} - {""}
     kept = f", {space.tokens} tokens each" if plan.hessians else ""
@@ -188,22 +190,22 @@ def width_of(layer: nn.Module) -> int:
 
 def empty_statistics(layer: nn.Module, space: StatisticsPlan) -> LayerStatistics:
     width = width_of(layer)
-    return LayerStatistics.empty(width, space.hessian(width), space.rows(width), space.held_out)
+    return LayerStatistics.empty(width, space.hessian(width), space.inputs(width), space.held_out)
 
 
 def resumed(found: Calibration, layers: Mapping[str, nn.Module], space: StatisticsPlan) -> Standing:
-    """What an interrupted calibration came to; its statistics have room for more."""
+    """The state of an interrupted calibration, with room for more statistics."""
     statistics = {}
     for name in list(found.statistics):
         # Taken out one by one: all of them twice would not fit the budget.
         layer, room = found.statistics.pop(name), empty_statistics(layers[name], space)
         if (layer.low.shape, layer.hessian is None) != (room.low.shape, room.hessian is None):
             raise ValueError(f"the statistics of {name} are of another layer")
-        if layer.rows is not None:
-            room.keep_rows(layer.rows)
+        if layer.inputs is not None:
+            room.keep_inputs(layer.inputs)
         if layer.held_out is not None:
             room.keep_held_out(layer.held_out)
-        statistics[name] = replace(layer, rows=room.rows, held_out=room.held_out)
+        statistics[name] = replace(layer, inputs=room.inputs, held_out=room.held_out)
     samples, held_out = (torch.tensor(found.notes[key]).long().reshape(-1, 4) for key in ("samples", "held_out"))
     runs, missing = found.notes["runs"], found.notes["distances"]
     return Standing(Choice(samples, held_out), found.distances, statistics, found.held_out, runs, missing)

@@ -1,4 +1,4 @@
-"""Draws that choose calibration samples from a candidate pool: even over groups, stratified by timestep, random."""
+"""Selects calibration samples from a candidate pool: evenly over groups, stratified by timestep, at random."""
 
 from __future__ import annotations
 

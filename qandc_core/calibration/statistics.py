@@ -1,4 +1,4 @@
-"""What calibration keeps of each layer's inputs: sums, bounds, a histogram, and X^T X or a random sample of them."""
+"""Statistics of each layer's inputs: sums, bounds, a histogram, and X^T X or a random sample of the inputs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BINS = 2048
 @dataclass
 class LayerStatistics:
     """Statistics of inputs x (M, K): count M, channel low, high and mean (K,), histogram (2048,) over [-reach, reach],
-    and X^T X (K, K) where Hessians are asked for. `rows` (R, K) are inputs of chosen samples drawn at random, which
+    and X^T X (K, K) where Hessians are asked for. `inputs` (R, K) are those of chosen samples drawn at random, which
     stand in for X^T X where it does not fit; `held_out` (H, K) are inputs of samples that were not chosen; bfloat16.
     """
 
@@ -30,16 +30,16 @@ class LayerStatistics:
     histogram: Tensor
     span: Tensor  # reach, on the device of the others
     hessian: Tensor | None
-    rows: Tensor | None = None
+    inputs: Tensor | None = None
     held_out: Tensor | None = None
 
     @classmethod
-    def empty(cls, width: int, hessian: bool = False, rows: int = 0, held_out: int = 0) -> LayerStatistics:
-        """Statistics that keep up to `rows` and `held_out` inputs of this width, none where 0."""
+    def empty(cls, width: int, hessian: bool = False, inputs: int = 0, held_out: int = 0) -> LayerStatistics:
+        """Statistics that keep up to `inputs` and `held_out` inputs of this width, none where 0."""
         low, high = torch.full((width,), float("inf")), torch.full((width,), float("-inf"))
         second = torch.zeros(width, width) if hessian else None
         bins = torch.zeros(BINS, dtype=torch.float64)
-        kept = reserved(rows, width), reserved(held_out, width)
+        kept = reserved(inputs, width), reserved(held_out, width)
         return cls(0, low, high, torch.zeros(width), bins, torch.tensor(2.0**-20), second, *kept)
 
     def __post_init__(self) -> None:
@@ -49,12 +49,16 @@ class LayerStatistics:
     def reach(self) -> float:
         return float(self.span)
 
-    def update(self, x: Tensor) -> None:
-        """Adds rows x (M, K), on their device and without waiting for it: nothing is read before the end."""
+    def update(self, x: Tensor, among: Tensor | None = None) -> None:
+        """Adds inputs x (M, K), on their device and without waiting for it: nothing is read before the end.
+
+        Where x was drawn from inputs `among` (N, K), the bounds are theirs.
+        """
         x = x.detach().float()
         self.follow(x.device)
         self.count += len(x)
-        low, high = x.amin(0), x.amax(0)
+        low, high = (x if among is None else among.detach()).aminmax(dim=0)
+        low, high = low.float(), high.float()
         self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
         self.mean += (x.mean(0) - self.mean) * (len(x) / self.count)
         self.widen(torch.maximum(high.max(), -low.min()))
@@ -75,9 +79,9 @@ class LayerStatistics:
             self.histogram = self.histogram.to(device, widest_float(device))
 
     def settle(self, device: torch.device, room: int) -> int:
-        """Moves X^T X and kept inputs to a device that has room for so many bytes. Returns those that it took."""
+        """Moves X^T X and kept inputs to a device with `room` free bytes. Returns how many of them were used."""
         taken = 0
-        for key in ("hessian", "rows", "held_out"):
+        for key in ("hessian", "inputs", "held_out"):
             value = getattr(self, key)
             size = 0 if value is None else value.untyped_storage().nbytes()
             if value is not None and value.device != device and taken + size <= room:
@@ -91,13 +95,32 @@ class LayerStatistics:
         self.follow(cpu)
         self.settle(cpu, sys.maxsize)
 
+    def sums(self) -> LayerStatistics:
+        """A copy without kept inputs."""
+        hessian = None if self.hessian is None else self.hessian.clone()
+        return LayerStatistics(
+            self.count, self.low.clone(), self.high.clone(), self.mean.clone(), self.histogram.clone(),
+            self.span.clone(), hessian,
+        )  # fmt: skip
+
+    def merge(self, other: LayerStatistics) -> None:
+        """Adds all inputs that another object of the layer was given, kept ones aside; both on the CPU."""
+        self.count += other.count
+        self.low, self.high = torch.minimum(self.low, other.low), torch.maximum(self.high, other.high)
+        self.mean += (other.mean - self.mean) * (other.count / max(self.count, 1))
+        self.widen(other.span)
+        other.widen(self.span)
+        self.histogram += other.histogram
+        if self.hessian is not None and other.hessian is not None:
+            self.hessian += other.hessian
+
     def finite(self) -> Tensor:
-        """Whether all inputs were, as a tensor on their device."""
+        """True if all inputs were finite, as a tensor on their device."""
         return (self.low.isfinite() & self.high.isfinite()).all()
 
-    def keep_rows(self, x: Tensor) -> None:
-        """Appends x (M, K) to the rows, as many as there is room for."""
-        self.rows = appended(self.rows, x)
+    def keep_inputs(self, x: Tensor) -> None:
+        """Appends inputs x (M, K), as many as there is room for."""
+        self.inputs = appended(self.inputs, x)
 
     def keep_held_out(self, x: Tensor) -> None:
         self.held_out = appended(self.held_out, x)
@@ -105,16 +128,16 @@ class LayerStatistics:
     @property
     def samples(self) -> int:
         """Number of inputs that second_moment comes from."""
-        return self.count if self.hessian is not None or self.rows is None else len(self.rows)
+        return self.count if self.hessian is not None or self.inputs is None else len(self.inputs)
 
     def second_moment(self, device: torch.device | None = None) -> Tensor | None:
-        """X^T X (K, K) of all `count` inputs, float32; estimated where there are only rows, None without either."""
+        """X^T X (K, K) of all `count` inputs, float32; estimated where only some were kept, None without either."""
         if self.hessian is not None:
             return self.hessian.to(device)
-        if self.rows is None or not len(self.rows):
+        if self.inputs is None or not len(self.inputs):
             return None
-        rows = self.rows.to(device, torch.float32)
-        return (rows.T @ rows).mul_(self.count / len(rows))
+        kept = self.inputs.to(device, torch.float32)
+        return (kept.T @ kept).mul_(self.count / len(kept))
 
     def widen(self, absmax: Tensor) -> None:
         """Doubles the reach until it covers absmax, which may lie on a device; pairs of bins merge exactly."""
@@ -154,19 +177,19 @@ def check_finite(statistics: Mapping[str, LayerStatistics]) -> None:
 
 
 def moved(kept: Tensor, device: torch.device) -> Tensor:
-    """The tensor on a device, in memory for as many rows as before."""
+    """The tensor on a device, with memory for as many inputs as before."""
     capacity = kept.untyped_storage().nbytes() // (kept.element_size() * kept.shape[1])
     room = torch.empty(capacity, kept.shape[1], dtype=kept.dtype, device=device)[: len(kept)]
     return room.copy_(kept)
 
 
-def reserved(rows: int, width: int) -> Tensor | None:
-    """An empty (0, K) bfloat16 tensor in memory for so many rows."""
-    return torch.empty(rows, width, dtype=torch.bfloat16)[:0] if rows else None
+def reserved(count: int, width: int) -> Tensor | None:
+    """An empty (0, K) bfloat16 tensor with memory for `count` inputs."""
+    return torch.empty(count, width, dtype=torch.bfloat16)[:0] if count else None
 
 
 def appended(kept: Tensor | None, x: Tensor) -> Tensor | None:
-    """kept (R, K) with rows of x behind it, as many as the memory that was reserved for it holds."""
+    """kept (R, K) followed by inputs x (M, K), as many as the memory that was reserved for it holds."""
     if kept is None:
         return None
     capacity = kept.untyped_storage().nbytes() // (kept.element_size() * kept.shape[1])
@@ -176,7 +199,7 @@ def appended(kept: Tensor | None, x: Tensor) -> Tensor | None:
     return grown
 
 
-def merge_rows(x: Tensor) -> Tensor:
+def merge_tokens(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 

@@ -1,7 +1,7 @@
 """Temporal-aware parallel clustering, TAP (arXiv 2503.02508, section 3.1, Eq. 4-8, Algorithm 1).
 
-Which of N intermediate samples shall calibration look at? Neighbouring steps of one trajectory hold nearly the same
-image, so a random draw spends most of its samples on repetitions. TAP clusters the samples by an affinity that sees
+Which of N intermediate samples should calibration use? Neighbouring steps of one trajectory show nearly the same
+image, so a random choice spends most of its samples on repetitions. TAP clusters the samples by an affinity that sees
 both the image (cosine of the pixels) and the time (exp(-|t_k - t_h| / time_scale)), and draws evenly from all clusters.
 
 Spectral clustering wants the N x N affinity matrix and its eigenvectors: 10 MB for the 1,600 samples of 32 images at 50

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..caching.attach import feature_cache
 from ..diffusion.process import ReverseProcess, SamplingConfig
-from ..models.dit import DiT
+from ..models.dit import DiT, check_open
 from ..models.layers import DIT_SKIP, named_linears
 from .choice import Candidates, features_of
 from .file import FINGERPRINT, fingerprint
@@ -37,13 +37,15 @@ class DiTTrajectories:
         skip_patterns: Sequence[str] = DIT_SKIP,
         callback: Callable[[int, int], None] | None = None,
     ):
+        check_open(model, "calibrate")
         if hasattr(model, FINGERPRINT):
             raise ValueError("This model is quantized already; calibrate the full-precision one.")
         self.model, self.labels, self.config = model, torch.as_tensor(class_labels), config
-        self.layers = list(named_linears(model, skip_patterns))
+        self.layers: Sequence[tuple[str, nn.Module]] = list(named_linears(model, skip_patterns))
         if not self.layers:
             raise ValueError(f"No linear layer is left to observe with skip_patterns {list(skip_patterns)}.")
-        self.fingerprint, self.device, self.steps = fingerprint(model), model.pos_embed.device, len(config.schedule())
+        self.fingerprint: str = fingerprint(model)
+        self.device, self.steps = model.pos_embed.device, len(config.schedule())
         self.callback, self.done, self.total = callback, 0, 0
 
     def expect(self, steps: int) -> None:

@@ -112,7 +112,7 @@ def locate(source: str | os.PathLike[str]) -> Path:
 
 
 def has_config(path: Path, tensors: Collection[str]) -> bool:
-    """Whether the config.json beside a file says something of it; that of another layout is another model's."""
+    """True if the config.json beside a file describes it; one of another layout belongs to another model."""
     return is_diffusers(tensors) and (path.parent / "config.json").is_file()
 
 
@@ -170,7 +170,7 @@ def strip_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def dit_prefixes(keys: Collection[str]) -> list[str]:
-    """Where in a file a DiT lies: prefixes that end with a dot, or the empty one, in the order of the file."""
+    """Prefixes under which a file holds a DiT, each ending with a dot or empty, in the order of the file."""
     found = (
         key.removesuffix(anchor) for key in keys for anchor in ANCHORS if key == anchor or key.endswith(f".{anchor}")
     )
@@ -195,7 +195,7 @@ def to_published_layout(
 
 
 def diffusers_metadata(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a diffusers config.json tells of a DiT, in our terms."""
+    """The DiT that a diffusers config.json describes, in our terms."""
     known: dict[str, Any] = {
         "frequency_shift": 1,
         "norm2_eps": real_number({"norm_eps": 1e-5, **config}, "norm_eps", 0, 1),

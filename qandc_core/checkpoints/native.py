@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..files import SAFETENSORS, parse_json, read_header
-from ..quantization.formats import ALL
-from ..quantization.native import FORMATS, dequantize
+from ..quantization.formats import ALL, STORED
+from ..quantization.native import dequantize
 
 MARK = ".comfy_quant"
 PARTS = (*dict.fromkeys(part for format in ALL for part in format.parts), "comfy_quant")
@@ -22,7 +22,7 @@ def quantized_names(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def holds_quantized(path: Path) -> bool:
-    """Whether a file has quantized layers; reads no tensor."""
+    """True if a file has quantized layers; reads no tensor."""
     if path.suffix not in SAFETENSORS:
         return False
     return any(key.endswith(MARK) for key in read_header(path)[0])
@@ -34,8 +34,8 @@ def dequantized(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name in quantized_names(tensors):
         parts = {part: plain.pop(f"{name}.{part}") for part in PARTS if f"{name}.{part}" in plain}
         format = format_of(name, parts["comfy_quant"])
-        if format not in FORMATS.values():
-            raise ValueError(f"{name} is in the format {format}, expected one of {', '.join(FORMATS.values())}")
+        if format not in STORED:
+            raise ValueError(f"{name} is in the format {format}, expected one of {', '.join(STORED)}")
         try:
             plain[f"{name}.weight"] = dequantize(parts)
         except (KeyError, IndexError, TypeError, ValueError, RuntimeError, ZeroDivisionError, AssertionError) as error:

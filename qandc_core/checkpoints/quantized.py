@@ -35,7 +35,7 @@ def save_quantized(model: DiT, path: str | os.PathLike[str]) -> None:
 
 
 def quantized_metadata(model: DiT) -> dict[str, str]:
-    """What the tensors alone do not tell: configuration, format of every quantized layer, fingerprint."""
+    """Metadata that the tensors lack: configuration, format of every quantized layer, fingerprint."""
     layers = quantized_layers(model)
     if not isinstance(model, DiT) or not layers:
         raise ValueError(f"save_quantized needs this package's DiT with quantized layers, got {type(model).__name__}.")
@@ -127,7 +127,7 @@ def replace_linears(model: DiT, tensors: Mapping[str, Tensor], layers: Mapping[s
 
 
 def quantized_header(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What `save_quantized` wrote of the model, or None in any other file."""
+    """Metadata written by `save_quantized`; None in any other file."""
     text = metadata.get("qandc")
     try:
         header = parse_json(text) if isinstance(text, str) else {}
@@ -137,7 +137,7 @@ def quantized_header(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def is_quantized(path: Path) -> bool:
-    """Whether the file says that `save_quantized` wrote it; reads no tensor."""
+    """True if the file was written by `save_quantized`; reads no tensor."""
     if path.suffix not in SAFETENSORS:
         return False
     try:

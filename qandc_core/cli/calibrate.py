@@ -1,68 +1,98 @@
 from __future__ import annotations
 
 import argparse
+from copy import deepcopy
 from dataclasses import replace
 
+from ..calibration.choice import SELECTIONS, CalibrationConfig
 from .common import (
     CACHE_INTERVAL,
     add_bits,
     add_candidates,
     add_model,
+    add_number,
     add_sampling,
     at_least,
     load,
     log,
+    positive,
     safetensors,
     sampling,
 )
 
-SUMMARY = "gather statistics with the cache on, and fit the compensation"
+SUMMARY = "calibrate a model with the cache on, and fit the variance compensation"
+DEFAULT = CalibrationConfig()
+SCHEDULE_LABELS, FIT_SEED = 16, 401  # calibration samples with its own seed and those after it
 
 
 def add(command: argparse.ArgumentParser) -> None:
     add_model(command)
     add_sampling(command)
     add_bits(command)
+    add_number(command, "--cache-interval", at_least(1), "compute every N-th step, 1 caches nothing", CACHE_INTERVAL)
+    add_candidates(command, DEFAULT)
     command.add_argument(
-        "--cache-interval", type=at_least(1), default=CACHE_INTERVAL, metavar="N",
-        help=f"compute every N-th step, 1 caches nothing (default {CACHE_INTERVAL})",
-    )  # fmt: skip
-    add_candidates(command)
-    command.add_argument(
-        "--selection", default=None,
-        help="random, stratified, tap or tap-blocks; tap@5 sets a time scale of 5 steps, -computed keeps to computed "
-        "steps (default: the best measured)",
-    )  # fmt: skip
-    command.add_argument("--pairs", type=at_least(0), default=64, help="pairs of runs for the compensation, 0 for none")
+        "--selection",
+        choices=SELECTIONS,
+        default=DEFAULT.selection,
+        help=f"how calibration samples are chosen (default {DEFAULT.selection})",
+    )
+    apart = "TAP: how many steps apart two samples count as different in time"
+    add_number(command, "--time-scale", positive, apart, DEFAULT.time_scale, "STEPS")
+    command.add_argument("--all-steps", action="store_true", help="also choose samples of steps that the cache reuses")
+    add_number(command, "--pairs", at_least(0), "pairs of runs for the compensation, 0 for none", 64)
     command.add_argument(
         "--optimal-steps", action="store_true", help="compute the DP-optimal steps, as many as the interval would"
     )
-    command.add_argument("--hessians", action="store_true", help="keep X^T X of every layer, for gptq rounding")
+    command.add_argument(
+        "--hessians",
+        action=argparse.BooleanOptionalAction,
+        default=DEFAULT.hessians,
+        help="collect the input Hessian (X^T X) of every layer, which gptq rounding needs",
+    )
     command.add_argument("--out", type=safetensors, required=True, help="calibration file to write (.safetensors)")
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..evaluation.demo import RECOMMENDED
-    from ..evaluation.variants import CalibrationPlan, Workbench, split_selection
+    from ..caching.attach import apply_cache_to_dit
+    from ..caching.schedule import optimal_schedule
+    from ..calibration.distances import feature_distances
+    from ..calibration.run import calibrate
+    from ..calibration.trajectories import DiTTrajectories
+    from ..compensation.fit import fit_variance_compensation
+    from ..models.layers import DIT_SKIP
+    from ..quantization.model import QuantizationConfig, quantize_model
 
-    split_selection(args.selection or RECOMMENDED.selection)  # before minutes of sampling
     model, config = load(args), sampling(args)
-    plan = CalibrationPlan(args.trajectories, args.samples, min(100, args.samples), args.pairs)
-    bench = Workbench(model, config, plan)
-    variant = replace(
-        RECOMMENDED, bits=(args.w_bits, args.a_bits), interval=args.cache_interval, sampler=args.sampler,
-        steps=args.steps, selection=args.selection or RECOMMENDED.selection, static=True, optimal=args.optimal_steps,
-        rounding="gptq" if args.hessians else "nearest",
-    )  # fmt: skip
-    log(f"Sampling {args.trajectories} trajectories with cache interval {args.cache_interval}")
-    calibration = bench.calibration(variant)
+    classes, schedule, fast = model.config.num_classes, None, deepcopy(model)
+    settings = replace(
+        DEFAULT,
+        trajectories=args.trajectories,
+        samples=args.samples,
+        selection=args.selection,
+        time_scale=args.time_scale,
+        computed_only=not args.all_steps,
+        hessians=args.hessians,
+    )
+    if args.optimal_steps:
+        distances = feature_distances(model, labels(SCHEDULE_LABELS, classes), config, seed=settings.seed)
+        schedule = optimal_schedule(distances, len(range(0, args.steps, args.cache_interval)))
+    if args.cache_interval > 1:
+        apply_cache_to_dit(fast, args.cache_interval, steps=schedule)
+    log(f"Calibrating on {args.trajectories} trajectories with cache interval {args.cache_interval}")
+    calibration = calibrate(DiTTrajectories(fast, range(classes), config), settings)
+    notes = {"cache_interval": args.cache_interval, "bits": [args.w_bits, args.a_bits], "selection": args.selection}
+    calibration = replace(calibration, sampling=config, notes=notes, schedule=schedule)
     if args.pairs:
         log(f"Fitting the variance compensation on {args.pairs} pairs of runs")
-        variance = bench.compensate(variant, bench.quantize(variant, calibration))
-        assert variance is not None
-        calibration = calibration.with_variance(variance)
-    if args.optimal_steps:
-        calibration = calibration.with_schedule(bench.schedule(variant))
-    notes = {"cache_interval": args.cache_interval, "bits": [args.w_bits, args.a_bits], "selection": variant.selection}
-    replace(calibration, notes=notes).save(args.out)
+        rounding = "gptq" if args.hessians else "nearest"
+        quantize_model(fast, args.w_bits, args.a_bits, DIT_SKIP, calibration, QuantizationConfig(rounding=rounding))
+        pairs = labels(args.pairs, classes)
+        calibration = calibration.with_variance(fit_variance_compensation(model, fast, pairs, config, seed=FIT_SEED))
+    calibration.save(args.out)
     print(args.out)
+
+
+def labels(count: int, classes: int) -> list[int]:
+    """Every class in turn."""
+    return [i % classes for i in range(count)]

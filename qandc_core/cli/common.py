@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from ..calibration.choice import CalibrationConfig
 from ..diffusion.process import SamplingConfig
 from ..models.dit import DiT
 
@@ -60,6 +63,16 @@ def finite(text: str) -> float:
 finite.__name__ = "float"
 
 
+def positive(text: str) -> float:
+    value = finite(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"must be more than 0, got {value}")
+    return value
+
+
+positive.__name__ = "float"
+
+
 def safetensors(text: str) -> Path:
     if not text.endswith(".safetensors"):
         raise argparse.ArgumentTypeError(f"must end in .safetensors, got {text}")
@@ -67,6 +80,14 @@ def safetensors(text: str) -> Path:
 
 
 # Options.
+
+
+def add_number(
+    command: Any, name: str, type: Callable[[str], Any], help: str, default: Any = None, metavar: str = "N"
+) -> None:
+    """An option with a number; the help names its default."""
+    named = help if default is None else f"{help} (default {default})"
+    command.add_argument(name, type=type, default=default, metavar=metavar, help=named)
 
 
 def add_model(command: argparse.ArgumentParser) -> None:
@@ -78,7 +99,7 @@ def add_model(command: argparse.ArgumentParser) -> None:
 
 
 def add_sampling(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--steps", type=at_least(1), default=50, help="sampling steps (default 50)")
+    add_number(command, "--steps", at_least(1), "sampling steps", 50)
     command.add_argument("--sampler", choices=("ddpm", "ddim"), default="ddpm", help="sampler (default ddpm)")
     add_guidance(command)
 
@@ -90,13 +111,14 @@ def add_guidance(command: argparse.ArgumentParser) -> None:
 
 
 def add_bits(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--w-bits", type=bits, default=8, help="bits of the weights, 2 to 8 (default 8)")
-    command.add_argument("--a-bits", type=bits, default=8, help="bits of the activations, 2 to 8 (default 8)")
+    add_number(command, "--w-bits", bits, "bits of the weights, 2 to 8", 8)
+    add_number(command, "--a-bits", bits, "bits of the activations, 2 to 8", 8)
 
 
-def add_candidates(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--trajectories", type=at_least(1), default=64, help="runs the candidates come from")
-    command.add_argument("--samples", type=at_least(1), default=800, help="candidates that calibrate")
+def add_candidates(command: argparse.ArgumentParser, default: CalibrationConfig) -> None:
+    origin = "sampling runs that the calibration samples are chosen from"
+    add_number(command, "--trajectories", at_least(1), origin, default.trajectories)
+    add_number(command, "--samples", at_least(1), "calibration samples", default.samples)
 
 
 # What they stand for.

@@ -4,13 +4,18 @@ import argparse
 import json
 import shlex
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..calibration.choice import CalibrationConfig
 from ..files import save_text, written_whole
 from .common import add_candidates, add_model, add_sampling, at_least, device, load, log, sampling
 
-PARTS = ("main", "factors", "choice")
+PARTS = ("main", "factors")
+
+# As many samples as the paper takes; no run is set aside, for no error of single layers is measured.
+CANDIDATES = CalibrationConfig(trajectories=64, samples=800, clusters=100, held_out=0)
 
 SUMMARY = "the ablation: every part of the method on and off"
 
@@ -23,10 +28,7 @@ def add(command: argparse.ArgumentParser) -> None:
     command.add_argument("--batch", type=at_least(1), default=50, help="images sampled at once")
     command.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="tables to make (default all)")
     command.add_argument("--factor-images", type=at_least(4), default=256, help="images for each row of the factors")
-    command.add_argument(
-        "--draws", type=at_least(2), default=8, help="draws for each way to choose calibration samples"
-    )
-    add_candidates(command)
+    add_candidates(command, CANDIDATES)
     command.add_argument("--pairs", type=at_least(1), default=128, help="pairs of runs for the compensation")
     command.add_argument("--vae", help="folder of a diffusers VAE (ImageNet models)")
     command.add_argument("--inception", help="FID Inception weights (ImageNet models)")
@@ -47,10 +49,9 @@ def run(args: argparse.Namespace) -> None:
 
 def evaluate(args: argparse.Namespace, process: Any, log: Any) -> Iterator[dict[str, Any]]:
     """The result, again after each part, so that hours of work are not lost to a later one."""
-    from ..evaluation.calibration_choice import ChoiceSizes, calibration_choice
     from ..evaluation.experiment import Evaluation, Experiment, hardware, real_floor, run_factors, run_main
     from ..evaluation.judges import DigitsJudge, InceptionJudge, Judge
-    from ..evaluation.variants import CalibrationPlan, Workbench
+    from ..evaluation.variants import Workbench
 
     if args.model != "demo" and not (args.vae and args.inception and args.reference):
         raise ValueError("An ImageNet model is judged with --vae, --inception and --reference; give all three.")
@@ -60,18 +61,26 @@ def evaluate(args: argparse.Namespace, process: Any, log: Any) -> Iterator[dict[
         judge = DigitsJudge()
     else:
         judge = InceptionJudge(args.inception, args.vae, args.reference, device(args))
-    plan = CalibrationPlan(args.trajectories, args.samples, min(100, args.samples), args.pairs, args.batch)
-    bench = Workbench(model, config, plan)
+    candidates = replace(CANDIDATES, trajectories=args.trajectories, samples=args.samples, batch_size=args.batch)
+    bench = Workbench(model, config, candidates, args.pairs)
     time_batch, repeats = min(64, args.num_images), 3
     result: dict[str, Any] = {
         "command": shlex.join(["python", "-m", "qandc_core", *args.argv]),
         "setup": {
-            "model": args.model, "hardware": hardware(), "sampler": config.sampler, "steps": config.steps,
-            "cfg_scale": config.cfg_scale, "images": args.num_images, "seeds": args.seeds, "processes": process.world,
-            "factor_images": args.factor_images, "time_batch": time_batch, "time_repeats": repeats,
+            "model": args.model,
+            "hardware": hardware(),
+            "sampler": config.sampler,
+            "steps": config.steps,
+            "cfg_scale": config.cfg_scale,
+            "images": args.num_images,
+            "seeds": args.seeds,
+            "processes": process.world,
+            "factor_images": args.factor_images,
+            "time_batch": time_batch,
+            "time_repeats": repeats,
         },
         "floor": real_floor(judge, args.num_images),
-    }  # fmt: skip
+    }
     main = Evaluation(args.num_images, tuple(args.seeds), args.batch)
     if "main" in args.parts:
         result["main"] = run_main(Experiment(bench, judge, main, process, log), time_batch, repeats)
@@ -79,9 +88,6 @@ def evaluate(args: argparse.Namespace, process: Any, log: Any) -> Iterator[dict[
     if "factors" in args.parts:
         few = Evaluation(args.factor_images, tuple(args.seeds[:1]), args.batch)
         result["factors"] = run_factors(Experiment(bench, judge, few, process, log))
-        yield result
-    if "choice" in args.parts:
-        result["choice"] = calibration_choice(bench, ChoiceSizes(args.draws), log)
         yield result
 
 

@@ -7,7 +7,7 @@ from ..caching.policies import CachePolicy, ChosenSteps, Interval, Speedup, Step
 from ..calibration.file import Calibration, load_calibration
 from ..diffusion.process import SamplingConfig
 from ..files import written_whole
-from .common import CACHE_INTERVAL, add_model, add_sampling, at_least, class_id, finite, load, log, sampling
+from .common import CACHE_INTERVAL, add_model, add_number, add_sampling, at_least, class_id, finite, load, log, sampling
 
 SUMMARY = "sample images of given classes"
 
@@ -31,19 +31,11 @@ def add(command: argparse.ArgumentParser) -> None:
 def add_policy(command: argparse.ArgumentParser) -> None:
     """Which steps compute; each of these replaces the steps of a calibration."""
     policies = command.add_mutually_exclusive_group()
-    policies.add_argument(
-        "--cache-interval", type=at_least(1), metavar="N",
-        help="compute every N-th step, 1 caches nothing; replaces the steps of a calibration "
-        f"(default {CACHE_INTERVAL} without them)",
-    )  # fmt: skip
-    policies.add_argument(
-        "--speedup", type=finite, metavar="X",
-        help="compute as many steps as make the model calls X times faster; replaces the steps of a calibration",
-    )  # fmt: skip
-    policies.add_argument(
-        "--computed-steps", type=at_least(1), metavar="N",
-        help="compute N steps, closer together at the end; replaces the steps of a calibration",
-    )  # fmt: skip
+    replaces = "; replaces the steps of a calibration"
+    interval = f"compute every N-th step, 1 caches nothing{replaces} (default {CACHE_INTERVAL} without them)"
+    add_number(policies, "--cache-interval", at_least(1), interval)
+    add_number(policies, "--speedup", finite, f"target speedup of the model calls{replaces}", metavar="X")
+    add_number(policies, "--computed-steps", at_least(1), f"compute N steps, denser towards the end{replaces}")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -67,12 +59,20 @@ def run(args: argparse.Namespace) -> None:
     apply_cache_to_dit(sampled, asked or found_policy(calibration))
     compensation = calibration.variance if calibration else None
     x, report = generate(
-        sampled, args.classes, config.steps, config.cfg_scale, config.sampler, args.seed,
-        compensation=compensation, progress=True,
-    )  # fmt: skip
+        sampled,
+        args.classes,
+        config.steps,
+        config.cfg_scale,
+        config.sampler,
+        args.seed,
+        compensation=compensation,
+        progress=True,
+    )
     images = x if vae is None else decode(vae, x)
     if not images.isfinite().all():
-        raise ValueError("The images hold values that are not finite; sample with a smaller --cfg, or another model.")
+        raise ValueError(
+            "The images contain values that are not finite; sample with a smaller --cfg, or another model."
+        )
     picture = to_pil(images.cpu(), max(128, images.shape[-1]))
     with written_whole(args.out) as temporary:
         picture.save(temporary, format)
@@ -100,7 +100,7 @@ def asked_policy(args: argparse.Namespace) -> CachePolicy | None:
 
 
 def found_policy(calibration: Calibration | None) -> CachePolicy:
-    """Where none is asked for: the steps of the calibration, or the default interval."""
+    """The default policy: the steps of the calibration, or else the default interval."""
     if calibration is not None and calibration.schedule is not None:
         return ChosenSteps(frozenset(calibration.schedule))
     return Interval(CACHE_INTERVAL)
@@ -129,7 +129,7 @@ def check_run(calibration: Calibration, config: SamplingConfig, asked: CachePoli
 
 
 def fits_steps(calibration: Calibration, steps: int) -> bool:
-    """Whether a calibration that does not say how it was sampled can be one of so many steps."""
+    """True if a calibration without sampling settings can be one of `steps` steps."""
     if calibration.distances is not None:
         return len(calibration.distances) == steps
     return calibration.schedule is None or max(calibration.schedule) < steps

@@ -13,9 +13,11 @@ def add(command: argparse.ArgumentParser) -> None:
     add_bits(command)
     command.add_argument("--calibration", type=Path, help="calibration file: static activations (default: dynamic)")
     command.add_argument(
-        "--rounding", choices=("nearest", "gptq"), default="nearest",
+        "--rounding",
+        choices=("nearest", "gptq"),
+        default="nearest",
         help="how weights are rounded; gptq needs a calibration with --hessians",
-    )  # fmt: skip
+    )
     command.add_argument("--out", type=safetensors, required=True, help="checkpoint to write (.safetensors)")
 
 

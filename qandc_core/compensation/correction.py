@@ -33,7 +33,7 @@ def split_parts(x: Tensor, shapes: Shapes = ()) -> list[Tensor]:
 
 
 def compensate_parts(x: Tensor, mean: Tensor, factor: Tensor, shapes: Shapes = ()) -> Tensor:
-    """Eq. 10 on every part; mean and factor (C,) hold the channels of all parts, in order."""
+    """Eq. 10 on every part; mean and factor (C,) are those of all parts' channels, in order."""
     parts = split_parts(x, shapes)
     channels = [part.shape[1] for part in parts]
     corrected = [compensate(*args) for args in zip(parts, mean.split(channels), factor.split(channels))]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import copy
 import math
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import torch
 
 from ..checkpoints.dit import save_dit
 from ..models.dit import DiT, DiTConfig, initialize_weights
+from ..sampling.clock import Stopwatch
 from .data import split_digits
 
 DEMO_CONFIG = DiTConfig(
@@ -54,7 +54,7 @@ def train(archive: str, out: Path, config: TrainConfig, compile_model: bool = Tr
     average = copy.deepcopy(model).requires_grad_(False)
     predict = torch.compile(model) if compile_model else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0)
-    steps, start, running = config.images // config.batch, time.perf_counter(), 0.0
+    steps, start, running = config.images // config.batch, Stopwatch(), 0.0
     for step in range(steps):
         cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
         optimizer.param_groups[0]["lr"] = config.lr * min(1.0, (step + 1) / config.warmup) * cosine
@@ -76,7 +76,7 @@ def train(archive: str, out: Path, config: TrainConfig, compile_model: bool = Tr
             kept.lerp_(new.detach(), 1 - decay)
         running += loss.item()
         if (step + 1) % 100 == 0:
-            rate = (step + 1) * config.batch / (time.perf_counter() - start)
+            rate = (step + 1) * config.batch / start.seconds()
             print(f"step {step + 1}/{steps}  loss {running / 100:.4f}  {rate:.0f} images/s", flush=True)
             running = 0.0
             save_dit(average, out)

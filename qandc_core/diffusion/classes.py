@@ -39,7 +39,7 @@ def class_tokens(class_labels: Sequence[int]) -> Tensor:
 
 
 def is_classes(tokens: Tensor | None) -> bool:
-    """Whether these may be class tokens, not those of a text."""
+    """True if these may be class tokens rather than those of a text."""
     return tokens is not None and tokens.ndim == 3 and tokens.shape[-1] == WIDTH
 
 
@@ -53,7 +53,7 @@ def read_classes(tokens: Tensor | None, num_classes: int, has_null_class: bool =
     if tokens is None:
         tokens = class_tokens([NO_CLASS])
     if not is_classes(tokens):
-        raise ValueError("This model draws classes, not text; connect the node Class Label instead of a prompt.")
+        raise ValueError("This model generates classes, not text; connect the node Class Label instead of a prompt.")
     image = torch.arange(math.lcm(*tokens.shape[:2]))
     tokens = tokens.cpu().double()[image % len(tokens), image % tokens.shape[1]]
     absent, (one, ids, squares) = (tokens == 0).all(dim=-1), tokens.unbind(dim=-1)
@@ -62,8 +62,8 @@ def read_classes(tokens: Tensor | None, num_classes: int, has_null_class: bool =
     whole &= (squares - near**2).abs() <= 5e-7 * near.clamp(min=100) ** 2
     if not (whole | absent).all():
         raise ValueError(
-            "A class-conditional model draws whole classes, and a node before it mixes or scales some (such as "
-            "ConditioningAverage or ConditioningMultiply); use ConditioningCombine to draw with several."
+            "A class-conditional model generates whole classes, and a node before it mixes or scales some (such as "
+            "ConditioningAverage or ConditioningMultiply); use ConditioningCombine for several."
         )
     labels = check_labels(torch.where(absent, num_classes, near).long(), num_classes)
     return with_null_class(labels, num_classes, has_null_class)

@@ -38,7 +38,7 @@ class GivenNoise:
                 f"channels, got {tuple(noise.shape)}."
             )
         if not torch.isfinite(noise).all():
-            raise ValueError("noise holds values that are not finite; draw it again.")
+            raise ValueError("noise contains values that are not finite; generate it again.")
         self.queue = list(noise) if noise.ndim == 5 else [noise]
         self.own = ImageNoise(seed, indices, noise.shape[-3:])
 

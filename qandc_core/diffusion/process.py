@@ -24,7 +24,7 @@ VARIANCES = ("fixed_small", "learned_range")
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How to sample. `sigmas` (falling, ending at 0) replaces `steps` and `spacing`.
+    """Settings of a sampling run. `sigmas` (falling, ending at 0) replaces `steps` and `spacing`.
 
     `guidance_channels` None guides all channels; 3 gives the grids published for DiT.
     """
@@ -90,9 +90,15 @@ class ReverseProcess:
         t = torch.full((len(x),), timestep, device=self.device)
         with nullcontext() if cache is None else cache.step(i, self.schedule.sigmas, timestep):
             eps, v = guided_prediction(
-                self.model, x.to(self.dtype), t, self.labels, self.null_class,
-                config.cfg_scale, config.guidance_channels, config.batched_guidance,
-            )  # fmt: skip
+                self.model,
+                x.to(self.dtype),
+                t,
+                self.labels,
+                self.null_class,
+                config.cfg_scale,
+                config.guidance_channels,
+                config.batched_guidance,
+            )
         coefficients = step_coefficients(self.schedule, config.sampler, i)
         # Guidance is linear, so guiding the predicted image guides the noise.
         predicts_image = self.model.config.prediction == "sample"

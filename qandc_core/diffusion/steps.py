@@ -76,7 +76,7 @@ def learned_range_std(v: Tensor, alpha_bar: float, next_alpha_bar: float) -> Ten
 
 
 def forecast_weights(computed: Sequence[bool], order: int) -> list[float]:
-    """For each step w in older + w (newer - older), over the last two computed steps; 1 holds the newer."""
+    """For each step w in older + w (newer - older), over the last two computed steps; w = 1 reuses the newer."""
     weights, seen = [], [0, 0]
     for i, computes in enumerate(computed):
         if computes:

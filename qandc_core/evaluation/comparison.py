@@ -5,30 +5,36 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from statistics import median
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from ..sampling.report import RunReport
-from .figure import INK, MARGIN, MUTED, PAPER, FigureRow, comparison_figure, difference, resized, wrapped
+from .figure import LIGHT, FigureRow, Theme, comparison_figure, difference, resized
 from .frames import Frames
 from .metrics import Fidelity, bands_of, pair_fidelity
+from .panels import draw_lines, draw_table, panels, stack
+from .repeats import Speedup, in_turns
 
-PALETTE = ((38, 110, 190), (214, 96, 40), (44, 140, 80), (150, 70, 160), (180, 150, 20), (90, 100, 110))
-PANEL = (420, 170)
+LEVEL = 1e-3  # relative, up to which noise levels of two runs are the same
 log = logging.getLogger(__name__)
 COLUMNS = ("run", "time s", "speedup", "steps computed", "cache MiB", "peak MiB", "PSNR dB", "SSIM", "rel. L2")
 
 
 @dataclass(frozen=True)
 class ComparedRun:
-    """Images (N, 3, H, W) in [-1, 1] and, where measured, the report of the run that made them."""
+    """Images (N, 3, H, W) in [-1, 1] and, where measured, the report of the run that made them.
+
+    `rounds` are its seconds where it was sampled again in turns with the others (`sampled_in_turns`).
+    """
 
     label: str
     images: Frames
     report: RunReport | None = None
+    rounds: Sequence[float] = ()
 
     @property
     def size(self) -> str:
@@ -62,23 +68,73 @@ def comparison_rows(runs: Sequence[ComparedRun], progress: Progress | None = Non
     return [dict(zip(COLUMNS, [run.label, *timing(run, reference), *fidelity(run, reference, tick)])) for run in runs]
 
 
+def sampled_in_turns(runs: Sequence[ComparedRun], rounds: int, progress: Progress | None = None) -> list[ComparedRun]:
+    """The runs with the seconds of `rounds` more samplings in turns, where their reports can sample again.
+
+    progress(done, total) is called at every step and may end the work by raising. Images are not compared anew.
+    """
+    again = [(i, run.report) for i, run in enumerate(runs) if run.report is not None and run.report.replay]
+    tick = Ticks((1 + rounds) * sum(report.steps for _, report in again), progress)
+
+    def sampling(report: RunReport) -> Callable[[], float]:
+        assert report.replay is not None
+        replay = report.replay
+        return lambda: replay(tick).total_seconds
+
+    seconds = in_turns([sampling(report) for _, report in again], rounds)
+    found = list(runs)
+    for (i, _), taken in zip(again, seconds):
+        found[i] = replace(runs[i], rounds=tuple(taken))
+    return found
+
+
+def speedup_of(run: ComparedRun, reference: ComparedRun) -> Speedup | None:
+    """Of the rounds in turns where both have them, else of the one run each; None where either was not measured."""
+    if run.rounds and reference.rounds:
+        return Speedup.of(reference.rounds, run.rounds)
+    if not all(r.report is not None and r.report.seconds for r in (run, reference)):
+        return None
+    return Speedup.of([seconds_of(reference)], [seconds_of(run)])
+
+
+def seconds_of(run: ComparedRun) -> float:
+    """The median of the rounds, or of the run itself."""
+    if run.rounds:
+        return median(run.rounds)
+    return run.report.total_seconds if run.report is not None else math.nan
+
+
 def timing(run: ComparedRun, reference: ComparedRun) -> list[str]:
     report = run.report
     if report is None or not report.seconds:
         return ["-", "-", "-", "-", "-"]
-    base = reference.report
-    faster = f"{base.total_seconds / report.total_seconds:.2f}x" if base is not None and base.seconds else "-"
+    speedup = speedup_of(run, reference)
     return [
-        f"{report.total_seconds:.2f}",
-        faster,
+        f"{seconds_of(run):.2f}",
+        "-" if speedup is None else str(speedup),
         f"{report.computed_steps} of {report.steps}",
         f"{report.cache_bytes / 2**20:.1f}",
         f"{report.peak_memory / 2**20:.0f}" if report.peak_memory and on_gpu(report) else "-",
     ]
 
 
+def headlines(runs: Sequence[ComparedRun], rows: Sequence[dict[str, str]]) -> list[str]:
+    """What each run gains and costs, in one line."""
+    lines = []
+    for run, row in zip(runs[1:], rows[1:]):
+        speedup = speedup_of(run, runs[0])
+        rounds = "one run each" if speedup is not None and speedup.rounds == 1 else "range of the rounds"
+        faster = "" if speedup is None else f"{speedup} as fast, {rounds}"
+        psnr = {"equal": "equal images", "-": "images of another size or number"}.get(
+            row["PSNR dB"], f"PSNR {row['PSNR dB']} dB"
+        )
+        ssim = "" if row["SSIM"] in ("-", "1.0000") else f"SSIM {row['SSIM']}"
+        lines.append(f"{run.label}: " + ", ".join(filter(None, [faster, psnr, ssim])))
+    return lines
+
+
 def on_gpu(report: RunReport) -> bool:
-    """Elsewhere the peak is that of the process since it began, which tells runs nothing apart."""
+    """True where peaks can be compared: elsewhere they are the process's since it began, not a run's."""
     return report.device.startswith("cuda")
 
 
@@ -109,6 +165,8 @@ def mismatches(runs: Sequence[ComparedRun]) -> list[str]:
         values = [value(report) for report in reports if value(report) is not None]
         if any(v != values[0] for v in values):
             lines.append(f"{name} {', '.join(map(str, values))}")
+    if not any(line.startswith("steps ") for line in lines) and levels_differ(reports):
+        lines.append("noise levels (scheduler, shift or part of the schedule)")
     found = [f"Not the same run: {'; '.join(lines)}."] if lines else []
     sizes = [run.size for run in runs]
     if len(set(sizes)) > 1:
@@ -116,9 +174,24 @@ def mismatches(runs: Sequence[ComparedRun]) -> list[str]:
     return found
 
 
+def headlines_of(text: str) -> str:
+    """The lines of a comparison's text that come before its table, one a line."""
+    return "\n".join(line.strip("*") for line in text.split("| run |")[0].splitlines() if line)
+
+
+def levels_differ(reports: Sequence[RunReport]) -> bool:
+    """Whether runs of as many steps went through other noise levels, as far as they are known."""
+    known = [report.sigmas for report in reports if report.sigmas]
+    return any(
+        len(levels) != len(known[0])
+        or any(abs(a - b) > LEVEL * max(abs(a), abs(b), 1e-6) for a, b in zip(levels, known[0]))
+        for levels in known
+    )
+
+
 SETTINGS: dict[str, Callable[[RunReport], Any]] = {
     "seed": lambda report: report.seed,
-    "sampler": lambda report: report.sampler or None,
+    "sampler": lambda report: report.solver or report.sampler or None,
     "steps": lambda report: report.steps or None,
     "cfg": lambda report: report.cfg_scale,
     "denoise": lambda report: report.denoise,
@@ -133,23 +206,31 @@ def comparison_markdown(rows: Sequence[dict[str, str]]) -> str:
 
 
 def run_comparison(
-    runs: Sequence[ComparedRun], shown: int = 8, gain: float = 4.0, progress: Progress | None = None
+    runs: Sequence[ComparedRun],
+    shown: int = 8,
+    gain: float = 4.0,
+    progress: Progress | None = None,
+    theme: Theme = LIGHT,
+    said: Sequence[str] = (),
 ) -> tuple[Image.Image, str]:
     """The figure, and its table as Markdown. `shown` images of each run are drawn, evenly chosen where there are more.
 
-    progress(done, total) is called several times a second and may end the work by raising.
+    What makes the runs no fair comparison comes first, `said` among it, then one line for what each run gains and
+    costs. progress(done, total) is called several times a second and may end the work by raising.
     """
-    rows, told = comparison_rows(runs, progress), mismatches(runs)
+    rows, told = comparison_rows(runs, progress), [*mismatches(runs), *said]
     for line in told:
         log.warning("Q&C Compare: %s", line)
     size = min(256, max(72, runs[0].images.shape[-1]))
     pictures = [figure_row(run, row, runs[0], shown, size, gain) for run, row in zip(runs, rows)]
-    title = "Against the first row: speedup, PSNR, and below each row the difference"
-    head, table = comparison_figure(pictures, title, size, gain, told), draw_table(rows)
-    said = draw_lines(remarks(runs), max(head.width, table.width))
-    text = "".join(f"**{line}**\n\n" for line in told) + comparison_markdown(rows)
-    text += "".join(f"\n\n{line}" for line in remarks(runs)) + timelines(runs) + layers(runs)
-    return stack([part for part in (head, panels(runs), table, said) if part is not None]), text
+    heads, notes = headlines(runs, rows), remarks(runs)
+    head = comparison_figure(pictures, "\n".join(heads), size, gain, told, theme)
+    table = draw_table([list(COLUMNS), *([row[column] for column in COLUMNS] for row in rows)], theme)
+    lines = draw_lines(notes, max(head.width, table.width), theme)
+    text = "".join(f"**{line}**\n\n" for line in [*told, *heads]) + comparison_markdown(rows)
+    text += "".join(f"\n\n{line}" for line in notes) + timelines(runs) + layers(runs)
+    curves = panels([run.report for run in runs], theme)
+    return stack([part for part in (head, curves, table, lines) if part is not None], theme), text
 
 
 def figure_row(
@@ -175,15 +256,34 @@ def evenly(count: int, shown: int) -> list[int]:
 
 def remarks(runs: Sequence[ComparedRun]) -> list[str]:
     """What each run's quantization cost, what its cache reused, what that gained by its own clock, and its warnings."""
+    lines = [line for run in runs if run.report is not None for line in remarks_of(run.label, run.report)]
+    counts = {len(run.rounds) for run in runs if run.rounds}
+    if counts:
+        lines.append(
+            f"Times: median of {max(counts)} rounds in turns after one that does not count; speedup: median of the "
+            "rounds, and their range."
+        )
+    elif sum(run.report is not None and bool(run.report.seconds) for run in runs) > 1:
+        lines.append(
+            "Times are of one run each, set-up of the first included; a range takes rounds in turns (repeats)."
+        )
+    return lines
+
+
+def remarks_of(label: str, report: RunReport) -> list[str]:
     lines = []
-    for run in runs:
-        report = run.report
-        if report is not None and report.quantization is not None:
-            lines.append(f"{run.label}: {report.quantization.summary()}")
-        if report is None or not report.tier:
-            continue
+    if not report.finished:
+        lines.append(f"{label}: the run did not end")
+    if report.parts > 1:
+        lines.append(f"{label}: {report.parts} sampler runs, added up")
+    if report.quantization is not None:
+        lines.append(f"{label}: {report.quantization.summary()}")
+    warnings = "".join(f"; {text}" for text in report.warnings)
+    if report.reuse:
         gain = "" if report.cache_speedup is None else f", model calls {report.cache_speedup:.2f}x faster for it"
-        lines.append(f"{run.label}: reuses {report.tier}{gain}" + "".join(f"; {text}" for text in report.warnings))
+        lines.append(f"{label}: reuses {report.reuse}{gain}{warnings}")
+    elif warnings:
+        lines.append(f"{label}: {warnings.removeprefix('; ')}")
     return lines
 
 
@@ -193,7 +293,7 @@ def timelines(runs: Sequence[ComparedRun]) -> str:
     if not named:
         return ""
     rows = "\n".join(f"{line}  {name}" for name, line in named)
-    return f"\n\nSteps (C computed, R held, F forecast):\n\n```\n{rows}\n```"
+    return f"\n\nSteps (C computed, R reused, F extrapolated):\n\n```\n{rows}\n```"
 
 
 def layers(runs: Sequence[ComparedRun]) -> str:
@@ -206,78 +306,3 @@ def numbers(row: dict[str, str]) -> str:
     first = f"{row['time s']} s, {row['speedup']}" if row["time s"] != "-" else ""
     second = f"PSNR {row['PSNR dB']}" + (" dB" if row["PSNR dB"] not in ("-", "equal") else "")
     return "\n".join(filter(None, [first, second if row["PSNR dB"] != "-" else ""]))
-
-
-def panels(runs: Sequence[ComparedRun]) -> Image.Image | None:
-    """Milliseconds of every step, and the factors K_t where variance was compensated."""
-    reports = [(i, run.report) for i, run in enumerate(runs) if run.report is not None]
-    times = {i: [1000 * s for s in r.seconds] for i, r in reports if len(r.seconds) > 1}
-    factors = {i: [sum(k) / len(k) for k in r.factors] for i, r in reports if len(r.factors) > 1}
-    drawn = [curves("ms of every step", times), curves("K_t of every step, mean over channels", factors)]
-    found = [panel for panel in drawn if panel is not None]
-    if not found:
-        return None
-    strip = Image.new("RGB", (MARGIN + len(found) * (PANEL[0] + MARGIN), PANEL[1]), PAPER)
-    for i, panel in enumerate(found):
-        strip.paste(panel, (MARGIN + i * (PANEL[0] + MARGIN), 0))
-    return strip
-
-
-def curves(title: str, series: dict[int, list[float]]) -> Image.Image | None:
-    """Lines over the steps, each in the colour of its run's place in the table."""
-    if not series:
-        return None
-    panel = Image.new("RGB", PANEL, PAPER)
-    draw, font = ImageDraw.Draw(panel), ImageFont.load_default(12)
-    left, top, right, bottom = 54, 24, PANEL[0] - 8, PANEL[1] - 20
-    low, high = min(map(min, series.values())), max(map(max, series.values()))
-    span = (high - low) or 1.0
-    draw.text((left, 4), title, INK, font)
-    draw.rectangle((left, top, right, bottom), outline=MUTED)
-    draw.text((2, top - 6), f"{high:.3g}", MUTED, font)
-    draw.text((2, bottom - 8), f"{low:.3g}", MUTED, font)
-    for i, values in series.items():
-        points = [
-            (left + (right - left) * j / (len(values) - 1), bottom - (bottom - top) * (v - low) / span)
-            for j, v in enumerate(values)
-        ]
-        draw.line(points, fill=PALETTE[i % len(PALETTE)], width=2)
-    return panel
-
-
-def draw_table(rows: Sequence[dict[str, str]]) -> Image.Image:
-    font = ImageFont.load_default(13)
-    cells = [list(COLUMNS), *([row[column] for column in COLUMNS] for row in rows)]
-    widths = [max(round(font.getlength(line[c])) for line in cells) + 22 for c in range(len(COLUMNS))]
-    table = Image.new("RGB", (MARGIN * 2 + 14 + sum(widths), 22 * len(cells) + MARGIN * 2), PAPER)
-    draw = ImageDraw.Draw(table)
-    for r, line in enumerate(cells):
-        x, y = MARGIN + 14, MARGIN + 22 * r
-        if r:
-            draw.rectangle((MARGIN, y + 3, MARGIN + 8, y + 11), fill=PALETTE[(r - 1) % len(PALETTE)])
-        for text, width in zip(line, widths):
-            draw.text((x, y), text, INK if r else MUTED, font)
-            x += width
-    return table
-
-
-def draw_lines(texts: Sequence[str], width: int) -> Image.Image | None:
-    """The texts, broken into lines that fit the width."""
-    font = ImageFont.load_default(13)
-    lines = [line for text in texts for line in wrapped(text, font, width - 2 * MARGIN - 14)]
-    if not lines:
-        return None
-    panel = Image.new("RGB", (width, 20 * len(lines) + MARGIN), PAPER)
-    draw = ImageDraw.Draw(panel)
-    for i, line in enumerate(lines):
-        draw.text((MARGIN + 14, 20 * i), line, MUTED, font)
-    return panel
-
-
-def stack(parts: Sequence[Image.Image]) -> Image.Image:
-    figure = Image.new("RGB", (max(p.width for p in parts), sum(p.height for p in parts)), PAPER)
-    top = 0
-    for part in parts:
-        figure.paste(part, (0, top))
-        top += part.height
-    return figure

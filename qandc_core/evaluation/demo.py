@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ..caching.attach import remove_cache
+from ..calibration.choice import CalibrationConfig
 from ..checkpoints import load_dit
 from ..diffusion.process import SamplingConfig
 from ..files import save_text, written_whole
@@ -20,19 +21,26 @@ from .experiment import hardware
 from .figure import FigureRow, comparison_figure
 from .judges import DigitsJudge
 from .metrics import psnr, relative_l2, ssim
-from .variants import CalibrationPlan, Variant, Workbench, balanced_labels
+from .variants import Variant, Workbench, balanced_labels
 
 DEMO_SAMPLING = SamplingConfig(steps=50, cfg_scale=1.5)
-DEMO_PLAN = CalibrationPlan(trajectories=32, samples=400, clusters=50, pairs=64, batch=64)
-RECOMMENDED = Variant("Q&C: W8A8 + cache + TAP + VC", bits=(8, 8), interval=3, selection="tap@5-computed",
-                      compensation="variance_match")  # fmt: skip
-NAIVE = replace(RECOMMENDED, name="naive W8A8 + cache", selection="random", compensation=None)
+DEMO_CALIBRATION, DEMO_PAIRS = CalibrationConfig(), 64
+RECOMMENDED = Variant(
+    "Q&C: W8A8 + cache + TAP + VC",
+    bits=(8, 8),
+    interval=3,
+    selection=DEMO_CALIBRATION.selection,
+    time_scale=DEMO_CALIBRATION.time_scale,
+    computed_only=DEMO_CALIBRATION.computed_only,
+    compensation="variance_match",
+)
+NAIVE = Variant("naive W8A8 + cache", bits=(8, 8), interval=3)
 
 
 def run_demo(folder: Path, images: int, seed: int, log: Callable[[str], None]) -> dict[str, Any]:
     """Writes comparison.png, report.md and report.json into `folder`; returns what the JSON holds."""
     model = load_dit("demo")
-    bench = Workbench(model, DEMO_SAMPLING, DEMO_PLAN)
+    bench = Workbench(model, DEMO_SAMPLING, DEMO_CALIBRATION, DEMO_PAIRS)
     judge, labels = DigitsJudge(), balanced_labels(images, 10)
     runs: list[tuple[str, Tensor, RunReport]] = []
 
@@ -40,8 +48,9 @@ def run_demo(folder: Path, images: int, seed: int, log: Callable[[str], None]) -
         config = replace(DEMO_SAMPLING, steps=steps)
         generate(run_model, labels[:2], 2, config.cfg_scale, config.sampler)  # the first call pays for set-up
         log(f"Sampling {images} images: {name}")
-        x, report = generate(run_model, labels, steps, config.cfg_scale, config.sampler, seed,
-                             compensation=compensation, progress=True)  # fmt: skip
+        x, report = generate(
+            run_model, labels, steps, config.cfg_scale, config.sampler, seed, compensation=compensation, progress=True
+        )
         runs.append((name, x, report))
         return report
 
@@ -76,14 +85,22 @@ def describe(
     accuracy = 100 * float((judge(x).probabilities.argmax(1) == labels).float().mean())
     speedup = full.total_seconds / report.total_seconds
     row: dict[str, Any] = {
-        "name": name, "seconds": report.total_seconds, "speedup": speedup, "computed_steps": report.computed_steps,
-        "steps": report.steps, "cache_mib": report.cache_bytes / 2**20, "class_accuracy": accuracy,
-    }  # fmt: skip
+        "name": name,
+        "seconds": report.total_seconds,
+        "speedup": speedup,
+        "computed_steps": report.computed_steps,
+        "steps": report.steps,
+        "cache_mib": report.cache_bytes / 2**20,
+        "class_accuracy": accuracy,
+    }
     row["numbers"] = f"{report.total_seconds:.2f} s\n{report.computed_steps} of {report.steps} steps computed"
     if x is not reference:
         a, b = x.clamp(-1, 1), reference.clamp(-1, 1)
-        row |= {"psnr": float(psnr(a, b).mean()), "ssim": float(ssim(a, b).mean()),
-                "relative_l2": float(relative_l2(x, reference).mean())}  # fmt: skip
+        row |= {
+            "psnr": float(psnr(a, b).mean()),
+            "ssim": float(ssim(a, b).mean()),
+            "relative_l2": float(relative_l2(x, reference).mean()),
+        }
         row["numbers"] = f"{report.total_seconds:.2f} s, {speedup:.2f}x\nPSNR {row['psnr']:.1f} dB"
     return row
 
@@ -104,6 +121,7 @@ def demo_markdown(result: dict[str, Any]) -> str:
         lines.append(
             f"| {row['name']} | {row['seconds']:.2f} | {row['speedup']:.2f}x "
             f"| {row['computed_steps']} of {row['steps']} | "
-            + " | ".join(fidelity) + f" | {row['class_accuracy']:.0f} |"
-        )  # fmt: skip
+            + " | ".join(fidelity)
+            + f" | {row['class_accuracy']:.0f} |"
+        )
     return "\n".join(lines) + "\n"

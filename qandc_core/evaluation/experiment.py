@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 from ..compensation.correction import VarianceCompensation
 from ..diffusion.process import SamplingConfig
 from ..models.dit import DiT
+from ..sampling.clock import Stopwatch
 from ..sampling.generate import generate
 from .judges import Judge
 from .metrics import (
@@ -54,7 +54,7 @@ def factor_rows() -> list[tuple[str, Variant]]:
         ("activations", replace(base, name="W8A8 dynamic per token", static=False)),
         ("activations", replace(base, name="W4A4 dynamic per token", bits=(4, 4), static=False)),
         ("interval", replace(base, name="N = 5", interval=5)),
-        ("granularity", replace(base, name="reuse after the gate (blocks)", mode="block")),
+        ("granularity", replace(base, name="reuse after the gate (blocks)", reuse="block")),
         ("schedule", replace(base, name="DP-optimal steps, as many", optimal=True)),
         ("forecast", replace(base, name="order-1 forecast", order=1)),
         ("forecast", replace(base, name="order-1 forecast, no VC", order=1, compensation=None)),
@@ -71,7 +71,7 @@ def factor_rows() -> list[tuple[str, Variant]]:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How many images, over which seeds, in which batches."""
+    """Number of images for each seed, the seeds, and the batch size."""
 
     images: int = 1000
     seeds: tuple[int, ...] = (1, 2, 3)
@@ -79,19 +79,32 @@ class Evaluation:
 
 
 def sample(
-    model: DiT, compensation: VarianceCompensation | None, config: SamplingConfig, count: int, batch: int, seed: int,
+    model: DiT,
+    compensation: VarianceCompensation | None,
+    config: SamplingConfig,
+    count: int,
+    batch: int,
+    seed: int,
     run: Distributed,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Samples (count, C, H, W) for balanced classes, this process's share of them gathered with the others'."""
     labels, parts = balanced_labels(count, model.config.num_classes), []
     shard = run.shard(count, batch)
     for at in range(shard.start, shard.stop, batch):
         part = labels[at : min(at + batch, shard.stop)]
         x, _ = generate(
-            model, part, config.steps, config.cfg_scale, config.sampler, seed, spacing=config.spacing,
-            variance=config.variance, guidance_channels=config.guidance_channels, compensation=compensation,
+            model,
+            part,
+            config.steps,
+            config.cfg_scale,
+            config.sampler,
+            seed,
+            spacing=config.spacing,
+            variance=config.variance,
+            guidance_channels=config.guidance_channels,
+            compensation=compensation,
             first_index=at,
-        )  # fmt: skip
+        )
         parts.append(x.cpu())
     mine = torch.cat(parts) if parts else torch.empty(0, *generate_shape(model))
     return all_gather_tensors(mine)
@@ -165,7 +178,7 @@ class Experiment:
         return self.full[key]
 
     def row(self, variant: Variant, group: str = "main") -> dict[str, Any]:
-        started, size = time.perf_counter(), self.evaluation
+        watch, size = Stopwatch(), self.evaluation
         model, compensation = self.bench.build(variant)
         config, labels = self.bench.config(variant), balanced_labels(size.images, model.config.num_classes)
         plain = variant.bits is None and variant.interval == 1 and variant.steps == self.bench.sampling.steps
@@ -177,13 +190,17 @@ class Experiment:
         summary = summarize(per_seed)
         self.log(
             f"{variant.name:32} FD {summary['frechet_distance']['mean']:8.2f}  "
-            f"relative L2 {summary['relative_l2']['mean']:.4f}  ({time.perf_counter() - started:.0f} s)"
+            f"relative L2 {summary['relative_l2']['mean']:.4f}  ({watch.seconds():.0f} s)"
         )
         factors = None if compensation is None else compensation.factor.tolist()
         return {
-            "name": variant.name, "group": group, "variant": asdict(variant), "metrics": summary,
-            "per_seed": per_seed, "factors": factors,
-        }  # fmt: skip
+            "name": variant.name,
+            "group": group,
+            "variant": asdict(variant),
+            "metrics": summary,
+            "per_seed": per_seed,
+            "factors": factors,
+        }
 
 
 def unfitted_compensation(config: SamplingConfig, channels: int) -> VarianceCompensation:
@@ -226,15 +243,19 @@ def real_floor(judge: Judge, count: int, draws: int = 3) -> dict[str, float] | N
     if features is None:
         return None
     generator = torch.Generator().manual_seed(0)
-    values = torch.tensor([
-        FeatureStatistics.of(features[torch.randperm(len(features), generator=generator)[:count]]).frechet(
-            judge.reference.statistics
-        )
-        for _ in range(draws)
-    ])  # fmt: skip
+    values = torch.tensor(
+        [
+            FeatureStatistics.of(features[torch.randperm(len(features), generator=generator)[:count]]).frechet(
+                judge.reference.statistics
+            )
+            for _ in range(draws)
+        ]
+    )
     return {
-        "images": min(count, len(features)), "mean": float(values.mean()), "standard_error": standard_error(values),
-    }  # fmt: skip
+        "images": min(count, len(features)),
+        "mean": float(values.mean()),
+        "standard_error": standard_error(values),
+    }
 
 
 def hardware() -> dict[str, Any]:
@@ -254,8 +275,9 @@ def run_main(experiment: Experiment, time_batch: int, time_repeats: int) -> dict
     """The eight main rows; the last, full precision with fewer steps, takes the steps that fit Q&C's measured time."""
     bench, log = experiment.bench, experiment.log
     steps = bench.sampling.steps
-    timing = measure_time(bench, [replace(v, steps=steps, sampler=bench.sampling.sampler) for v in MAIN_ROWS],
-                          time_batch, time_repeats)  # fmt: skip
+    timing = measure_time(
+        bench, [replace(v, steps=steps, sampler=bench.sampling.sampler) for v in MAIN_ROWS], time_batch, time_repeats
+    )
     for name, values in timing.items():
         log(f"{name:32} {values['seconds']:.2f} s  {values['speedup']:.2f}x")
     # Clocks differ between processes, but all must sample the same number of steps: that of rank 0.

@@ -28,7 +28,7 @@ Preprocess = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class InceptionFeatures:
-    """What the metrics read: pool (N, 2048) for FID, precision and recall; spatial (N, 2023) for sFID; probabilities.
+    """The metrics' inputs: pool (N, 2048) for FID, precision and recall; spatial (N, 2023) for sFID; probabilities.
 
     spatial is TensorFlow's "mixed_6/conv", the ReLU output of Mixed_6d.branch1x1 and not of Mixed_6e, of which ADM's
     evaluator keeps 7 channels. Its vectors run over rows, columns, channels, as mu_s and sigma_s of ADM's reference

@@ -180,7 +180,7 @@ def ssim(a: Tensor, b: Tensor, data_range: float = 2.0) -> Tensor:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """How near an image is to its reference. psnr in dB, infinite for equal images; ssim NaN for sides below 11."""
+    """Fidelity of an image to its reference. psnr in dB, infinite for equal images; ssim NaN for sides below 11."""
 
     psnr: float
     ssim: float

@@ -45,19 +45,6 @@ def factor_table(rows: list[dict[str, Any]]) -> str:
     return metrics_table([{**row, "name": f"{row['group']}: {row['name']}"} for row in rows])
 
 
-def choice_table(results: list[dict[str, Any]]) -> str:
-    lines = [
-        "| pool | method | format | layer error | relative L2 |",
-        "|---|---|---|---|---|",
-    ]
-    for r in results:
-        lines.append(
-            f"| {r['pool']} | {r['method']} | {r['format']} | {r['layer_error']:.5f} +- {r['layer_error_se']:.5f} "
-            f"| {r['relative_l2']:.4f} +- {r['relative_l2_se']:.4f} |"
-        )
-    return "\n".join(lines)
-
-
 def markdown(result: dict[str, Any]) -> str:
     """The whole report."""
     setup = result["setup"]
@@ -78,13 +65,11 @@ def markdown(result: dict[str, Any]) -> str:
     if result.get("main"):
         parts.append(metrics_table(result["main"]["rows"], result["main"]["timing"]))
     if result.get("factors"):
-        parts += ["## Other factors, one at a time",
-                  f"{setup['factor_images']} images, one seed; errors over the images.",
-                  factor_table(result["factors"])]  # fmt: skip
-    if result.get("choice"):
-        draws = result["choice"][0]["draws"]
-        parts += ["## Which samples calibrate", f"{draws} draws each; standard errors over draws.",
-                  choice_table(result["choice"])]  # fmt: skip
+        parts += [
+            "## Other factors, one at a time",
+            f"{setup['factor_images']} images, one seed; errors over the images.",
+            factor_table(result["factors"]),
+        ]
     return "\n\n".join(parts) + "\n"
 
 

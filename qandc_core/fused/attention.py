@@ -11,6 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..numerics import relative_error
+from ..sampling.clock import mark, span
+
 FUSED = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
 AGREES = 0.02  # relative difference from the plain formula, above which a kernel is not trusted
 REPEATS = 20
@@ -39,25 +42,22 @@ def measured_attention(
     qkv = values.permute(2, 0, 3, 1, 4)
     with sdpa_kernel(SDPBackend.MATH):
         exact = F.scaled_dot_product_attention(*qkv[:, :1])
-    milliseconds = {}
+    seconds = {}
     for backend in FUSED:
         with sdpa_kernel(backend):
             try:
                 found = F.scaled_dot_product_attention(*qkv)
             except RuntimeError:  # this kernel does not take these sizes
                 continue
-            if float((found[:1] - exact).float().norm() / exact.float().norm()) < AGREES:
-                milliseconds[backend] = elapsed(qkv)
-    return min(milliseconds, key=lambda backend: milliseconds[backend], default=SDPBackend.MATH)
+            if relative_error(found[:1], exact) < AGREES:
+                seconds[backend] = elapsed(qkv)
+    return min(seconds, key=lambda backend: seconds[backend], default=SDPBackend.MATH)
 
 
 def elapsed(qkv: Tensor) -> float:
-    """Milliseconds of some calls; the device spins while they are queued, or Python's time would be measured."""
-    begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    """Seconds of some calls; the device spins while they are queued, or Python's time would be measured."""
     torch.cuda._sleep(SPIN)
-    begun.record()
+    begun = mark(qkv.device)
     for _ in range(REPEATS):
         F.scaled_dot_product_attention(*qkv)
-    ended.record()
-    ended.synchronize()
-    return begun.elapsed_time(ended)
+    return span(begun, mark(qkv.device))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +51,7 @@ class FusedBlock(nn.Module):
     def mlp(self, x: Tensor, shift: Tensor, scale: Tensor, after: GatedResidual | None = None) -> Tensor:
         return self.fc2(self.fc1(x, Modulation(shift, scale, self.eps[1])), gelu=True, after=after)
 
-    def forward(self, x: Tensor, modulation: Tensor, kept: Tensor | None = None, reuse: bool = False) -> Tensor:
+    def forward(self, x: Tensor, modulation: Tensor, kept: Tensor | None = None, reused: bool = False) -> Tensor:
         """x (N, T, D), modulation (N, 6, D). FORA's two branches before their gates are written into kept
         (2, N, T, D), or read from there to reuse them.
         """
@@ -59,10 +59,10 @@ class FusedBlock(nn.Module):
         if kept is None:
             x = self.attention(x, shift_a, scale_a, GatedResidual(x, gate_a))
             return self.mlp(x, shift_m, scale_m, GatedResidual(x, gate_m))
-        if not reuse:
+        if not reused:
             kept[0].copy_(self.attention(x, shift_a, scale_a))
         x = x + gate_a[:, None] * kept[0]
-        if not reuse:
+        if not reused:
             kept[1].copy_(self.mlp(x, shift_m, scale_m))
         return x + gate_m[:, None] * kept[1]
 
@@ -78,8 +78,8 @@ class FusedDiT(PatchGrid):
             copy.deepcopy, (model.x_embedder, model.t_embedder, model.y_embedder)
         )
         self.blocks = nn.ModuleList(
-            FusedBlock(block, below(layers, f"blocks.{i}.")) for i, block in enumerate(model.blocks)  # type: ignore[arg-type]
-        )  # fmt: skip
+            FusedBlock(block, below(layers, f"blocks.{i}.")) for i, block in enumerate(cast(Any, model.blocks))
+        )
         names = [f"blocks.{i}.adaLN_modulation.1" for i in range(model.config.depth)]
         self.adaln = stacked([layers[name] for name in [*names, "final_layer.adaLN_modulation.1"]])
         self.final, self.final_eps = layers["final_layer.linear"], model.final_layer.norm_final.eps
@@ -120,17 +120,17 @@ class FusedDiT(PatchGrid):
         return super()._apply(lambda tensor: tensor.to(moved.device), recurse)
 
     def set_cache(self, config: CacheConfig | PolicyConfig | None) -> None:
-        """Raises ValueError on a forecast of features."""
-        if config is not None and config.order and config.mode != "prediction":
-            raise ValueError("A FusedDiT forecasts predictions only; use mode='prediction' with order 1.")
+        """Raises ValueError on order 1 for features: only predictions are extrapolated."""
+        if config is not None and config.order and config.reuse != "prediction":
+            raise ValueError("A FusedDiT extrapolates predictions only; use reuse='prediction' with order 1.")
         self.cache = config
 
-    def reuse_cost(self, mode: str) -> float:
+    def reuse_cost(self, reuse: str) -> float:
         """Share of a computed step that a reused one takes: of the matmuls over tokens, those outside the blocks."""
         config, patch = self.config, self.config.patch_size**2
         around = patch * (config.in_channels + config.out_channels)
         blocks = config.depth * (4 + 2 * config.mlp_ratio) * config.hidden_size
-        return 0.0 if mode == "prediction" else around / (around + blocks)
+        return 0.0 if reuse == "prediction" else around / (around + blocks)
 
     def modulations(self, timesteps: Tensor, labels: Tensor) -> Tensor:
         """Shifts, scales and gates of R conditions at once: timesteps, labels (R,) -> (R, 6 depth + 2, D)."""
@@ -150,21 +150,21 @@ class FusedDiT(PatchGrid):
             self.final(tokens, Modulation(shift, scale, self.final_eps)), like.shape[-2] // p, like.shape[-1] // p
         )
 
-    def forward(self, x: Tensor, modulation: Tensor, kept: Tensor | None = None, reuse: bool = False) -> Tensor:
+    def forward(self, x: Tensor, modulation: Tensor, kept: Tensor | None = None, reused: bool = False) -> Tensor:
         """x (N, C, H, W), modulation (N, 6 depth + 2, D) -> (N, out_channels, H, W).
 
-        `kept` is written, or read with `reuse`: (depth, 2, N, T, D) for branches (FORA), (N, T, D) for what all blocks
-        add together. Raises ValueError on the arguments of a DiT.
+        `kept` is written, or read where `reused`: (depth, 2, N, T, D) for branches (FORA), (N, T, D) for what all
+        blocks add together. Raises ValueError on the arguments of a DiT.
         """
         if modulation.ndim != 3:
             self.refuse("step, calibrate or compensate")
         start = tokens = self.embed(x)
         parts = modulation[:, :-2].unflatten(1, (-1, 6))
-        if kept is not None and kept.ndim == 3 and reuse:
+        if kept is not None and kept.ndim == 3 and reused:
             return self.output(start + kept, modulation, x)
         branches = kept if kept is not None and kept.ndim == 5 else None
         for i, block in enumerate(self.blocks):
-            tokens = block(tokens, parts[:, i], None if branches is None else branches[i], reuse)
+            tokens = block(tokens, parts[:, i], None if branches is None else branches[i], reused)
         if kept is not None and kept.ndim == 3:
             kept.copy_(tokens - start)
         return self.output(tokens, modulation, x)

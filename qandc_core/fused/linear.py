@@ -18,9 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models.dit import modulate
+from ..quantization.formats import BY_NAME, Format
+from ..quantization.formats.w8a8 import W8A8
 from ..quantization.grids import Grid
 from ..quantization.linear import QuantizedLinear
-from ..quantization.native import INT8, NativeLayer, rotation_of, stored_values
+from ..quantization.native import NativeLayer
 
 KERNELS = ("reference", "kitchen", "triton")
 
@@ -103,9 +105,15 @@ class Int8Linear(nn.Module):
     """
 
     def __init__(
-        self, codes: Tensor, column_scale: Tensor, bias: Tensor | None, kernels: ModuleType | Kernels,
-        dtype: torch.dtype, group: int | None = None, inputs: Grid | None = None,
-    ):  # fmt: skip
+        self,
+        codes: Tensor,
+        column_scale: Tensor,
+        bias: Tensor | None,
+        kernels: ModuleType | Kernels,
+        dtype: torch.dtype,
+        group: int | None = None,
+        inputs: Grid | None = None,
+    ):
         super().__init__()
         self.kernels = Kernels(*(getattr(kernels, name) for name in Kernels._fields))
         self.dtype, self.group = dtype, group
@@ -124,9 +132,17 @@ class Int8Linear(nn.Module):
         codes, row_scale = self.quantize(x, before, gelu)
         gate, residual = (None, None) if after is None else (after.gate, after.x.flatten(0, -2))
         y = self.kernels.int8_matmul(
-            codes, row_scale, self.codes, self.column_scale, self.bias, self.dtype,
-            gelu=self.feeds is not None, grid=self.feeds and self.feeds(), gate=gate, residual=residual,
-        )  # fmt: skip
+            codes,
+            row_scale,
+            self.codes,
+            self.column_scale,
+            self.bias,
+            self.dtype,
+            gelu=self.feeds is not None,
+            grid=self.feeds and self.feeds(),
+            gate=gate,
+            residual=residual,
+        )
         return y.unflatten(0, x.shape[:-1])
 
     def quantize(self, x: Tensor, before: Modulation | None, gelu: bool) -> tuple[Tensor, Tensor | None]:
@@ -141,11 +157,18 @@ class Int8Linear(nn.Module):
 class KitchenLinear(nn.Module):
     """comfy-kitchen's kernels on a layer in one of ComfyUI's formats, rotated or not."""
 
-    def __init__(self, tensors: dict[str, Tensor], config: dict[str, Any], bias: Tensor | None, dtype: torch.dtype):
+    def __init__(
+        self,
+        format: Format,
+        tensors: dict[str, Tensor],
+        config: dict[str, Any],
+        bias: Tensor | None,
+        dtype: torch.dtype,
+    ):
         super().__init__()
-        self.config, self.dtype, self.group = config, dtype, rotation_of(config)
-        for name, tensor in tensors.items():
-            self.register_buffer(name, tensor.contiguous())
+        self.format, self.config, self.dtype, self.group = format.name, config, dtype, format.rotation(config)
+        for name in format.parts:
+            self.register_buffer(name, tensors[name].contiguous())
         self.register_buffer("bias", None if bias is None else bias.to(dtype))
 
     def forward(
@@ -160,32 +183,24 @@ class KitchenLinear(nn.Module):
     def product(self, x: Tensor, gelu: bool) -> Tensor:
         import comfy_kitchen
 
-        own: Any = self  # buffers by the names of the format
-        integer = self.config["format"] == INT8
+        format = BY_NAME[self.format]
         act = {}
-        if gelu and takes_activation(comfy_kitchen.int8_linear if integer else comfy_kitchen.w4a8_int8_linear):
+        if gelu and takes_activation(getattr(comfy_kitchen, format.kernel)):
             act = {"input_act": "gelu_tanh"}
         elif gelu:
             x = tanh_gelu(x)
-        if integer:
-            return comfy_kitchen.int8_linear(
-                x, own.weight, own.weight_scale, own.bias, self.dtype,
-                convrot=self.group is not None, convrot_groupsize=self.group or 256, **act,
-            )  # fmt: skip
-        return comfy_kitchen.w4a8_int8_linear(
-            x, own.weight, own.weight_s_rel, own.weight_s_channel, own.weight_codebook, None, own.bias,
-            self.config["group_size"], self.group, self.dtype, **act,
-        )  # fmt: skip
+        held = dict(self.named_buffers())
+        return format.linear(x, held, self.config, held.get("bias"), self.dtype, **act)
 
 
 @cache
 def takes_activation(function: Callable) -> bool:
-    """Whether this version of comfy-kitchen applies GELU to the inputs of the layer itself (W4A8: since 0.2.38)."""
+    """True if this version of comfy-kitchen applies GELU to the inputs of the layer itself (W4A8: since 0.2.38)."""
     return "input_act" in inspect.signature(function).parameters
 
 
 def fused_linear(layer: nn.Linear | QuantizedLinear | NativeLayer, kernels: str, dtype: torch.dtype) -> nn.Module:
-    """The layer on `kernels`; 4-bit codes stay packed in kitchen only. Raises ValueError where they cannot run it."""
+    """The layer on `kernels`; narrow codes stay packed in kitchen only. Raises ValueError where they cannot run it."""
     if isinstance(layer, nn.Linear):
         bias = None if layer.bias is None else layer.bias.detach().to(dtype)
         return FloatLinear(layer.weight.detach().to(dtype), bias)
@@ -200,7 +215,7 @@ def fused_linear(layer: nn.Linear | QuantizedLinear | NativeLayer, kernels: str,
     codes, scale = layer.weight_codes(), layer.weight_scale
     if kernels == "kitchen":
         tensors = {"weight": codes, "weight_scale": scale[:, None]}
-        return KitchenLinear(tensors, {"format": INT8, "convrot": False}, layer.bias, dtype)
+        return KitchenLinear(W8A8, tensors, {"format": W8A8.stored, "convrot": False}, layer.bias, dtype)
     return Int8Linear(codes, scale, layer.bias, kernel_module(kernels), dtype)
 
 
@@ -216,16 +231,11 @@ def stacked(layers: Sequence[nn.Module]) -> nn.ModuleList:
 
 
 def native_linear(layer: NativeLayer, kernels: str, dtype: torch.dtype) -> nn.Module:
-    tensors, group = dict(layer.tensors), rotation_of(layer.config)
-    bias = tensors.pop("bias", None)
+    format, bias = BY_NAME[layer.format], layer.tensors.get("bias")
     if kernels == "kitchen":
-        del tensors["comfy_quant"]
-        return KitchenLinear(tensors, layer.config, bias, dtype)
-    if layer.format == INT8:
-        return Int8Linear(tensors["weight"], tensors["weight_scale"], bias, kernel_module(kernels), dtype, group)
-    channel = tensors["weight_s_channel"]
-    codes = (stored_values(tensors) / channel[:, None]).round().to(torch.int8)
-    return Int8Linear(codes, channel, bias, kernel_module(kernels), dtype, group)
+        return KitchenLinear(format, layer.tensors, layer.config, bias, dtype)
+    codes, scale = format.int8(layer.tensors)
+    return Int8Linear(codes, scale, bias, kernel_module(kernels), dtype, format.rotation(layer.config))
 
 
 def static_linear(layer: QuantizedLinear, kernels: str, dtype: torch.dtype) -> Int8Linear:

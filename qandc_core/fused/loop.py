@@ -38,11 +38,11 @@ from .predictors import predictor_of
 if TYPE_CHECKING:
     from .dit import FusedDiT
 
-EVERY_STEP = CacheConfig(interval=1, mode="prediction")
+EVERY_STEP = CacheConfig(interval=1, reuse="prediction")
 
 
 def addresses(model: nn.Module) -> tuple:
-    """Where the weights are, and in which form: what a recorded graph relies on."""
+    """Address and form of every weight, which a captured graph relies on."""
     return tuple((t.data_ptr(), t.dtype, t.stride()) for t in chain(model.parameters(), model.buffers()))
 
 
@@ -86,7 +86,7 @@ class DeviceLoop:
     @property
     def needed(self) -> list[int]:
         """Steps that call the model."""
-        return [i for i, computes in enumerate(self.computed) if computes or self.cache.mode != "prediction"]
+        return [i for i, computes in enumerate(self.computed) if computes or self.cache.reuse != "prediction"]
 
     def allocate(self, images: int) -> None:
         config, steps = self.model.config, len(self.schedule)
@@ -103,24 +103,24 @@ class DeviceLoop:
 
     @property
     def cache_bytes(self) -> int:
-        """Of what a reused step reads."""
+        """Size of the features that a reused step reads."""
         if all(self.computed):
             return 0
         kept = getattr(self.predictor, "kept", None)
         return self.denoised.nbytes * (1 + self.cache.order) if kept is None else kept.nbytes
 
     @torch.inference_mode()
-    def step(self, reuse: bool) -> None:
+    def step(self, reused: bool) -> None:
         """One step in place, at the number that `index` holds."""
         signal, noise_part, keep, denoise, fresh, weight = self.table.index_select(0, self.index)[0].unbind()
         x = self.x
         if self.compensated:
             x = x + self.at(self.factor - 1) * (x - self.at(self.mean))
-        if reuse and self.cache.mode == "prediction":
+        if reused and self.cache.reuse == "prediction":
             x0 = torch.lerp(self.older, self.denoised, weight) if self.cache.order else self.denoised
         else:
             with self.predictor.attention(self):
-                x0 = self.predicted(x, signal, noise_part, reuse)
+                x0 = self.predicted(x, signal, noise_part, reused)
             self.older.copy_(self.denoised)
             self.denoised.copy_(x0)
         following = keep * x + denoise * x0
@@ -133,13 +133,13 @@ class DeviceLoop:
         """This step's row of a table (S, C), to broadcast over images."""
         return values.index_select(0, self.index)[0].view(1, -1, 1, 1)
 
-    def predicted(self, x: Tensor, signal: Tensor, noise_part: Tensor, reuse: bool) -> Tensor:
+    def predicted(self, x: Tensor, signal: Tensor, noise_part: Tensor, reused: bool) -> Tensor:
         """The guided clean image of x."""
         config, half = self.config, x.to(self.dtype)
         if config.cfg_scale == 1:
-            out, _ = split_variance(self.predictor(half, self.index, reuse), x.shape[1])
+            out, _ = split_variance(self.predictor(half, self.index, reused), x.shape[1])
         else:
-            conditional, unconditional = self.predictor(torch.cat([half, half]), self.index, reuse).chunk(2)
+            conditional, unconditional = self.predictor(torch.cat([half, half]), self.index, reused).chunk(2)
             out, _ = guide(conditional, unconditional, x.shape[1], config.cfg_scale, config.guidance_channels)
         out = out.float()
         return out if self.model.config.prediction == "sample" else (x - noise_part * out) / signal
@@ -169,13 +169,13 @@ class DeviceLoop:
         """The next step is the first."""
         self.index.zero_()
 
-    def program(self, reuse: bool) -> Callable[[], Any]:
-        if reuse not in self.programs:
-            self.programs[reuse] = self.captured(reuse) if self.graphs else partial(self.step, reuse)
-        return self.programs[reuse]
+    def program(self, reused: bool) -> Callable[[], Any]:
+        if reused not in self.programs:
+            self.programs[reused] = self.captured(reused) if self.graphs else partial(self.step, reused)
+        return self.programs[reused]
 
     @torch.inference_mode()
-    def captured(self, reuse: bool) -> Callable[[], None]:
+    def captured(self, reused: bool) -> Callable[[], None]:
         """The step as a CUDA graph. Warming up moves the run's state, which is put back."""
         state = [self.x, self.index, self.denoised, self.older]
         kept = [tensor.clone() for tensor in state]
@@ -184,12 +184,12 @@ class DeviceLoop:
         with torch.cuda.stream(stream):
             for _ in range(2):  # the first call compiles and tunes kernels
                 self.rewind()  # a run that is over left the index beyond the last step
-                self.step(reuse)
+                self.step(reused)
         self.rewind()
         torch.cuda.current_stream(self.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
-            self.step(reuse)
+            self.step(reused)
         for tensor, value in zip(state, kept):
             tensor.copy_(value)
         return graph.replay
@@ -233,7 +233,7 @@ def device_loop(
 ) -> DeviceLoop:
     """The loop of the model's latest run where it fits this one; its graphs and buffers are the costly part."""
     if cache is not None:
-        cache = cache.for_run(len(config.schedule()), model.reuse_cost(cache.mode))
+        cache = cache.for_run(len(config.schedule()), model.reuse_cost(cache.reuse))
     key = images, config, compensated, cache, model.pos_embed.device
     if key not in model.loops:
         model.loops = {key: DeviceLoop(model, images, config, cache, compensated)}

@@ -1,4 +1,4 @@
-"""What a DeviceLoop asks for a prediction: a DiT as it is, or a FusedDiT with the modulations of all steps at hand."""
+"""Predictors of a DeviceLoop: a plain DiT, or a FusedDiT with the modulations of all steps computed beforehand."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ class PlainPredictor:
     """A DiT as it is: baselines."""
 
     def __init__(self, loop: DeviceLoop):
-        if loop.cache.mode != "prediction":
-            raise ValueError("On the device a DiT reuses predictions only; make it a FusedDiT for other modes.")
+        if loop.cache.reuse != "prediction":
+            raise ValueError(
+                "On the device a DiT reuses predictions only; use reuse='prediction', or fuse_dit() the model."
+            )
         self.model, self.rows = loop.model, loop.rows
         self.timesteps = torch.tensor(loop.schedule.timesteps, device=loop.device)
         self.labels = torch.zeros_like(loop.rows)
@@ -33,7 +35,7 @@ class PlainPredictor:
     def attention(self, loop: DeviceLoop) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def __call__(self, x: Tensor, index: Tensor, reuse: bool) -> Tensor:
+    def __call__(self, x: Tensor, index: Tensor, reused: bool) -> Tensor:
         return self.model(x, self.timesteps.index_select(0, index).expand(len(x)), self.labels)
 
 
@@ -53,8 +55,8 @@ class FusedPredictor:
         self.table = torch.zeros(len(needed), conditions, 6 * config.depth + 2, config.hidden_size, **tensor)
         tokens = (len(loop.rows), (config.input_size // config.patch_size) ** 2, config.hidden_size)
         shapes = {"branch": (config.depth, 2, *tokens), "block": tokens}
-        mode = loop.cache.mode
-        self.kept = torch.zeros(shapes[mode], **tensor) if mode in shapes else None
+        reuse = loop.cache.reuse
+        self.kept = torch.zeros(shapes[reuse], **tensor) if reuse in shapes else None
 
     def prepare(self, labels: Tensor) -> None:
         at_once = max(1, ROWS_AT_ONCE // len(labels))
@@ -68,9 +70,9 @@ class FusedPredictor:
         width = config.hidden_size // config.num_heads
         return fastest_attention(len(loop.rows), config.num_heads, tokens, width, self.table)
 
-    def __call__(self, x: Tensor, index: Tensor, reuse: bool) -> Tensor:
+    def __call__(self, x: Tensor, index: Tensor, reused: bool) -> Tensor:
         modulations = self.table.index_select(0, self.slots.index_select(0, index))[0]
-        return self.model(x, modulations.index_select(0, self.rows), self.kept, reuse)
+        return self.model(x, modulations.index_select(0, self.rows), self.kept, reused)
 
 
 def predictor_of(loop: DeviceLoop) -> PlainPredictor | FusedPredictor:

@@ -9,7 +9,7 @@ from heapq import heappop, heappush
 from torch import Tensor
 
 from ..calibration.statistics import LayerStatistics
-from .formats import BY_NAME, BY_STORED, fitting
+from .formats import BY_NAME, Format, fitting
 from .native import COLLAPSE, NativeConfig, NativeLayer, quantize_weight, rounded_layer
 
 FLOAT = "float"
@@ -41,7 +41,7 @@ class LayerSource:
 
 @dataclass(frozen=True)
 class Step:
-    """A format that a layer may have by its name in the checkpoint, or float, with its error and bytes."""
+    """A format that a layer may have by its name, or float, with its error and bytes."""
 
     format: str
     error: float
@@ -79,7 +79,7 @@ def quantize_layers(
         if format == FLOAT:
             keep(source.name, None)
         elif format is not None:
-            finer = replace(config, format=BY_STORED[format].name)
+            finer = replace(config, format=format)
             keep(source.name, quantize_weight(source.name, *source.load(), finer, statistics.get(source.name)))
     return found
 
@@ -90,7 +90,12 @@ def coarsest(
     """The layer in the coarsest format, from the configured one on, whose error is within the limit; its ladder."""
     weight, bias = source.load()
     layer: NativeLayer | None = None
-    format = fitting(BY_NAME[config.format], weight.shape[0], weight.shape[1], source.keeps_shape)
+
+    def fits(format: Format | None) -> Format | None:
+        return fitting(format, weight.shape[0], weight.shape[1], source.keeps_shape)
+
+    BY_NAME[config.format].check_available()
+    format = fits(BY_NAME[config.format])
     while format is not None:
         wanted = replace(config, format=format.name)
         if budget.max_error is None:
@@ -99,10 +104,9 @@ def coarsest(
         layer = rounded_layer(source.name, weight, bias, wanted, statistics)
         if layer is None or (layer.error <= budget.max_error and layer.error < COLLAPSE):
             break
-        layer, format = None, format.finer
+        layer, format = None, fits(format.finer)
     steps = [layer]
-    while budget.max_bytes is not None and format is not None and format.finer is not None:
-        format = format.finer
+    while budget.max_bytes is not None and format is not None and (format := fits(format.finer)) is not None:
         nearest = replace(config, format=format.name, rounding="nearest")
         steps.append(rounded_layer(source.name, weight, bias, nearest, statistics))
     return layer, ladder(source, *steps)

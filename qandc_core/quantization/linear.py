@@ -5,16 +5,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .grids import Grid, pack_int4, quantize, token_grid, unpack_int4
-from .matmul import PackedWeight, backend_for, int_mm, kitchen_mm, simulated_matmul
+from .matmul import backend_for, int_mm, kitchen_mm, simulated_matmul
 
 # Temporaries of this many values stay in the CPU's cache; those of a whole batch are paged in anew at every call.
 CPU_BLOCK = 2**19
+PRODUCTS = {"int_mm": int_mm, "kitchen": kitchen_mm, "simulated": simulated_matmul}
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features, self.format, self.backend = in_features, out_features, format, backend
         columns, storage = (in_features // 2, torch.uint8) if format.packed else (in_features, torch.int8)
-        self.codes: Tensor | None
+        self.codes: Tensor
         self.weight_scale: Tensor
         self.weight_zero: Tensor | None
         self.input_scale: Tensor
@@ -76,7 +76,6 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("input_zero", torch.zeros((), device=device) if format.static else None)
         self.register_buffer("row_sums", torch.zeros(out_features, device=device) if format.static else None)
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device), False) if bias else None
-        self._blocked: PackedWeight | None = None
 
     @classmethod
     def from_codes(
@@ -84,9 +83,8 @@ class QuantizedLinear(nn.Module):
     ) -> QuantizedLinear:
         """Takes over linear's shape and bias; `inputs` is the static activation grid."""
         bias, weight = linear.bias, linear.weight
-        layer = cls(
-            linear.in_features, linear.out_features, bias is not None, format, backend, weight.dtype, weight.device
-        )  # fmt: skip
+        width, columns = linear.in_features, linear.out_features
+        layer = cls(width, columns, bias is not None, format, backend, weight.dtype, weight.device)
         layer.codes = pack_int4(codes) if format.packed else codes
         layer.weight_scale = weights.scale.flatten()
         if not format.symmetric:
@@ -100,9 +98,6 @@ class QuantizedLinear(nn.Module):
 
     def weight_codes(self) -> Tensor:
         """int8 (N, K)."""
-        if self.codes is None:
-            assert self._blocked is not None
-            return self._blocked.codes()
         return unpack_int4(self.codes) if self.format.packed else self.codes
 
     @property
@@ -128,16 +123,16 @@ class QuantizedLinear(nn.Module):
         if any(t is not None and t.device != x.device for t in (*self._buffers.values(), *self._parameters.values())):
             return self.on(x.device)(x)
         rows = x.reshape(-1, self.in_features)
-        backend = backend_for(self.backend, x.device, self.format.w_bits)
+        backend = backend_for(self.backend, x.device)
         if backend == "kitchen" and not self.format.static and self.format.symmetric and self.format.a_bits == 8:
             return self.kitchen_linear(rows).view(*x.shape[:-1], self.out_features)
         y = torch.empty(len(rows), self.out_features, dtype=x.dtype, device=x.device)
         block = self.rows_at_once if x.device.type == "cpu" else max(1, len(rows))
-        weights = None if backend == "onednn" else self.weight_codes()
+        weights = self.weight_codes()
         for part, out in zip(rows.split(block), y.split(block)):
             grid = self.input_grid(part.float())
             codes = quantize(part.float(), grid)
-            out.copy_(self.rescale(self.matmul(codes, backend, weights), codes, grid))
+            out.copy_(self.rescale(PRODUCTS[backend](codes, weights), codes, grid))
         return y.view(*x.shape[:-1], self.out_features)
 
     def on(self, device: torch.device) -> QuantizedLinear:
@@ -147,26 +142,6 @@ class QuantizedLinear(nn.Module):
             moved = {name: None if t is None else t.to(device) for name, t in vars(self)[kind].items()}
             object.__setattr__(layer, kind, moved)
         return layer
-
-    def matmul(self, codes: Tensor, backend: str, weights: Tensor | None = None) -> Tensor:
-        """Integer product of input codes (M, K) and weight codes, exact on every backend."""
-        if backend == "onednn":
-            return self.blocked().matmul(codes)
-        function = {"int_mm": int_mm, "kitchen": kitchen_mm, "simulated": simulated_matmul}[backend]
-        return function(codes, self.weight_codes() if weights is None else weights)
-
-    def blocked(self) -> PackedWeight:
-        if self._blocked is None:
-            self._blocked = PackedWeight(self.weight_codes())
-            self.codes = None
-        return self._blocked
-
-    def unblock(self) -> None:
-        """Back to plain codes: oneDNN's layout can be neither copied, moved nor saved."""
-        if self._blocked is not None:
-            codes = self._blocked.codes()
-            self.codes = pack_int4(codes) if self.format.packed else codes
-            self._blocked = None
 
     def rescale(self, accumulated: Tensor, codes: Tensor, grid: Grid) -> Tensor:
         y = accumulated.float()
@@ -186,16 +161,7 @@ class QuantizedLinear(nn.Module):
 
         return comfy_kitchen.int8_linear(x, self.weight_codes(), self.weight_scale, self.bias, out_dtype=x.dtype)
 
-    def _save_to_state_dict(self, *args: Any) -> None:
-        self.unblock()
-        super()._save_to_state_dict(*args)
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        self.unblock()
-        super()._load_from_state_dict(*args)
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
-        self.unblock()
         before = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, value in self._buffers.items():
@@ -204,10 +170,6 @@ class QuantizedLinear(nn.Module):
             if value is not None and kept is not None and value.dtype != kept.dtype:
                 self._buffers[name] = kept.to(value.device)
         return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        self.unblock()
-        return self.__dict__
 
     def extra_repr(self) -> str:
         kind = "static" if self.format.static else "per token"

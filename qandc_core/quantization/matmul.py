@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-log = logging.getLogger(__name__)
-
-BACKENDS = ("auto", "simulated", "int_mm", "onednn", "kitchen")
+BACKENDS = ("auto", "simulated", "int_mm", "kitchen")
 
 
 def simulated_matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -25,7 +22,7 @@ INT_MM_ROWS = 17  # torch._int_mm on CUDA takes no fewer rows, and multiples of 
 
 
 def int_mm(a: Tensor, b: Tensor) -> Tensor:
-    """As simulated_matmul; zeros fill up what CUDA's product asks for."""
+    """The same product by torch._int_mm, padded with zeros to the sizes that it needs on CUDA."""
     if not a.is_cuda:
         return torch._int_mm(a, b.t())
     rows, columns, inner = max(0, INT_MM_ROWS - len(a)), -len(b) % 8, -a.shape[1] % 8
@@ -43,33 +40,11 @@ def kitchen_mm(a: Tensor, b: Tensor) -> Tensor:
     return comfy_kitchen.mm_int8(a, b.t().contiguous())
 
 
-class PackedWeight:
-    """Weight codes (N, K) in oneDNN's blocked layout, which replaces the plain codes."""
-
-    def __init__(self, codes: Tensor):
-        self.columns, self.rows = codes.shape
-        # oneDNN lays the weight out for a given number of rows but accepts any.
-        self.packed = torch.ops.onednn.qlinear_prepack(codes, [256, self.rows])
-        self.ones = torch.ones(self.columns)
-        self.zeros = torch.zeros(self.columns, dtype=torch.int32)
-
-    def codes(self) -> Tensor:
-        return self.packed.to_dense().t().contiguous()
-
-    def matmul(self, a: Tensor) -> Tensor:
-        unsigned = (a.to(torch.int16) + 128).to(torch.uint8)
-        return torch.ops.onednn.qlinear_pointwise(
-            unsigned, 1.0, 128, self.packed, self.ones, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
-        )  # fmt: skip
-
-
-def worst_case_codes(weight_bits: int) -> tuple[Tensor, Tensor]:
+def worst_case_codes() -> tuple[Tensor, Tensor]:
     """Codes at the ends of their ranges, where 16-bit intermediate sums would saturate."""
     generator = torch.Generator().manual_seed(0)
-    a = torch.where(torch.rand(32, 64, generator=generator) < 0.2, -128, 127).to(torch.int8)
-    high = 2 ** (weight_bits - 1) - 1
-    b = torch.where(torch.rand(32, 64, generator=generator) < 0.2, -high, high).to(torch.int8)
-    return a, b
+    a, b = (torch.rand(32, 64, generator=generator) < 0.2 for _ in range(2))
+    return torch.where(a, -128, 127).to(torch.int8), torch.where(b, -127, 127).to(torch.int8)
 
 
 @cache
@@ -80,20 +55,8 @@ def int_mm_is_fast() -> bool:
     supported = getattr(torch.cpu, "_is_vnni_supported", None)
     if supported is None or not supported():
         return False
-    a, b = worst_case_codes(8)
+    a, b = worst_case_codes()
     return bool((int_mm(a, b) == simulated_matmul(a, b)).all())
-
-
-@cache
-def onednn_is_exact(weight_bits: int) -> bool:
-    """Whether oneDNN's u8 x s8 product is exact: without VNNI its 16-bit sums saturate above 7-bit weights."""
-    a, b = worst_case_codes(weight_bits)
-    try:
-        product = PackedWeight(b).matmul(a)
-    except (AttributeError, RuntimeError, NotImplementedError) as error:
-        log.info("oneDNN int8 linear is not available: %s", error)
-        return False
-    return bool((product == simulated_matmul(a, b)).all())
 
 
 @cache
@@ -105,20 +68,15 @@ def kitchen_is_available() -> bool:
     return hasattr(comfy_kitchen, "mm_int8") and hasattr(comfy_kitchen, "int8_linear")  # since 0.2.24
 
 
-def backend_for(backend: str, device: torch.device, weight_bits: int) -> str:
+def backend_for(backend: str, device: torch.device) -> str:
     """The backend that was asked for, or the device's own where that one has no kernels for it."""
-    able = {"int_mm": ("cpu", "cuda"), "onednn": ("cpu",)}.get(backend)
-    if backend == "auto" or (able is not None and device.type not in able):
-        return pick_backend(device, weight_bits)
+    if backend == "auto" or (backend == "int_mm" and device.type not in ("cpu", "cuda")):
+        return pick_backend(device)
     return backend
 
 
-def pick_backend(device: torch.device, weight_bits: int) -> str:
-    """The fastest exact integer product here: comfy-kitchen on CUDA, VNNI or oneDNN on CPU, else simulated."""
-    if device.type == "cuda":
-        return "kitchen" if kitchen_is_available() else "simulated"
-    if device.type == "cpu" and int_mm_is_fast():
-        return "int_mm"
-    if device.type == "cpu" and 4 < weight_bits < 8 and onednn_is_exact(weight_bits):
-        return "onednn"
-    return "simulated"
+def pick_backend(device: torch.device) -> str:
+    """The fastest exact integer product here: comfy-kitchen on CUDA, VNNI on CPU, else simulated."""
+    if device.type == "cuda" and kitchen_is_available():
+        return "kitchen"
+    return "int_mm" if device.type == "cpu" and int_mm_is_fast() else "simulated"

@@ -98,7 +98,7 @@ def quantize_model(
 
 
 def refuse_saving(*args: Any, **kwargs: Any) -> NoReturn:
-    """Stands in for diffusers' save_pretrained, whose from_pretrained would not know the codes and draw new weights."""
+    """Replaces diffusers' save_pretrained, whose from_pretrained would ignore the codes and use random weights."""
     raise ValueError(
         "from_pretrained cannot read a quantized model back; save it before quantize_model, and quantize it again "
         "after loading."
@@ -117,9 +117,10 @@ def quantize_linear(
         format = replace(format, w_bits=8)
     grid = weight_grid(weight, format.w_bits, format.symmetric)
     if config.rounding == "gptq":
-        if statistics is None or statistics.hessian is None:
+        hessian = None if statistics is None else statistics.second_moment(weight.device)
+        if hessian is None:
             raise ValueError(f"gptq rounding needs the input Hessian of {name}; calibrate with hessians.")
-        codes = gptq_codes(weight, statistics.hessian.to(weight.device), grid)
+        codes = gptq_codes(weight, hessian, grid)
     else:
         codes = quantize(weight, grid)
     inputs = activation_grid(statistics, format.a_bits, config, weight.device) if format.static else None

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..numerics import ratio
 from ..precision import widest_float
-from .formats import ALL, BY_NAME, BY_STORED, fitting
-from .formats.w4a8 import W4A8 as W4A8_FORMAT
-from .formats.w8a8 import W8A8 as W8A8_FORMAT
+from .formats import BY_NAME, Format, fitting, stored_format
 from .grids import dequantize as grid_values
 from .grids import quantize, token_grid
 from .rotation import rotate, rotate_hessian, rotation_group
@@ -21,8 +20,6 @@ from .rotation import rotate, rotate_hessian, rotation_group
 if TYPE_CHECKING:
     from ..calibration.statistics import LayerStatistics
 
-INT8, W4A8 = W8A8_FORMAT.stored, W4A8_FORMAT.stored  # the checkpoint's names
-FORMATS = {format.name: format.stored for format in ALL}
 ROUNDINGS = ("auto", "nearest", "gptq")
 COLLAPSE = 0.5
 # X^T X of M inputs is uncertain by K / M. On correlated inputs of three kinds (K = 1152, M from 128 to 16384) this much
@@ -32,7 +29,7 @@ SAMPLING_DAMPING = 0.06
 
 @dataclass(frozen=True)
 class NativeConfig:
-    """Format W8A8 or W4A8; rounding nearest, gptq, which needs X^T X, or auto: gptq where that is known.
+    """Format by its name; rounding nearest, gptq, which needs X^T X, or auto: gptq where that is known.
 
     `clip_search` is of int8 scales only. `bias_correction` is done where the mean input is known; None: where gptq
     chose the codes, since after rounding to nearest it brings layers closer and may take images further away.
@@ -46,8 +43,8 @@ class NativeConfig:
     damping: float = 0.01
 
     def __post_init__(self) -> None:
-        if self.format not in FORMATS:
-            raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {self.format!r}.")
+        if self.format not in BY_NAME:
+            raise ValueError(f"format must be one of {', '.join(BY_NAME)}, got {self.format!r}.")
         if self.rounding not in ROUNDINGS:
             raise ValueError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {self.rounding!r}.")
 
@@ -56,22 +53,13 @@ class NativeConfig:
 class NativeLayer:
     """`tensors` by their names below the layer's (bias included where there is one), `config` is comfy_quant as a dict,
     `error` the relative output error on held-out inputs where there are any, else of the weight alone where X^T X is
-    known, else the weight's. `format` is the checkpoint's name, int8_tensorwise for layers promoted from W4A8.
+    known, else the weight's. `format` is the format's name, W8A8 for layers promoted from W4A8.
     """
 
     tensors: dict[str, Tensor]
     config: dict[str, Any]
     error: float
     format: str
-
-
-def native_format(outputs: int, inputs: int, format: str) -> str | None:
-    """The checkpoint's format for a layer, a finer one than asked for where that has no groups; None: it stays float.
-
-    cuBLAS multiplies int8 matrices only where both sizes are multiples of four.
-    """
-    found = fitting(BY_NAME[format], outputs, inputs)
-    return None if found is None else found.stored
 
 
 @torch.no_grad()
@@ -95,9 +83,10 @@ def quantize_weight(
 def rounded_layer(
     name: str, weight: Tensor, bias: Tensor | None, config: NativeConfig, statistics: LayerStatistics | None = None
 ) -> NativeLayer | None:
-    """As quantize_weight, however large the error."""
-    outputs, inputs = weight.shape
-    format = native_format(outputs, inputs, config.format)
+    """quantize_weight without its limit on the error."""
+    wanted, (outputs, inputs) = BY_NAME[config.format], weight.shape
+    wanted.check_available()
+    format = fitting(wanted, outputs, inputs)
     if format is None:
         return None
     weight = weight.detach().float()
@@ -131,20 +120,18 @@ def rounded_layer(
         error = held_out_error(weight, tensors, held_out.to(weight.device), shift)
     else:
         error = output_error(weight, tensors, hessian)
-    return NativeLayer(tensors, layer_config(tensors), error, format)
+    return NativeLayer(tensors, layer_config(tensors), error, format.name)
 
 
-def weight_tensors(weight: Tensor, format: str, config: NativeConfig, hessian: Tensor | None) -> dict[str, Tensor]:
-    """The format's tensors for weight (N, K), K a multiple of four; hessian X^T X (K, K) where gptq chooses codes."""
+def weight_tensors(weight: Tensor, format: Format, config: NativeConfig, hessian: Tensor | None) -> dict[str, Tensor]:
+    """The format's tensors for weight (N, K), which it takes; hessian X^T X (K, K) where gptq chooses codes."""
     group = rotation_group(weight.shape[1])
     assert group is not None
     rotated = rotate(weight, group)
     if hessian is not None:
         hessian = rotate_hessian(hessian, group)
-    chosen = BY_STORED[format]
-    tensors = chosen.encode(weight, rotated, group, hessian, config.clip_search, config.damping)
-    conf = chosen.config(group)
-    tensors["comfy_quant"] = mark(conf)
+    tensors = format.encode(weight, rotated, group, hessian, config.clip_search, config.damping)
+    tensors["comfy_quant"] = mark(format.config(group))
     return tensors
 
 
@@ -165,31 +152,40 @@ def mark(config: Mapping[str, Any]) -> Tensor:
     return torch.tensor(list(json.dumps(config).encode()), dtype=torch.uint8)
 
 
-def layer_config(tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """What the comfy_quant tensor says."""
+def layer_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The decoded comfy_quant tensor."""
     return json.loads(bytes(tensors["comfy_quant"].tolist()))
 
 
-def dequantize(tensors: dict[str, Tensor]) -> Tensor:
-    """The weight (N, K) that the tensors of either format stand for, in the basis of the inputs, float32."""
-    group = rotation_of(layer_config(tensors))
+def format_of(tensors: Mapping[str, Tensor]) -> Format:
+    """The format of a layer's tensors, comfy_quant among them. Raises ValueError where it is none of ours."""
+    config = layer_config(tensors)
+    format = stored_format(config, tensors)
+    if format is None:
+        raise ValueError(f"The format {config['format']} is unknown.")
+    return format
+
+
+def dequantize(tensors: Mapping[str, Tensor]) -> Tensor:
+    """The weight (N, K) that the tensors of any format stand for, in the basis of the inputs, float32."""
+    group = rotation_of(tensors)
     values = stored_values(tensors)
     return values if group is None else rotate(values, group)
 
 
-def rotation_of(config: dict[str, Any]) -> int | None:
+def rotation_of(tensors: Mapping[str, Tensor]) -> int | None:
     """The group in which the format's inputs are rotated; None where they are not."""
-    return BY_STORED[config["format"]].rotation(config)
+    return format_of(tensors).rotation(layer_config(tensors))
 
 
-def stored_values(tensors: dict[str, Tensor]) -> Tensor:
+def stored_values(tensors: Mapping[str, Tensor]) -> Tensor:
     """The weight (N, K) in the basis of the kernel, float32."""
-    return BY_STORED[layer_config(tensors)["format"]].decode(tensors)
+    return format_of(tensors).decode(tensors)
 
 
 def kernel_output(tensors: dict[str, Tensor], x: Tensor) -> Tensor:
     """x W_q^T (M, N) float32 as the int8 kernel multiplies: each row of x (M, K) in 8 bits."""
-    group, x = rotation_of(layer_config(tensors)), x.float()
+    group, x = rotation_of(tensors), x.float()
     rotated = x if group is None else rotate(x, group)
     grid = token_grid(rotated, 8)
     return grid_values(quantize(rotated, grid), grid) @ stored_values(tensors).T
@@ -202,12 +198,7 @@ def held_out_error(weight: Tensor, tensors: dict[str, Tensor], x: Tensor, shift:
     if shift is not None:
         lost += shift
     wide = widest_float(x.device)
-    return relative_norm(lost.to(wide), exact.to(wide))
-
-
-def relative_norm(lost: Tensor, whole: Tensor) -> float:
-    size = float(whole.norm())
-    return float(lost.norm()) / size if size else 0.0
+    return ratio(float(lost.to(wide).norm()), float(exact.to(wide).norm()))
 
 
 def output_error(weight: Tensor, tensors: dict[str, Tensor], hessian: Tensor | None = None) -> float:

@@ -1,4 +1,4 @@
-"""What quantizing a model did to it: formats, sizes and measured errors."""
+"""The report of a quantization: formats, sizes and measured errors."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ from typing import Any
 from .budget import FLOAT
 from .formats import ALL
 
-SHORT = {format.stored: format.name for format in ALL}
-
 
 @dataclass(frozen=True)
 class LayerReport:
-    """A layer's format in the checkpoint or float, its relative error, and its bytes before and after."""
+    """A layer's format by its name or float, its relative error, and its bytes before and after."""
 
     name: str
     format: str
@@ -50,7 +48,7 @@ class QuantizationReport:
     @property
     def counts(self) -> dict[str, int]:
         """Number of layers by format, coarsest first and float last, those that occur."""
-        found = Counter(SHORT.get(layer.format, layer.format) for layer in self.layers)
+        found = Counter(layer.format for layer in self.layers)
         order = (*(format.name for format in reversed(ALL)), FLOAT)
         return {format: found[format] for format in order if found[format]}
 
@@ -84,7 +82,7 @@ class QuantizationReport:
         rows = sorted(self.layers, key=lambda layer: -layer.error)[:worst]
         lines = ["| layer | format | relative error | MiB before | MiB after |", "|---|---|---:|---:|---:|"]
         lines += [
-            f"| {layer.name} | {SHORT.get(layer.format, layer.format)} | {layer.error:.2g} "
+            f"| {layer.name} | {layer.format} | {layer.error:.2g} "
             f"| {layer.before / 2**20:.2f} | {layer.after / 2**20:.2f} |"
             for layer in rows
         ]

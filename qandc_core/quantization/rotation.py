@@ -42,7 +42,7 @@ def rotate(x: Tensor, group: int) -> Tensor:
 
 
 def rotate_fast(x: Tensor, group: int) -> Tensor:
-    """As rotate but for the last bit: the largest R is side (x) side, an eighth of the arithmetic."""
+    """rotate up to the last bit, faster: the largest R is side (x) side, an eighth of the arithmetic."""
     if group < 256:
         return rotate(x, group)
     side = hadamard_on(x.device, x.dtype, 16)

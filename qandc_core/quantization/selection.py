@@ -69,7 +69,7 @@ def similar_lists(
 
 
 def unet_attention(network: nn.Module) -> Iterator[str]:
-    """Of every spatial transformer its lists of blocks and the projections into and out of them."""
+    """The lists of blocks of every spatial transformer, and the projections into and out of them."""
     for path, module in network.named_modules():
         if path.startswith(UNET) and isinstance(getattr(module, "transformer_blocks", None), nn.ModuleList):
             for name, child in module.named_children():

@@ -8,6 +8,7 @@ it tell more stops the queue at every step. A moment is therefore an event in th
 from __future__ import annotations
 
 import time
+from statistics import median
 from typing import Any
 
 import torch
@@ -52,6 +53,17 @@ def span(begun: Any, ended: Any) -> float:
     return begun.elapsed_time(ended) / 1000
 
 
+class Stopwatch:
+    """Seconds since it was made, of the host and all that a device was given to do meanwhile."""
+
+    def __init__(self, device: torch.device | None = None):
+        self.device = device or torch.device("cpu")
+        self.begun = host_mark(self.device)
+
+    def seconds(self) -> float:
+        return host_mark(self.device) - self.begun
+
+
 class StepClock:
     """Seconds of the steps of a run, each from where the last ended, or from where `begin` was called since."""
 
@@ -65,7 +77,7 @@ class StepClock:
         return host_mark(self.device) if moment is None else moment
 
     def begin(self) -> None:
-        """What was done since the last step is no part of the next."""
+        """Excludes what was done since the last step from the next."""
         self.begun = self.now()
 
     def end(self) -> None:
@@ -98,16 +110,18 @@ class CallTimes:
 
     @property
     def known(self) -> bool:
-        """Whether both kinds were seen."""
+        """True if both kinds were seen."""
         return all(self.spans.values())
 
     def seconds(self, reused: bool) -> list[float]:
         return [span(begun, ended) for begun, ended in self.spans[reused]]
 
     def speedup(self) -> float | None:
-        """How much longer all calls would have taken had each computed; None before both kinds were seen."""
-        computed, reused = self.seconds(False), self.seconds(True)
+        """Time of all calls had each been computed, over the time they take, by the median call of either kind; None
+        before both were seen.
+        """
         if not self.known:
             return None
-        median = sorted(computed)[len(computed) // 2]
-        return median * len(computed + reused) / sum(computed + reused)
+        computed, reused = self.seconds(False), self.seconds(True)
+        each, cheap = median(computed), median(reused)
+        return each * len(computed + reused) / (each * len(computed) + cheap * len(reused))

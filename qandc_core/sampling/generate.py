@@ -57,9 +57,7 @@ def generate(
     (1 + steps, N, C, H, W); `sigmas` replaces `steps`.
     """
     chosen = None if sigmas is None else tuple(torch.as_tensor(sigmas, dtype=torch.float64).tolist())
-    config = SamplingConfig(
-        steps, cfg_scale, sampler, spacing, variance, guidance_channels, batched_guidance, chosen
-    )  # fmt: skip
+    config = SamplingConfig(steps, cfg_scale, sampler, spacing, variance, guidance_channels, batched_guidance, chosen)
     process = ReverseProcess(model, class_labels, config)
     if compensation is not None:
         compensation.check(process.schedule.sigmas[:-1])
@@ -79,9 +77,7 @@ def generate_by_steps(
     device, cache = process.device, feature_cache(process.model)
     if cache is not None:
         cache.reset()
-    report = RunReport(
-        process.config.sampler, len(process), len(process.labels), process.config.cfg_scale, str(device)
-    )  # fmt: skip
+    report = RunReport(process.config.sampler, len(process), len(process.labels), process.config.cfg_scale, str(device))
     reset_peak_memory(device)
     correct = corrections(compensation, process)
     x = source.draw().to(device, torch.float32)
@@ -105,7 +101,7 @@ def generate_by_steps(
 
 
 def corrections(compensation: VarianceCompensation | None, process: ReverseProcess) -> Callable[[int, Tensor], Tensor]:
-    """What variance compensation does to x before step i, with its factors on the device from the start."""
+    """Variance compensation of x before step i, with all factors on the device from the start."""
     if compensation is None:
         return lambda i, x: x
     rows = [compensation.find(sigma) for sigma in process.schedule.sigmas[:-1]]

@@ -87,35 +87,37 @@ class Frontend:
         self.page.wait_for_timeout(6000)  # until notices of the finished job are gone
         return area
 
-    def show_node(self, index: int, scale: float) -> dict[str, float]:
-        """Brings one node into the corner; returns where it lies on the page."""
-        area = self.page.evaluate(
-            """([index, scale]) => { const node = app.graph._nodes[index];
-            const e = app.canvas.canvas.getBoundingClientRect();
-            app.canvas.deselectAll();
-            app.canvas.ds.scale = scale;
-            app.canvas.ds.offset = [90 / scale - node.pos[0], 130 / scale - node.pos[1] + 30];
-            app.canvas.setDirty(true, true);
-            const [width, height] = [node.size[0] * scale + 40, (node.size[1] + 30) * scale + 50];
-            return {x: e.x + 70, y: e.y + 100, width, height} }""",
-            [index, scale],
-        )
-        self.page.wait_for_timeout(700)
-        return area
+    def search(self, *words: str) -> dict[str, list[str]]:
+        """What the search box that a double click opens lists for each of the words, best first."""
+        self.page.evaluate("() => app.graph.clear()")
+        self.page.mouse.move(400, 300)
+        self.page.mouse.dblclick(640, 420)
+        box, found = self.page.locator("input[role=combobox]"), {}
+        for word in words:
+            box.fill("")
+            self.page.wait_for_timeout(150)
+            box.fill(word)
+            self.page.wait_for_timeout(400)
+            found[word] = [text.strip() for text in self.page.get_by_test_id("result-item").all_text_contents()]
+        self.page.keyboard.press("Escape")
+        return found
 
     def screenshot(self, path: Path, area: dict[str, float] | None = None, quality: int = 82) -> None:
         self.page.screenshot(path=str(path), type="jpeg", quality=quality, clip=area)
 
 
 @contextmanager
-def open_frontend(address: str, width: int = 2200, height: int = 1240) -> Iterator[Frontend]:
+def open_frontend(
+    address: str, width: int = 2200, height: int = 1240, locale: str = "en", nodes_2: bool = False
+) -> Iterator[Frontend]:
+    """`nodes_2` draws nodes as HTML ("Nodes 2.0") instead of on the canvas."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium(), args=FLAGS)
         try:
             page = browser.new_page(viewport={"width": width, "height": height})
-            for name, value in SETTINGS.items():
+            for name, value in {**SETTINGS, "Comfy.Locale": locale, "Comfy.VueNodes.Enabled": nodes_2}.items():
                 page.request.post(f"http://{address}/settings/{name}", data=json.dumps(value))
             page.goto(f"http://{address}")
             page.wait_for_function("() => window.app?.graph && window.app.extensionManager", timeout=90_000)

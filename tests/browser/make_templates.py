@@ -1,4 +1,4 @@
-"""Makes workflows/*.json, their API twins and pictures, and those of the help pages, in the real frontend.
+"""Makes workflows/*.json, their API twins and pictures, in the real frontend.
 
     python -m tests.browser.make_templates [name ...] [--without-pictures]
 
@@ -113,17 +113,6 @@ def make(frontend: Frontend, template: Template, picture: bool) -> None:
     if picture:
         area = frontend.show_all()
         frontend.screenshot(WORKFLOWS / f"{template.name}.jpg", area)
-    if picture and template is TEMPLATES[0]:
-        picture_nodes(frontend)
-
-
-def picture_nodes(frontend: Frontend) -> None:
-    """web/docs/<node id>/node.jpg, from the graph as it is after its run."""
-    types = frontend.page.evaluate("() => app.graph._nodes.map(n => n.type)")
-    for index, type in enumerate(types):  # of two nodes of a type the last, which has most wired to it
-        if type.startswith("QandC_"):
-            area = frontend.show_node(index, 0.9 if type == "QandC_Compare" else 1.2)
-            frontend.screenshot(ROOT / "web" / "docs" / type / "node.jpg", area)
 
 
 def write(path: Path, content: dict) -> None:

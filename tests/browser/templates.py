@@ -73,8 +73,8 @@ def chain(
     }
 
 
-def sampled(runs: dict[str, tuple[tuple[str, int], str, dict[str, Any]]]) -> dict[str, Node]:
-    """A Sample and a VAE Decode for every run, and the Compare of all."""
+def sampled(runs: dict[str, tuple[tuple[str, int], str, dict[str, Any]]], repeats: int = 0) -> dict[str, Node]:
+    """A Sample and a VAE Decode for every run, and the Compare of all, which samples them `repeats` times again."""
     nodes, inputs = {}, {}
     for i, (key, (model, label, settings)) in enumerate(runs.items()):
         nodes[f"sample_{key}"] = node("QandC_Sample", wires(model), f"Sample: {label}", label=label, **settings)
@@ -82,7 +82,7 @@ def sampled(runs: dict[str, tuple[tuple[str, int], str, dict[str, Any]]]) -> dic
         inputs |= {f"images.image{i}": (f"decode_{key}", 0)}
     for i, key in enumerate(runs):
         inputs |= {f"reports.report{i}": (f"sample_{key}", 1)}
-    nodes["compare"] = {**node("QandC_Compare", inputs), "size": [1000, 480 + 180 * len(runs)]}
+    nodes["compare"] = {**node("QandC_Compare", inputs, repeats=repeats), "size": [1000, 480 + 180 * len(runs)]}
     return nodes
 
 
@@ -111,7 +111,7 @@ QUICKSTART = Template(
         **sampled({
             "full": (("load", 0), "full precision", SMOOTH),
             "fast": (("compensate", 0), "Q&C", SMOOTH),
-        }),
+        }, repeats=2),
     },
     [
         ["note", "load", "label", "latent", "vae"],

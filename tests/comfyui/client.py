@@ -14,7 +14,7 @@ from typing import Any
 import websocket
 
 TIMEOUT = 120
-PREVIEW_WITH_METADATA = 4
+TEXT, PREVIEW_WITH_METADATA = 3, 4
 
 
 class Rejected(Exception):
@@ -31,6 +31,7 @@ class Run:
     cached: list[str] = field(default_factory=list)
     progress: dict[str, list[tuple[int, int]]] = field(default_factory=lambda: defaultdict(list))
     previews: Counter = field(default_factory=Counter)
+    texts: dict[str, str] = field(default_factory=dict)  # the last that was shown on a node
     error: dict[str, Any] | None = None
     outputs: dict[str, Any] = field(default_factory=dict)
 
@@ -134,6 +135,9 @@ class Running:
 
     def see(self, frame: bytes) -> None:
         kind, length = struct.unpack(">II", frame[:8])
+        if kind == TEXT:
+            node, text = frame[8 : 8 + length], frame[8 + length :]
+            self.result.texts[node.decode()] = text.decode()
         if kind == PREVIEW_WITH_METADATA:
             self.result.previews[json.loads(frame[8 : 8 + length])["node_id"]] += 1
 

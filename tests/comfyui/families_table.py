@@ -9,7 +9,7 @@ from .checkouts import FLOOR, Checkout, checkouts
 from .inside_programs import REPOSITORY, install_pack, run_program
 
 TABLE = REPOSITORY / "docs" / "families.md"
-TIERS = ("whole prediction", "blocks")
+REUSE = ("whole prediction", "blocks")
 TEXT = """# Model families under Apply Cache
 
 Each row is ComfyUI's own model class in a tiny, randomly filled configuration, sampled for {steps} steps with euler,
@@ -45,7 +45,7 @@ COLUMNS = (
 
 
 def row(name: str, found: dict) -> str:
-    whole, blocks = (found["tiers"][tier] for tier in TIERS)
+    whole, blocks = (found["kinds"][reuse] for reuse in REUSE)
     cells = (
         name,
         found["model"],
@@ -59,17 +59,17 @@ def row(name: str, found: dict) -> str:
     return line(cells)
 
 
-def error(tier: dict) -> float:
-    return max(tier["error"], tier["apart"])
+def error(reuse: dict) -> float:
+    return max(reuse["error"], reuse["apart"])
 
 
 def reuses_blocks(found: dict) -> bool:
-    return found["tiers"]["blocks"]["tier"].startswith("blocks")
+    return found["kinds"]["blocks"]["reuse"].startswith("blocks")
 
 
 def notes(present: dict[str, dict]) -> str:
     """What a run reports where blocks were chosen and are not reused."""
-    reported = {name: found["tiers"]["blocks"]["tier"] for name, found in present.items() if not reuses_blocks(found)}
+    reported = {name: found["kinds"]["blocks"]["reuse"] for name, found in present.items() if not reuses_blocks(found)}
     lines = [
         f'- {", ".join(name for name, other in reported.items() if other == text)}: "{text}"'
         for text in dict.fromkeys(reported.values())
@@ -87,8 +87,8 @@ def table(results: dict[str, dict], version: str) -> str:
     failed = [name for name, found in results.items() if "absent" not in found and not sound(found)]
     if failed:
         raise SystemExit(f"no table: {', '.join(failed)} failed")
-    present = {name: found for name, found in results.items() if "tiers" in found}
-    some = next(iter(present.values()))["tiers"]["whole prediction"]
+    present = {name: found for name, found in results.items() if "kinds" in found}
+    some = next(iter(present.values()))["kinds"]["whole prediction"]
     lines = [line(COLUMNS), line("---" for _ in COLUMNS), *(row(name, found) for name, found in present.items())]
     return TEXT.format(
         steps=some["computed"] + some["reused"],
@@ -97,8 +97,8 @@ def table(results: dict[str, dict], version: str) -> str:
         version=version,
         rows="\n".join(lines),
         notes=notes(present),
-        whole=max(error(found["tiers"]["whole prediction"]) for found in present.values()),
-        blocks=max(error(found["tiers"]["blocks"]) for found in present.values() if reuses_blocks(found)),
+        whole=max(error(found["kinds"]["whole prediction"]) for found in present.values()),
+        blocks=max(error(found["kinds"]["blocks"]) for found in present.values() if reuses_blocks(found)),
     )
 
 
@@ -106,7 +106,7 @@ def sound(found: dict) -> bool:
     """Whether the checks ended, and what the text says of every row holds."""
     if "failed" in found:
         return False
-    same = all(tier["never reused"] and tier["clean"] for tier in found["tiers"].values())
+    same = all(reuse["never reused"] and reuse["clean"] for reuse in found["kinds"].values())
     return same and found["interval 1"] and found["no error"]
 
 

@@ -1,6 +1,6 @@
-"""Apply Cache on real ComfyUI model classes with what a workflow may do to a run, for each tier of reuse.
+"""Apply Cache on real ComfyUI model classes with what a workflow may do to a run, for each option of reuse.
 
-Each test is one property; a subtest is a case in which it has to hold, named by its family and tier.
+Each test is one property; a subtest is a case in which it has to hold, named by its family and what is reused.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from itertools import product
 
 FAMILIES = ("Flux", "SD 3.5", "Lumina 2", "Wan 2.1", "Qwen-Image")
-TIERS = ("whole prediction", "blocks")
+REUSE = ("whole prediction", "blocks")
 SIDES = ("positive", "negative")
 HELD, ALL = "CRRCRRCRR", "CCCCCCCCC"
 ENDS = "CRRCRCCRR"  # what a condition belongs to changes before step 5
@@ -16,8 +16,8 @@ CLOSE = 1e-5
 
 
 def cases(*families: str) -> dict[str, str]:
-    """Name of a case in the programs -> its tier."""
-    return {f"{family}, {tier}": tier for family, tier in product(families, TIERS)}
+    """Name of a case in the programs -> what it reuses."""
+    return {f"{family}, {reuse}": reuse for family, reuse in product(families, REUSE)}
 
 
 EVERYWHERE = cases(*FAMILIES)
@@ -58,12 +58,12 @@ def test_padding_of_unets_changes_nothing(run):
 def test_a_prompt_whose_padding_changes_does_not_get_features_of_another_length(run, subtests):
     """What it had at that length before the latest computed step is too old as well."""
     found = run("cache_matrix")["padded negative"]
-    for case, tier in cases("Flux", "Wan 2.1").items():
+    for case, reuse in cases("Flux", "Wan 2.1").items():
         with subtests.test(case):
             runs, held = found[case], dict.fromkeys(SIDES, HELD)
             for result in runs.values():
                 assert result["error"] < CLOSE and result["timeline"] == result["recorded"]
-            changing = {"positive": "CRRCCRCCR", "negative": "CRRCRRCCR"} if tier == "blocks" else held
+            changing = {"positive": "CRRCCRCCR", "negative": "CRRCRRCCR"} if reuse == "blocks" else held
             assert runs["changing"]["timeline"] == changing
             assert runs["together"]["timeline"] == runs["apart"]["timeline"] == held
 
@@ -78,11 +78,11 @@ def test_an_image_that_is_changed_in_part(run, subtests):
 def test_samplers_that_evaluate_a_step_twice(run, subtests):
     """All but the last of nine steps are evaluated twice."""
     found, samplers = run("cache_matrix")["samplers"], ("heun", "dpm_2", "dpmpp_sde", "dpmpp_2s_ancestral")
-    for (case, tier), sampler in product(EVERYWHERE.items(), samplers):
+    for (case, reuse), sampler in product(EVERYWHERE.items(), samplers):
         with subtests.test(f"{case}, {sampler}"):
             result = found[case][sampler]
             assert result["computed"] == [0, 3, 6] and (result["ran"], result["of"]) == (6, 17)
-            assert result["finite"] and result["tier"] == f"{tier}, as chosen"
+            assert result["finite"] and result["reuse"] == f"{reuse}, as chosen"
 
 
 def test_areas_of_two_shapes_keep_their_own(run, subtests):
@@ -175,11 +175,11 @@ def test_what_reuses_nothing_changes_no_bit_and_says_so(run, subtests):
 
 def test_memory_is_what_is_reported(run, subtests):
     found = run("cache_runs")["memory"]
-    for (case, tier), order in product(EVERYWHERE.items(), (0, 1)):
+    for (case, reuse), order in product(EVERYWHERE.items(), (0, 1)):
         with subtests.test(f"{case}, order {order}"):
             result = found[case][f"order {order}"]
             assert result["reported"] == result["peak"] > 0 and result["finite"]
-            if tier == "whole prediction":
+            if reuse == "whole prediction":
                 assert result["peak"] == 2 * result["latent"] * (order + 1)
             same, devices, reported = result["offloaded"]
             assert same is True and devices == ["cpu"] and reported == result["peak"]
@@ -188,11 +188,11 @@ def test_memory_is_what_is_reported(run, subtests):
 def test_what_blocks_add_is_kept_in_the_models_type(run, subtests):
     found = run("cache_runs")["memory"]
     kept = {"whole prediction": (["torch.float32"], 1), "blocks": (["torch.bfloat16"], 2)}
-    for case, tier in EVERYWHERE.items():
+    for case, reuse in EVERYWHERE.items():
         with subtests.test(case):
             half, single = found[case]["bfloat16"], found[case]["order 0"]
-            assert half["finite"] and half["tier"] == f"{tier}, as chosen" and not half["warnings"]
-            assert (half["dtypes"], single["peak"] // half["peak"]) == kept[tier]
+            assert half["finite"] and half["reuse"] == f"{reuse}, as chosen" and not half["warnings"]
+            assert (half["dtypes"], single["peak"] // half["peak"]) == kept[reuse]
 
 
 def test_a_first_step_that_runs_out_of_memory_raises(run, subtests):
@@ -206,10 +206,10 @@ def test_a_first_step_that_runs_out_of_memory_raises(run, subtests):
 def test_a_step_that_runs_out_of_memory(run, subtests):
     """It is computed once more without features; the next step that needs them computes."""
     found = run("cache_runs")["out of memory"]
-    for (case, tier), step in product(EVERYWHERE.items(), (3, 4)):
+    for (case, reuse), step in product(EVERYWHERE.items(), (3, 4)):
         with subtests.test(f"{case}, step {step}"):
             result = found[case][f"step {step}"]
-            reached = tier == "blocks" or step == 3  # a reused prediction calls no network
+            reached = reuse == "blocks" or step == 3  # a reused prediction calls no network
             timeline = {3: "CRRCCRCRR", 4: "CRRCCCCRR"}[step] if reached else HELD
             warning = ["memory ran out: kept features were dropped and the step was computed"]
             assert (result["raised"], result["ended"]) == ([step] if reached else [], "")
@@ -219,15 +219,15 @@ def test_a_step_that_runs_out_of_memory(run, subtests):
 
 def test_the_report_and_the_log_tell_what_ran(run, subtests):
     found, timelines = run("cache_runs"), {"held": HELD, "forecast": "CRRCFFCFF", "no reuse": ALL}
-    for (case, tier), (check, timeline) in product(EVERYWHERE.items(), timelines.items()):
+    for (case, reuse), (check, timeline) in product(EVERYWHERE.items(), timelines.items()):
         with subtests.test(f"{case}, {check}"):
             result = found[check][case]
             assert result["timeline"] == dict.fromkeys(SIDES, timeline)
             assert result["recorded"] == dict.fromkeys(SIDES, timeline.replace("F", "R"))
-            assert result["tier"] == f"{tier}, as chosen" and result["finite"]
+            assert result["reuse"] == f"{reuse}, as chosen" and result["finite"]
             (line,) = result["log"]
             computed = timeline.count("C")
-            assert line.startswith(f"Q&C cache ({tier}): {computed} of 9 steps computed, {9 - computed} reused")
+            assert line.startswith(f"Q&C cache ({reuse}): {computed} of 9 steps computed, {9 - computed} reused")
             assert line.endswith("MiB" if timeline != ALL else "no effect: all 9 steps were computed")
             assert (result["speedup"] is None) == (timeline == ALL)
 
@@ -235,25 +235,25 @@ def test_the_report_and_the_log_tell_what_ran(run, subtests):
 def test_other_choices_reuse_whole_predictions_and_say_why(run, subtests):
     found = run("cache_runs")
     reasons = {
-        "attention and MLP": "because attention and MLP are told apart on models of Load DiT only",
+        "attention and MLP": "because attention and MLP can be reused separately on models of Load DiT only",
         "automatic": "which measured best",
     }
     for family, (wanted, reason) in product(FAMILIES, reasons.items()):
         with subtests.test(f"{family}, {wanted}"):
             result = found[wanted][f"{family}, {wanted}"]
-            assert result["tier"] == f"whole prediction, {reason}"
+            assert result["reuse"] == f"whole prediction, {reason}"
             assert result["timeline"] == dict.fromkeys(SIDES, HELD)
 
 
 def test_a_speedup_is_planned_and_measured(run, subtests):
     """With so few layers, blocks are not all of the time."""
     found = run("cache_runs")["speedup 2"]
-    for case, tier in EVERYWHERE.items():
+    for case, reuse in EVERYWHERE.items():
         with subtests.test(case):
             result = found[case]
             assert result["timeline"] == result["recorded"] and result["speedup"] is not None
             assert 1 <= len(result["computed"]) <= 5
-            if tier == "whole prediction":
+            if reuse == "whole prediction":
                 assert len(result["computed"]) >= 3 and result["speedup"] > 1.2
 
 
@@ -276,7 +276,7 @@ def test_a_compiled_model(run, subtests):
     for case, order in product(cases("Flux"), ("compiled first", "cached first")):
         with subtests.test(f"{case}, {order}"):
             runs, result = found[case], found[case][order]
-            assert result["tier"] == "whole prediction, because the whole model is compiled" and not result["warnings"]
+            assert result["reuse"] == "whole prediction, because the whole model is compiled" and not result["warnings"]
             assert result["computed"] == [0, 3, 6] and result["error"] < 1e-4 < 1e-2 < result["effect"]
             assert {count for counts in result["graphs"] for count in counts} == {runs["no cache"]["graphs"][0][-1]}
             assert runs["after"]["error"] == 0
@@ -288,7 +288,7 @@ def test_compiled_blocks(run, subtests):
     for family, order in product(("Flux", "Lumina 2"), ("compiled first", "cached first")):
         with subtests.test(f"{family}, {order}"):
             runs, result = found[f"{family}, blocks"], found[f"{family}, blocks"][order]
-            assert result["tier"] == "blocks, as chosen" and not result["warnings"]
+            assert result["reuse"] == "blocks, as chosen" and not result["warnings"]
             assert result["computed"] == [0, 3, 6] and result["error"] < 1e-4 < 1e-2 < result["effect"]
             assert all(len(set(counts[1:])) == 1 for counts in result["graphs"])
             assert result["graphs"][-1][-1] <= runs["no cache"]["graphs"][-1][-1] + 1

@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from .models import DEMO as DEMO_FILE
 from .models import write_dit
@@ -40,6 +42,26 @@ def files(server, tiny_dit):
     server.succeed(graph)
     (server.models / "not_a_dit.safetensors").write_bytes((server.calibrations / STATISTICS_FILE).read_bytes())
     (server.calibrations / "broken.safetensors").write_bytes(b"x" * 64)
+    for name, tensors in OTHERS.items():
+        save_file({key: torch.zeros(shape) for key, shape in tensors.items()}, server.models / f"{name}.safetensors")
+
+
+# Names and shapes by which ComfyUI's loaders know these.
+FLUX = {
+    "double_blocks.0.img_attn.norm.key_norm.scale": (8,), "img_in.weight": (128, 64), "txt_in.weight": (128, 16),
+    "vector_in.in_layer.weight": (128, 8), "single_blocks.0.linear1.weight": (8, 8),
+}  # fmt: skip
+SD3 = {
+    "joint_blocks.0.context_block.attn.qkv.weight": (192, 64), "x_embedder.proj.weight": (64, 16, 2, 2),
+    "y_embedder.mlp.0.weight": (64, 8), "final_layer.linear.weight": (64, 64), "pos_embed": (1, 16, 64),
+}  # fmt: skip
+OTHERS = {
+    "flux": FLUX,
+    "sd3_checkpoint": {f"model.diffusion_model.{k}": v for k, v in SD3.items()}
+    | {f"model.diffusion_model.joint_blocks.0.x_block.{i}.weight": (1,) for i in range(4)}
+    | {"first_stage_model.decoder.conv_in.weight": (4, 4)},
+    "lora": {"diffusion_model.double_blocks.0.img_attn.qkv.lora_up.weight": (8, 4)},
+}
 
 
 def sampled(model_name: str = "built-in demo", classes: str = "0-9") -> Graph:
@@ -89,6 +111,21 @@ def garbage_model():
 @bad_input("QandC_LoadDiT", "not_a_dit.safetensors", "not a DiT")
 def other_model():
     return sampled("not_a_dit.safetensors")
+
+
+@bad_input("QandC_LoadDiT", "flux.safetensors", "not a DiT", "the family Flux", "the stock node Load Diffusion Model.")
+def text_model():
+    return sampled("flux.safetensors")
+
+
+@bad_input("QandC_LoadDiT", "sd3_checkpoint.safetensors", "the family SD3", "the stock node Load Checkpoint.")
+def whole_checkpoint():
+    return sampled("sd3_checkpoint.safetensors")
+
+
+@bad_input("QandC_LoadDiT", "lora.safetensors", "a LoRA", "the stock node Load LoRA.")
+def lora():
+    return sampled("lora.safetensors")
 
 
 @bad_input("QandC_LoadDiT", "7 channels", "4", "3")
@@ -251,6 +288,21 @@ def test_bad_input_is_named_in_a_sentence(server, files, subtests):
             assert [word for word in words if word not in message] == [], message
             assert "\n" not in message and "Traceback" not in message
             assert len(re.findall(r"[.!?](?=\s|$)", message)) <= 2, message
+
+
+def test_load_dit_lists_only_files_that_it_reads(server, files, tiny_dit):
+    listed = server.object_info("QandC_LoadDiT")["QandC_LoadDiT"]["input"]["required"]["model_name"][1]["options"]
+    assert {"built-in demo", tiny_dit, "seven_channels.safetensors"} <= set(listed)
+    assert not {f"{name}.safetensors" for name in (*OTHERS, "garbage", "not_a_dit")} & set(listed)
+
+
+def test_a_size_that_the_model_was_not_trained_for_is_said_at_once(server):
+    graph = Graph()
+    graph.latent = graph.add("EmptyLatentImage", width=64, height=64, batch_size=1)
+    graph.picture(graph.load())
+    start = len(server.log)
+    server.succeed(graph)
+    assert server.log[start:].count("trained for images of 32 x 32, and 64 x 64 are sampled") == 1
 
 
 def test_the_null_class_is_a_class(server):

@@ -7,7 +7,7 @@ from itertools import product
 
 import pytest
 
-from .families_table import TABLE, TIERS, error, listed
+from .families_table import REUSE, TABLE, error, listed
 from .inside_programs import PROGRAMS
 
 # Families on which the cache is known to fail, and why.
@@ -37,13 +37,13 @@ def on(found: dict, family: str) -> dict:
 
 def test_apply_cache_on_every_family(run, subtests):
     found = run("families")
-    for name, tier in product(families(), TIERS):
-        with subtests.test(f"{name}, {tier}"):
+    for name, reuse in product(families(), REUSE):
+        with subtests.test(f"{name}, {reuse}"):
             family = on(found, name)
-            result, used = family["tiers"][tier], f"{tier}, as chosen"
-            if tier == "blocks" and family["network"] in WITHOUT_BLOCKS:
+            result, used = family["kinds"][reuse], f"{reuse}, as chosen"
+            if reuse == "blocks" and family["network"] in WITHOUT_BLOCKS:
                 used = f"whole prediction, because the blocks of {family['network']} are not known"
-            assert (result["tier"], result["computed"], result["reused"]) == (used, 2, 4)
+            assert (result["reuse"], result["computed"], result["reused"]) == (used, 2, 4)
             plain, cached = result["calls"]
             assert cached * 3 == plain > 0
             assert result["never reused"] is True and result["clean"] is True
@@ -66,7 +66,7 @@ def test_every_list_of_blocks_is_longer_than_one(run, subtests):
 
 
 def test_at_least_twenty_families_are_there(run, checkout):
-    present = [found for found in run("families").values() if "tiers" in found]
+    present = [found for found in run("families").values() if "kinds" in found]
     assert len(present) >= (30 if checkout.version >= (0, 29) else 20)
 
 

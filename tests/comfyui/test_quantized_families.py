@@ -16,7 +16,6 @@ from .inside_programs import PROGRAMS
 
 SINCE = {"W8A8": (0, 27), "W4A8": (0, 31)}
 ERRORS = {"W8A8": 0.05, "W4A8": 0.5}  # of samples from random networks
-STORED = {"W8A8": "int8_tensorwise", "W4A8": "asym_w4a8_int8"}
 CALIBRATED = ("Flux", "Lumina 2")
 USED = ("Flux", "SD 3.5", "Wan 2.1", "Lumina 2")
 IN_USE = [(family, format) for family in USED for format in SINCE]
@@ -73,9 +72,9 @@ def test_a_family_quantizes(found, subtests):
             result, format = on(family, key), key.split(",")[0]
             assert 1e-4 < result["error"] < ERRORS[format]
             assert result["source stays"] is True
-            kept = {"int8_tensorwise": 1} if format == "W4A8" and family in SHAPE_READ else {}
+            kept = {"W8A8": 1} if format == "W4A8" and family in SHAPE_READ else {}
             layers = dict(result["layers"])
-            assert layers.pop(STORED[format]) > 10 and layers == kept
+            assert layers.pop(format) > 10 and layers == kept
             before, after = result["reported"]
             assert after < before / (3.5 if format == "W8A8" else 5.5)
             if key != format:

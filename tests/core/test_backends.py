@@ -1,11 +1,9 @@
-import copy
 import json
 import os
 import platform
 import subprocess
 import sys
 import types
-import weakref
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +13,10 @@ from torch import nn
 
 from qandc_core.quantization import matmul as backends
 from qandc_core.quantization.grids import affine_grid, quantize, weight_grid
-from qandc_core.quantization.linear import LinearFormat, QuantizedLinear
+from qandc_core.quantization.linear import PRODUCTS, LinearFormat, QuantizedLinear
 from qandc_core.quantization.matmul import (
-    PackedWeight,
     int_mm,
     kitchen_mm,
-    onednn_is_exact,
     pick_backend,
     simulated_matmul,
     worst_case_codes,
@@ -29,13 +25,10 @@ from qandc_core.quantization.model import quantize_model
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 needs_int_mm = pytest.mark.skipif(not backends.int_mm_is_fast(), reason="no exact int_mm on this CPU")
-needs_onednn = pytest.mark.skipif(not onednn_is_exact(7), reason="no oneDNN int8 linear")
-needs_onednn8 = pytest.mark.skipif(not onednn_is_exact(8), reason="oneDNN saturates 8-bit weights here")
 needs_kitchen = pytest.mark.skipif(not backends.kitchen_is_available(), reason="no comfy-kitchen")
 
 EXACT = [
     pytest.param("int_mm", marks=needs_int_mm),
-    pytest.param("onednn", marks=needs_onednn8),
     pytest.param("kitchen", marks=[needs_kitchen, needs_int_mm]),
 ]
 FORMATS = [(8, 8), (7, 8), (4, 8), (4, 4)]
@@ -53,10 +46,6 @@ def integer_product(a, b):
     return a.numpy().astype(np.int64) @ b.numpy().astype(np.int64).T
 
 
-def onednn(a, b):
-    return PackedWeight(b).matmul(a)
-
-
 # Products of codes.
 
 
@@ -65,7 +54,6 @@ def onednn(a, b):
     [
         simulated_matmul,
         pytest.param(int_mm, marks=needs_int_mm),
-        pytest.param(onednn, marks=needs_onednn8),
         pytest.param(kitchen_mm, marks=[needs_kitchen, needs_int_mm]),
     ],
 )
@@ -80,21 +68,10 @@ def test_products_are_exact(product, rows, width, columns):
         assert np.array_equal(found, integer_product(a, b).astype(found.dtype))  # oneDNN rounds its sum to float32
 
 
-@needs_onednn
-def test_onednn_is_exact_with_seven_bits_on_every_x86():
-    a, b = random_codes(9, 320), random_codes(6, 320, -64, 63)
-    a[0], b[0] = 127, -64
-    assert np.array_equal(onednn(a, b).numpy(), integer_product(a, b))
-
-
-def test_worst_case_codes_overflow_sixteen_bits_exactly_where_weights_have_eight():
-    def worst_pair(bits):
-        a, b = (codes.long() for codes in worst_case_codes(bits))
-        products = (a + 128)[:, None] * b[None]  # oneDNN adds two products u8 x s8 before it widens
-        return int((products[..., 0::2] + products[..., 1::2]).abs().max())
-
-    assert worst_pair(8) == 2 * 255 * 127 > 32767
-    assert worst_pair(7) == 2 * 255 * 63 <= 32767
+def test_worst_case_codes_overflow_sixteen_bits():
+    a, b = (codes.long() for codes in worst_case_codes())
+    products = (a + 128)[:, None] * b[None]  # oneDNN adds two products u8 x s8 before it widens
+    assert int((products[..., 0::2] + products[..., 1::2]).abs().max()) == 2 * 255 * 127 > 32767
 
 
 # Layers.
@@ -152,8 +129,8 @@ def test_backends_match_the_simulated_layer(backend, w_bits, a_bits, static, sym
         reference, ours = layer(*options, backend="simulated"), layer(*options, backend=backend)
         codes = quantize(x.float().flatten(0, -2), reference.input_grid(x.float().flatten(0, -2)))
         expected = integer_product(codes, reference.weight_codes())
-        assert np.array_equal(reference.matmul(codes, "simulated").numpy(), expected)
-        assert np.array_equal(ours.matmul(codes, backend).numpy(), expected)
+        assert np.array_equal(PRODUCTS["simulated"](codes, reference.weight_codes()).numpy(), expected)
+        assert np.array_equal(PRODUCTS[backend](codes, ours.weight_codes()).numpy(), expected)
         if not (backend == "kitchen" and a_bits == 8 and symmetric and not static):  # its fused kernel rescales
             assert torch.equal(ours(x), reference(x))
         elif x.dtype == torch.float32:
@@ -229,34 +206,20 @@ def test_automatic_choice_is_exact_here():
         assert torch.equal(auto(sample(6, 48)), reference(sample(6, 48)))
 
 
-@pytest.mark.parametrize(
-    "fast, exact, expected",
-    [
-        (True, (7, 8), {8: "int_mm", 7: "int_mm", 4: "int_mm"}),
-        (False, (7,), {8: "simulated", 7: "onednn", 5: "onednn", 4: "simulated"}),
-        (False, (), {8: "simulated", 7: "simulated", 4: "simulated"}),
-    ],
-)
-def test_choice_on_cpus(monkeypatch, fast, exact, expected):
+@pytest.mark.parametrize("fast, expected", [(True, "int_mm"), (False, "simulated")])
+def test_choice_on_cpus(monkeypatch, fast, expected):
     monkeypatch.setattr(backends, "int_mm_is_fast", lambda: fast)
-    monkeypatch.setattr(backends, "onednn_is_exact", lambda bits: any(bits <= e for e in exact))
-    assert {bits: pick_backend(CPU, bits) for bits in expected} == expected
+    assert pick_backend(CPU) == expected
 
 
 @pytest.mark.parametrize("available, expected", [(True, "kitchen"), (False, "simulated")])
 def test_choice_on_gpus(monkeypatch, available, expected):
     monkeypatch.setattr(backends, "kitchen_is_available", lambda: available)
-    assert pick_backend(CUDA, 8) == expected
-    assert pick_backend(torch.device("mps"), 8) == "simulated"
+    assert pick_backend(CUDA) == expected
+    assert pick_backend(torch.device("mps")) == "simulated"
 
 
-def test_a_torch_without_the_operators_falls_back(monkeypatch):
-    class Missing:
-        def __init__(self, codes):
-            raise AttributeError("'_OpNamespace' 'onednn' object has no attribute 'qlinear_prepack'")
-
-    monkeypatch.setattr(backends, "PackedWeight", Missing)
-    assert onednn_is_exact.__wrapped__(7) is False
+def test_a_torch_that_does_not_say_what_the_cpu_has_falls_back(monkeypatch):
     monkeypatch.delattr(torch.cpu, "_is_vnni_supported", raising=False)
     assert backends.int_mm_is_fast.__wrapped__() is False
 
@@ -280,17 +243,14 @@ def error(bits, backend):
 
 print(json.dumps({
     "fast": backends.int_mm_is_fast(),
-    "exact": [backends.onednn_is_exact(bits) for bits in (7, 8)],
-    "picked": [backends.pick_backend(torch.device("cpu"), bits) for bits in (4, 7, 8)],
+    "picked": backends.pick_backend(torch.device("cpu")),
     "errors": [error(bits, "auto") for bits in (4, 7, 8)],
-    "forced": error(8, "onednn"),
 }))
 """
 
 
-@needs_onednn
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="x86 only")
-def test_without_vnni_eight_bit_weights_are_refused_and_seven_bit_accepted():
+def test_without_vnni_products_are_simulated_and_exact():
     environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "1"}
     root = Path(__file__).parents[2]
     done = subprocess.run(
@@ -298,61 +258,17 @@ def test_without_vnni_eight_bit_weights_are_refused_and_seven_bit_accepted():
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["exact"] == [True, False]
-    assert found["fast"] is False
-    assert found["picked"] == ["simulated", "onednn", "simulated"]
-    assert max(found["errors"]) < 1e-4 < 1 < found["forced"]
-
-
-# oneDNN's packed weights.
-
-
-@needs_onednn
-@pytest.mark.parametrize("w_bits", [7, 4])
-def test_packing_replaces_the_plain_codes(w_bits):
-    packed = layer(w_bits, 8, True, width=256, columns=128, backend="onednn")
-    codes, plain = packed.weight_codes().clone(), weakref.ref(packed.codes)
-    packed(sample(2, 256))
-    assert plain() is None and packed.codes is None
-    held = [t for t in (*packed.buffers(), *vars(packed._blocked).values()) if isinstance(t, torch.Tensor)]
-    assert sum(t.numel() * t.element_size() for t in held) <= 1.1 * codes.nbytes
-    assert torch.equal(packed.weight_codes(), codes)
-
-
-@needs_onednn
-@pytest.mark.parametrize("w_bits", [7, 4])
-def test_state_dict_is_complete_after_packing(w_bits):
-    packed, x = layer(w_bits, 8, True, backend="onednn"), sample(5, 48)
-    before, out = copy.deepcopy(packed.state_dict()), packed(x)
-    after = packed.state_dict()
-    assert after.keys() == before.keys() and all(torch.equal(after[k], before[k]) for k in before)
-    assert torch.equal(packed(x), out)
-    fresh = QuantizedLinear(48, 20, True, packed.format, "onednn")
-    fresh(x)
-    fresh.load_state_dict(after)  # into a layer that has packed other codes
-    assert torch.equal(fresh(x), out)
-
-
-@needs_onednn
-@pytest.mark.parametrize("w_bits", [7, 4])
-def test_packed_layers_can_be_copied_and_moved(w_bits):
-    packed, x = layer(w_bits, 8, True, backend="onednn"), sample(5, 48)
-    out = packed(x)
-    twin = copy.deepcopy(packed)
-    twin.weight_scale.mul_(2)
-    assert torch.equal(packed(x), out) and not torch.equal(twin(x), out)
-    meta = packed.to("meta")  # stands for a GPU
-    assert {t.device.type for t in meta.state_dict().values()} == {"meta"}
-    assert meta.codes.device.type == "meta" and meta._blocked is None
+    assert found["fast"] is False and found["picked"] == "simulated"
+    assert max(found["errors"]) < 1e-4
 
 
 def test_auto_uses_the_device_of_the_input(monkeypatch):
     asked = []
     monkeypatch.setattr(
-        "qandc_core.quantization.matmul.pick_backend", lambda device, bits: asked.append((device, bits)) or "simulated"
+        "qandc_core.quantization.matmul.pick_backend", lambda device: asked.append(device) or "simulated"
     )
     layer(4, 8, False)(sample(2, 48))
-    assert asked == [(CPU, 4)]
+    assert asked == [CPU]
 
 
 def test_a_comfy_kitchen_without_int8_products_is_not_used(monkeypatch):

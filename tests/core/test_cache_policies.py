@@ -1,5 +1,6 @@
 """What decides which steps compute: spacings, plans of every policy, forecasts; and the times that are reported."""
 
+import statistics
 import time
 from dataclasses import replace
 from functools import partial
@@ -441,10 +442,10 @@ def test_the_cost_of_a_reused_step_is_the_share_of_the_matmuls_over_tokens_that_
     blocks = config.depth * config.hidden_size**2 * (4 + 2 * config.mlp_ratio)
     expected = around / (around + blocks)
     assert reuse_cost(model, model.blocks) == pytest.approx(expected)
-    for mode in ("branch", "block"):
-        cached = qandc_core.apply_cache_to_dit(model, Speedup(2.0), mode=mode)
+    for reuse in ("branch", "block"):
+        cached = qandc_core.apply_cache_to_dit(model, Speedup(2.0), reuse=reuse)
         assert feature_cache(cached).cost == pytest.approx(expected)
-        assert qandc_core.fuse_dit(qandc_core.load_dit("demo")).reuse_cost(mode) == pytest.approx(expected)
+        assert qandc_core.fuse_dit(qandc_core.load_dit("demo")).reuse_cost(reuse) == pytest.approx(expected)
 
 
 def test_a_network_without_matmuls_saves_nothing():
@@ -466,7 +467,7 @@ def test_our_loop_and_the_fused_loop_compute_the_steps_of_the_policy(policy):
     plan = policy.plan(12)
     model = qandc_core.apply_cache_to_dit(qandc_core.load_dit("demo"), policy)
     fused = qandc_core.fuse_dit(qandc_core.load_dit("demo"))
-    qandc_core.apply_cache_to_dit(fused, replace(policy, order=1), mode="prediction")
+    qandc_core.apply_cache_to_dit(fused, replace(policy, order=1), reuse="prediction")
     for each in (model, fused):
         _, report = qandc_core.generate(each, [1], 12, 1.0, "ddim")
         assert {step for step, done in enumerate(report.computed) if done} == computed_by(plan)
@@ -481,7 +482,7 @@ def test_our_loop_follows_an_error_budget_and_the_fused_loop_refuses_it():
         counts.append(sum(reports[0].computed))
     assert counts[0] == 12 > counts[1] > counts[2]
     fused = qandc_core.fuse_dit(qandc_core.load_dit("demo"))
-    qandc_core.apply_cache_to_dit(fused, ErrorBudget(0.05), mode="prediction")
+    qandc_core.apply_cache_to_dit(fused, ErrorBudget(0.05), reuse="prediction")
     with pytest.raises(ValueError, match="decides each step during the run"):
         qandc_core.generate(fused, [1], 12, 1.0, "ddim")
 
@@ -778,16 +779,20 @@ def test_the_speedup_is_the_time_of_all_calls_computed_over_that_of_the_run(comp
     for seconds, kind in [(s, False) for s in computed] + [(s, True) for s in reused]:
         times.add(clock, clock + seconds, kind)
         clock += seconds
-    calls, whole = len(computed + reused), sum(computed + reused)
-    assert min(computed) * calls / whole * 0.99 <= times.speedup() <= max(computed) * calls / whole * 1.01
+    calls, each, cheap = len(computed + reused), statistics.median(computed), statistics.median(reused)
+    assert times.speedup() == pytest.approx(calls * each / (len(computed) * each + len(reused) * cheap))
+    assert 1 < times.speedup() <= calls / len(computed)
     assert times.seconds(True) == pytest.approx(reused)
 
 
-def test_one_slow_first_call_does_not_count_as_what_computing_costs():
+@pytest.mark.parametrize("slow", [False, True])
+def test_one_slow_call_does_not_count_as_what_calls_of_its_kind_cost(slow):
+    """The first of either kind pays for what is set up once, and any may be disturbed."""
     times = CallTimes()
-    for seconds, reused in ((50.0, False), (2.0, False), (1.0, False), (0.0, True), (0.0, True), (0.0, True)):
-        times.add(0.0, seconds, reused)
-    assert times.speedup() == pytest.approx(2 * 6 / 53)
+    for kind, seconds in ((False, 2.0), (True, 0.5)):
+        for i in range(3):
+            times.add(0.0, 50.0 if kind is slow and not i else seconds, kind)
+    assert times.speedup() == pytest.approx(6 * 2.0 / (3 * 2.0 + 3 * 0.5))
 
 
 @pytest.mark.parametrize("kind", [False, True])

@@ -28,7 +28,7 @@ CONFIG = DiTConfig(input_size=8, in_channels=4, hidden_size=32, depth=2, num_hea
 LABELS = [3, 7]
 TIMESTEPS = [900, 750, 600, 450, 300, 150, 20]
 SCHEDULES = [{"cache_interval": 3}, {"cache_interval": 2}, {"steps": [0, 1, 4]}]
-ALL_MODES = [(mode, order) for mode in ("branch", "block") for order in (0, 1)]
+ALL_REUSE = [(reuse, order) for reuse in ("branch", "block") for order in (0, 1)]
 
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -107,7 +107,7 @@ class Store:
         return f1 + (f1 - f0) * (self.step - s1) / (s1 - s0)
 
 
-def our_forward(model, x, t, y, store, mode):
+def our_forward(model, x, t, y, store, reuse):
     w = model.state_dict()
 
     def linear(name, v):
@@ -132,7 +132,7 @@ def our_forward(model, x, t, y, store, mode):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = linear(
             f"blocks.{i}.adaLN_modulation.1", F.silu(c)
         ).chunk(6, dim=1)  # fmt: skip
-        if mode == "branch":
+        if reuse == "branch":
             h = h + gate_a[:, None] * store((i, "a"), lambda i=i, h=h: attention(i, norm(h, shift_a, scale_a)))  # noqa: B023
             h = h + gate_m[:, None] * store((i, "m"), lambda i=i, h=h: mlp(i, norm(h, shift_m, scale_m)))  # noqa: B023
         else:
@@ -145,10 +145,10 @@ def our_forward(model, x, t, y, store, mode):
     return h.reshape(len(x), 4, 4, 2, 2, 8).permute(0, 5, 1, 3, 2, 4).reshape(len(x), 8, 8, 8)
 
 
-def diffusers_forward(model, x, t, y, store, mode):
+def diffusers_forward(model, x, t, y, store, reuse):
     h = model.pos_embed(x)
     for i, block in enumerate(model.transformer_blocks):
-        if mode == "branch":
+        if reuse == "branch":
             normed, gate_a, shift_m, scale_m, gate_m = block.norm1(h, t, y, hidden_dtype=h.dtype)
             h = gate_a.unsqueeze(1) * store((i, "a"), lambda b=block, n=normed: b.attn1(n)) + h
             normed = block.norm3(h) * (1 + scale_m[:, None]) + shift_m[:, None]
@@ -163,14 +163,14 @@ def diffusers_forward(model, x, t, y, store, mode):
     return h.reshape(len(x), 4, 4, 2, 2, 8).permute(0, 5, 1, 3, 2, 4).reshape(len(x), 8, 8, 8)
 
 
-def brute_force(model, computed, mode="branch", order=0, labels=LABELS, timesteps=TIMESTEPS):
+def brute_force(model, computed, reuse="branch", order=0, labels=LABELS, timesteps=TIMESTEPS):
     """predict(x, t) for trajectory(), with features computed at the listed step indices only."""
     forward = our_forward if isinstance(model, DiT) else diffusers_forward
     store = Store(computed, order)
 
     def predict(x, t):
         store.step = timesteps.index(t)
-        return forward(model, x, torch.full((len(x),), t), torch.tensor(labels), store, mode)
+        return forward(model, x, torch.full((len(x),), t), torch.tensor(labels), store, reuse)
 
     return predict
 
@@ -185,39 +185,39 @@ def test_the_references_without_reuse_are_the_models(any_model):
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("mode", ["branch", "block"])
-def test_cache_equals_brute_force_bit_for_bit(any_model, schedule, mode):
+@pytest.mark.parametrize("reuse", ["branch", "block"])
+def test_cache_equals_brute_force_bit_for_bit(any_model, schedule, reuse):
     plain = trajectory(lambda x, t: call(any_model, x, t))
-    expected = trajectory(brute_force(any_model, computed_steps(schedule), mode))
-    apply_cache_to_dit(any_model, **schedule, mode=mode)
+    expected = trajectory(brute_force(any_model, computed_steps(schedule), reuse))
+    apply_cache_to_dit(any_model, **schedule, reuse=reuse)
     outputs = trajectory(lambda x, t: call(any_model, x, t))
     assert_same(outputs, expected)
     assert not close(outputs[-1], plain[-1])  # the reuse is visible, so equality says something
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("mode", ["branch", "block"])
-def test_forecast_equals_brute_force(any_model, schedule, mode):
-    held = trajectory(brute_force(any_model, computed_steps(schedule), mode))
-    expected = trajectory(brute_force(any_model, computed_steps(schedule), mode, order=1))
-    apply_cache_to_dit(any_model, **schedule, mode=mode, order=1)
+@pytest.mark.parametrize("reuse", ["branch", "block"])
+def test_forecast_equals_brute_force(any_model, schedule, reuse):
+    held = trajectory(brute_force(any_model, computed_steps(schedule), reuse))
+    expected = trajectory(brute_force(any_model, computed_steps(schedule), reuse, order=1))
+    apply_cache_to_dit(any_model, **schedule, reuse=reuse, order=1)
     outputs = trajectory(lambda x, t: call(any_model, x, t))
     assert_same(outputs, expected, close)
     assert not close(outputs[-1], held[-1])
 
 
-@pytest.mark.parametrize("mode, order", ALL_MODES)
-def test_interval_one_is_bit_identical(any_model, mode, order):
+@pytest.mark.parametrize("reuse, order", ALL_REUSE)
+def test_interval_one_is_bit_identical(any_model, reuse, order):
     expected = trajectory(lambda x, t: call(any_model, x, t))
-    apply_cache_to_dit(any_model, 1, mode=mode, order=order)
+    apply_cache_to_dit(any_model, 1, reuse=reuse, order=order)
     assert_same(trajectory(lambda x, t: call(any_model, x, t)), expected)
 
 
 @pytest.mark.parametrize("batched", [True, False])
-@pytest.mark.parametrize("mode, order", ALL_MODES)
-def test_interval_one_generates_the_same_images(model, mode, order, batched):
+@pytest.mark.parametrize("reuse, order", ALL_REUSE)
+def test_interval_one_generates_the_same_images(model, reuse, order, batched):
     expected, _ = generate(model, LABELS, 5, batched_guidance=batched)
-    apply_cache_to_dit(model, 1, mode=mode, order=order)
+    apply_cache_to_dit(model, 1, reuse=reuse, order=order)
     images, report = generate(model, LABELS, 5, batched_guidance=batched)
     assert torch.equal(images, expected)
     assert report.computed == [True] * 5
@@ -242,8 +242,8 @@ def layers(model):
     return block.attn1.to_q, block.ff.net[0], block.norm1.linear, model.proj_out_2
 
 
-@pytest.mark.parametrize("mode, modulation", [("branch", 7), ("block", 3)])
-def test_reused_steps_skip_the_layers(any_model, mode, modulation):
+@pytest.mark.parametrize("reuse, modulation", [("branch", 7), ("block", 3)])
+def test_reused_steps_skip_the_layers(any_model, reuse, modulation):
     counts = [0, 0, 0, 0]
 
     def counter(i):
@@ -254,14 +254,16 @@ def test_reused_steps_skip_the_layers(any_model, mode, modulation):
 
     for i, layer in enumerate(layers(any_model)):
         layer.register_forward_hook(counter(i))
-    apply_cache_to_dit(any_model, 3, mode=mode)
+    apply_cache_to_dit(any_model, 3, reuse=reuse)
     trajectory(lambda x, t: call(any_model, x, t))
     assert counts == [3, 3, modulation, 7]
 
 
-@pytest.mark.parametrize("mode, order, tensors", [("branch", 0, 4), ("branch", 1, 8), ("block", 0, 2), ("block", 1, 4)])
-def test_num_bytes_counts_the_stored_features(any_model, mode, order, tensors):
-    apply_cache_to_dit(any_model, 3, mode=mode, order=order)
+@pytest.mark.parametrize(
+    "reuse, order, tensors", [("branch", 0, 4), ("branch", 1, 8), ("block", 0, 2), ("block", 1, 4)]
+)
+def test_num_bytes_counts_the_stored_features(any_model, reuse, order, tensors):
+    apply_cache_to_dit(any_model, 3, reuse=reuse, order=order)
     cache = feature_cache(any_model)
     assert cache.num_bytes == 0
     trajectory(lambda x, t: call(any_model, x, t))
@@ -389,9 +391,9 @@ def test_each_split_branch_equals_its_own_brute_force():
         assert_same(cached, [predict(fading(i), t) for i, t in enumerate(TIMESTEPS)])
 
 
-@pytest.mark.parametrize("mode, order", ALL_MODES)
-def test_batched_and_split_guidance_give_the_same_images(model, mode, order):
-    apply_cache_to_dit(model, 3, mode=mode, order=order)
+@pytest.mark.parametrize("reuse, order", ALL_REUSE)
+def test_batched_and_split_guidance_give_the_same_images(model, reuse, order):
+    apply_cache_to_dit(model, 3, reuse=reuse, order=order)
     batched, _ = generate(model, LABELS, 8, batched_guidance=True)
     split, _ = generate(model, LABELS, 8, batched_guidance=False)
     assert (batched - split).abs().max() < 1e-4 * split.abs().max()
@@ -540,11 +542,11 @@ def traces(model):
     }
 
 
-@pytest.mark.parametrize("mode", ["branch", "block"])
+@pytest.mark.parametrize("reuse", ["branch", "block"])
 @pytest.mark.parametrize("used", [False, True])
-def test_remove_leaves_no_trace(any_model, mode, used):
+def test_remove_leaves_no_trace(any_model, reuse, used):
     before, expected = traces(any_model), trajectory(lambda x, t: call(any_model, x, t))
-    assert apply_cache_to_dit(any_model, 3, mode=mode) is any_model
+    assert apply_cache_to_dit(any_model, 3, reuse=reuse) is any_model
     assert traces(any_model) != before
     if used:
         trajectory(lambda x, t: call(any_model, x, t))
@@ -572,19 +574,23 @@ def test_remove_restores_a_forward_that_was_there(model):
 
     block.forward = doubled
     expected = call(model, start(), 900)
-    apply_cache_to_dit(model, 3, mode="block")
+    apply_cache_to_dit(model, 3, reuse="block")
     assert torch.equal(call(model, start(), 900), expected)
     remove_cache(model)
     assert block.forward is doubled
 
 
-@pytest.mark.parametrize("modes", [("branch", "block"), ("block", "branch"), ("branch", "branch")])
-def test_applying_twice_replaces(any_model, modes):
+def test_the_former_name_of_reuse_is_understood(model):
+    assert feature_cache(apply_cache_to_dit(model, 3, mode="block")).reuse == "block"
+
+
+@pytest.mark.parametrize("first, second", [("branch", "block"), ("block", "branch"), ("branch", "branch")])
+def test_applying_twice_replaces(any_model, first, second):
     before = traces(any_model)
-    expected = trajectory(brute_force(any_model, [0, 3, 6], modes[1]))
-    apply_cache_to_dit(any_model, 2, mode=modes[0])
+    expected = trajectory(brute_force(any_model, [0, 3, 6], second))
+    apply_cache_to_dit(any_model, 2, reuse=first)
     trajectory(lambda x, t: call(any_model, x, t))
-    apply_cache_to_dit(any_model, 3, mode=modes[1])
+    apply_cache_to_dit(any_model, 3, reuse=second)
     assert_same(trajectory(lambda x, t: call(any_model, x, t)), expected)
     remove_cache(any_model)
     assert traces(any_model) == before
@@ -598,11 +604,11 @@ def test_refused_settings_leave_the_attached_cache(any_model):
     assert feature_cache(any_model) is cache
 
 
-@pytest.mark.parametrize("mode", ["branch", "block"])
-def test_copy_owns_an_independent_cache(any_model, mode):
+@pytest.mark.parametrize("reuse", ["branch", "block"])
+def test_copy_owns_an_independent_cache(any_model, reuse):
     plain = trajectory(lambda x, t: call(any_model, x, t))
-    expected = trajectory(brute_force(any_model, [0, 3, 6], mode))
-    apply_cache_to_dit(any_model, 3, mode=mode)
+    expected = trajectory(brute_force(any_model, [0, 3, 6], reuse))
+    apply_cache_to_dit(any_model, 3, reuse=reuse)
     call(any_model, start(), 950)  # copied in the middle of a run
     held = feature_cache(any_model).num_bytes
     twin = copy.deepcopy(any_model)
@@ -671,8 +677,8 @@ def test_bypass_nests_and_survives_exceptions(model):
     "kwargs, message",
     [
         ({"cache_interval": 0}, "cache_interval must be 1"),
-        ({"mode": "layer"}, "cache mode must be one of branch, block, prediction, got 'layer'"),
-        ({"order": 2}, "forecast order must be 0 or 1, got 2"),
+        ({"reuse": "layer"}, "reuse must be one of branch, block, prediction, got 'layer'"),
+        ({"order": 2}, "order must be 0 or 1, got 2"),
     ],
 )
 def test_bad_settings_are_refused(model, kwargs, message):

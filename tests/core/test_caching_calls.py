@@ -147,7 +147,7 @@ def test_blocks_of_every_family_are_reused_as_by_hand(family):
     model = made(family)
     x = noise_of(family)
     plain, expected = sampled(model, x), sampled(ByHand(model).model, x)
-    apply_cache_to_dit(model, 3, mode="block")
+    apply_cache_to_dit(model, 3, reuse="block")
     assert torch.allclose(sampled(model, x), expected, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(expected, plain, rtol=1e-3, atol=1e-4)
     assert feature_cache(model).run.computed == [True, False, False] * 2 + [True]
@@ -161,15 +161,15 @@ def test_the_default_reuses_and_interval_one_changes_no_bit(family):
     assert torch.equal(sampled(apply_cache_to_dit(model, 1), x), plain)
     cached = sampled(apply_cache_to_dit(model, 3), x)
     assert not torch.equal(cached, plain) and (cached - plain).norm() < 0.3 * plain.norm()
-    assert feature_cache(model).mode == ("branch" if family in (dit, pixart) else "block")
+    assert feature_cache(model).reuse == ("branch" if family in (dit, pixart) else "block")
 
 
 @pytest.mark.parametrize("family", [flux, sd3, wan, cogvideo], ids=lambda family: family.__name__)
 def test_branches_are_refused_where_they_cannot_be_told_apart(family):
     model = made(family)
     before = [(name, set(vars(module))) for name, module in model.named_modules()]
-    with pytest.raises(ValueError, match=f"cannot tell attention and MLP of {type(model).__name__} apart; use mode="):
-        apply_cache_to_dit(model, 3, mode="branch")
+    with pytest.raises(ValueError, match=f"cannot tell attention and MLP of {type(model).__name__} apart; use reuse="):
+        apply_cache_to_dit(model, 3, reuse="branch")
     assert [(name, set(vars(module))) for name, module in model.named_modules()] == before
 
 

@@ -19,7 +19,7 @@ from qandc_core import (
     quantize_model,
 )
 from qandc_core.calibration.choice import Candidates, Choice, features_of, spread
-from qandc_core.calibration.layer_inputs import HELD_OUT_ROWS
+from qandc_core.calibration.layer_inputs import HELD_OUT_TOKENS
 from qandc_core.calibration.memory import LEAST, plan_statistics
 from qandc_core.calibration.run import Calibrating
 from qandc_core.calibration.statistics import observed
@@ -27,7 +27,7 @@ from qandc_core.calibration.statistics import observed
 CONFIG = DiTConfig(input_size=8, in_channels=3, hidden_size=32, depth=2, num_heads=2, num_classes=5, learn_sigma=False)
 STEPS, LABELS = 5, [0, 3, 1, 4]
 PLAN = CalibrationConfig(trajectories=5, batch_size=2, samples=8, clusters=3, seed=3, tokens=40, held_out=4)
-TENSORS = ("low", "high", "mean", "histogram", "hessian", "rows", "held_out")
+TENSORS = ("low", "high", "mean", "histogram", "hessian", "inputs", "held_out")
 
 
 def dit(seed=0, cache=0):
@@ -220,17 +220,17 @@ def test_kept_inputs_are_those_that_layers_see_and_the_held_out_image_is_not_amo
         with torch.inference_mode(), observed(subject.layers, note):
             list(subject.steps_of(*batch))
     for name, layer in found.statistics.items():
-        rows, held_out = rows_of(layer.rows), rows_of(layer.held_out)
-        assert len(layer.rows) <= PLAN.tokens and rows and rows <= set.union(*seen[name][:last]), name
-        assert len(layer.held_out) <= HELD_OUT_ROWS and held_out and held_out <= seen[name][last], name
+        rows, held_out = rows_of(layer.inputs), rows_of(layer.held_out)
+        assert len(layer.inputs) <= PLAN.tokens and rows and rows <= set.union(*seen[name][:last]), name
+        assert len(layer.held_out) <= HELD_OUT_TOKENS and held_out and held_out <= seen[name][last], name
         if ".attn." in name or ".mlp." in name:
-            assert len(layer.rows) == PLAN.tokens and not rows & seen[name][last], name
+            assert len(layer.inputs) == PLAN.tokens and not rows & seen[name][last], name
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_statistics_stay_within_the_memory_they_may_take(share):
     widths = [layer.in_features for _, layer in host().layers]
-    least, most = (plan_statistics(widths, 2**40, tokens, HELD_OUT_ROWS).bytes for tokens in (LEAST, 4096))
+    least, most = (plan_statistics(widths, 2**40, tokens, HELD_OUT_TOKENS).bytes for tokens in (LEAST, 4096))
     budget = int(least + share * (most - least))
     found = calibrate(host(), replace(PLAN, tokens=4096, memory_gb=budget / 2**30))
     kept = [getattr(layer, key) for layer in found.statistics.values() for key in TENSORS]

@@ -11,8 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from benchmarks.calibration.pool import CandidatePool, collect_pool, collect_statistics, is_cached_layer
 from qandc_core.caching.attach import apply_cache_to_dit, feature_cache
-from qandc_core.calibration.candidates import CandidatePool, collect_pool, collect_statistics, is_cached_layer
 from qandc_core.calibration.file import Calibration, fingerprint, load_calibration
 from qandc_core.calibration.statistics import BINS, LayerStatistics
 from qandc_core.checkpoints import save_dit
@@ -252,10 +252,10 @@ def rows_of(name):
     return 1 if "adaLN" in name or name.startswith("t_embedder") else TOKENS
 
 
-@pytest.mark.parametrize("mode", ["branch", "block"])
+@pytest.mark.parametrize("reuse", ["branch", "block"])
 @pytest.mark.parametrize("cfg_scale, conditions", [(4.0, 2), (1.0, 1)])
-def test_skipped_layers_see_only_computed_steps(mode, cfg_scale, conditions):
-    model = apply_cache_to_dit(dit(), 3, mode=mode)
+def test_skipped_layers_see_only_computed_steps(reuse, cfg_scale, conditions):
+    model = apply_cache_to_dit(dit(), 3, reuse=reuse)
     pool = collect_pool(model, [1, 2, 3], sampling(), seed=1)
     selected = pool.subset(torch.arange(0, 18, 2))
     computed = int(selected.computed.sum())
@@ -263,8 +263,8 @@ def test_skipped_layers_see_only_computed_steps(mode, cfg_scale, conditions):
     statistics = collect_statistics(model, selected, cfg_scale=cfg_scale, batch_size=2)
     assert list(statistics) == [name for name, _ in named_linears(model)]
     for name, layer in statistics.items():
-        inside = name.startswith("blocks.") and (mode == "block" or "adaLN" not in name)
-        assert is_cached_layer(name, mode) == inside
+        inside = name.startswith("blocks.") and (reuse == "block" or "adaLN" not in name)
+        assert is_cached_layer(name, reuse) == inside
         assert layer.count == conditions * rows_of(name) * (computed if inside else len(selected)), name
         assert layer.hessian is None
 

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qandc_core.calibration.file import Calibration
-from qandc_core.calibration.folder import check_writable, is_listed, is_portable, listed, made_before, save_new, stem_of
+from qandc_core.calibration.folder import check_writable, is_listed, listed, made_before, named, save_new, stem_of
+from qandc_core.files import is_portable
 
 
 def saving(content):
@@ -34,6 +35,21 @@ def test_saves_at_the_same_moment_lose_nothing(tmp_path):
         made = dict(pool.map(save, range(8)))
     assert len(made) == 8 and "asked.safetensors" in made
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == made
+
+
+@given(st.text(max_size=300))
+def test_any_name_that_is_typed_stands_for_one_listed_portable_file(name):
+    path = named(Path("folder"), name)
+    assert path.parent == Path("folder") and is_portable(path.name) and is_listed(path.name)
+    assert named(Path("folder"), path.name) == path
+
+
+@pytest.mark.parametrize(("name", "file"), [
+    ("my model (v2)", "my_model_v2"), ("../../x", "x"), ("CON", "calibration_CON"), ("\u6a21\u578b", "\u6a21\u578b"),
+    ("runs.safetensors", "runs"), ("", "calibration"), ("con", "calibration_con"),
+])  # fmt: skip
+def test_names_that_are_typed(name, file, tmp_path):
+    assert named(tmp_path, name).name == f"{file}.safetensors"
 
 
 PROCESS = """

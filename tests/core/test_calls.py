@@ -57,9 +57,9 @@ def test_what_can_be_stored():
 
 
 def statistics():
-    kept = LayerStatistics.empty(6, rows=4, held_out=8)
+    kept = LayerStatistics.empty(6, inputs=4, held_out=8)
     kept.update(torch.randn(9, 6))
-    kept.keep_rows(torch.randn(3, 6))
+    kept.keep_inputs(torch.randn(3, 6))
     kept.keep_held_out(torch.randn(5, 6))
     return kept
 
@@ -69,9 +69,9 @@ def test_a_calibration_file_holds_calls_rows_and_held_out_inputs(tmp_path):
     made.save(tmp_path / "file")
     read = load_calibration(tmp_path / "file")
     assert same_calls(read.held_out, made.held_out)
-    assert same(read.statistics["fc"].rows, made.statistics["fc"].rows)
+    assert same(read.statistics["fc"].inputs, made.statistics["fc"].inputs)
     assert same(read.statistics["fc"].held_out, made.statistics["fc"].held_out)
-    assert read.statistics["plain"].rows is None and read.statistics["plain"].held_out is None
+    assert read.statistics["plain"].inputs is None and read.statistics["plain"].held_out is None
     assert same_calls(read.with_schedule((0,)).held_out, made.held_out)
 
 

@@ -63,9 +63,9 @@ def test_a_mean_of_two_classes_is_refused_whatever_its_ids(first, second, percen
         (class_tokens([3]) * 2, "mixes or scales some"),
         (class_tokens([3]) + class_tokens([NO_CLASS]) * 0.5 + 0.1, "mixes or scales some"),
         (torch.full((1, 2, 3), float("nan")), "mixes or scales some"),
-        (torch.randn(1, 77, 768), "draws classes, not text"),
-        (torch.zeros(1, 77, 768), "draws classes, not text"),
-        (torch.randn(1, 768), "draws classes, not text"),
+        (torch.randn(1, 77, 768), "generates classes, not text"),
+        (torch.zeros(1, 77, 768), "generates classes, not text"),
+        (torch.randn(1, 768), "generates classes, not text"),
         (class_tokens([10, 12]), "class id 12 is out of range"),
     ],
 )

@@ -24,7 +24,6 @@ from qandc_core import (
     save_dit,
 )
 from qandc_core.cli.main import main, parser
-from qandc_core.evaluation.demo import RECOMMENDED
 from qandc_core.evaluation.figure import to_pil
 from qandc_core.models.layers import DIT_SKIP
 from qandc_core.quantization.model import quantized_layers
@@ -223,7 +222,7 @@ BAD = {
     "calibrate 1 bit": (["calibrate", "--model", "{model}", "--w-bits", "1", *OUT], "must be between 2 and 8"),
     "calibrate without out": (["calibrate", "--model", "{model}"], "required: --out"),
     "calibrate nothing": (["calibrate", "--model", "{model}", "--trajectories", "0", *OUT], "must be 1 or more"),
-    "unknown selection": (["calibrate", "--model", "{model}", "--selection", "best", *OUT], "selection must be one of"),
+    "unknown selection": (["calibrate", "--model", "{model}", "--selection", "best", *OUT], "invalid choice: 'best'"),
     "experiment without judges": (EXPERIMENT, "--vae, --inception and --reference; give all three"),
     "experiment without reference": ([*EXPERIMENT, "--vae", "x", "--inception", "y"], "give all three"),
     "experiment of 3 images": ([*EXPERIMENT, "--num-images", "3"], "must be 4 or more"),
@@ -264,7 +263,7 @@ def test_bad_arguments_are_answered_in_one_sentence(capsys, monkeypatch, tmp_pat
 
 
 def test_gptq_needs_a_calibration_with_hessians(folder, tmp_path, capsys):
-    assert calibrate(folder, tmp_path / "plain.safetensors", "--pairs", "0") == 0
+    assert calibrate(folder, tmp_path / "plain.safetensors", "--pairs", "0", "--no-hessians") == 0
     argv = ["quantize", "--model", f"{folder}/model.safetensors", "--rounding", "gptq"]
     argv += ["--calibration", f"{tmp_path}/plain.safetensors", "--out", f"{tmp_path}/q.safetensors"]
     assert "calibrate with hessians" in refused(capsys, argv)
@@ -283,13 +282,13 @@ def test_a_refusal_comes_before_the_sampling(folder, capsys, monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("sampled before checking")
 
-    for module in ("sampling.generate", "calibration.candidates"):
+    for module in ("sampling.generate", "calibration.trajectories"):
         monkeypatch.setattr(f"qandc_core.{module}.ReverseProcess", never)
     model, latents = (["--model", f"{folder}/{name}.safetensors"] for name in ("model", "latents"))
     out = ["--out", f"{folder}/never.safetensors"]
     assert "--vae" in refused(capsys, ["generate", *latents, "--classes", "0"])
     assert "picture" in refused(capsys, ["generate", *model, "--classes", "0", "--out", "x.abc"])
-    assert "selection" in refused(capsys, ["calibrate", *model, "--selection", "tap@x", *out])
+    assert "selection" in refused(capsys, ["calibrate", *model, "--selection", "best", *out])
     assert "between 2 and 8" in refused(capsys, ["calibrate", *model, "--pairs", "0", "--a-bits", "1", *out])
 
 
@@ -354,13 +353,25 @@ def test_calibrate_writes_statistics_and_compensation(folder, calibration):
     assert all(s.count > 0 and s.hessian is not None for s in made.statistics.values())
     assert made.variance.factor.shape == (5, 3) and made.variance.method == "variance_match"
     assert (made.sampling.steps, made.sampling.cfg_scale, made.sampling.sampler) == (5, 2.0, "ddpm")
-    assert made.notes == {"cache_interval": 3, "bits": [8, 8], "selection": RECOMMENDED.selection}
+    assert made.notes == {"cache_interval": 3, "bits": [8, 8], "selection": "tap"}
     assert made.schedule is None
 
 
 def test_calibrate_without_pairs_fits_no_compensation(folder, tmp_path):
     assert (
-        calibrate(folder, tmp_path / "c.safetensors", "--pairs", "0", "--selection", "random", "--samples", "20") == 0
+        calibrate(
+            folder,
+            tmp_path / "c.safetensors",
+            "--pairs",
+            "0",
+            "--selection",
+            "random",
+            "--samples",
+            "20",
+            "--no-hessians",
+            "--all-steps",
+        )
+        == 0  # fmt: skip
     )
     made = load_calibration(tmp_path / "c.safetensors")
     assert made.variance is None and made.notes["selection"] == "random"

@@ -17,7 +17,7 @@ from qandc_core.evaluation.comparison import (
     evenly,
     run_comparison,
 )
-from qandc_core.evaluation.figure import LEAST_HEIGHT, MARGIN, WARNING
+from qandc_core.evaluation.figure import CAPTION, LEAST_HEIGHT, LIGHT, MARGIN
 from qandc_core.evaluation.frames import ImageFrames
 from qandc_core.evaluation.metrics import psnr, relative_l2
 from qandc_core.sampling.report import RunReport
@@ -78,7 +78,7 @@ def test_other_sizes_are_told_and_not_measured(images, other):
     assert "equal" in table
     size = 72  # a row of other images has no difference below it
     row = max(round(size * height / width), LEAST_HEIGHT) + 16 + MARGIN
-    grown = figure.height - same.height - row - 22
+    grown = figure.height - same.height - row - 22 - CAPTION  # a row of the table and a headline
     assert grown in (18, 36)  # the warning takes one line or two
 
 
@@ -103,7 +103,7 @@ def test_other_settings_are_told_in_the_figure_and_the_log(images, caplog, chang
     figure, table = run_comparison(runs)
     assert table.startswith(f"**Not the same run: {told}.**")
     assert told in caplog.text
-    assert [(np.asarray(drawn) == WARNING).all(-1).any() for drawn in (figure, alike)] == [True, False]
+    assert [(np.asarray(drawn) == LIGHT.warning).all(-1).any() for drawn in (figure, alike)] == [True, False]
 
 
 def test_a_run_without_seed_says_nothing_about_it(images):
@@ -219,18 +219,20 @@ def test_figure_grows_with_runs_and_shows_what_was_measured(images):
     full, table = run_comparison(measured)
     longer, _ = run_comparison([*measured, ComparedRun("c", images)])
     assert bare.height < full.height < longer.height
-    assert table.count("\n") == 3 and table.startswith("| " + COLUMNS[0])
+    assert table.splitlines()[0] == "**b: 1.82x as fast, one run each, equal images**"
+    assert table.splitlines()[2].startswith("| " + COLUMNS[0]) and table.count("\n|") == 4
 
 
 def test_a_cached_run_says_what_it_reused_and_when(images):
-    cached = report([1.0, 0.1], [True, False], tier="blocks, as chosen", timeline={"positive": "CF", "negative": "CR"})
+    cached = report([1.0, 0.1], [True, False], reuse="blocks, as chosen", timeline={"positive": "CF", "negative": "CR"})
     cached.cache_speedup, cached.warnings = 1.82, ["no effect at all"]
     plain = ComparedRun("full", images, report([1.0, 1.0], [True, True]))
     _, bare = run_comparison([plain, ComparedRun("fast", images, report([1.0, 0.1], [True, False]))])
     figure, text = run_comparison([plain, ComparedRun("fast", images, cached)])
     assert "fast: reuses blocks, as chosen, model calls 1.82x faster for it; no effect at all" in text
     assert "CF  fast, positive\nCR  fast, negative" in text
-    assert text.startswith(bare) and "Steps" not in bare
+    shared = bare.rsplit("\n\n", 1)[0]
+    assert text.startswith(shared) and "Steps" not in bare
 
 
 def test_markdown_has_a_column_for_every_value(images):

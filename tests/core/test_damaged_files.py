@@ -65,9 +65,9 @@ def native(path):
 
 def calibration(path):
     source = model()
-    statistics = LayerStatistics.empty(8, hessian=True, rows=4)
+    statistics = LayerStatistics.empty(8, hessian=True, inputs=4)
     statistics.update(torch.randn(20, 8))
-    statistics.keep_rows(torch.randn(4, 8))
+    statistics.keep_inputs(torch.randn(4, 8))
     variance = VarianceCompensation(torch.tensor([3.0, 1.0]), torch.zeros(2, 4), torch.ones(2, 4))
     Calibration(
         fingerprint(source), {"blocks.0.attn.qkv": statistics}, (0, 2), variance, torch.rand(4, 4),

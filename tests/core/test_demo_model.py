@@ -6,15 +6,15 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from qandc_core import generate, load_dit
+from benchmarks.calibration.choice import METHODS
+from qandc_core import CalibrationConfig, generate, load_dit
 from qandc_core.caching.attach import feature_cache
 from qandc_core.checkpoints.dit import DEMO
 from qandc_core.cli.main import main
 from qandc_core.demo.classifier import WEIGHTS, classify, load_classifier
 from qandc_core.evaluation import demo
-from qandc_core.evaluation.calibration_choice import METHODS
 from qandc_core.evaluation.demo import DEMO_SAMPLING, NAIVE, RECOMMENDED, run_demo
-from qandc_core.evaluation.variants import CalibrationPlan, balanced_labels
+from qandc_core.evaluation.variants import balanced_labels
 
 needs_model = pytest.mark.skipif(not DEMO.is_file(), reason=f"{DEMO.name} is not trained yet: qandc_core.demo.train")
 DIGITS = 200
@@ -112,7 +112,8 @@ def test_guidance_to_no_class_still_draws_digits(model):
 
 
 def test_the_recommended_settings_are_ones_that_were_measured():
-    assert RECOMMENDED.selection in METHODS and RECOMMENDED.bits == (8, 8) and RECOMMENDED.interval == 3
+    assert f"{RECOMMENDED.selection}@{RECOMMENDED.time_scale:g}-computed" in METHODS and RECOMMENDED.computed_only
+    assert RECOMMENDED.bits == (8, 8) and RECOMMENDED.interval == 3
     assert RECOMMENDED.compensation and NAIVE.compensation is None and NAIVE.selection == "random"
     assert RECOMMENDED.steps == NAIVE.steps == DEMO_SAMPLING.steps == 50
 
@@ -121,8 +122,8 @@ def test_the_recommended_settings_are_ones_that_were_measured():
 def result(tmp_path_factory):
     folder, images = tmp_path_factory.mktemp("demo"), 4
     with pytest.MonkeyPatch.context() as patch:
-        small = CalibrationPlan(trajectories=4, samples=40, clusters=10, pairs=4, batch=4)
-        patch.setattr(demo, "DEMO_PLAN", small)
+        patch.setattr(demo, "DEMO_CALIBRATION", CalibrationConfig(trajectories=4, samples=40, clusters=10))
+        patch.setattr(demo, "DEMO_PAIRS", 4)
         return folder, images, run_demo(folder, images, 0, lambda text: None)
 
 

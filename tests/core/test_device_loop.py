@@ -101,7 +101,7 @@ def by_hand(model, config, cache, seed):
 @pytest.mark.parametrize("fused", [False, True])
 def test_reuses_predictions_as_steps_by_hand(model, sampler, order, fused):
     config = SamplingConfig(12, 1.5, sampler)
-    cache = CacheConfig(steps=frozenset(spaced_steps(12, 5)), mode="prediction", order=order)
+    cache = CacheConfig(steps=frozenset(spaced_steps(12, 5)), reuse="prediction", order=order)
     loop = DeviceLoop(fuse_dit(model) if fused else model, len(LABELS), config, cache)
     process = ReverseProcess(model, LABELS, config)
     source = process.noise_source(9, range(len(LABELS)))
@@ -115,8 +115,8 @@ def test_reuses_predictions_as_steps_by_hand(model, sampler, order, fused):
 
 def test_generate_takes_predictions_and_compensation(model):
     fused = fuse_dit(model)
-    apply_cache_to_dit(fused, 3, mode="prediction", order=1)
-    cache = CacheConfig(3, mode="prediction", order=1)
+    apply_cache_to_dit(fused, 3, reuse="prediction", order=1)
+    cache = CacheConfig(3, reuse="prediction", order=1)
     found, report = generate(fused, LABELS, 10, 1.5, "ddim", seed=2)
     assert relative(found, by_hand(model, SamplingConfig(10, 1.5, "ddim"), cache, 2)) < 1e-5
     assert report.computed == [i % 3 == 0 for i in range(10)]
@@ -137,7 +137,7 @@ def test_compensates_as_the_engine_does(model, sampler):
 
 
 def test_callback_sees_every_step(model):
-    fused = apply_cache_to_dit(fuse_dit(model), 2, mode="prediction")
+    fused = apply_cache_to_dit(fuse_dit(model), 2, reuse="prediction")
     seen = []
     x, report = generate(fused, LABELS, 6, 1.5, "ddim", seed=1, callback=seen.append)
     assert [info.index for info in seen] == list(range(6))

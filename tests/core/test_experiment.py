@@ -1,4 +1,3 @@
-import copy
 import json
 import os
 import subprocess
@@ -15,10 +14,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import qandc_core
-from qandc_core import DiT, DiTConfig, RunReport, SamplingConfig, generate, quantize_model, save_dit
-from qandc_core.calibration.candidates import CandidatePool
+from qandc_core import CalibrationConfig, DiT, DiTConfig, RunReport, SamplingConfig, generate, save_dit
 from qandc_core.cli.main import main
-from qandc_core.evaluation import calibration_choice as choice
 from qandc_core.evaluation import experiment as module
 from qandc_core.evaluation import inception
 from qandc_core.evaluation.experiment import (
@@ -37,13 +34,12 @@ from qandc_core.evaluation.experiment import (
 from qandc_core.evaluation.judges import DigitsJudge, InceptionJudge, Judgement, Reference
 from qandc_core.evaluation.metrics import FeatureStatistics
 from qandc_core.evaluation.sharding import Distributed
-from qandc_core.evaluation.tables import choice_table, factor_table, markdown, plot_main
-from qandc_core.evaluation.variants import CalibrationPlan, Variant, Workbench, balanced_labels
-from qandc_core.models.dit import modulate
+from qandc_core.evaluation.tables import factor_table, markdown, plot_main
+from qandc_core.evaluation.variants import Variant, Workbench, balanced_labels
 
 STEPS = 4
 SAMPLING = SamplingConfig(steps=STEPS, cfg_scale=2.0)
-PLAN = CalibrationPlan(trajectories=4, samples=10, clusters=3, pairs=4, batch=4)
+PLAN = CalibrationConfig(trajectories=4, samples=10, clusters=3, batch_size=4, held_out=0)
 SIZES = Evaluation(images=8, seeds=(1, 2), batch=3)
 ALONE = Distributed(0, 1, torch.device("cpu"))
 FULL = Variant("full precision", steps=STEPS)
@@ -69,7 +65,7 @@ def digits():
 
 
 def experiment(model, digits, sizes=SIZES, log=silent):
-    return Experiment(Workbench(model, SAMPLING, PLAN), digits, sizes, ALONE, log)
+    return Experiment(Workbench(model, SAMPLING, PLAN, pairs=4), digits, sizes, ALONE, log)
 
 
 @pytest.fixture(scope="module")
@@ -340,7 +336,7 @@ def test_every_factor_row_differs_from_the_base_in_its_factor():
     assert len(set(names)) == len(names)
     fields = {
         "bits": {"bits", "rounding"}, "activations": {"static", "bits"}, "interval": {"interval"},
-        "schedule": {"optimal"}, "granularity": {"mode"}, "forecast": {"order", "compensation"},
+        "schedule": {"optimal"}, "granularity": {"reuse"}, "forecast": {"order", "compensation"},
         "VC method": {"compensation", "compensation_start"}, "sampler": {"sampler", "compensation", "order"},
     }  # fmt: skip
     for group, variant in rows:
@@ -361,95 +357,6 @@ def test_the_factors_run_and_fill_their_table(model, digits):
     assert error["reuse after the gate (blocks)"] != error["W8A8, N = 3, DDPM"]
     table = factor_table(rows)
     assert all(f"| {row['group']}: {row['name']} |" in table for row in rows)
-
-
-# --- which samples calibrate ------------------------------------------------------------------------------------------
-
-
-def make_pool(steps, each, seed=0):
-    index = torch.arange(steps).repeat_interleave(each)
-    generator = torch.Generator().manual_seed(seed)
-    samples = torch.randn(len(index), 3, 32, 32, generator=generator)
-    return CandidatePool(samples, index, 999 - index * 10, index % 10, index % 3 == 0)
-
-
-@pytest.mark.parametrize(("steps", "each"), [(50, 8), (10, 30), (6, 40)])
-@pytest.mark.parametrize("share", [0.95, 0.5])
-def test_the_biased_pool_is_late_by_its_share(steps, each, share):
-    pool = make_pool(steps, each)
-    part = choice.biased(pool, share)
-    late = (part.steps >= 2 * steps / 3).double().mean()
-    assert len(part) <= len(pool) // 2 and abs(float(late) - share) <= 1 / len(part)
-    assert len({x.sum().item() for x in part.samples}) == len(part), "a sample was drawn twice"
-    assert part.computed.any() and (part.computed == (part.steps % 3 == 0)).all()
-    assert torch.equal(part.samples, choice.biased(pool, share).samples)
-    assert not torch.equal(part.samples, choice.biased(pool, share, seed=1).samples)
-
-
-ALL_BUT_ONE = ("attn", "fc1", "norm", "pos_embed", "proj_out", "t_embedder", "transformer_blocks.0.")
-
-
-def test_layer_error_against_brute_force(model):
-    test = make_pool(6, 3)
-    quantized = quantize_model(copy.deepcopy(model), 4, 8, ALL_BUT_ONE)
-    with torch.inference_mode():
-        kept = test.subset(test.computed.nonzero().flatten())
-        x = model.x_embedder(kept.samples) + model.pos_embed
-        c = model.t_embedder(kept.timesteps, x.dtype) + model.y_embedder(kept.labels)
-        x = model.blocks[0](x, c)
-        block = model.blocks[1]
-        shift_a, scale_a, gate_a, shift, scale, _ = block.adaLN_modulation(c).chunk(6, dim=1)
-        x = x + gate_a[:, None] * block.attention_branch(x, shift_a, scale_a)
-        mlp = block.mlp
-        inputs = torch.nn.functional.gelu(mlp.fc1(modulate(block.norm2(x), shift, scale)), approximate="tanh").double()
-        weight, bias = mlp.fc2.weight.double(), mlp.fc2.bias.double()
-        step_w = weight.abs().amax(1, keepdim=True) / 7
-        step_x = inputs.abs().amax(-1, keepdim=True) / 127
-        rounded = (inputs / step_x).round() * step_x @ ((weight / step_w).round() * step_w).T + bias
-        exact = inputs @ weight.T + bias
-        expected = float((rounded - exact).norm() / exact.norm())
-    assert choice.layer_error(model, quantized, test, ALL_BUT_ONE) == pytest.approx(expected, rel=0.01)
-    assert expected > 0.02
-
-
-def test_layer_error_falls_with_the_bits_and_is_0_for_the_layers_themselves(model, monkeypatch):
-    test, skip = make_pool(6, 2), ("pos_embed", "norm")
-    models = [quantize_model(copy.deepcopy(model), bits, 8, skip) for bits in (8, 6, 4, 2)]
-    errors = [choice.layer_error(model, quantized, test, skip) for quantized in models]
-    assert 0 < errors[0] < 0.02 and errors == sorted(errors)
-    assert not any(m._forward_hooks for m in model.modules())
-    monkeypatch.setattr(choice, "quantized_layers", lambda net: dict(choice.named_linears(net, skip)))
-    assert choice.layer_error(model, copy.deepcopy(model), test, skip) == 0
-
-
-def test_layer_error_reads_computed_steps_only(model):
-    test, skip = make_pool(6, 2), ("pos_embed", "norm")
-    quantized = quantize_model(copy.deepcopy(model), 4, 8, skip)
-    kept = test.subset(test.computed.nonzero().flatten())
-    damaged = replace(test, samples=torch.where(test.computed[:, None, None, None], test.samples, torch.nan))
-    expected = choice.layer_error(model, quantized, kept, skip)
-    assert choice.layer_error(model, quantized, damaged, skip) == pytest.approx(expected, rel=1e-6)
-
-
-def test_calibration_choice_reports_every_pool_method_and_format(model, monkeypatch):
-    monkeypatch.setattr(choice, "METHODS", ("random", "tap@5-computed"))
-    monkeypatch.setattr(choice, "BIASED_METHODS", ("stratified",))
-    bench = Workbench(model, replace(SAMPLING, steps=6), replace(PLAN, trajectories=8))
-    # An interval of 2, so that the last third of six steps holds a computed one.
-    monkeypatch.setattr(choice, "FORMATS", tuple(replace(v, steps=6, interval=2) for v in choice.FORMATS))
-    sizes, lines = choice.ChoiceSizes(draws=2, samples=12, clusters=3, test_trajectories=2, images=4), []
-    results = choice.calibration_choice(bench, sizes, lines.append)
-    expected = [("balanced", "random"), ("balanced", "tap@5-computed"), ("95 % late steps", "stratified")]
-    assert [(r["pool"], r["method"], r["format"]) for r in results] == [
-        (pool, method, v.name) for pool, method in expected for v in choice.FORMATS
-    ]
-    assert len(lines) == len(results)
-    for r in results:
-        assert r["draws"] == 2 and 0 < r["layer_error"] < 1 and 0 < r["relative_l2"] and r["layer_error_se"] >= 0
-    eight, four = ([r["layer_error"] for r in results if r["format"] == v.name] for v in choice.FORMATS)
-    assert max(eight) < min(four)
-    table = choice_table(results)
-    assert all(f"| {r['pool']} | {r['method']} | {r['format']} |" in table for r in results)
 
 
 # --- ImageNet: the real formats, tiny ---------------------------------------------------------------------------------

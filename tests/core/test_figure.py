@@ -8,11 +8,9 @@ from PIL import ImageFont
 from qandc_core.evaluation.demo import NAIVE, RECOMMENDED
 from qandc_core.evaluation.figure import (
     CAPTION,
-    COMPUTED,
     LABEL_WIDTH,
+    LIGHT,
     MARGIN,
-    PAPER,
-    REUSED,
     FigureRow,
     comparison_figure,
     difference,
@@ -81,10 +79,10 @@ def test_timeline_has_one_segment_for_each_step_in_its_colour(flags, width):
     bar = pixels(timeline(flags, width))
     assert bar.shape == (8, width, 3) and (bar == bar[:1]).all()
     centres = [(width * i // len(flags) + width * (i + 1) // len(flags) - 2) // 2 for i in range(len(flags))]
-    assert [tuple(bar[0, c]) for c in centres] == [COMPUTED if flag else REUSED for flag in flags]
-    assert {tuple(colour) for colour in bar[0]} <= {COMPUTED, REUSED, PAPER}
+    assert [tuple(bar[0, c]) for c in centres] == [LIGHT.computed if flag else LIGHT.reused for flag in flags]
+    assert {tuple(colour) for colour in bar[0]} <= {LIGHT.computed, LIGHT.reused, LIGHT.paper}
     # A pixel of paper parts neighbours of the same colour.
-    assert sum(tuple(colour) == PAPER for colour in bar[0]) >= len(flags) - 1
+    assert sum(tuple(colour) == LIGHT.paper for colour in bar[0]) >= len(flags) - 1
 
 
 def test_difference_is_black_where_equal_and_grows_with_the_error():
@@ -121,11 +119,11 @@ def test_rows_show_their_images_their_difference_from_the_first_and_their_steps(
     figure = comparison_figure([row(x, f) for x, f in zip(stacks, flags)], "title", size=SIZE, gain=2.0)
     top = TOP
     for i, x in enumerate(stacks):
-        assert np.array_equal(pixels(figure.crop(strip_box(2, top))), pixels(to_pil(x, SIZE)))
+        assert np.array_equal(pixels(figure.crop(strip_box(2, top))), pixels(to_pil(x, SIZE, LIGHT)))
         bottom = top + SIZE
         if i:
             shown = pixels(figure.crop(strip_box(2, top + SIZE + GAP)))
-            assert np.array_equal(shown, pixels(to_pil(difference(x, stacks[0], 2.0), SIZE)))
+            assert np.array_equal(shown, pixels(to_pil(difference(x, stacks[0], 2.0), SIZE, LIGHT)))
             bottom += SIZE + GAP
         width = 2 * SIZE + GAP
         bar = figure.crop((LEFT, bottom + 6, LEFT + width, bottom + 14))
@@ -140,7 +138,7 @@ def test_a_row_without_flags_has_no_timeline_and_changes_nothing_else():
     differs = np.argwhere((pixels(bare) != pixels(marked)).any(2))
     assert (differs[:, 0] >= TOP + SIZE).all() and len(differs) > 0
     colours = {tuple(c) for c in pixels(bare)[TOP + SIZE :].reshape(-1, 3)}
-    assert not {COMPUTED, REUSED} & colours
+    assert not {LIGHT.computed, LIGHT.reused} & colours
 
 
 def test_the_figure_title_is_never_cut():
@@ -149,7 +147,7 @@ def test_the_figure_title_is_never_cut():
     blank = comparison_figure([row(images(1))], "", size=SIZE)
     assert figure.width >= 2 * MARGIN + ImageFont.load_default(17).getlength(title) - 1
     # Smoothed letters may reach a pixel over their width.
-    assert (pixels(figure)[:TOP, 2 - MARGIN :] == PAPER).all() and figure.width > blank.width
+    assert (pixels(figure)[:TOP, 2 - MARGIN :] == LIGHT.paper).all() and figure.width > blank.width
 
 
 @pytest.mark.parametrize("title", [RECOMMENDED.name, NAIVE.name, "full precision, 50 steps"])

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import qandc_core
 from qandc_core.checkpoints.dit import dit_folders, source_files
-from qandc_core.files import is_plain_name, is_text, save_tensors, save_text, written_whole
+from qandc_core.files import is_portable, is_text, save_tensors, save_text, written_whole
 
 ROOT = Path(qandc_core.__file__).parents[1]
 
@@ -24,20 +24,20 @@ PLAIN = [
 ODD = [
     "", ".", "..", ".hidden.safetensors", "a/b.safetensors", "../a.safetensors", "/a.safetensors", "a\\b.safetensors",
     "C:a.safetensors", "con.safetensors", "NUL", "Lpt1.safetensors", "a\nb.safetensors", "a\x00.safetensors",
-    "bytes\udcff.safetensors", "\x7f.safetensors", "a/",
+    "bytes\udcff.safetensors", "\x7f.safetensors", "a/", "a\u2028b", "nul .safetensors", "a?", "a" * 252 + ".sft",
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_any_script_and_sign_is_a_plain_name(name, tmp_path):
-    assert is_plain_name(name) and is_text(name)
+def test_any_script_and_sign_is_a_portable_name(name, tmp_path):
+    assert is_portable(name) and is_text(name)
     save_tensors({"a": torch.ones(2)}, tmp_path / name, {})
     assert os.listdir(tmp_path) == [name] and load_file(tmp_path / name)["a"].tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("name", ODD)
 def test_paths_devices_and_hidden_files_are_not(name):
-    assert not is_plain_name(name)
+    assert not is_portable(name)
 
 
 def limited(code, folder, size):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from qandc_core import (
+    DiTTrajectories,
     SamplingConfig,
     apply_cache_to_dit,
     fit_variance_compensation,
@@ -19,15 +20,15 @@ from qandc_core import (
     remove_cache,
     save_dit,
 )
-from qandc_core.calibration.candidates import collect_pool, collect_statistics
 from qandc_core.calibration.file import Calibration, fingerprint
 from qandc_core.calibration.statistics import LayerStatistics, observed
 from qandc_core.diffusion.process import ReverseProcess
 from qandc_core.fused.linear import FloatLinear, Int8Linear, KitchenLinear, Modulation
 from qandc_core.models import DiT, DiTConfig
 from qandc_core.models.layers import DIT_SKIP, named_linears
+from qandc_core.quantization.formats import BY_NAME
 from qandc_core.quantization.model import QuantizationConfig
-from qandc_core.quantization.native import FORMATS, NativeConfig, dequantize, quantize_weight
+from qandc_core.quantization.native import NativeConfig, dequantize, quantize_weight
 
 CONFIG = DiTConfig(input_size=8, in_channels=4, hidden_size=64, depth=3, num_heads=4, num_classes=10)
 LABELS = [3, 7, 1]
@@ -134,7 +135,7 @@ def calibrated(model):
     return Calibration(fingerprint(model), statistics)
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", BY_NAME)
 @pytest.mark.parametrize("kernels", ["reference", "kitchen"])
 def test_layers_in_comfyui_formats_equal_their_decoded_weights(format, kernels):
     model = random_dit()
@@ -222,8 +223,7 @@ def test_refuses_everything_but_sampling(tmp_path):
     for attempt in (
         lambda: fused(x, t, y),
         lambda: process.step(0, x, None),
-        lambda: collect_pool(fused, LABELS, config),
-        lambda: collect_statistics(fused, collect_pool(model, LABELS, config)),
+        lambda: DiTTrajectories(fused, LABELS, config),
         lambda: fit_variance_compensation(model, fused, LABELS, config),
         lambda: quantize_model(fused, 8, 8),
         lambda: save_dit(fused, tmp_path / "fused.safetensors"),
@@ -263,7 +263,7 @@ def test_moving_keeps_float32_scales_and_forgets_the_loop():
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("cache", [None, {"mode": "branch"}, {"mode": "prediction", "order": 1}])
+@pytest.mark.parametrize("cache", [None, {"reuse": "branch"}, {"reuse": "prediction", "order": 1}])
 def test_guides_some_channels_as_the_engine_does(channels, cache):
     """A model of four channels and as many of variance, of which guidance takes the first ones."""
     model = random_dit()
@@ -271,12 +271,12 @@ def test_guides_some_channels_as_the_engine_does(channels, cache):
     settings = dict(class_labels=LABELS, steps=5, cfg_scale=3.0, sampler="ddim", seed=2)
     if cache is not None:
         apply_cache_to_dit(fused, 2, **cache)
-        if cache["mode"] == "branch":
+        if cache["reuse"] == "branch":
             apply_cache_to_dit(model, 2)
     found, _ = generate(fused, **settings, guidance_channels=channels)
     everywhere, _ = generate(fused, **settings)
     assert relative(found, everywhere) > 1e-3
-    if cache is None or cache["mode"] == "branch":
+    if cache is None or cache["reuse"] == "branch":
         assert relative(found, generate(model, **settings, guidance_channels=channels)[0]) < 1e-5
     else:  # predictions of the first two steps have nothing to be extrapolated from
         short, full = {**settings, "steps": 1}, {**settings, "steps": 1, "guidance_channels": channels}
@@ -284,7 +284,7 @@ def test_guides_some_channels_as_the_engine_does(channels, cache):
         assert relative(generate(fused, **short)[0], generate(model, **full)[0]) > 1e-4
 
 
-@pytest.mark.parametrize("cache", [{"mode": "prediction", "order": 1}, {"mode": "branch"}, {"mode": "block"}])
+@pytest.mark.parametrize("cache", [{"reuse": "prediction", "order": 1}, {"reuse": "branch"}, {"reuse": "block"}])
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
 def test_a_run_after_one_of_nan_is_as_before_it(cache, sampler):
     fused = apply_cache_to_dit(fuse_dit(random_dit()), 3, **cache)
@@ -295,7 +295,7 @@ def test_a_run_after_one_of_nan_is_as_before_it(cache, sampler):
     assert torch.equal(generate(fused, **settings)[0], first)
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", BY_NAME)
 def test_kitchen_without_an_activation_of_its_own(format, monkeypatch):
     """comfy-kitchen before 0.2.38 has no input_act for W4A8, earlier ones none for W8A8."""
     import comfy_kitchen
@@ -334,21 +334,21 @@ def test_refuses_what_it_cannot_run():
         fuse_dit(model, "triton")
     with pytest.raises(ValueError, match="takes this package's DiT"):
         fuse_dit(torch.nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="forecasts predictions only"):
+    with pytest.raises(ValueError, match="extrapolates predictions only"):
         apply_cache_to_dit(fuse_dit(model), 3, order=1)
     with pytest.raises(ValueError, match="fuse_dit"):
-        apply_cache_to_dit(model, 3, mode="prediction")
+        apply_cache_to_dit(model, 3, reuse="prediction")
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
 @pytest.mark.parametrize("cfg", [1.0, 1.5])
-@pytest.mark.parametrize("mode", [None, "branch", "block"])
-def test_generates_what_the_engine_does(sampler, cfg, mode):
+@pytest.mark.parametrize("reuse", [None, "branch", "block"])
+def test_generates_what_the_engine_does(sampler, cfg, reuse):
     model = load_dit("demo")
     fused = fuse_dit(model)
-    if mode is not None:
+    if reuse is not None:
         for target in (model, fused):
-            apply_cache_to_dit(target, 3, mode=mode)
+            apply_cache_to_dit(target, 3, reuse=reuse)
     expected, report = generate(model, LABELS, 10, cfg, sampler, seed=4)
     found, fast = generate(fused, LABELS, 10, cfg, sampler, seed=4)
     assert relative(found, expected) < 1e-5

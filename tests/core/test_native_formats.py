@@ -1,4 +1,5 @@
 import json
+from itertools import product
 
 import comfy_kitchen
 import numpy as np
@@ -6,31 +7,29 @@ import pytest
 import torch
 import torch.nn.functional as F
 from comfy_kitchen.tensor import AsymW4A8Int8Layout, QuantizedTensor, TensorWiseINT8Layout
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
 from qandc_core.calibration.statistics import LayerStatistics
-from qandc_core.quantization.formats.w4a8 import CodebookGrid, nearest_level, stock_grid
+from qandc_core.quantization.formats import BY_NAME, packed_format
+from qandc_core.quantization.formats.grouped import Grouped, GroupedGrid
+from qandc_core.quantization.formats.w4a8 import W4A8
 from qandc_core.quantization.formats.w8a8 import int8_grid, row_errors
 from qandc_core.quantization.grids import quantize, unpack_int4
 from qandc_core.quantization.native import (
     SAMPLING_DAMPING,
     NativeConfig,
     dequantize,
+    format_of,
     held_out_error,
     kernel_output,
     layer_config,
-    native_format,
     output_error,
     quantize_weight,
 )
 from qandc_core.quantization.rotation import ROTATIONS, hadamard, rotate, rotate_fast, rotate_hessian, rotation_group
 
-FORMATS = ("W8A8", "W4A8")
+FORMATS = tuple(BY_NAME)
 SHAPES = ((24, 1152), (32, 256), (16, 48), (12, 16), (8, 320))
-LAYOUTS = {"int8_tensorwise": TensorWiseINT8Layout, "asym_w4a8_int8": AsymW4A8Int8Layout}
-
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -84,14 +83,16 @@ def wrapped(layer, shape):
     common = {
         "orig_dtype": torch.float32, "orig_shape": tuple(shape), "convrot_groupsize": config["convrot_groupsize"],
     }  # fmt: skip
-    if layer.format == "int8_tensorwise":
-        params = TensorWiseINT8Layout.Params(scale=tensors["weight_scale"], convrot=config["convrot"], **common)
+    if config["format"] == "int8_tensorwise":
+        layout = TensorWiseINT8Layout
+        params = layout.Params(scale=tensors["weight_scale"], convrot=config["convrot"], **common)
     else:
-        params = AsymW4A8Int8Layout.Params(
-            scale=tensors["weight_s_rel"], s_channel=tensors["weight_s_channel"], codebook=tensors["weight_codebook"],
-            group_size=config["group_size"], **common,
+        layout = AsymW4A8Int8Layout
+        params = layout.Params(
+            scale=tensors["weight_s_rel"], s_channel=tensors["weight_s_channel"],
+            codebook=tensors.get("weight_codebook"), group_size=config["group_size"], **common,
         )  # fmt: skip
-    return QuantizedTensor(tensors["weight"], LAYOUTS[layer.format].__name__, params)
+    return QuantizedTensor(tensors["weight"], layout.__name__, params)
 
 
 def relative(a, b):
@@ -179,15 +180,17 @@ def test_nearest_rounding_without_clipping_is_comfy_kitchens(weights, shape):
 
 
 def test_sparse_weights_have_a_codebook_of_their_own():
-    frozen = stock_grid(gaussian(32, 256), 256).codebook
-    assert torch.equal(stock_grid(heavy(32, 256), 256).codebook, frozen)
-    assert not torch.equal(stock_grid(sparse(32, 256), 256).codebook, frozen)
+    def codebook(weights):
+        return quantized(weights(32, 256), "W4A8").tensors["weight_codebook"]
+
+    assert torch.equal(codebook(heavy), codebook(gaussian))
+    assert not torch.equal(codebook(sparse), codebook(gaussian))
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "gptq"])
 def test_tensors_are_those_that_comfyui_reads(rounding):
     weight, bias = gaussian(24, 512), torch.zeros(24)
-    int8, w4a8 = (quantized(weight, f, rounding, inputs(512, 600, 0), bias) for f in FORMATS)
+    int8, w4a8 = (quantized(weight, f, rounding, inputs(512, 600, 0), bias) for f in ("W8A8", "W4A8"))
     described = {name: (tuple(t.shape), t.dtype) for name, t in int8.tensors.items() if name != "comfy_quant"}
     assert described == {
         "weight": ((24, 512), torch.int8), "weight_scale": ((24, 1), torch.float32), "bias": ((24,), torch.float32),
@@ -258,22 +261,11 @@ def test_clip_search_lowers_the_error_of_rows_with_an_outlier():
     assert (clipped.scale <= full.scale).all() and (clipped.scale >= 0.89 * full.scale).all()
 
 
-@given(st.integers(0, 2**31), st.integers(1, 8))
-@settings(max_examples=40, deadline=None)
-def test_nearest_level_is_the_least_distance(seed, rows):
-    generator = seeded(seed)
-    levels = torch.randint(-20, 20, (rows, 16), generator=generator).float().sort(dim=1).values  # some coincide
-    x = 30 * torch.randn(rows, 9, generator=generator)
-    distances = (x[:, :, None] - levels[:, None]).abs()
-    chosen = distances.gather(2, nearest_level(levels, x)[:, :, None])[:, :, 0]
-    assert torch.equal(chosen, distances.amin(dim=2))
-
-
 # The codes.
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize(("width", "format"), [(192, "W4A8"), (192, "W8A8"), (256, "W4A8"), (256, "W8A8")])
+@pytest.mark.parametrize(("width", "format"), list(product((192, 256), FORMATS)))
 def test_gptq_lowers_the_error_on_inputs_that_it_has_not_seen(width, format, seed):
     weight, x, unseen = gaussian(48, width, seed), inputs(width, 1024, 2 * seed), inputs(width, 256, 2 * seed + 1)
     nearest, gptq = (quantized(weight, format, rounding, x) for rounding in ("nearest", "gptq"))
@@ -396,19 +388,36 @@ def test_activations_cost_in_the_held_out_error():
 @pytest.mark.parametrize("format", FORMATS)
 def test_rows_serve_as_the_hessian_does(format):
     weight, x, unseen = gaussian(48, 256), inputs(256, 2048, 0), inputs(256, 256, 1)
-    rows = LayerStatistics.empty(256, rows=1024)
+    rows = LayerStatistics.empty(256, inputs=1024)
     rows.update(x)
-    rows.keep_rows(x[::2])
+    rows.keep_inputs(x[::2])
     layers = [quantized(weight, format, rounding, x) for rounding in ("nearest", "gptq")]
     layers.append(quantize_weight("fc", weight, None, NativeConfig(format), rows))
     nearest, hessian, ours = (held_out_error(weight, layer.tensors, unseen) for layer in layers)
     assert ours < 1.05 * hessian < 0.9 * nearest
 
 
-def test_four_bits_cost_more_than_eight():
+def test_fewer_bits_cost_more():
     for weights in WEIGHTS:
-        eight, four = (quantized(weights(32, 256), format).error for format in FORMATS)
-        assert 0 < 3 * eight < four < 0.2
+        errors = [quantized(weights(32, 256), format).error for format in FORMATS]
+        assert errors == sorted(errors) and 0 < 3 * errors[0] < errors[-1] < 0.2
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("format", FORMATS)
+def test_bytes_are_those_of_the_tensors(format, shape):
+    layer = quantized(gaussian(*shape), format)
+    taken = sum(tensor.nbytes for name, tensor in layer.tensors.items() if name != "comfy_quant")
+    assert BY_NAME[layer.format].bytes(*shape) == taken
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_weight_is_of_the_format_that_it_was_made_in(format, shape):
+    """Read from a file, and held by ComfyUI: formats of several widths have one name and one layout."""
+    layer = quantized(gaussian(*shape), format)
+    assert format_of(layer.tensors).name == packed_format(wrapped(layer, shape)).name == layer.format
+    assert packed_format(gaussian(*shape)) is None
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "gptq"])
@@ -444,15 +453,14 @@ def test_bias_keeps_its_type_and_is_not_invented():
 
 
 def test_promotion():
-    int8, four = "int8_tensorwise", "asym_w4a8_int8"
-    expected = {(64, 1152): (int8, four), (8, 16): (int8, four), (8, 20): (int8, int8), (8, 4): (int8, int8),
-                (8, 30): (None, None), (6, 64): (None, None), (7, 33): (None, None)}  # fmt: skip
-    for shape, formats in expected.items():
-        assert tuple(native_format(*shape, f) for f in FORMATS) == formats
-        layers = [quantized(gaussian(*shape), f) for f in FORMATS]
-        assert tuple(layer and layer.format for layer in layers) == formats
+    for shape in ((64, 1152), (8, 16), (8, 20), (8, 4), (8, 30), (6, 64), (7, 33)):
+        for format in FORMATS:
+            able = [f for f in (BY_NAME[format], *BY_NAME[format].finers()) if f.takes(*shape) and shape[1] % 4 == 0]
+            layer = quantized(gaussian(*shape), format)
+            assert (layer and layer.format) == (able[0].name if able else None)
+    assert quantized(gaussian(6, 64)) is quantized(gaussian(8, 30)) is None
     promoted = quantized(gaussian(8, 20), "W4A8")
-    assert promoted.config == {"format": int8, "convrot": True, "convrot_groupsize": 4}
+    assert promoted.config == {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 4}
     assert torch.equal(promoted.tensors["weight"], quantized(gaussian(8, 20), "W8A8").tensors["weight"])
 
 
@@ -460,7 +468,7 @@ def test_promotion():
 
 
 def test_unknown_choices():
-    with pytest.raises(ValueError, match="format must be one of W8A8, W4A8, got 'W4A4'"):
+    with pytest.raises(ValueError, match=f"format must be one of {', '.join(FORMATS)}, got 'W4A4'"):
         NativeConfig("W4A4")
     with pytest.raises(ValueError, match="rounding must be one of auto, nearest, gptq, got 'adaround'"):
         NativeConfig(rounding="adaround")
@@ -499,7 +507,7 @@ def test_auto_takes_what_is_known():
 
 def test_a_comfy_kitchen_without_w4a8(monkeypatch):
     monkeypatch.delattr(comfy_kitchen, "quantize_w4a8_int8_weight")
-    with pytest.raises(ValueError, match="^This version of comfy-kitchen has no W4A8; update it .*, or choose W8A8"):
+    with pytest.raises(ValueError, match=r"^W4A8 needs comfy-kitchen 0\.2\.31 or newer, this is 0.*, or choose W8A8"):
         quantized(gaussian(8, 16), "W4A8")
     assert quantized(gaussian(8, 16)).error > 0
 
@@ -525,7 +533,7 @@ def test_damaged_statistics():
 @pytest.mark.parametrize("error", [0.5, float("nan"), float("inf")])
 def test_collapse(monkeypatch, error):
     monkeypatch.setattr("qandc_core.quantization.native.output_error", lambda *_: error)
-    with pytest.raises(ValueError, match=r"^blocks\.0\.fc cannot be quantized to int8_tensorwise: .* leave it float"):
+    with pytest.raises(ValueError, match=r"^blocks\.0\.fc cannot be quantized to W8A8: .* leave it float"):
         quantized(gaussian(8, 16))
 
 
@@ -535,16 +543,27 @@ def test_an_input_that_the_grid_cannot_serve_collapses():
     weight[:, 1::2] *= -1
     weight += 0.1 * gaussian(4, 16)
     x = torch.ones(50, 16)
-    with pytest.raises(ValueError, match="cannot be quantized to asym_w4a8_int8"):
+    with pytest.raises(ValueError, match="cannot be quantized to W4A8"):
         quantized(weight, "W4A8", x=x)
 
 
-def test_levels_are_those_of_the_decoder():
-    weight = gaussian(8, 32)
-    grid = stock_grid(weight, 16)
-    assert isinstance(grid, CodebookGrid)
-    levels = grid.levels()
-    assert levels.shape == (2, 8, 16) and torch.equal(levels, levels.round()) and levels.abs().max() <= 127
-    assert (levels.diff(dim=2) >= 0).all()
-    codes = quantize(rotate(weight, 16), int8_grid(rotate(weight, 16), False))
-    assert codes.abs().max() == 127
+def test_every_level_decodes_to_itself():
+    """What gptq takes a code to stand for is what the decoder makes of it."""
+    grouped = [format for format in BY_NAME.values() if isinstance(format, Grouped)]
+    assert W4A8 in grouped
+    for format in grouped:
+        tensors = quantized(gaussian(64, 32), format.name).tensors
+        values = format.values(tensors)[format.lowest :]
+        grid = GroupedGrid(values, tensors["weight_s_rel"], tensors["weight_s_channel"])
+        codes = torch.arange(64)[:, None].expand(64, 32) % len(values)
+        decoded, scale = format.int8({**tensors, "weight": format.pack((codes + format.lowest).to(torch.int8))})
+        assert torch.equal(scale, tensors["weight_s_channel"])
+        for group in range(2):
+            levels = grid.levels(group)
+            assert (levels.diff(dim=1) >= 0).all() and levels.abs().max() <= 127
+            assert torch.equal(decoded[:, 16 * group].float(), levels.gather(1, codes[:, :1])[:, 0])
+
+
+def test_the_widest_weight_takes_the_highest_code():
+    rotated = rotate(gaussian(8, 32), 16)
+    assert quantize(rotated, int8_grid(rotated, False)).abs().max() == 127

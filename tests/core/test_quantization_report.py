@@ -7,9 +7,9 @@ from qandc_core.quantization.report import LayerReport, QuantizationReport
 
 MIB = 2**20
 LAYERS = [
-    LayerReport("blocks.0.attn.qkv", "asym_w4a8_int8", 0.03, 600 * MIB, 170 * MIB),
-    LayerReport("blocks.0.mlp.fc2", "asym_w4a8_int8", 0.061, 600 * MIB, 170 * MIB),
-    LayerReport("blocks.1.attn.qkv", "int8_tensorwise", 0.008, 100 * MIB, 51 * MIB),
+    LayerReport("blocks.0.attn.qkv", "W4A8", 0.03, 600 * MIB, 170 * MIB),
+    LayerReport("blocks.0.mlp.fc2", "W4A8", 0.061, 600 * MIB, 170 * MIB),
+    LayerReport("blocks.1.attn.qkv", "W8A8", 0.008, 100 * MIB, 51 * MIB),
     LayerReport("head", "float", 0.0, 4 * MIB, 4 * MIB),
 ]
 

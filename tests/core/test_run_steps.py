@@ -334,4 +334,4 @@ def test_a_step_that_reused_a_part_says_so():
             run.record(cache, call)
         run.end_prediction(x)
     assert run.timeline == {"positive": "CR", "positive #2": ".C"}
-    assert run.counts() == "2 of 2 steps computed (1 in part), 0 reused" and run.reuses
+    assert run.counts() == "2 of 2 steps computed (1 in part), 0 reused" and run.reused_any

@@ -28,11 +28,11 @@ def batches(seed=0, count=5, width=7):
 
 
 def test_gathering_never_waits_for_the_device():
-    statistics = LayerStatistics.empty(7, hessian=True, rows=20, held_out=4)
+    statistics = LayerStatistics.empty(7, hessian=True, inputs=20, held_out=4)
     with Forbidding():
         for x in batches():
             statistics.update(x)
-            statistics.keep_rows(x)
+            statistics.keep_inputs(x)
             statistics.keep_held_out(x)
     assert statistics.count == sum(map(len, batches()))
 
@@ -79,9 +79,9 @@ def test_inputs_that_are_not_finite_are_named_at_the_end(bad):
 def test_kept_inputs_move_within_what_a_device_has_room_for():
     """The meta device stands for one that holds nothing yet."""
     device = torch.device("meta")
-    statistics = LayerStatistics.empty(8, hessian=True, rows=10, held_out=4)
+    statistics = LayerStatistics.empty(8, hessian=True, inputs=10, held_out=4)
     assert statistics.settle(device, 4 * 64 + 2 * 8 * 4) == 4 * 64 + 2 * 8 * 4
-    assert (statistics.hessian.device, statistics.rows.device) == (device, torch.device("cpu"))
+    assert (statistics.hessian.device, statistics.inputs.device) == (device, torch.device("cpu"))
     assert statistics.held_out.device == device and len(statistics.held_out) == 0
     statistics.keep_held_out(torch.ones(3, 8))
     assert len(statistics.held_out) == 3
@@ -93,7 +93,7 @@ def test_going_on_gives_the_same_bits():
     for number, x in enumerate(batches()):
         for statistics in (whole, resumed):
             statistics.update(x)
-            statistics.keep_rows(x)
+            statistics.keep_inputs(x)
         if number == 2:
             resumed.fetch()
     for name in ("low", "high", "mean", "histogram", "hessian", "rows"):

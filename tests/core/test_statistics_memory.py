@@ -12,13 +12,13 @@ WIDTHS = (1152, 3072, 3072, 12288)
 def tensor_bytes(layer):
     return sum(
         getattr(layer, name).untyped_storage().nbytes()
-        for name in ("low", "high", "mean", "histogram", "hessian", "rows", "held_out")
+        for name in ("low", "high", "mean", "histogram", "hessian", "inputs", "held_out")
         if getattr(layer, name) is not None
     )
 
 
 def made(width, plan):
-    return LayerStatistics.empty(width, plan.hessian(width), plan.rows(width), plan.held_out)
+    return LayerStatistics.empty(width, plan.hessian(width), plan.inputs(width), plan.held_out)
 
 
 @pytest.mark.parametrize("tokens", [64, 100, 1000, 4096])
@@ -32,7 +32,7 @@ def test_a_plan_counts_what_statistics_take(tokens, held_out):
 def test_the_smaller_of_the_two_is_kept():
     plan = plan_statistics(WIDTHS, 2**40, 4096, 0)
     assert [plan.hessian(width) for width in (1152, 2048, 2049, 12288)] == [True, True, False, False]
-    assert [plan.rows(width) for width in (2048, 3072)] == [0, 4096]
+    assert [plan.inputs(width) for width in (2048, 3072)] == [0, 4096]
     assert plan_statistics((), 0, 4096, 8).bytes == 0
 
 
@@ -63,44 +63,44 @@ def test_fewer_tokens_than_the_least_may_be_asked_for():
 
 def test_rows_up_to_the_room_for_them():
     x = torch.randn(30, 6).bfloat16()
-    layer = LayerStatistics.empty(6, rows=20, held_out=4)
-    reserved = layer.rows.untyped_storage().data_ptr()
-    assert layer.rows.shape == (0, 6) and layer.held_out.shape == (0, 6) and layer.second_moment() is None
+    layer = LayerStatistics.empty(6, inputs=20, held_out=4)
+    reserved = layer.inputs.untyped_storage().data_ptr()
+    assert layer.inputs.shape == (0, 6) and layer.held_out.shape == (0, 6) and layer.second_moment() is None
     for part in x.split(8):
-        layer.keep_rows(part.float())
+        layer.keep_inputs(part.float())
         layer.keep_held_out(part[:3])
-    assert torch.equal(layer.rows, x[:20]) and layer.rows.untyped_storage().data_ptr() == reserved
+    assert torch.equal(layer.inputs, x[:20]) and layer.inputs.untyped_storage().data_ptr() == reserved
     assert torch.equal(layer.held_out, torch.cat([x[:3], x[8:9]]))
-    assert layer.rows.dtype == layer.held_out.dtype == torch.bfloat16
-    layer.keep_rows(x)
-    assert len(layer.rows) == 20
+    assert layer.inputs.dtype == layer.held_out.dtype == torch.bfloat16
+    layer.keep_inputs(x)
+    assert len(layer.inputs) == 20
 
 
 def test_nothing_is_kept_where_there_is_no_room():
     layer = LayerStatistics.empty(6)
-    layer.keep_rows(torch.ones(3, 6))
+    layer.keep_inputs(torch.ones(3, 6))
     layer.keep_held_out(torch.ones(3, 6))
-    assert layer.rows is None and layer.held_out is None and layer.second_moment() is None
+    assert layer.inputs is None and layer.held_out is None and layer.second_moment() is None
 
 
 def test_rows_are_kept_in_inference_mode():
     with torch.inference_mode():
-        layer = LayerStatistics.empty(6, rows=20)
-        layer.keep_rows(torch.ones(3, 6))
-        layer.keep_rows(torch.zeros(3, 6))
-    assert layer.rows[:, 0].tolist() == [1, 1, 1, 0, 0, 0]
+        layer = LayerStatistics.empty(6, inputs=20)
+        layer.keep_inputs(torch.ones(3, 6))
+        layer.keep_inputs(torch.zeros(3, 6))
+    assert layer.inputs[:, 0].tolist() == [1, 1, 1, 0, 0, 0]
 
 
 def test_the_second_moment_is_the_hessian_or_its_estimate():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4000, 5, generator=generator) @ torch.randn(5, 12, generator=generator) + 0.5
-    exact, estimate = LayerStatistics.empty(12, hessian=True), LayerStatistics.empty(12, rows=1000)
+    exact, estimate = LayerStatistics.empty(12, hessian=True), LayerStatistics.empty(12, inputs=1000)
     for layer in (exact, estimate):
         layer.update(x)
     assert exact.second_moment() is exact.hessian
-    estimate.keep_rows(x[torch.randperm(4000, generator=generator)[:1000]])
+    estimate.keep_inputs(x[torch.randperm(4000, generator=generator)[:1000]])
     second = estimate.second_moment(torch.device("cpu"))
     assert second.dtype == torch.float32
     assert float((second - exact.hessian).norm() / exact.hessian.norm()) < 0.1
-    rows = estimate.rows.float()
+    rows = estimate.inputs.float()
     assert torch.allclose(second, 4 * rows.T @ rows)

@@ -79,7 +79,7 @@ def test_contract_holds_no_files_of_the_machine_it_was_recorded_on():
 
 def test_contract_is_written_with_sorted_keys():
     recorded = Path(__file__).with_name("object_info.json").read_text(encoding="utf-8")
-    assert recorded == json.dumps(CONTRACT, indent=1, sort_keys=True) + "\n"
+    assert recorded == json.dumps(CONTRACT, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 @pytest.mark.parametrize("node", NODES)
@@ -114,11 +114,12 @@ def test_help_page_has_no_table(node):
 
 
 @pytest.mark.parametrize("node", NODES)
-def test_help_page_is_ascii_and_shows_the_node(node):
+def test_help_page_is_ascii_and_shows_the_wiring_first(node):
     page = help_page(node)
     assert page.isascii()
     # The frontend puts the folder web/docs, not that of the page, before a picture's path.
-    assert re.findall(r"!\[[^\]]+\]\(([^)]+)\)", page) == [f"{node}/node.jpg"]
+    assert re.findall(r"!\[[^\]]+\]\(([^)]+)\)", page) == [f"{node}/wiring.svg"]
+    assert page.splitlines()[2].startswith("![")
 
 
 @pytest.mark.parametrize("language", LOCALES)

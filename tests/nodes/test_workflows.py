@@ -234,7 +234,8 @@ GRAPH = {
         ("QandC_Sample", [0, 50, 1.5, "ddpm", "normal", 1.0, ""], "no control_after_generate after seed"),
         ("QandC_Sample", [0, "fixed", 50, 1.5, "no sampler", "normal", 1.0, ""], "sampler_name is 'no sampler'"),
         ("QandC_LoadDiT", ["a file.safetensors", "auto", "auto", 0], None),
-        ("QandC_Compare", [8, 4], None),
+        ("QandC_Compare", [8, 4, 3, "dark"], None),
+        ("QandC_Compare", [8, 4, 51, "dark"], "repeats is 51"),
     ],
 )
 def test_checker_of_widget_values(node_type, values, problem):

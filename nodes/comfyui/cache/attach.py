@@ -10,6 +10,7 @@ from typing import Any
 
 import comfy.model_management
 import comfy.patcher_extension
+import torch
 from torch import Tensor, nn
 
 from ....qandc_core.caching.attach import cached_call, cached_modules
@@ -17,11 +18,15 @@ from ....qandc_core.caching.blocks import CachedBlocks, blocks_at, read_between
 from ....qandc_core.caching.cost import reuse_cost
 from ....qandc_core.caching.families import block_lists
 from ....qandc_core.caching.features import FeatureCache
+from ....qandc_core.numerics import relative_error
+from ....qandc_core.sampling.report import RunReport
 from ..model.dit import DiTModel
-from ..wrappers import REPORT, WRAPPERS, note, options_of_run, samples_flow
+from ..status import show
+from ..wrappers import WRAPPERS, note, options_of_run, reports_of, samples_flow
 from .calls import COMPILE, KEY, keep_inside, nothing_between, state_of
 from .others import other_caches
 from .run import AUTOMATIC, BLOCKS, BRANCHES, PREDICTION, CacheSettings, ModelRun
+from .words import words_of
 
 SELF_TEST = {2: 3e-2, 4: 1e-3}  # relative difference allowed, by bytes of a value
 PRE_RUN = comfy.patcher_extension.CallbacksMP.ON_PRE_RUN
@@ -46,15 +51,18 @@ class RunWrapper:
         options[KEY] = run
         keep_inside(options)
         keep_unconditional(guider.model_options, run)
-        begun = running.set((*running.get(), self))
+        begun, ended = running.set((*running.get(), self)), "The run did not end."
         try:
             out = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
             run.finish()
+            ended = ""
             log.log(logging.WARNING if run.warnings else logging.INFO, run.summary())
             return out
         finally:
+            show(self.settings.node, words_of(run, ended))
             running.reset(begun)
-            fill_report(options.get(REPORT), run)
+            for report in reports_of(options):
+                fill_report(report, run)
             run.caches.clear()
             run.blocks.clear()
             guider.model_options = saved
@@ -78,12 +86,10 @@ def inside_compile(options: dict[str, Any]) -> None:
         wrappers[KEY] = wrappers.pop(KEY)
 
 
-def fill_report(report, run: ModelRun) -> None:
-    if report is None:
-        return
+def fill_report(report: RunReport, run: ModelRun) -> None:
     report.computed, report.cache_bytes = run.computed(), run.peak_bytes
     report.timeline, report.not_visited = run.timeline, run.not_visited
-    report.tier = f"{run.tier}, {run.reason}" if run.reason else run.tier
+    report.reuse = f"{run.reuse}, {run.reason}" if run.reason else run.reuse
     report.cache_speedup = run.times.speedup()
     report.warnings = [*report.warnings, *run.warnings]
 
@@ -97,8 +103,7 @@ def before_run(patcher) -> None:
             how = "with the cache of the guider's main model" if active else "without a cache"
             text = f"a model is sampled {how} instead of its own ({own}); apply the cache to the main model"
             log.warning("Q&C cache: %s", text)
-            report = patcher.model_options["transformer_options"].get(REPORT)
-            if report is not None:
+            for report in reports_of(patcher.model_options["transformer_options"]):
                 report.warnings = [*report.warnings, text]
 
 
@@ -125,8 +130,8 @@ def prediction_wrapper(executor, x, timestep, model_options, seed):
 class ModelWrapper:
     """APPLY_MODEL: each call is computed, or made of what earlier ones kept."""
 
-    def __init__(self, tier: str):
-        self.tier = tier
+    def __init__(self, reuse: str):
+        self.reuse = reuse
 
     def __call__(self, executor, x, t, c_concat, c_crossattn, control, transformer_options, **kwargs):
         def call() -> Tensor:
@@ -136,24 +141,30 @@ class ModelWrapper:
         if run is None:
             warn_of_no_run()
             return call()
-        if not run.tier:
-            tier, reason = choose_tier(model, self.tier)
-            run.begin(tier, reason, cost_of(model.diffusion_model, tier))
+        with run.lock:
+            known, cache = self.placed(run, model, x, c_crossattn, control, transformer_options)
+        begun = run.times.mark(x.device)
+        try:
+            out = CALLS[run.reuse](run, cache, model, transformer_options, call)
+        except comfy.model_management.OOM_EXCEPTION:
+            if not run.num_bytes:
+                raise
+            out = without_features(run, cache, x.device, call)
+        with run.lock:
+            run.times.add(begun, run.times.mark(x.device), cache.run.reusing)
+            run.record(cache, known)
+        return out
+
+    def placed(self, run: ModelRun, model, x: Tensor, c_crossattn, control, transformer_options):
+        """What a call is a call of, and the cache of its network."""
+        if not run.reuse:
+            reuse, reason = choose_reuse(model, self.reuse)
+            run.begin(reuse, reason, cost_of(model.diffusion_model, reuse))
         # A batch of two prompts may be padded to the longer, which blocks see and the prediction does not.
         tokens = tuple(c_crossattn.shape[1:]) if run.keeps_tokens and c_crossattn is not None else ()
         state = (*state_of(model, control, transformer_options), tokens)
         known = run.identify(x, conditions_of(transformer_options), state, nothing_between(transformer_options))
-        cache = run.place(x, known)
-        begun = run.times.mark(x.device)
-        try:
-            out = CALLS[run.tier](run, cache, model, transformer_options, call)
-        except comfy.model_management.OOM_EXCEPTION:
-            if not run.num_bytes:
-                raise
-            out = without_features(run, cache, call)
-        run.times.add(begun, run.times.mark(x.device), cache.run.reusing)
-        run.record(cache, known)
-        return out
+        return known, run.place(x, known, id(model))
 
 
 def conditions_of(transformer_options: dict[str, Any]) -> list[tuple[Hashable, int]]:
@@ -163,9 +174,9 @@ def conditions_of(transformer_options: dict[str, Any]) -> list[tuple[Hashable, i
     return list(zip(ids, sides))
 
 
-def without_features(run: ModelRun, cache: FeatureCache, call) -> Tensor:
-    """After memory ran out: frees what was kept and computes."""
-    run.drop()
+def without_features(run: ModelRun, cache: FeatureCache, device: torch.device, call) -> Tensor:
+    """After memory ran out on a device: frees what was kept there and computes."""
+    run.drop(device)
     cache.run.reusing = False
     comfy.model_management.soft_empty_cache()
     run.warn("memory ran out: kept features were dropped and the step was computed")
@@ -173,9 +184,10 @@ def without_features(run: ModelRun, cache: FeatureCache, call) -> Tensor:
 
 
 def reuse_prediction(run: ModelRun, cache: FeatureCache, model, transformer_options, call) -> Tensor:
-    """The denoised sample itself is held or forecast; any sampler can use it, and Euler as well as its derivative."""
-    if cache.run.reusing:
+    """Reuses or extrapolates the denoised sample, right for any sampler; with Euler as good as its derivative."""
+    if cache.run.reusing and cache.holds("denoised"):
         return cache.recall("denoised").clone()
+    cache.run.reusing = False  # features of blocks, kept before another device found that they cannot be reused
     out = call()
     if cache.needs(run.step):
         cache.store("denoised", out.float().clone())
@@ -189,7 +201,7 @@ def reuse_branches(run: ModelRun, cache: FeatureCache, model, transformer_option
 
 
 def reuse_blocks(run: ModelRun, cache: FeatureCache, model, transformer_options, call) -> Tensor:
-    """What the lists of blocks add to their streams is reused; embedding and output layers compute."""
+    """Reuses what the lists of blocks add to their streams; embedding and output layers compute."""
     network = model.diffusion_model
     if not cache.run.reusing and not cache.needs(run.step):
         return call()
@@ -221,7 +233,7 @@ def self_test(blocks: CachedBlocks, cache: FeatureCache, model, call, out: Tenso
             again = call()
     finally:
         cache.run.reusing = False
-    difference = float((again - out).float().norm() / out.float().norm().clamp(min=1e-12))
+    difference = relative_error(again, out)
     if difference <= SELF_TEST[min(4, model.get_dtype_inference().itemsize)]:
         return ""
     return f"the first step reused on itself differs by {difference:.2g}"
@@ -230,13 +242,13 @@ def self_test(blocks: CachedBlocks, cache: FeatureCache, model, call, out: Tenso
 CALLS = {PREDICTION: reuse_prediction, BRANCHES: reuse_branches, BLOCKS: reuse_blocks}
 
 
-def choose_tier(model, wanted: str) -> tuple[str, str]:
-    """What to reuse on this model, and why."""
+def choose_reuse(model, wanted: str) -> tuple[str, str]:
+    """Chooses what to reuse on this model, with the reason."""
     network: nn.Module = model.diffusion_model
     if hasattr(network, "_orig_mod"):  # torch.compile's wrapper, whose module takes seconds to import
         return PREDICTION, "because the whole model is compiled"
     if wanted == BRANCHES and not isinstance(model, DiTModel):
-        return PREDICTION, "because attention and MLP are told apart on models of Load DiT only"
+        return PREDICTION, "because attention and MLP can be reused separately on models of Load DiT only"
     if wanted == BLOCKS and not block_lists(network):
         return PREDICTION, f"because the blocks of {type(network).__name__} are not known"
     if wanted != AUTOMATIC:
@@ -244,17 +256,17 @@ def choose_tier(model, wanted: str) -> tuple[str, str]:
     return PREDICTION, "which measured best"
 
 
-def cost_of(network: nn.Module, tier: str) -> float:
+def cost_of(network: nn.Module, reuse: str) -> float:
     """Share of a computed step that a reused one takes, counted on the network."""
-    if tier == PREDICTION:
+    if reuse == PREDICTION:
         return 0.0
-    if tier == BRANCHES:
+    if reuse == BRANCHES:
         return reuse_cost(network, cached_modules(network, "branch"))
     return reuse_cost(network, [block for path in block_lists(network) for block in blocks_at(network, path)])
 
 
 def apply_cache(patcher, settings: CacheSettings):
-    """A clone of the model that caches; interval 1 attaches nothing and takes off a cache that was there."""
+    """A clone of the model that caches; interval 1 attaches nothing and removes a cache that was there."""
     clone = patcher.clone()
     for kind in (WRAPPERS.OUTER_SAMPLE, WRAPPERS.PREDICT_NOISE, WRAPPERS.APPLY_MODEL):
         clone.remove_wrappers_with_key(kind, KEY)
@@ -264,19 +276,19 @@ def apply_cache(patcher, settings: CacheSettings):
         return clone
     clone.add_wrapper_with_key(WRAPPERS.OUTER_SAMPLE, KEY, RunWrapper(settings))
     clone.add_wrapper_with_key(WRAPPERS.PREDICT_NOISE, KEY, prediction_wrapper)
-    clone.add_wrapper_with_key(WRAPPERS.APPLY_MODEL, KEY, ModelWrapper(settings.tier))
+    clone.add_wrapper_with_key(WRAPPERS.APPLY_MODEL, KEY, ModelWrapper(settings.reuse))
     clone.add_callback_with_key(PRE_RUN, KEY, before_run)
     note(clone, "cache", settings.describe(), settings.detail())
     return clone
 
 
 def steps_vary(patcher) -> bool:
-    """Whether its cache picks other steps for other images."""
+    """True if its cache picks other steps for other images."""
     wrappers = patcher.get_wrappers(WRAPPERS.OUTER_SAMPLE, KEY)
     return any(not wrapper.settings.policy.decided_before for wrapper in wrappers)
 
 
 def is_reused(transformer_options: dict[str, Any]) -> bool:
-    """Whether the latest model call of the run came from the cache."""
+    """True if the latest model call of the run came from the cache."""
     run = transformer_options.get(KEY)
     return run is not None and run.reused

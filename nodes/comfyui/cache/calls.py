@@ -1,4 +1,4 @@
-"""What core's samplers hand to the model, told from their own calls: the sample, its areas and its context windows.
+"""Identifies the calls of ComfyUI's own samplers: the sample, its areas and its context windows.
 
 PREDICT_NOISE shows the sample of the sampler, CALC_COND_BATCH the conditions and what they are evaluated on. Where that
 is the very tensor of the sampler, areas follow from the conditions and nothing has to be compared. Context windows of
@@ -80,7 +80,7 @@ def base_piece(sample: Tensor | None, x_in: Tensor, window: Any) -> Hashable | N
 
 
 def is_window(sample: Tensor, x_in: Tensor, window: Any) -> bool:
-    """Whether x_in can be this window of the sample: alike but along its dimension, or packed with other latents."""
+    """True if x_in can be this window of the sample: alike but along its dimension, or packed with other latents."""
     if not hasattr(window, "index_list") or x_in.ndim != sample.ndim:
         return False
     if sample.ndim == 3 and sample.shape[1] == 1 and window.dim > 1:
@@ -105,7 +105,7 @@ def cropped(cond: dict[str, Any], x_in: Tensor) -> tuple[Hashable, Tensor]:
 
 
 def nothing_between(transformer_options: dict[str, Any]) -> bool:
-    """Whether the model gets from core what our frame holds: no other pack's wrapper stands between."""
+    """True if the model gets from ComfyUI what our frame holds: no other pack's wrapper stands between."""
     wrappers = transformer_options.get("wrappers", {})
     outside = list(wrappers.get(WRAPPERS.APPLY_MODEL, {}))
     outside = [key for key in outside[: outside.index(KEY)] if key != COMPILE] if KEY in outside else outside
@@ -113,7 +113,7 @@ def nothing_between(transformer_options: dict[str, Any]) -> bool:
 
 
 def state_of(model, control: Any, transformer_options: dict[str, Any]) -> tuple:
-    """What a condition's features also belong to: the network, hooked weights, patches, a ControlNet.
+    """The rest of a condition's key: the network, hooked weights, patches, a ControlNet.
 
     Hooked LoRAs change their strength in mid-run, guidance evaluates a condition again with layers replaced, and ends,
     a ControlNet ends.

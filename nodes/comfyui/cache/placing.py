@@ -1,4 +1,4 @@
-"""What a calibration says about where the computed steps of a run should lie."""
+"""Places the computed steps of a run by a calibration."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def placing(patcher, calibration: Calibration) -> tuple[StepDistances | None, li
 
 
 def noise_levels(patcher, calibration: Calibration) -> tuple[float, ...] | None:
-    """Those of the calibration's run; of files that do not note them, those that KSampler would take on this model."""
+    """Noise levels of the calibration's run; for files without them, those that KSampler would take on this model."""
     notes = calibration.notes
     if calibration.sigmas is not None or notes.get("scheduler") not in comfy.samplers.SCHEDULER_NAMES:
         return calibration.sigmas
@@ -30,7 +30,7 @@ def noise_levels(patcher, calibration: Calibration) -> tuple[float, ...] | None:
 
 
 def noisy(sampler: str | None) -> bool | None:
-    """Whether the sampler adds noise; None for one that is not known here."""
+    """True if the sampler adds noise; None for one that is not known here."""
     if sampler not in comfy.samplers.SAMPLER_NAMES:
         return None
     return declares_noise(comfy.samplers.sampler_object(sampler))

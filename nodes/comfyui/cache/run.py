@@ -1,4 +1,4 @@
-"""What Apply Cache attaches, and a run of a model of ComfyUI under it."""
+"""The settings of Apply Cache, and a run of a ComfyUI model with them."""
 
 from __future__ import annotations
 
@@ -15,24 +15,25 @@ from ..wrappers import declares_noise, sampler_function_name
 
 AUTOMATIC, PREDICTION, BLOCKS, BRANCHES = "automatic", "whole prediction", "blocks", "attention and MLP"
 FEWEST = 64  # values of a sample that show whether noise was added
-TIERS = (AUTOMATIC, PREDICTION, BLOCKS, BRANCHES)
+REUSE_OPTIONS = (AUTOMATIC, PREDICTION, BLOCKS, BRANCHES)
 
 
 @dataclass(frozen=True)
 class CacheSettings:
-    """What Apply Cache attaches: when to reuse, what, where it is kept, and what the node has to say of every run."""
+    """Settings of Apply Cache: when to reuse, what, where features are kept, warnings for every run, the node's id."""
 
     policy: CachePolicy
-    tier: str = AUTOMATIC
+    reuse: str = AUTOMATIC
     offload: bool = False
     warnings: tuple[str, ...] = ()
+    node: str | None = None
 
     def describe(self) -> str:
         return self.policy.describe()
 
     def detail(self) -> str:
-        """All of it that changes an image."""
-        return self.policy.detail() + ("" if self.tier == AUTOMATIC else f" {self.tier}")
+        """All settings that change an image, in one line."""
+        return self.policy.detail() + ("" if self.reuse == AUTOMATIC else f" {self.reuse}")
 
 
 class ModelRun(SamplingRun):
@@ -45,19 +46,19 @@ class ModelRun(SamplingRun):
         super().__init__(plan, levels, name.removeprefix("sample_"), name == "sample_heun", settings.offload)
         self.blocks: dict[int, CachedBlocks] = {}
         self.times = CallTimes()
-        self.tier, self.reason, self.tested, self.keeps_tokens = "", "", False, False
-        self.forecasts = settings.tier not in (BLOCKS, BRANCHES)
+        self.reuse, self.reason, self.tested, self.keeps_tokens = "", "", False, False
+        self.forecasts = settings.reuse not in (BLOCKS, BRANCHES)
         self.unconditional: Tensor | None = None
 
-    def begin(self, tier: str, reason: str, cost: float = 0.0) -> None:
-        """What is reused is known now, and what share of a computed step that costs.
+    def begin(self, reuse: str, reason: str, cost: float = 0.0) -> None:
+        """Sets what is reused, with the reason, and the cost relative to a computed step.
 
-        Only forecasts of whole predictions suffer from noise that a sampler adds.
+        Only extrapolated predictions suffer from noise that a sampler adds.
         """
-        self.tier, self.reason = tier, reason
+        self.reuse, self.reason = reuse, reason
         self.plan.charge(cost)
-        self.keeps_tokens = self.keeps_tokens or tier != PREDICTION
-        self.forecasts = tier == PREDICTION
+        self.keeps_tokens = self.keeps_tokens or reuse != PREDICTION
+        self.forecasts = reuse == PREDICTION
         if not self.forecasts:
             self.watch = None
 
@@ -79,13 +80,13 @@ class ModelRun(SamplingRun):
         computed = {step for (_, step), column in self.columns.items() if actions[column] == COMPUTED}
         for text in self.plan.review(computed):
             self.warn(text)
-        if self.lines and not self.reuses:
+        if self.lines and not self.reused_any:
             self.warn(f"no effect: all {actions.count(COMPUTED)} steps were computed")
 
     def summary(self) -> str:
         speedup = self.times.speedup()
         fast = "" if speedup is None else f", model calls {speedup:.2f}x faster"
         return (
-            f"Q&C cache ({self.tier or 'no model call'}): {self.counts()}{fast}, {self.peak_bytes / 2**20:.1f} MiB"
+            f"Q&C cache ({self.reuse or 'no model call'}): {self.counts()}{fast}, {self.peak_bytes / 2**20:.1f} MiB"
             + "".join(f"; {text}" for text in self.warnings)
         )

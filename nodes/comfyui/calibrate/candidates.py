@@ -10,12 +10,12 @@ from ..wrappers import is_flow, scalar, step_at
 
 
 def conditions_of(options: dict) -> int:
-    """How many conditions lie side by side in the batch of a model call."""
+    """Number of conditions side by side in the batch of a model call."""
     return len(options.get("uuids", (None,)))
 
 
 def is_self_test(options: dict) -> bool:
-    """Whether Apply Cache only repeats a call with what it kept, to see that nothing changes."""
+    """True if Apply Cache only repeats a call with its features, to verify that nothing changes."""
     run = options.get(CACHE)
     return run is not None and not run.reused and any(cache.run.reusing for cache in run.caches.values())
 

@@ -17,7 +17,7 @@ from ....qandc_core.calibration.digest import Digest, Sampled, digest
 from ..cache.attach import KEY as CACHE
 from ..quantize.weights import base_tensors
 from ..sampling import Settings
-from ..wrappers import details
+from ..wrappers import REPORT, details
 
 log = logging.getLogger(__name__)
 OURS = "qandc"  # begins the names under which the pack keeps state and reports on a model
@@ -134,6 +134,7 @@ def options_of(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def without_cache(wrappers: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     found = {
-        kind: {key: kept for key, kept in keys.items() if key != CACHE and kept} for kind, keys in wrappers.items()
+        kind: {key: kept for key, kept in keys.items() if key not in (CACHE, REPORT) and kept}
+        for kind, keys in wrappers.items()
     }
     return {kind: keys for kind, keys in found.items() if keys}

@@ -17,7 +17,7 @@ from ..model.dit import is_dit
 from ..quantize.layers import calibrated, check_not_quantized
 from ..quantize.weights import fingerprint_of
 from ..sampling import Progress, Settings, fitted_latent, sample_new
-from ..wrappers import WRAPPERS, replace_wrapper
+from ..wrappers import WRAPPERS, on_one_device, replace_wrapper
 from .candidates import Collecting
 from .inputs import digest_of_inputs, schedule_of
 from .layer_inputs import Observing
@@ -68,6 +68,7 @@ class SamplingHost:
     def sample(self, watch: Collecting | Observing, seed: int, size: int, first: int) -> None:
         """One sampling run whose predictions and model calls pass through `watch`."""
         watched, latent = self.patcher.clone(), self.latent[[0] * size]
+        on_one_device(watched)  # whose layers are observed
         replace_wrapper(watched, WRAPPERS.PREDICT_NOISE, KEY, watch.predict_noise)
         replace_wrapper(watched, WRAPPERS.APPLY_MODEL, KEY, watch.apply_model)
         sample_new(watched, self.settings, latent, seed, self.progress.step, first)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from typing import Any
 
@@ -17,6 +18,7 @@ import comfy.supported_models_base
 import comfy.utils
 import torch
 from comfy.ldm.common_dit import pad_to_patch_size
+from comfy_execution.utils import get_executing_context
 from torch import Tensor
 
 from ....qandc_core.calibration.file import FINGERPRINT, fingerprint_tensors
@@ -26,12 +28,17 @@ from ....qandc_core.checkpoints.quantized import is_quantized, load_codes, quant
 from ....qandc_core.diffusion.classes import read_classes
 from ....qandc_core.files import METADATA_KEY, metadata_tensor, pop_metadata, read_tensors
 from ....qandc_core.models.dit import DiT, DiTConfig
+from ....qandc_core.models.sizes import unlike_size
+from ....qandc_core.quantization.formats import stored_format
 from ....qandc_core.quantization.model import quantized_layers
-from ....qandc_core.quantization.native import FORMATS, layer_config
+from ....qandc_core.quantization.native import layer_config
 from ..quantize.formats import check_supported
 from ..quantize.patcher import as_paper
 from ..quantize.rebuild import rebuilt
+from ..status import show
+from ..wrappers import reports
 
+log = logging.getLogger(__name__)
 LATENT_FORMATS = {3: comfy.latent_formats.ChromaRadiance, 4: comfy.latent_formats.SD15}
 
 
@@ -42,7 +49,7 @@ class DiffusionModel(DiT):
         super().__init__(dit_config, dtype, device, operations)
         self.dtype = dtype
 
-    def forward(
+    def forward(  # type: ignore[override]  # ComfyUI's order of arguments
         self, x: Tensor, timesteps: Tensor, context=None, y=None, control=None, transformer_options=None, **kwargs
     ):
         wrappers = comfy.patcher_extension.get_all_wrappers(
@@ -95,6 +102,8 @@ class DiTModel(comfy.model_base.BaseModel):
         config = self.diffusion_model.config
         tokens = kwargs.pop("cross_attn", None)  # no condition of its own: lists of unequal length would not batch
         labels = read_classes(tokens, config.num_classes, config.has_null_class)
+        if kwargs.get("prompt_type") == "positive" and kwargs.get("noise") is not None:
+            say_size(config, kwargs["noise"].shape)
         out = super().extra_conds(**kwargs)
         # A regular condition keeps int64 (class 417 is 416 in bfloat16) and batches with the null class.
         out["y"] = comfy.conds.CONDRegular(labels)
@@ -108,6 +117,17 @@ class DiTModel(comfy.model_base.BaseModel):
         return super().state_dict_for_saving(
             {**unet_state_dict, METADATA_KEY: metadata_tensor(metadata)}, *args, **kwargs
         )
+
+
+def say_size(config: DiTConfig, shape: torch.Size) -> None:
+    """Says at the start of a run, on the node that samples and in the log, that its size is not the model's."""
+    sentence = unlike_size(config, shape[-2], shape[-1])
+    if sentence:
+        log.warning("Q&C: %s", sentence)
+        context = get_executing_context()
+        show(context and context.node_id, sentence)
+        for report in reports.get():
+            report.warnings = [*report.warnings, sentence]
 
 
 def load_dit_patcher(
@@ -140,14 +160,22 @@ def load_dit_patcher(
 def native_dit(empty, packed: dict[str, Tensor], disable_dynamic: bool):
     """A patcher like that of the empty model, from a file in ComfyUI's quantized formats."""
     metadata, tensors = pop_metadata(packed), strip_prefix(packed)
-    marks = [{"comfy_quant": tensors[f"{name}.comfy_quant"]} for name in quantized_names(tensors)]
-    formats = {layer_config(mark)["format"] for mark in marks}
-    for format in FORMATS:
-        if FORMATS[format] in formats:
-            check_supported(format)
+    for format in formats_in(tensors):
+        check_supported(format)
     if FINGERPRINT in metadata:
         setattr(empty.model.diffusion_model, FINGERPRINT, metadata[FINGERPRINT])
     return rebuilt(empty, tensors, disable_dynamic)
+
+
+def formats_in(tensors: dict[str, Tensor]) -> set[str]:
+    """Names of the formats of a file's layers."""
+    parts: dict[str, dict[str, Tensor]] = {name: {} for name in quantized_names(tensors)}
+    for key, tensor in tensors.items():
+        name, _, part = key.rpartition(".")
+        if name in parts:
+            parts[name][part] = tensor
+    found = {stored_format(layer_config(layer), layer) for layer in parts.values()}
+    return {format.name for format in found if format is not None}
 
 
 def quantized_dit(

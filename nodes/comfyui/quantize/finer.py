@@ -1,4 +1,4 @@
-"""LoRAs kept on layers of 4 bits: while one is on a layer, its weight is stored in the next finer format.
+"""LoRAs kept on layers of few bits: while one is on a layer, its weight is stored in a finer format.
 
 A change of 1 % is a small part of a 4-bit step, and rounding the sum to the old codebook again loses about a tenth of
 it. int8 takes one scale for each row of the sum, and rounds without bias (stochastically, as ComfyUI does).
@@ -15,15 +15,15 @@ import comfy.utils
 import torch
 from torch import Tensor, nn
 
-from ....qandc_core.quantization.formats import BY_LAYOUT, BY_STORED
+from ....qandc_core.quantization.formats import STORED, packed_format
 from ....qandc_core.quantization.formats.base import Format
 from ....qandc_core.quantization.native import mark
 
 
 def finer_format(weight: object) -> Format | None:
     """The format that a weight takes while a LoRA is on it; None where it keeps its own."""
-    format = BY_LAYOUT.get(getattr(weight, "_layout_cls", ""))
-    return None if format is None else format.finer
+    format = packed_format(weight)
+    return None if format is None else format.patched
 
 
 @contextmanager
@@ -72,16 +72,17 @@ def finer_parts(weight: Any) -> dict[str, Tensor]:
 
 
 def growth(weight: Any) -> int:
-    """Bytes that the weight takes more in its finer format; 0 where it keeps its own."""
+    """Extra bytes of the weight in its finer format; 0 where it keeps its own."""
     if finer_format(weight) is None:
         return 0
     now = sum(part.nbytes for part in weight.state_dict("").values())
     return sum(part.nbytes for part in finer_parts(weight).values()) - now
 
 
-def corrected_mark(module: nn.Module, format: Format) -> Tensor | None:
+def corrected_mark(module: Any, format: Format) -> Tensor | None:
     """comfy_quant of a module whose weight is (or will be saved) in `format`; None where the module's own is right."""
-    if BY_STORED.get(getattr(module, "quant_format", "")) in (None, format):
+    named = getattr(module, "quant_format", "")
+    if named not in STORED or named == format.stored:
         return None
     config = format.config(module.weight._params.convrot_groupsize)
     if getattr(module, "_full_precision_mm_config", False):
@@ -89,8 +90,8 @@ def corrected_mark(module: nn.Module, format: Format) -> Tensor | None:
     return mark(config)
 
 
-def decode_at_call(module: nn.Module) -> None:
-    """Under dynamic VRAM: adds a LoRA to the decoded weight at every call, not to what is then rounded to 4 bits again.
+def decode_at_call(module: Any) -> None:
+    """Under dynamic VRAM: adds a LoRA to the decoded weight at every call, not to what is then rounded again.
 
     ComfyUI rounds the results of `weight_lowvram_function`, and keeps in float those of `weight_function`.
     """

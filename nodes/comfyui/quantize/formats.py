@@ -6,10 +6,11 @@ import comfy.model_management as mm
 import torch
 from torch import nn
 
-from ....qandc_core.quantization.formats import BY_LAYOUT, BY_NAME
+from ....qandc_core.quantization.formats import BY_NAME, packed_format
 
 
-def supported(format: str) -> bool:
+def loads(format: str) -> bool:
+    """True if this ComfyUI knows the format's name in files."""
     try:
         from comfy.quant_ops import QUANT_ALGOS
     except ImportError:
@@ -17,13 +18,18 @@ def supported(format: str) -> bool:
     return BY_NAME[format].stored in QUANT_ALGOS
 
 
+def supported(format: str) -> bool:
+    return loads(format) and BY_NAME[format].available()
+
+
 def check_supported(format: str) -> None:
-    if supported(format):
+    if loads(format):
+        BY_NAME[format].check_available()
         return
     import comfyui_version
 
-    finer = BY_NAME[format].finer
-    other = f", or choose {finer.name}" if finer is not None and supported(finer.name) else ""
+    finer = next((other for other in BY_NAME[format].finers() if supported(other.name)), None)
+    other = f", or choose {finer.name}" if finer is not None else ""
     raise ValueError(
         f"{format} needs ComfyUI {BY_NAME[format].since} or newer, this is {comfyui_version.__version__}; update "
         f"ComfyUI{other}. "
@@ -57,6 +63,6 @@ def compilable(network: nn.Module) -> None:
     """Gives the network's quantized weights layouts that torch.compile can trace."""
     for module in network.modules():
         weight = getattr(module, "weight", None)
-        format = BY_LAYOUT.get(getattr(weight, "_layout_cls", ""))
+        format = packed_format(weight)
         if format is not None and (traced := format.traced(weight)) is not weight:
             module.weight = nn.Parameter(traced, requires_grad=False)

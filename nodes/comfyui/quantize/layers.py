@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from ....qandc_core.caching.families import block_lists
 from ....qandc_core.models.dit import DiT
 from ....qandc_core.models.layers import named_linears
-from ....qandc_core.quantization.formats import BY_LAYOUT
+from ....qandc_core.quantization.formats import LAYOUTS
 from ....qandc_core.quantization.model import NATIVE_SKIP, quantized_layers
 from ....qandc_core.quantization.selection import block_linears, matching
 
-INTEGERS = (*BY_LAYOUT, "TensorCoreConvRotW4A4Layout")  # comfy-kitchen's names; the last is not one of our formats
+INTEGERS = (*LAYOUTS, "TensorCoreConvRotW4A4Layout")  # comfy-kitchen's names; the last is not one of our formats
 
 
-def quantizable(network: nn.Module, include: tuple[str, ...] = ()) -> list[tuple[str, nn.Module]]:
+def quantizable(network: nn.Module, include: tuple[str, ...] = ()) -> list[tuple[str, Any]]:
     """ComfyUI's linear layers of the network's blocks, and those outside whose names contain a part of `include`."""
     chosen = dict(block_linears(network, list(block_lists(network)), is_linear))
     named = all_linears(network)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 import uuid
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,13 +14,15 @@ from torch import Tensor
 
 from ....qandc_core.calibration.calls import ModelCall
 from ....qandc_core.calibration.file import FINGERPRINT, Calibration
+from ....qandc_core.numerics import relative_error
 from ....qandc_core.quantization.budget import FLOAT, Budget, LayerSource, quantize_layers, stored_bytes
 from ....qandc_core.quantization.native import COLLAPSE, NativeConfig, NativeLayer
 from ....qandc_core.quantization.report import LayerReport, QuantizationReport
 from ....qandc_core.quantization.selection import unmatched
+from ....qandc_core.sampling.clock import Stopwatch
 from ..pictures import error_bars, report_picture
 from ..sampling import Progress
-from ..wrappers import QUANTIZATION, note
+from ..wrappers import QUANTIZATION, note, on_one_device
 from .formats import backend, check_supported
 from .layers import all_linears, check_loras, check_not_quantized, quantizable
 from .patcher import as_native
@@ -33,7 +34,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class NativeSettings:
-    """What the node Quantize asks for. `loras`: bake them into the weights, or keep them as patches on top.
+    """Settings of the node Quantize. `loras`: bake them into the weights, or keep them as patches on top.
 
     `include`: parts of names of layers outside the blocks that are quantized too.
     """
@@ -49,7 +50,7 @@ class NativeSettings:
 def quantize_native(
     patcher, settings: NativeSettings, calibration: Calibration | None = None
 ) -> tuple[Any, QuantizationReport]:
-    """A quantized model that keeps what was attached to the given one, which stays as it is.
+    """A quantized copy of the model that keeps its wrappers and patches; the model itself is not changed.
 
     Raises ValueError where this ComfyUI lacks the format, the model is quantized already, the calibration is of another
     model, or the result is not finite or far from full precision.
@@ -58,7 +59,7 @@ def quantize_native(
     layers = chosen_layers(patcher, settings.skip, settings.include)
     if calibration is not None:
         calibration.check_fingerprint(fingerprint_of(patcher))
-    started = time.perf_counter()
+    watch = Stopwatch(patcher.load_device)
     calls = calibration.held_out if calibration is not None else ()
     progress = Progress(patcher, len(layers) + 2 * len(calls))
     weights = SourceWeights(patcher, settings.loras == "bake", stored_dtype(patcher.model.model_config))
@@ -68,7 +69,7 @@ def quantize_native(
     report = QuantizationReport(
         settings.format,
         layer_reports(weights, quantized),
-        time.perf_counter() - started,
+        watch.seconds(),
         backend(settings.format, model.load_device),
         error,
     )
@@ -157,7 +158,7 @@ def quantized_weights(
 
 
 def working_memory(patcher, name: str) -> int:
-    """Bytes that rounding one layer takes: X^T X and its factor, and the weight a few times, in float32."""
+    """Memory to round one layer: X^T X and its factor, and the weight a few times, in float32."""
     module = patcher.model.diffusion_model.get_submodule(name)
     return 4 * module.in_features * (3 * module.in_features + 6 * module.out_features)
 
@@ -189,6 +190,8 @@ def assembled(weights: SourceWeights, quantized: dict[str, NativeLayer | None]):
     replaced = [key for key in patcher.object_patches if key.startswith("diffusion_model.")]
     if replaced:
         log.warning("Parts that another node put into the model stay in full precision: %s", ", ".join(replaced))
+    if on_one_device(model):
+        log.warning("Q&C quantization: on one device; put the node for several GPUs after Quantize.")
     compiled_again(model, patcher)
     model.size = 0  # counted for the source
     model.model_size()
@@ -203,13 +206,13 @@ def model_error(
     if not calls:
         return None
     full, lossy = (predictions(model, calls, progress) for model in (patcher, quantized))
-    errors = torch.stack([(b - a).norm() / a.norm().clamp(min=1e-12) for a, b in zip(full, lossy)]).double()
+    errors = torch.tensor([relative_error(b, a) for a, b in zip(full, lossy)], dtype=torch.float64)
     spread = float(errors.std() / math.sqrt(len(errors))) if len(errors) > 1 else math.nan
     return float(errors.mean()), spread, len(errors)
 
 
 def predictions(patcher, calls: tuple[ModelCall, ...], progress: Progress) -> list[Tensor]:
-    """What the model alone, without wrappers and caches, answers to each call."""
+    """Predictions of the bare model, without wrappers and caches, for each call."""
     mm.load_models_gpu([patcher])
     given = patcher.model_options["transformer_options"]
     patches = {key: given[key] for key in ("patches", "patches_replace") if key in given}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ....qandc_core.calibration.file import FINGERPRINT, Calibration
 from ....qandc_core.checkpoints.quantized import quantized_metadata
 from ....qandc_core.models.layers import DIT_SKIP, named_linears
+from ....qandc_core.numerics import relative_error
 from ....qandc_core.quantization.model import QuantizationConfig, linear_weight_bytes, quantize_model, quantized_layers
 from ....qandc_core.quantization.native import COLLAPSE
 from ..model.dit import is_dit, new_patcher, quantized_dit, resized
@@ -27,7 +28,7 @@ log = logging.getLogger(__name__)
 def quantized_patcher(
     patcher, w_bits: int, a_bits: int, calibration: Calibration | None, config: QuantizationConfig
 ) -> tuple[Any, str]:
-    """A quantized model that keeps what was attached to the given one, and what it cost; LoRAs go into the weights."""
+    """A quantized copy that keeps the model's wrappers, and its report; LoRAs are merged into the weights."""
     source = patcher.model.diffusion_model
     if not is_dit(patcher):
         raise ValueError(
@@ -66,7 +67,7 @@ def weight_errors(model: nn.Module, tensors: dict[str, Tensor], progress: Progre
     errors: dict[str, float] = {}
     for name, layer in quantized_layers(model).items():
         weight = tensors[f"{name}.weight"].float()
-        error = float((layer.weight.float().cpu() - weight).norm() / weight.norm().clamp(min=1e-12))
+        error = relative_error(layer.weight.float().cpu(), weight)
         if not error < COLLAPSE:
             raise ValueError(f"Quantizing {name} lost its weights (relative error {error:.2f}); use W8A8.")
         errors[name] = error

@@ -17,13 +17,13 @@ import comfy.utils
 import torch
 from torch import Tensor, nn
 
-from ....qandc_core.quantization.formats import BY_LAYOUT
+from ....qandc_core.quantization.formats import packed_format
 from .finer import corrected_mark, decode_at_call, finer_format, finer_parts, growth, set_finer
 from .weights import is_quantized
 
 
 class Backup(NamedTuple):
-    """What core keeps of a weight while another is in its place."""
+    """ComfyUI's backup of a weight while another is in its place."""
 
     weight: Tensor
     inplace_update: bool
@@ -58,7 +58,7 @@ class NativePatcher:
         return found
 
     def growths(self) -> dict[str, int]:
-        """Bytes that patched weights take more than unpatched ones, by their keys; under dynamic VRAM none do."""
+        """Extra bytes of patched weights, by their keys; none under dynamic VRAM."""
         if getattr(self, "is_dynamic", bool)():
             return {}
         return {key: growth(self.unpatched(key)) for key in self.patches}  # type: ignore[attr-defined]
@@ -70,7 +70,7 @@ class NativePatcher:
     def model_state_dict_for_saving(self, model: nn.Module | None = None, prefix: str = "") -> dict[str, Any]:
         """As core's, which asks integer codes for gradients where weights are cast at every call.
 
-        A patched layer of 4 bits is saved in its finer format.
+        A patched layer of few bits is saved in its finer format.
         """
         model = self.model if model is None else model  # type: ignore[attr-defined]
         replaced: dict[str, Any] = {}
@@ -85,7 +85,7 @@ class NativePatcher:
     def saved_parts(self, name: str, module: Any, prefix: str) -> dict[str, Any]:
         """A quantized layer's weight under its names in a file, and its mark where the module's own is wrong."""
         key, weight = f"{prefix}{name}.weight", module.weight
-        format = BY_LAYOUT.get(weight._layout_cls)
+        format = packed_format(weight)
         parts = weight.state_dict(f"{name}.weight")
         if not (getattr(module, "comfy_patched_weights", False) or key in self.backup):  # type: ignore[attr-defined]
             finer = finer_format(weight) if key in self.patches else None  # type: ignore[attr-defined]
@@ -97,8 +97,8 @@ class NativePatcher:
         return parts if said is None else {**parts, f"{name}.comfy_quant": said}
 
     def patch_weight_to_device(self, key: str, device_to=None, **how):
-        """As core's, but a weight of 4 bits is stored in 8 while patches are on it, and a small layer that dynamic VRAM
-        moves stays as it is, where core decodes it and rounds it anew, at random.
+        """As core's, but a weight of few bits is stored in 8 while patches are on it, and a small layer that dynamic
+        VRAM moves stays as it is, where core decodes it and rounds it anew, at random.
         """
         if key in self.patches:  # type: ignore[attr-defined]
             with set_finer(self.model, key):  # type: ignore[attr-defined]
@@ -157,7 +157,7 @@ class NativePatcher:
             self.hook_backup[key] = (kept, weight.device)  # type: ignore[attr-defined]
 
     def hook_device(self, weight: Tensor, memory_counter) -> torch.device:
-        """Where the other version of a weight is kept: beside it while there is room."""
+        """Device for the other version of a weight: beside it while there is room."""
         fast = self.hook_mode == comfy.hooks.EnumHookMode.MaxSpeed  # type: ignore[attr-defined]
         return weight.device if fast and memory_counter.use(weight) else self.offload_device  # type: ignore[attr-defined]
 
@@ -219,11 +219,11 @@ def joined(kind: type, base: type) -> type:
 
 def as_native(patcher):
     """The patcher, of a model with weights in ComfyUI's quantized formats."""
-    patcher.__class__ = joined(NativePatcher, type(patcher))
+    patcher.__class__ = joined(NativePatcher, patcher.__class__)
     return patcher
 
 
 def as_paper(patcher):
     """The patcher, of a model with the paper's layers."""
-    patcher.__class__ = joined(PaperPatcher, type(patcher))
+    patcher.__class__ = joined(PaperPatcher, patcher.__class__)
     return patcher

@@ -23,7 +23,7 @@ class SourceWeights:
         self.tensors = base_tensors(patcher)
 
     def bytes(self, names: Collection[str]) -> dict[str, int]:
-        """What each of these layers takes in the source."""
+        """Size of each of these layers in the source."""
         found = dict.fromkeys(names, 0)
         for key, value in self.tensors.items():
             owner = key.rpartition(".")[0]
@@ -134,6 +134,6 @@ def patched_tensors(patcher) -> dict[str, Tensor]:
 
 
 def fingerprint_of(patcher) -> str:
-    """What a calibration of this model is known by: its weights without patches."""
+    """Fingerprint of this model's weights without patches, by which its calibrations are recognized."""
     remembered = getattr(patcher.model.diffusion_model, FINGERPRINT, None)
     return fingerprint_tensors(base_tensors(patcher)) if remembered is None else remembered

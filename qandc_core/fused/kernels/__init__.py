@@ -12,7 +12,7 @@ import torch
 
 @cache
 def available(device: torch.device | str) -> bool:
-    """Whether the Triton kernels can run on a device: CUDA of capability 8.0 or newer, and Triton installed."""
+    """True if the Triton kernels can run on a device: CUDA of capability 8.0 or newer, and Triton installed."""
     device = torch.device(device)
     if device.type != "cuda" or torch.version.hip is not None or importlib.util.find_spec("triton") is None:
         return False

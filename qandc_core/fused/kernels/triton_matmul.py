@@ -34,7 +34,7 @@ if INTERPRETED:
 
 
 def shared_bytes(tile: triton.Config) -> int:
-    """What the pipelined parts of both operands take of shared memory at most."""
+    """Upper bound of the shared memory for the pipelined tiles of both operands."""
     sizes = tile.kwargs
     return (sizes["BLOCK_M"] + sizes["BLOCK_N"]) * sizes["BLOCK_K"] * tile.num_stages
 
@@ -102,7 +102,7 @@ def finish(
     GELU: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ONE_IMAGE: tl.constexpr,
 ):  # fmt: skip
-    """What follows the integer product, for the part of out that begins at row and column. Wide parts are done in
+    """The epilogue of the integer matmul, for the tile of out that begins at row and column. Wide tiles are done in
     halves, one after the other: both at once do not fit the registers.
     """
     if BLOCK_N > 64:

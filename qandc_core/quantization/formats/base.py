@@ -1,14 +1,16 @@
-"""What a quantized format of ComfyUI's is: its limits as data, and how weights become its tensors and come back.
+"""The interface of ComfyUI's quantized formats: limits as data, weights to tensors and back.
 
-A format stores weights rotated in groups of inputs (ConvRot), with 8-bit activations scaled anew for every token. To
-add one, write a module with a subclass and one instance, and name the instance in `ALL` of formats/__init__.py.
+Every format is int8 at heart: its codes decode to int8 weights with one scale for each row, rotated in groups of inputs
+(ConvRot), and multiply 8-bit activations that are scaled anew for every token. To add one, write a module with a
+subclass and one instance, and name the instance in `ALL` of formats/__init__.py.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from torch import Tensor
@@ -16,12 +18,14 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Format(ABC):
-    """One format. `name` is what users choose, `stored` the checkpoint's name for it. `finer` is the next format with a
-    smaller error; None where only full precision has one.
+    """One format. `name` is what users choose, `stored` the checkpoint's name for it, which formats of other widths may
+    share. `finer` is the next format with a smaller error, None where only full precision has one; `patched` the one
+    that a weight takes while a LoRA is on it, None its own.
 
     A layer of N outputs and K inputs is taken where N is a multiple of `outputs` and K of `inputs`. `since` is the
     first ComfyUI that loads it, `kernel` comfy-kitchen's matmul, `layouts` the names of its tensors' layouts, `parts`
     the tensors of a layer in a file, comfy_quant aside. `keeps_shape`: the stored weight has the shape (N, K).
+    `kitchen`: the first comfy-kitchen that has it; None: that of `since`.
     """
 
     name: str
@@ -35,13 +39,39 @@ class Format(ABC):
     inputs: int = 4
     keeps_shape: bool = True
     finer: Format | None = None
+    patched: Format | None = None
+    kitchen: str | None = None
 
     def takes(self, outputs: int, inputs: int) -> bool:
         return outputs % self.outputs == 0 and inputs % self.inputs == 0
 
+    def finers(self) -> Iterator[Format]:
+        """The finer formats, the next one first."""
+        if self.finer is not None:
+            yield self.finer
+            yield from self.finer.finers()
+
+    def available(self) -> bool:
+        """True if the installed comfy-kitchen has the format."""
+        return True
+
+    def check_available(self) -> None:
+        """Raises ValueError where the installed comfy-kitchen lacks the format."""
+        if not self.available():
+            other = next((format for format in self.finers() if format.available()), None)
+            choice = f", or choose {other.name}" if other is not None else ""
+            raise ValueError(
+                f"{self.name} needs comfy-kitchen {self.kitchen} or newer, this is {installed_version()}; update "
+                f"ComfyUI with its requirements{choice}."
+            )
+
+    @abstractmethod
+    def bytes(self, outputs: int, inputs: int) -> int:
+        """Size of the `parts` of a layer with N outputs and K inputs."""
+
     @abstractmethod
     def config(self, group: int) -> dict[str, Any]:
-        """What comfy_quant says of a weight rotated in groups of this size."""
+        """The comfy_quant entry of a weight rotated in groups of this size."""
 
     @abstractmethod
     def encode(
@@ -50,8 +80,19 @@ class Format(ABC):
         """The tensors `parts` for weight (N, K), also given rotated; hessian (K, K) of rotated inputs for GPTQ."""
 
     @abstractmethod
+    def int8(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The operands of the kernel: the rotated weight as int8 (N, K) and its rows' scales (N,) float32."""
+
     def decode(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """The rotated weight (N, K) that the tensors stand for, float32."""
+        codes, scale = self.int8(tensors)
+        return codes.float() * scale[:, None]
+
+    @abstractmethod
+    def linear(
+        self, x: Tensor, tensors: Mapping[str, Tensor], config: Mapping[str, Any], bias: Tensor | None, dtype, **act
+    ) -> Tensor:
+        """x (..., K) -> (..., N) in dtype by comfy-kitchen's `kernel`; `act` is what it does to x before."""
 
     def rotation(self, config: Mapping[str, Any]) -> int | None:
         """The group in which a stored weight's inputs are rotated; None where they are not."""
@@ -60,3 +101,10 @@ class Format(ABC):
     def traced(self, weight: Any) -> Any:
         """A loaded weight in a layout that torch.compile can trace."""
         return weight
+
+
+def installed_version() -> str:
+    try:
+        return version("comfy-kitchen")
+    except PackageNotFoundError:
+        return "an unknown version"

@@ -19,6 +19,9 @@ CLIPS = tuple(1 - step / 100 for step in range(1, 11))
 
 
 class Int8(Format):
+    def bytes(self, outputs: int, inputs: int) -> int:
+        return outputs * (inputs + 4)
+
     def config(self, group: int) -> dict[str, Any]:
         return {"format": self.stored, "convrot": True, "convrot_groupsize": group}
 
@@ -28,8 +31,18 @@ class Int8(Format):
         channels = int8_grid(rotated, clip_search)
         return {"weight": int8_codes(rotated, channels, hessian, damping), "weight_scale": channels.scale}
 
-    def decode(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        return tensors["weight"].float() * tensors["weight_scale"]
+    def int8(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        codes, scale = tensors["weight"], tensors["weight_scale"]
+        return codes, scale.flatten().expand(len(codes))  # one scale for all rows in files by others
+
+    def linear(
+        self, x: Tensor, tensors: Mapping[str, Tensor], config: Mapping[str, Any], bias: Tensor | None, dtype, **act
+    ) -> Tensor:
+        import comfy_kitchen
+
+        group = self.rotation(config)
+        rotation = {"convrot": group is not None, "convrot_groupsize": group or 256}
+        return comfy_kitchen.int8_linear(x, tensors["weight"], tensors["weight_scale"], bias, dtype, **rotation, **act)
 
     def rotation(self, config: Mapping[str, Any]) -> int | None:
         return config["convrot_groupsize"] if config.get("convrot") else None

@@ -35,7 +35,7 @@ class Network:
         return 0.6 * torch.tanh(x + 3 * prompt) + 0.3 * x.roll(1, -1)
 
     def cached(self, interval: int = 2, order: int = 0, patcher=None, **choices):
-        settings = cache_policy(self.host, interval, order, tier="whole prediction", **choices)
+        settings = cache_policy(self.host, interval, order, reuse="whole prediction", **choices)
         fast = self.host.module("nodes.comfyui.cache.attach").apply_cache(patcher or self.patcher, settings)
         return fast, reported(self.host, fast)
 

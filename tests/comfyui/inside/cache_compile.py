@@ -53,7 +53,7 @@ def counted(patcher, name: str, graphs: Graphs, steps: int) -> tuple[torch.Tenso
     return out, counts
 
 
-def checks(host: Host, name: str, tier: str, blocks: bool) -> dict[str, dict]:
+def checks(host: Host, name: str, reuse: str, blocks: bool) -> dict[str, dict]:
     """A compiled model without a cache, then with one attached after and before it was compiled."""
     patcher, keys = patcher_of(name), keys_of(name, blocks)
     plain = sample(patcher, CASES[name])
@@ -65,17 +65,17 @@ def checks(host: Host, name: str, tier: str, blocks: bool) -> dict[str, dict]:
     found = {
         "no cache": {"error": relative(out, plain), "graphs": [counts, counted(model, name, graphs, 2 * STEPS)[1]]}
     }
-    before, _ = cached(host, patcher, tier)
+    before, _ = cached(host, patcher, reuse)
     for order, fast in {
-        "compiled first": cached(host, model, tier)[0],
+        "compiled first": cached(host, model, reuse)[0],
         "cached first": compiled(before, graphs, keys),
     }.items():
         report = reported(host, fast)
         out, counts = counted(fast, name, graphs, STEPS)
-        reference, _ = cached(host, patcher, report.tier.split(",")[0])
+        reference, _ = cached(host, patcher, report.reuse.split(",")[0])
         found[order] = {
             "error": relative(out, sample(reference, CASES[name])), "effect": relative(out, plain),
-            "computed": computed_steps(report), "tier": report.tier, "warnings": report.warnings,
+            "computed": computed_steps(report), "reuse": report.reuse, "warnings": report.warnings,
             "graphs": [counts, counted(fast, name, graphs, 2 * STEPS)[1]],
         }  # fmt: skip
     found["after"] = {"error": relative(sample(patcher, CASES[name]), plain)}
@@ -85,8 +85,8 @@ def checks(host: Host, name: str, tier: str, blocks: bool) -> dict[str, dict]:
 if __name__ == "__main__":
     main({
         "whole model": lambda host: {
-            f"{name}, {tier}": checks(host, name, tier, blocks=False)
-            for name, tier in (("Flux", "whole prediction"), ("Flux", "blocks"))
+            f"{name}, {reuse}": checks(host, name, reuse, blocks=False)
+            for name, reuse in (("Flux", "whole prediction"), ("Flux", "blocks"))
         },
         "blocks": lambda host: {
             f"{name}, blocks": checks(host, name, "blocks", blocks=True) for name in ("Flux", "Lumina 2")

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import torch
 from cache_tools import (
     CASES,
+    REUSE,
     SEED,
     STEPS,
-    TIERS,
     UNET,
     Holding,
     Watch,
@@ -55,10 +55,10 @@ def guided(patcher, family, split: range, **how) -> torch.Tensor:
     return sample(patcher, family, callback=lambda step, *_: at.__setitem__(0, step + 1), **how)
 
 
-def guidance(host: Host, name: str, tier: str, repeats: int = 1, prepare: Callable = unchanged) -> dict[str, dict]:
+def guidance(host: Host, name: str, reuse: str, repeats: int = 1, prepare: Callable = unchanged) -> dict[str, dict]:
     """Both conditions at once, one after the other, and changing; the negative prompt is `repeats` times as long."""
     family, watch, found = family_of(name), Watch(prepare(patcher_of(name)), name), {}
-    fast, report = cached(host, watch.patcher, tier)
+    fast, report = cached(host, watch.patcher, reuse)
     ((context, options),) = conditioning(family, 2)
     negative = [[torch.cat([context + i for i in range(repeats)], 1), options]]
     first = None
@@ -67,7 +67,7 @@ def guidance(host: Host, name: str, tier: str, repeats: int = 1, prepare: Callab
         out = guided(fast, family, split, negative=negative)
         first = out if first is None else first
         timeline, calls = watch.timeline(), len(watch.calls)
-        reference = guided(Holding(watch.patcher, name, tier).patcher, family, split, negative=negative)
+        reference = guided(Holding(watch.patcher, name, reuse).patcher, family, split, negative=negative)
         found[kind] = {
             "error": relative(out, reference), "from together": relative(out, first), "calls": calls,
             "timeline": report.timeline, "recorded": timeline,
@@ -76,59 +76,59 @@ def guidance(host: Host, name: str, tier: str, repeats: int = 1, prepare: Callab
 
 
 def brute(
-    host: Host, name: str, tier: str, prepare: Callable = unchanged, state: Callable = lambda *_: None, **how
+    host: Host, name: str, reuse: str, prepare: Callable = unchanged, state: Callable = lambda *_: None, **how
 ) -> dict:
     """A run against brute force, both on the model as `prepare` makes it."""
     watch, family = Watch(patcher_of(name), name), family_of(name)
     model = prepare(watch.patcher)
-    fast, report = cached(host, model, tier)
+    fast, report = cached(host, model, reuse)
     out = sample(fast, family, **how)
     recorded, ran = watch.timeline(), [sorted(call.ran) for call in watch.calls]
     return {
-        "error": relative(out, sample(Holding(model, name, tier, state).patcher, family, **how)),
+        "error": relative(out, sample(Holding(model, name, reuse, state).patcher, family, **how)),
         "effect": relative(out, sample(model, family, **how)),
-        "timeline": report.timeline, "recorded": recorded, "ran": ran, "tier": report.tier,
+        "timeline": report.timeline, "recorded": recorded, "ran": ran, "reuse": report.reuse,
         "warnings": report.warnings,
     }  # fmt: skip
 
 
-def partial(host: Host, name: str, tier: str) -> dict:
+def partial(host: Host, name: str, reuse: str) -> dict:
     """An image that is changed by half of the noise."""
     shape = empty_latent(family_of(name)).shape
     latent = torch.randn(shape, generator=torch.Generator().manual_seed(3))
-    return brute(host, name, tier, latent=latent, denoise=0.5)
+    return brute(host, name, reuse, latent=latent, denoise=0.5)
 
 
-def samplers(host: Host, name: str, tier: str) -> dict[str, dict]:
+def samplers(host: Host, name: str, reuse: str) -> dict[str, dict]:
     """Samplers that evaluate a step several times: what is planned, and how many evaluations ran."""
     watch, found = Watch(patcher_of(name), name), {}
-    fast, report = cached(host, watch.patcher, tier)
+    fast, report = cached(host, watch.patcher, reuse)
     for sampler in SAMPLERS:
         watch.calls.clear()
         out = sample(fast, family_of(name), sampler)
         ran = sum(call.computed for call in watch.calls)
         found[sampler] = {
             "computed": computed_steps(report), "ran": ran, "of": len(watch.calls),
-            "finite": bool(out.isfinite().all()), "tier": report.tier,
+            "finite": bool(out.isfinite().all()), "reuse": report.reuse,
         }  # fmt: skip
     return found
 
 
-def areas(host: Host, name: str, tier: str) -> dict:
+def areas(host: Host, name: str, reuse: str) -> dict:
     """Two positives on areas of two shapes."""
     frames = empty_latent(family_of(name)).shape[2:-2]
     start = (0,) * len(frames)
     left, top = ({"area": (*frames, *size, *start, 0, 0), "strength": 1.0} for size in ((8, 4), (4, 8)))
-    return brute(host, name, tier, positive=conditions(family_of(name), left, top))
+    return brute(host, name, reuse, positive=conditions(family_of(name), left, top))
 
 
-def windows(host: Host, tier: str) -> dict:
+def windows(host: Host, reuse: str) -> dict:
     return brute(
-        host, "Wan 2.1", tier, lambda patcher: with_windows(patcher, **causal_window_fix(False)), latent=ten_frames()
+        host, "Wan 2.1", reuse, lambda patcher: with_windows(patcher, **causal_window_fix(False)), latent=ten_frames()
     )
 
 
-def skipped_in_part(host: Host, name: str, tier: str) -> dict:
+def skipped_in_part(host: Host, name: str, reuse: str) -> dict:
     """Core's other skip-layer guidance: the negative itself lacks the first layers, in a part of the run."""
     import comfy_extras.nodes_slg as nodes
 
@@ -138,14 +138,14 @@ def skipped_in_part(host: Host, name: str, tier: str) -> dict:
     def skipped(options: dict, control) -> bool:
         return bool(options.get("patches_replace"))
 
-    return brute(host, name, tier, prepare, skipped)
+    return brute(host, name, reuse, prepare, skipped)
 
 
 def low_rank(patcher, name: str) -> dict[str, torch.Tensor]:
     """A LoRA of every matrix in the blocks."""
     generator, lora = torch.Generator().manual_seed(4), {}
     state = patcher.model.state_dict()
-    inside = tuple(f"diffusion_model.{path.rsplit('.', 1)[0]}." for path in Holding(patcher, name, TIERS[0]).blocks)
+    inside = tuple(f"diffusion_model.{path.rsplit('.', 1)[0]}." for path in Holding(patcher, name, REUSE[0]).blocks)
     for key in (key for key in state if key.startswith(inside) and key.endswith(".weight") and state[key].ndim == 2):
         out, into = state[key].shape
         base = key.removesuffix(".weight")
@@ -154,7 +154,7 @@ def low_rank(patcher, name: str) -> dict[str, torch.Tensor]:
     return lora
 
 
-def hooked(host: Host, name: str, tier: str) -> dict:
+def hooked(host: Host, name: str, reuse: str) -> dict:
     """A LoRA on the positive whose strength changes in mid-run."""
     import comfy.hooks
 
@@ -168,10 +168,10 @@ def hooked(host: Host, name: str, tier: str) -> dict:
     def strength(options: dict, control) -> float | None:
         return positive[0][1]["hooks"].hooks[0].strength if options["cond_or_uncond"] == [0] else None
 
-    return brute(host, name, tier, state=strength, positive=positive)
+    return brute(host, name, reuse, state=strength, positive=positive)
 
 
-def controlled(host: Host, name: str, tier: str) -> dict:
+def controlled(host: Host, name: str, reuse: str) -> dict:
     """A control that ends in mid-run."""
     import comfy.controlnet
 
@@ -189,16 +189,16 @@ def controlled(host: Host, name: str, tier: str) -> dict:
     def ended(options: dict, control) -> bool:
         return control is not None
 
-    return brute(host, name, tier, state=ended, positive=positive, negative=negative)
+    return brute(host, name, reuse, state=ended, positive=positive, negative=negative)
 
 
-def two_runs(host: Host, name: str, tier: str) -> dict[str, bool]:
+def two_runs(host: Host, name: str, reuse: str) -> dict[str, bool]:
     """Runs of one cached model after each other, each against a model that never ran."""
     family = family_of(name)
-    fast, _ = cached(host, patcher_of(name), tier)
+    fast, _ = cached(host, patcher_of(name), reuse)
 
     def fresh(**how) -> torch.Tensor:
-        return sample(cached(host, patcher_of(name), tier)[0], family, **how)
+        return sample(cached(host, patcher_of(name), reuse)[0], family, **how)
 
     first, other, again = (sample(fast, family, seed=seed) for seed in (SEED, SEED + 1, SEED))
     large = torch.nn.functional.interpolate(first.flatten(0, -4), scale_factor=2.0).reshape(*first.shape[:-2], 16, 16)
@@ -211,7 +211,7 @@ def two_runs(host: Host, name: str, tier: str) -> dict[str, bool]:
     }
 
 
-def never_reuses(host: Host, name: str, tier: str) -> dict[str, list]:
+def never_reuses(host: Host, name: str, reuse: str) -> dict[str, list]:
     """Whatever reuses nothing: bits as without it, and its warnings."""
     patcher, family = patcher_of(name), family_of(name)
     plain, found = sample(patcher, family), {}
@@ -219,7 +219,7 @@ def never_reuses(host: Host, name: str, tier: str) -> dict[str, list]:
         "interval 1": {"interval": 1}, "all steps": {"computed": STEPS}, "no error": {"max_error": 1e-9},
         "no part of the run": {"start": 0.5, "end": 0.5}, "none in a row": {"max_error": 1.0, "max_reused": 0},
     }.items():  # fmt: skip
-        fast, report = cached(host, patcher, tier, **choices)
+        fast, report = cached(host, patcher, reuse, **choices)
         found[kind] = [torch.equal(sample(fast, family), plain), report.warnings]
     return found
 
@@ -236,14 +236,14 @@ def snapshot(patcher) -> SimpleNamespace:
     )
 
 
-def clones(host: Host, name: str, tier: str) -> dict:
+def clones(host: Host, name: str, reuse: str) -> dict:
     """A cached clone of a cached clone, one without, and the original."""
     patcher, family = patcher_of(name), family_of(name)
     plain = sample(patcher, family)
     before = snapshot(patcher)
-    third, third_report = cached(host, patcher, tier)
-    second, second_report = cached(host, third.clone(), tier, interval=2)
-    none, _ = cached(host, second, tier, interval=1)
+    third, third_report = cached(host, patcher, reuse)
+    second, second_report = cached(host, third.clone(), reuse, interval=2)
+    none, _ = cached(host, second, reuse, interval=1)
     images = [sample(model, family) for model in (second, third)]
     return {
         "computed": [computed_steps(second_report), computed_steps(third_report)],
@@ -254,13 +254,13 @@ def clones(host: Host, name: str, tier: str) -> dict:
     }
 
 
-def broken_off(host: Host, name: str, tier: str) -> dict[str, list[bool]]:
+def broken_off(host: Host, name: str, reuse: str) -> dict[str, list[bool]]:
     """Runs that end in an error, of the sampler's callback and of a block: what is left, and the next run."""
     patcher, family = patcher_of(name), family_of(name)
-    fast, _ = cached(host, patcher, tier)
+    fast, _ = cached(host, patcher, reuse)
     whole = sample(fast, family)
     left, found = (snapshot(patcher), snapshot(fast)), {}
-    block = next(iter(Holding(patcher, name, tier).blocks.values()))
+    block = next(iter(Holding(patcher, name, reuse).blocks.values()))
 
     def from_callback() -> None:
         def stop(step, *_):
@@ -296,7 +296,7 @@ def broken_off(host: Host, name: str, tier: str) -> dict[str, list[bool]]:
 
 EVERYWHERE = {
     "guidance": guidance,
-    "longer negative": lambda host, name, tier: guidance(host, name, tier, 2),
+    "longer negative": lambda host, name, reuse: guidance(host, name, reuse, 2),
     "denoise 0.5": partial,
     "samplers": samplers,
     "areas": areas,
@@ -308,10 +308,10 @@ EVERYWHERE = {
 }
 SOMEWHERE = {
     "control": (("Flux",), controlled),
-    "skipped layers": (("Flux", "SD 3.5"), lambda host, name, tier: brute(host, name, tier, skip_layers)),
+    "skipped layers": (("Flux", "SD 3.5"), lambda host, name, reuse: brute(host, name, reuse, skip_layers)),
     "skipped in part": (("Flux", "SD 3.5"), skipped_in_part),
-    "padded negative": (("Flux", "Wan 2.1"), lambda host, name, tier: guidance(host, name, tier, 2, padding)),
-    "windows": (("Wan 2.1",), lambda host, name, tier: windows(host, tier)),
+    "padded negative": (("Flux", "Wan 2.1"), lambda host, name, reuse: guidance(host, name, reuse, 2, padding)),
+    "windows": (("Wan 2.1",), lambda host, name, reuse: windows(host, reuse)),
 }
 CHECKS = {check: (tuple(CASES), run) for check, run in EVERYWHERE.items()} | SOMEWHERE
 
@@ -319,7 +319,7 @@ CHECKS = {check: (tuple(CASES), run) for check, run in EVERYWHERE.items()} | SOM
 if __name__ == "__main__":
     main({
         check: lambda host, names=names, run=run: {
-            f"{name}, {tier}": run(host, name, tier) for name in names for tier in TIERS
+            f"{name}, {reuse}": run(host, name, reuse) for name in names for reuse in REUSE
         }
         for check, (names, run) in CHECKS.items()
-    } | {"padding of core": lambda host: {f"{UNET}, {TIERS[0]}": guidance(host, UNET, TIERS[0], 2)}})  # fmt: skip
+    } | {"padding of core": lambda host: {f"{UNET}, {REUSE[0]}": guidance(host, UNET, REUSE[0], 2)}})  # fmt: skip

@@ -24,7 +24,7 @@ def node(host: Host, patcher, policy: dict, calibration=None, reuse: str = "auto
 
 
 def reported(patcher) -> SimpleNamespace:
-    report = SimpleNamespace(warnings=[], timeline={}, tier="", computed=[], cache_bytes=0, cache_speedup=None)
+    report = SimpleNamespace(warnings=[], timeline={}, reuse="", computed=[], cache_bytes=0, cache_speedup=None)
     patcher.model_options["transformer_options"]["qandc_report"] = report
     return report
 
@@ -69,7 +69,7 @@ def sampling_of_this_run(host: Host) -> dict[str, list]:
 
     def run(model, steps: int = 14) -> list[int]:
         fast = host.module("nodes.comfyui.cache.attach").apply_cache(
-            model, cache_policy(host, 1, order=1, tier="automatic", max_error=0.01)
+            model, cache_policy(host, 1, order=1, reuse="automatic", max_error=0.01)
         )
         report = reported(fast)
         comfy.sample.sample(

@@ -17,7 +17,7 @@ from sampling import cache_policy
 
 STEPS, INTERVAL, CFG, SEED = 9, 3, 2.0, 11
 PLANNED = [0, 3, 6]
-TIERS = ("whole prediction", "blocks")
+REUSE = ("whole prediction", "blocks")
 SIDES = ("positive", "negative")
 CASES: dict[str, Family] = {
     "Flux": replace(FAMILIES["Flux"], unet=unets.flux(image_model="flux", depth=2, depth_single_blocks=2)),
@@ -69,16 +69,16 @@ def sample(
     )  # fmt: skip
 
 
-def cached(host: Host, patcher, tier: str, interval: int = INTERVAL, order: int = 0, **choices):
+def cached(host: Host, patcher, reuse: str, interval: int = INTERVAL, order: int = 0, **choices):
     """A caching clone, and the report that its runs fill in."""
     fast = host.module("nodes.comfyui.cache.attach").apply_cache(
-        patcher, cache_policy(host, interval, order, tier=tier, **choices)
+        patcher, cache_policy(host, interval, order, reuse=reuse, **choices)
     )
     return fast, reported(host, fast)
 
 
 def reported(host: Host, patcher) -> SimpleNamespace:
-    report = SimpleNamespace(warnings=[], timeline={}, tier="", computed=[], cache_bytes=0, cache_speedup=None)
+    report = SimpleNamespace(warnings=[], timeline={}, reuse="", computed=[], cache_bytes=0, cache_speedup=None)
     patcher.model_options["transformer_options"][host.module("nodes.comfyui.wrappers").REPORT] = report
     return report
 
@@ -162,8 +162,8 @@ class Holding:
     belongs to; a condition that has nothing kept since the latest computed step computes.
     """
 
-    def __init__(self, patcher, name: str, tier: str, state: Callable[[dict, Any], Hashable] = lambda *_: None):
-        self.patcher, self.state, self.whole = wrapped(patcher, self.call), state, tier == TIERS[0]
+    def __init__(self, patcher, name: str, reuse: str, state: Callable[[dict, Any], Hashable] = lambda *_: None):
+        self.patcher, self.state, self.whole = wrapped(patcher, self.call), state, reuse == REUSE[0]
         self.network = patcher.model.diffusion_model
         self.blocks = blocks_of(patcher, name)
         self.kept: dict[Hashable, Any] = {}

@@ -17,7 +17,7 @@ from sampling import cache_policy, demo
 from sampling import conditioning as class_labels
 
 STEPS = 6
-TENSORS = ("low", "high", "mean", "histogram", "hessian", "rows", "held_out")
+TENSORS = ("low", "high", "mean", "histogram", "hessian", "inputs", "held_out")
 
 
 @dataclass
@@ -58,9 +58,9 @@ def family_case(host: Host, name: str) -> Case:
     return Case(host, patcher, settings, host.module("nodes.comfyui.calibrate.run").empty_latent(patcher, empty))
 
 
-def demo_case(host: Host, tier: str = "attention and MLP") -> Case:
+def demo_case(host: Host, reuse: str = "attention and MLP") -> Case:
     """The built-in model with a cache, on four classes in turn."""
-    patcher = host.module("nodes.comfyui.cache.attach").apply_cache(demo(host), cache_policy(host, 2, tier=tier))
+    patcher = host.module("nodes.comfyui.cache.attach").apply_cache(demo(host), cache_policy(host, 2, reuse=reuse))
     settings = host.module("nodes.comfyui.sampling").Settings(*class_labels(host), STEPS, 1.5, "ddpm", "normal")
     return Case(host, patcher, settings, torch.zeros(1, 3, 32, 32))
 
@@ -154,17 +154,17 @@ def rows_are_inputs(case: Case, telling: tuple[str, ...]) -> dict[str, Any]:
             hook = module.register_forward_pre_hook(lambda _, args, name=name: note(name, args[0]))
             stack.callback(hook.remove)
         case.sample(watch)
-    layers = {name: layer for name, layer in found.statistics.items() if layer.rows is not None}
+    layers = {name: layer for name, layer in found.statistics.items() if layer.inputs is not None}
     apart = [name for name in layers if name.endswith(telling)]
     return {
         "layers": len(layers),
-        "most": max(len(layer.rows) for layer in layers.values()),
-        "full": sum(len(layer.rows) == 100 for layer in layers.values()),
+        "most": max(len(layer.inputs) for layer in layers.values()),
+        "full": sum(len(layer.inputs) == 100 for layer in layers.values()),
         "held out": max(len(layer.held_out) for layer in layers.values()),
-        "foreign": [n for n, layer in layers.items() if not row_set(layer.rows) <= seen[n]],
+        "foreign": [n for n, layer in layers.items() if not row_set(layer.inputs) <= seen[n]],
         "foreign, held out": [n for n, layer in layers.items() if not row_set(layer.held_out) <= last[n]],
         "told apart": len(apart),
-        "mixed": [name for name in apart if row_set(layers[name].rows) & last[name]],
+        "mixed": [name for name in apart if row_set(layers[name].inputs) & last[name]],
     }
 
 
@@ -361,7 +361,7 @@ def digests(host: Host) -> dict[str, Any]:
 
     def cached(interval: int) -> Case:
         return on(host.module("nodes.comfyui.cache.attach").apply_cache(
-            case.patcher, cache_policy(host, interval, tier="blocks")
+            case.patcher, cache_policy(host, interval, reuse="blocks")
         ))  # fmt: skip
 
     variants = {
@@ -482,7 +482,7 @@ def through_the_node(host: Host) -> dict[str, Any]:
         "other seed": len(differing(other, found)) > 1, "afresh": differing(afresh, found),
         "damaged": [p.name.endswith(".partial.damaged") for p in folder.glob("inside_tap-*")],
         "held out": [len(found.held_out), len(tap(503, "none", held_out=0).held_out)],
-        "rows": max(len(layer.rows) for layer in layers if layer.rows is not None),
+        "rows": max(len(layer.inputs) for layer in layers if layer.inputs is not None),
         "names": names(host, tap),
     }  # fmt: skip
 
@@ -597,11 +597,11 @@ def self_tested(host: Host) -> dict[str, Any]:
     """
     apply_cache = host.module("nodes.comfyui.cache.attach").apply_cache
 
-    def counts(tier: str) -> dict[str, tuple[int, int]]:
+    def counts(reuse: str) -> dict[str, tuple[int, int]]:
         case = family_case(host, "Flux")
-        case.patcher = apply_cache(case.patcher, cache_policy(host, 2, tier=tier))
+        case.patcher = apply_cache(case.patcher, cache_policy(host, 2, reuse=reuse))
         found = case.calibrate(trajectories=2, samples=1000, held_out=0)
-        kept = {name: 0 if layer.rows is None else len(layer.rows) for name, layer in found.statistics.items()}
+        kept = {name: 0 if layer.inputs is None else len(layer.inputs) for name, layer in found.statistics.items()}
         return {name: (layer.count, kept[name]) for name, layer in found.statistics.items()}
 
     tested, untested = counts("blocks"), counts("whole prediction")

@@ -15,7 +15,7 @@ from host import Host, main, relative
 from sampling import cache_policy
 
 STEPS, INTERVAL, CFG, SEED = 6, 3, 2.0, 11
-TIERS = ("whole prediction", "blocks")
+REUSE = ("whole prediction", "blocks")
 
 
 def build(family: Family):
@@ -249,42 +249,42 @@ class Work:
             return run(), self.calls
 
 
-def cached(host: Host, patcher, interval: int = INTERVAL, tier: str = "automatic", **choices):
-    policy = cache_policy(host, interval, tier=tier, **choices)
+def cached(host: Host, patcher, interval: int = INTERVAL, reuse: str = "automatic", **choices):
+    policy = cache_policy(host, interval, reuse=reuse, **choices)
     return host.module("nodes.comfyui.cache.attach").apply_cache(patcher, policy)
 
 
-def with_report(host: Host, patcher, tier: str, **choices):
+def with_report(host: Host, patcher, reuse: str, **choices):
     """A cached model, and what a run of it reports."""
-    report, fast = SimpleNamespace(warnings=[]), cached(host, patcher, tier=tier, **choices)
+    report, fast = SimpleNamespace(warnings=[]), cached(host, patcher, reuse=reuse, **choices)
     fast.model_options["transformer_options"][host.module("nodes.comfyui.wrappers").REPORT] = report
     return fast, report
 
 
-def never_reuses(host: Host, patcher, family: Family, tier: str, plain: torch.Tensor) -> bool:
+def never_reuses(host: Host, patcher, family: Family, reuse: str, plain: torch.Tensor) -> bool:
     """A cache that is on and computes every step, whether it keeps features for the next step or not."""
     for choices in ({"computed": STEPS}, {"max_error": 1e-12}):
-        fast, report = with_report(host, patcher, tier, **choices)
+        fast, report = with_report(host, patcher, reuse, **choices)
         if not torch.equal(sample(fast, family), plain) or sum(report.computed) != STEPS:
             return False
     return True
 
 
-def check_tier(host: Host, family: Family, patcher, tier: str, plain: torch.Tensor, plain_calls: dict) -> dict:
+def check_reuse(host: Host, family: Family, patcher, reuse: str, plain: torch.Tensor, plain_calls: dict) -> dict:
     before, options = attributes(patcher), set(patcher.model_options["transformer_options"])
     lists = host.module("qandc_core.caching.families").block_lists(patcher.model.diffusion_model)
-    fast, report = with_report(host, patcher, tier)
+    fast, report = with_report(host, patcher, reuse)
     out, calls = Work(patcher.model.diffusion_model, lists).of(lambda: sample(fast, family))
-    used = report.tier.partition(",")[0]
+    used = report.reuse.partition(",")[0]
     left = attributes(patcher) == before and not patcher.wrappers
     left = left and set(patcher.model_options["transformer_options"]) == options
     by_hand = brute_force_blocks(patcher, family, lists) if used == "blocks" else brute_force(patcher, family)
     return {
-        "tier": report.tier,
+        "reuse": report.reuse,
         "computed": sum(report.computed),
         "reused": len(report.computed) - sum(report.computed),
         "calls": [plain_calls[used], calls[used]],
-        "never reused": never_reuses(host, patcher, family, tier, plain),
+        "never reused": never_reuses(host, patcher, family, reuse, plain),
         "error": relative(out, by_hand),
         "apart": relative(sample_apart_where_reused(fast, family), by_hand),
         "clean": bool(left and torch.equal(sample(patcher, family), plain)),
@@ -306,7 +306,7 @@ def check(host: Host, family: Family) -> dict:
         "lists": {path: len(network.get_submodule(path)) for path in lists},
         "interval 1": torch.equal(sample(cached(host, patcher, 1), family), plain),
         "no error": torch.equal(sample(cached(host, patcher, max_error=0.0), family), plain),
-        "tiers": {tier: check_tier(host, family, patcher, tier, plain, calls) for tier in TIERS},
+        "kinds": {reuse: check_reuse(host, family, patcher, reuse, plain, calls) for reuse in REUSE},
     }
 
 

@@ -62,17 +62,17 @@ def plain(host: Host, sampler: str) -> float:
     )
 
 
-def cache_policy(host: Host, interval: int, order: int = 0, tier: str = "attention and MLP", offload=False, **choices):
+def cache_policy(host: Host, interval: int, order: int = 0, reuse: str = "attention and MLP", offload=False, **choices):
     """What Apply Cache attaches."""
     policies = host.module("qandc_core.caching.policies")
     kinds = {
-        "computed": policies.StepCount, "speedup": policies.Speedup, "max_error": policies.ErrorBudget,
+        "num_computed": policies.StepCount, "speedup": policies.Speedup, "max_error": policies.ErrorBudget,
         "steps": policies.ChosenSteps,
     }  # fmt: skip
     kind = next((kinds[name] for name in choices if name in kinds), policies.Interval)
     given = {"interval": interval} if kind is policies.Interval else {}
     policy = kind(**given, **choices, order=order)
-    return host.module("nodes.comfyui.cache.attach").CacheSettings(policy, tier, offload)
+    return host.module("nodes.comfyui.cache.attach").CacheSettings(policy, reuse, offload)
 
 
 def cached(host: Host, order: int = 0) -> float:
@@ -150,7 +150,7 @@ def euler_holding(host: Host, patcher, computes, second_pass: float = 0.0):
 
 def whole_output_cache(host: Host, computes=lambda i: i % 3 == 0, **choices) -> float:
     patcher = demo(host)
-    fast = with_output_cache(host, patcher, cache_policy(host, 3, tier="whole prediction", **choices))
+    fast = with_output_cache(host, patcher, cache_policy(host, 3, reuse="whole prediction", **choices))
     return relative(ksampler(host, fast, "euler"), euler_holding(host, patcher, computes))
 
 
@@ -165,7 +165,7 @@ def evaluated_twice(host: Host) -> float:
         return args["denoised"] + 0.5 * (args["cond_denoised"] - other)
 
     patcher = demo(host)
-    fast = with_output_cache(host, patcher, cache_policy(host, 3, tier="whole prediction"))
+    fast = with_output_cache(host, patcher, cache_policy(host, 3, reuse="whole prediction"))
     fast.set_model_sampler_post_cfg_function(again)
     return relative(ksampler(host, fast, "euler"), euler_holding(host, patcher, lambda i: i % 3 == 0, 0.5))
 
@@ -187,7 +187,7 @@ def multi_evaluation_samplers(host: Host) -> dict[str, list]:
 
 def empty_schedule(host: Host) -> bool:
     """A run of no steps, as SplitSigmas leaves at its end, is no error."""
-    return cache_policy(host, 3, computed=5).policy.plan(0).computes(0)
+    return cache_policy(host, 3, num_computed=5).policy.plan(0).computes(0)
 
 
 def compensation_table(host: Host, sigmas):
@@ -244,7 +244,7 @@ if __name__ == "__main__":
         "nothing is left on the module": nothing_is_left_on_the_module,
         "whole-output cache": whole_output_cache,
         "whole-output cache, 5 steps": lambda host: whole_output_cache(
-            host, lambda i: i in {0, 4, 7, 9, 11}, computed=5
+            host, lambda i: i in {0, 4, 7, 9, 11}, num_computed=5
         ),
         "whole-output cache, from 0.25 to 0.75": lambda host: whole_output_cache(
             host, lambda i: i < 3 or i >= 9 or i % 3 == 0, start=0.25, end=0.75

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from comfy_kitchen import tensor as kitchen
 
-from qandc_core.quantization.formats.traced_w4a8 import LAYOUT, register, traced
+from qandc_core.quantization.formats.traced_grouped import LAYOUT, register, traced
 from qandc_core.quantization.native import NativeConfig, dequantize, layer_config, quantize_weight
 
 

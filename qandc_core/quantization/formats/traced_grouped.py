@@ -1,7 +1,7 @@
-"""W4A8 weights that torch.compile can trace: a layout of our own beside comfy-kitchen's, for our own models.
+"""Grouped weights that torch.compile can trace: a layout of our own beside comfy-kitchen's, for our own models.
 
 comfy-kitchen's AsymW4A8Int8Layout picks a backend in Python, which torch.compile cannot follow with fake tensors.
-TracedW4A8 stores the same tensors and runs the same kernels, each behind one operator of torch with a shape rule.
+TracedGrouped stores the same tensors and runs the same kernels, each behind one operator of torch with a shape rule.
 It is added to comfy-kitchen's table of layouts under a name of its own, and nothing that is there is replaced: a weight
 belongs to it only after `traced`.
 """
@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LAYOUT, STOCK_LAYOUT = "QandCTracedW4A8Layout", "AsymW4A8Int8Layout"
+LAYOUT, STOCK_LAYOUT = "QandCTracedGroupedLayout", "AsymW4A8Int8Layout"
 
 
 def traced(weight: Any) -> Any:
-    """The same W4A8 weight, a QuantizedTensor of comfy-kitchen's, in the layout that torch.compile can trace."""
+    """The same grouped weight, a QuantizedTensor of comfy-kitchen's, in the layout that torch.compile can trace."""
     from comfy_kitchen.tensor import QuantizedTensor
 
     register()
@@ -59,7 +59,7 @@ def operators() -> tuple[Any, Any]:
 
 
 def runs(weight: Any, transposed: bool) -> bool:
-    """Whether the operators take this weight."""
+    """True if the operators take this weight."""
     from comfy_kitchen.tensor import QuantizedTensor
 
     return (
@@ -78,7 +78,7 @@ def register() -> None:
     linear, decoded = operators()
     aten = torch.ops.aten
 
-    class TracedW4A8(kitchen.AsymW4A8Int8Layout):
+    class TracedGrouped(kitchen.AsymW4A8Int8Layout):
         @classmethod
         def dequantize(cls, qdata, params):
             if params.correction is not None or getattr(params, "mma_packed", False):
@@ -100,25 +100,25 @@ def register() -> None:
             params.convrot_groupsize, getattr(params, "mma_packed", False), dtype or params.orig_dtype,
         )  # fmt: skip
 
-    @kitchen.register_layout_op(aten.linear.default, TracedW4A8)
+    @kitchen.register_layout_op(aten.linear.default, TracedGrouped)
     def _(_, args, kwargs):
         x, weight, bias = (*args, None)[:3]
         if not runs(weight, transposed=False):
             return F.linear(*kitchen.dequantize_args((x, weight, bias)))
         return product(x, weight, bias, kwargs.get("out_dtype"))
 
-    @kitchen.register_layout_op(aten.t.default, TracedW4A8)
+    @kitchen.register_layout_op(aten.t.default, TracedGrouped)
     def _(weight, args, kwargs):
         old = weight._params
         new = dataclasses.replace(old, orig_shape=tuple(reversed(old.orig_shape)), transposed=not old.transposed)
         return kitchen.QuantizedTensor(weight._qdata, LAYOUT, new)
 
-    @kitchen.register_layout_op(aten.mm.default, TracedW4A8)
+    @kitchen.register_layout_op(aten.mm.default, TracedGrouped)
     def _(_, args, kwargs):
         x, weight = args
         return product(x, weight, None) if runs(weight, transposed=True) else torch.mm(*kitchen.dequantize_args(args))
 
-    @kitchen.register_layout_op(aten.addmm.default, TracedW4A8)
+    @kitchen.register_layout_op(aten.addmm.default, TracedGrouped)
     def _(_, args, kwargs):
         bias, x, weight = args
         plain = kwargs.get("beta", 1) == kwargs.get("alpha", 1) == 1 and bias.dim() == 1
@@ -126,4 +126,4 @@ def register() -> None:
             return product(x, weight, bias)
         return torch.addmm(*kitchen.dequantize_args(args), **kitchen.dequantize_args(kwargs))
 
-    kitchen.register_layout_class(LAYOUT, TracedW4A8)
+    kitchen.register_layout_class(LAYOUT, TracedGrouped)

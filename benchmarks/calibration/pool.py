@@ -1,4 +1,7 @@
-"""Candidates for calibration, from trajectories sampled with the cache on, and the pass over the chosen."""
+"""A pool of calibration samples that is kept whole, so that many choices from it can be compared.
+
+calibrate() samples its trajectories a second time instead and needs no memory for them.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..caching.attach import cache_bypassed, feature_cache
-from ..diffusion.process import ReverseProcess, SamplingConfig
-from ..models.dit import DiT, check_open
-from ..models.layers import named_linears
-from .statistics import LayerStatistics, check_finite, merge_rows, observed
+from qandc_core.caching.attach import cache_bypassed, feature_cache
+from qandc_core.calibration.statistics import LayerStatistics, check_finite, merge_tokens, observed
+from qandc_core.diffusion.process import ReverseProcess, SamplingConfig
+from qandc_core.models.dit import DiT, check_open
+from qandc_core.models.layers import named_linears
 
 
 @dataclass(frozen=True)
@@ -82,9 +85,9 @@ def collect_pool(
     return CandidatePool(torch.cat(samples), index, timesteps[index], torch.cat(classes), torch.cat(computed))
 
 
-def is_cached_layer(name: str, mode: str = "branch") -> bool:
-    """Whether a reused step skips the layer: those of attention and MLP, in mode "block" all of a block."""
-    return name.startswith("blocks.") and (mode == "block" or ".attn." in name or ".mlp." in name)
+def is_cached_layer(name: str, reuse: str = "branch") -> bool:
+    """True for the layers that a reused step skips: those of attention and MLP; with reuse="block" all of a block."""
+    return name.startswith("blocks.") and (reuse == "block" or ".attn." in name or ".mlp." in name)
 
 
 @torch.inference_mode()
@@ -107,18 +110,18 @@ def collect_statistics(
     if not layers:
         raise ValueError(f"No linear layer is left to observe with skip_patterns {list(skip_patterns)}.")
     cache = feature_cache(model)
-    mode = "branch" if cache is None else cache.mode
+    reuse = "branch" if cache is None else cache.reuse
     statistics = {name: LayerStatistics.empty(layer.in_features, hessians) for name, layer in layers}
     device, dtype = model.pos_embed.device, model.pos_embed.dtype
     for layer in statistics.values():
         layer.settle(device, sys.maxsize)
 
     def observe(name: str, x: Tensor) -> None:
-        statistics[name].update(merge_rows(x))
+        statistics[name].update(merge_tokens(x))
 
     for computed in (True, False):
         chosen = selected.subset((selected.computed == computed).nonzero().flatten())
-        active = layers if computed else [(n, layer) for n, layer in layers if not is_cached_layer(n, mode)]
+        active = layers if computed else [(n, layer) for n, layer in layers if not is_cached_layer(n, reuse)]
         with cache_bypassed(model), observed(active, observe):
             for at in range(0, len(chosen), batch_size):
                 x = chosen.samples[at : at + batch_size].to(device, dtype)

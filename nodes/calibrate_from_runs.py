@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+from comfy_api.v0_0_2 import io
+from comfy_execution.graph_utils import ExecutionBlocker
+
+from ..qandc_core.calibration.file import load_calibration
+from ..qandc_core.calibration.growth import check_recording
+from ..qandc_core.calibration.recorder import RecordingConfig
+from ..qandc_core.calibration.recording import describe
+from . import schema
+from .comfyui.calibrate.recording import RunRecorder, record_runs, without_recording
+from .comfyui.files import check_writable, file_state, named_path
+from .comfyui.quantize.weights import fingerprint_of
+from .comfyui.status import show
+
+
+class CalibrateFromRuns(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="QandC_CalibrateFromRuns",
+            display_name="Calibrate from Runs",
+            category=schema.CATEGORY,
+            description="Whatever samples with this model adds to a calibration: any sampler, guider, prompt, size and "
+            "LoRA, at almost no time. Each queue adds a run to the file; the node says when they are enough.",
+            search_aliases=["calibration", "record", "ptq", "gptq", "statistics", "any sampler"],
+            inputs=[
+                io.Model.Input("model", tooltip="The full-precision model, with the cache that will be used."),
+                io.String.Input(
+                    "name", default="runs",
+                    tooltip="The calibration that runs are added to: a file of this name in output/qandc. Each expert "
+                    "of a model with two needs a name of its own.",
+                ),
+                io.Boolean.Input(
+                    "record", default=True,
+                    tooltip="On: runs are added. Off: the model is passed on as it is, and calibration gives what was "
+                    "recorded.",
+                ),
+                io.Int.Input(
+                    "samples", default=8, min=1, max=1024,
+                    tooltip="Samples of a run whose layers are looked into, spread over its steps, prompts and images; "
+                    "at most a tenth of the run, at least one.",
+                ),
+                io.Boolean.Input(
+                    "hessians", default=True, advanced=True,
+                    tooltip="Collect the input Hessian (X^T X) of every layer, which GPTQ needs. Off takes little "
+                    "memory.",
+                ),
+                io.Float.Input(
+                    "memory_gb", default=4.0, min=0.1, max=1024.0, step=0.1, advanced=True,
+                    tooltip="Memory that statistics may take, in GiB; less keeps fewer inputs of each layer.",
+                ),
+                io.Int.Input(
+                    "tokens", default=4096, min=64, max=1048576, advanced=True,
+                    tooltip="Maximum number of inputs kept of a layer, where they take less memory than its Hessian.",
+                ),
+                io.Int.Input(
+                    "held_out", default=8, min=0, max=256, advanced=True,
+                    tooltip="Model calls of the runs that are held out for Quantize to measure its error on; 0: none.",
+                ),
+                io.Int.Input(
+                    "reset", default=0, min=0, max=2**31, advanced=True,
+                    tooltip="Change it to begin the calibration anew with the next run.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(tooltip="The model; wire it to any sampler or guider."),
+                schema.Calibration.Output(
+                    "calibration", display_name="calibration",
+                    tooltip="What was recorded, once record is off; until then nothing that needs it runs.",
+                ),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )  # fmt: skip
+
+    @classmethod
+    def fingerprint_inputs(cls, name, record, **kwargs):
+        return "" if record else file_state(named_path(name).name)
+
+    @classmethod
+    def execute(
+        cls, model: io.Model.Type, name: str, record: bool, samples: int, hessians: bool, memory_gb: float,
+        tokens: int, held_out: int, reset: int,
+    ) -> io.NodeOutput:  # fmt: skip
+        path, node_id = named_path(name), getattr(cls.hidden, "unique_id", None)
+        config = RecordingConfig(samples, hessians, memory_gb, tokens, held_out, reset)
+        if not record:
+            return io.NodeOutput(without_recording(model), recorded(path, model, node_id))
+        recorder = RunRecorder(path, config, fingerprint_of(model), node_id)
+        made = record_runs(model, recorder)
+        check_writable()
+        begun = check_recording(path, recorder.fingerprint, config)
+        show(node_id, f"{path.name}: {'no runs yet' if begun is None else describe(begun)}")
+        return io.NodeOutput(made, ExecutionBlocker(None))
+
+
+def recorded(path: Path, model, node_id: str | None):
+    """The calibration that runs of this model made, or what blocks nodes that need it."""
+    if not path.is_file():
+        return ExecutionBlocker(f"There is no {path.name} in output/qandc yet; set record to on and sample.")
+    calibration = load_calibration(path)
+    calibration.check_fingerprint(fingerprint_of(model))
+    if calibration.recording is None:
+        raise ValueError(f"{path.name} was not made by Calibrate from Runs; pick it in TAP Calibrate instead.")
+    show(node_id, f"{path.name}: {calibration.recording.describe()}")
+    return calibration

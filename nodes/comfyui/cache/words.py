@@ -1,0 +1,28 @@
+"""What a run did with its cache, in the words that Apply Cache shows."""
+
+from __future__ import annotations
+
+from .run import ModelRun
+
+
+def words_of(run: ModelRun, ended: str = "") -> str:
+    """How many steps were computed, how much faster the model calls were for it, and every warning on its own line.
+
+    A node shows two lines before it has to be made larger, so what a user must know comes first. `ended` says why a
+    run stopped before its end.
+    """
+    actions, computed = run.actions(), sum(run.computed())
+    visited = len(actions) - run.not_visited
+    parts, gain = [f"{computed} of {visited} steps computed"], run.times.speedup()
+    if computed < visited:
+        parts += [*([] if gain is None else [f"{gain:.2g}x"]), f"order {run.plan.order}"]
+    lines = [ended, ", ".join(parts), *(f"Warning: {text}" for text in run.warnings)]
+    if run.not_visited:
+        lines.append(f"{run.not_visited} steps were not visited by the sampler")
+    if computed < visited and gain is not None:
+        lines.append(
+            f"{gain:.2g}x is timed: all model calls as long as the median computed one, against what they took"
+        )
+    if run.reuse:
+        lines.append(f"reuses {run.reuse}, {run.reason}; {run.peak_bytes / 2**20:.1f} MiB")
+    return "\n".join(filter(None, lines))

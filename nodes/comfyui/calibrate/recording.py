@@ -1,0 +1,208 @@
+"""Any sampler's runs on a MODEL, recorded into a calibration file while they go by.
+
+What a node attaches is configuration: the file, what is kept, the model's fingerprint. A run's recorder is made in
+OUTER_SAMPLE and found in the options of that run alone, so several samplers and both experts of a model each have their
+own; it is freed however the run ends, and only a run that ended well is added.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import comfy.model_management as mm
+import comfy.patcher_extension
+import torch
+from torch import Tensor, nn
+
+from ....qandc_core.calibration.growth import RunSchedule, add_run, check_recording
+from ....qandc_core.calibration.recorder import Recorder, RecordingConfig
+from ..cache.attach import KEY as CACHE
+from ..cache.calls import COMPILE
+from ..cache.others import other_caches
+from ..quantize.layers import calibrated, check_not_quantized
+from ..status import show
+from ..wrappers import WRAPPERS, declares_noise, options_of_run, replace_wrapper, sampler_function_name
+
+KEY = "qandc_recording"
+PRE_RUN = comfy.patcher_extension.CallbacksMP.ON_PRE_RUN
+log = logging.getLogger(__name__)
+saving = Lock()  # one run at a time is added to a file
+recorded: ContextVar[tuple[RunRecorder, ...]] = ContextVar("recorded", default=())  # runs that have begun
+
+
+@dataclass(frozen=True)
+class RunRecorder:
+    """What Calibrate from Runs attaches; as a wrapper, OUTER_SAMPLE of every run."""
+
+    path: Path
+    config: RecordingConfig
+    fingerprint: str
+    node_id: str | None = None
+
+    def check(self, patcher) -> None:
+        """Raises ValueError in one sentence where runs of this model cannot be added to the file."""
+        network = patcher.model.diffusion_model
+        check_not_quantized(network)
+        if is_compiled(patcher):
+            raise ValueError(
+                "A compiled model does not show what its layers see; take torch.compile off, or set record to off."
+            )
+        layers = calibrated(network)
+        if not layers:
+            raise ValueError(
+                "This model has no linear layer of ComfyUI's within blocks, so there is nothing to calibrate."
+            )
+        self.config.plan([layer.in_features for _, layer in layers])
+        check_recording(self.path, self.fingerprint, self.config)
+
+    def __call__(self, executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
+        guider = executor.class_obj
+        if len(sigmas) < 2:  # no step
+            return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+        self.check(guider.model_patcher)
+        saved, options = guider.model_options, options_of_run(guider)
+        caches = CACHE in options.get("wrappers", {}).get(WRAPPERS.OUTER_SAMPLE, {}) or bool(
+            other_caches(guider.model_patcher, guider.model_options)
+        )
+        facts = RunSchedule(
+            sigmas.tolist(), sampler_function_name(sampler).removeprefix("sample_"), declares_noise(sampler), not caches
+        )
+        run = RecordedRun(Recorder(self.config, len(sigmas) - 1), guider.model_patcher)
+        options[KEY] = run
+        keep_innermost(options)
+        begun = recorded.set((*recorded.get(), self))
+        try:
+            out = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+            self.add(run, facts, guider.model_patcher)
+            return out
+        finally:
+            recorded.reset(begun)
+            run.recorder.close()
+            guider.model_options = saved
+
+    def add(self, run: RecordedRun, facts: RunSchedule, patcher) -> None:
+        """Adds a run that ended well. Where that fails, the image is still there and the file is as it was."""
+        try:
+            with saving:
+                recording = add_run(
+                    self.path, self.fingerprint, run.recorder.result(), facts, self.config, patcher.load_device
+                )
+            text = f"{self.path.name}: {recording.describe()}"
+            log.info("Q&C calibration: %s", text)
+        except (ValueError, OSError, RuntimeError) as error:
+            text = f"{self.path.name}: this run was not added, {error}"
+            log.warning("Q&C calibration: %s", text)
+        show(self.node_id, text)
+
+
+class RecordedRun:
+    """One sampling run: its recorder, and the networks whose calls are of this model."""
+
+    def __init__(self, recorder: Recorder, patcher):
+        self.recorder = recorder
+        clones = patcher.get_additional_models_with_key("multigpu")
+        self.models = [patcher.model, *(clone.model for clone in clones)]
+
+    def takes(self, model, options: dict[str, Any], device: torch.device) -> bool:
+        """True for a computed call of this model."""
+        return any(model is known for known in self.models) and not is_reusing(options, model, device)
+
+
+def is_reusing(options: dict[str, Any], model, device: torch.device) -> bool:
+    """True while Apply Cache reuses blocks in this call, or tests whether it could."""
+    run = options.get(CACHE)
+    cache = None if run is None else run.caches.get((device, id(model)))
+    return cache is not None and cache.run.reusing
+
+
+def room(model, x: Tensor) -> int:
+    """Bytes on the device that statistics may take: half of what a model call leaves."""
+    call = model.memory_required(list(x.shape))
+    return int(max(0, mm.get_free_memory(x.device) - call - mm.minimum_inference_memory()) // 2)
+
+
+def predict_noise(executor, x, timestep, model_options, seed):
+    """PREDICT_NOISE: the prediction of each step, for the distances between them."""
+    out = executor(x, timestep, model_options, seed)
+    run = model_options["transformer_options"].get(KEY)
+    if run is not None:
+        run.recorder.predicted(timestep, out)
+    return out
+
+
+def calc_cond_batch(executor, model, conds, x_in, timestep, model_options):
+    """CALC_COND_BATCH: how many rows a prediction evaluates."""
+    run = model_options.get("transformer_options", {}).get(KEY)
+    if run is not None:
+        run.recorder.expect(len(x_in) * sum(len(found) for found in conds if found is not None))
+    return executor(model, conds, x_in, timestep, model_options)
+
+
+def apply_model(executor, x, t, c_concat, c_crossattn, control, transformer_options, **kwargs):
+    """APPLY_MODEL: the calls that are computed."""
+
+    def call() -> Tensor:
+        return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+
+    run, model = transformer_options.get(KEY), executor.class_obj
+    if run is None or not run.takes(model, transformer_options, x.device):
+        return call()
+    conditions = {"c_concat": c_concat, "c_crossattn": c_crossattn, "control": control, **kwargs}
+    return run.recorder.called(
+        id(model), lambda: calibrated(model.diffusion_model), lambda: room(model, x), call, x, t, conditions
+    )
+
+
+def keep_innermost(options: dict[str, Any]) -> None:
+    """Calls that a cache answers do not reach the recorder, whichever node came first."""
+    wrappers = options.get("wrappers", {}).get(WRAPPERS.APPLY_MODEL, {})
+    if KEY in wrappers:
+        wrappers[KEY] = wrappers.pop(KEY)
+
+
+def is_compiled(patcher) -> bool:
+    """True if torch.compile is on the model or on a part of it."""
+    wrappers = [patcher.wrappers, patcher.model_options["transformer_options"].get("wrappers", {})]
+    if any(COMPILE in kinds.get(WRAPPERS.APPLY_MODEL, {}) for kinds in wrappers):
+        return True
+    parts = [*patcher.object_patches.values(), *patcher.model.modules()]
+    return any(
+        isinstance(part, nn.Module) and ("_orig_mod" in part._modules or part._compiled_call_impl is not None)
+        for part in parts
+    )
+
+
+def before_run(patcher) -> None:
+    """ON_PRE_RUN: tells of a model that its guider does not wrap, such as the second one of a guider with two."""
+    for wrapper in patcher.get_wrappers(WRAPPERS.OUTER_SAMPLE, KEY):
+        if wrapper not in recorded.get():
+            text = f"{wrapper.path.name}: a run is not recorded, this model is not the main one of its guider"
+            log.warning("Q&C calibration: %s", text)
+            show(wrapper.node_id, text)
+
+
+def record_runs(patcher, recorder: RunRecorder):
+    """A clone of the model whose runs are recorded."""
+    recorder.check(patcher)
+    clone = patcher.clone()
+    replace_wrapper(clone, WRAPPERS.OUTER_SAMPLE, KEY, recorder)
+    replace_wrapper(clone, WRAPPERS.PREDICT_NOISE, KEY, predict_noise)
+    replace_wrapper(clone, WRAPPERS.CALC_COND_BATCH, KEY, calc_cond_batch)
+    replace_wrapper(clone, WRAPPERS.APPLY_MODEL, KEY, apply_model)
+    clone.remove_callbacks_with_key(PRE_RUN, KEY)
+    clone.add_callback_with_key(PRE_RUN, KEY, before_run)
+    return clone
+
+
+def without_recording(patcher):
+    """A clone of the model whose runs are not recorded, whatever was attached before."""
+    clone = patcher.clone()
+    for kind in (WRAPPERS.OUTER_SAMPLE, WRAPPERS.PREDICT_NOISE, WRAPPERS.CALC_COND_BATCH, WRAPPERS.APPLY_MODEL):
+        clone.remove_wrappers_with_key(kind, KEY)
+    clone.remove_callbacks_with_key(PRE_RUN, KEY)
+    return clone

@@ -1,0 +1,258 @@
+"""One run of somebody else's sampler, recorded while it goes by: layer inputs of chosen rows, calls that are held out,
+and the prediction of every step.
+
+Nothing is sampled twice and nothing is computed anew: statistics are gathered in the very calls that the sampler
+makes. What that costs is bounded in advance. At most one row in ten of the model calls is looked into, and of a sample
+at most TOKENS inputs of a layer, drawn at random, enter its sums; bounds are those of all its inputs. Nothing waits for
+a device before the run has ended, but for the calls that are held out.
+
+The host hands every model call to `called`, with the key of the network that it runs on. Clones of a model on several
+devices work in threads of their own: each has its own statistics, which add up at the end, and only the choice, a few
+integers, is shared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from threading import Lock
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..precision import is_out_of_memory
+from .calls import ModelCall
+from .choice import reduced
+from .layer_inputs import HELD_OUT_TOKENS, call_of, of_samples
+from .memory import StatisticsPlan, plan_statistics
+from .statistics import LayerStatistics, observed
+from .stream import Reservoir, Strata
+
+SPARSEST = 10  # at most one row in so many is looked into
+TOKENS = 1024  # inputs of a layer that one sample adds to its sums
+HELD_OUT_A_RUN = 2
+PROBES, PROBE_TOKENS, PROBE_WIDTH = 4, 256, 4096  # layers on which it is measured what a run adds
+Layers = Sequence[tuple[str, nn.Module]]
+
+
+@dataclass(frozen=True)
+class RecordingConfig:
+    """How many samples of a run are looked into, a sample being one row of a model call, and what is kept of them; as
+    in CalibrationConfig. A file that was begun with another `reset` is begun anew.
+    """
+
+    samples: int = 8
+    hessians: bool = True
+    memory_gb: float = 4.0
+    tokens: int = 4096
+    held_out: int = 8
+    reset: int = 0
+
+    def strata(self, rows: int) -> int:
+        """How many rows one is chosen of, in a run of so many."""
+        return min(max(-(-rows // self.samples), SPARSEST), max(rows, 1))
+
+    def plan(self, widths: Sequence[int]) -> StatisticsPlan:
+        """What each layer keeps. Raises ValueError where memory_gb is too little."""
+        tokens, held_out = self.tokens if self.hessians else 0, HELD_OUT_TOKENS if self.held_out else 0
+        aside = PROBES * PROBE_TOKENS * 2 * min(max(widths, default=0), PROBE_WIDTH)
+        return plan_statistics(widths, max(0, int(self.memory_gb * 2**30) - aside), tokens, held_out)
+
+
+@dataclass
+class LayerRecord:
+    """What is kept of one layer: sums, and inputs by what they are kept for."""
+
+    statistics: LayerStatistics
+    kept: dict[str, Reservoir]
+
+    @classmethod
+    def empty(cls, width: int, space: StatisticsPlan, probe: bool, device: torch.device | str = "cpu") -> LayerRecord:
+        capacities = {"inputs": space.inputs(width), "held_out": space.held_out, "probe": PROBE_TOKENS * probe}
+        kept = {kind: Reservoir.empty(rows, width, device) for kind, rows in capacities.items() if rows}
+        return cls(LayerStatistics.empty(width, space.hessian(width)), kept)
+
+    def fetch(self) -> None:
+        """Brings everything to the CPU."""
+        self.statistics.fetch()
+        for kept in self.kept.values():
+            kept.memory = kept.memory.cpu()
+
+    def merge(self, other: LayerRecord) -> None:
+        """Adds what another record of the layer holds, on the CPU as this one, as one pass over both would have."""
+        self.statistics.merge(other.statistics)
+        for kind, kept in other.kept.items():
+            if kind in self.kept:
+                self.kept[kind].add(kept.rows, kept.keys)
+            else:
+                self.kept[kind] = kept
+
+
+@dataclass
+class RunRecord:
+    """What one run gave: its layers by name, held-out calls with their keys, and the predictions by noise level."""
+
+    layers: dict[str, LayerRecord]
+    calls: list[tuple[float, ModelCall]] = field(default_factory=list)
+    predictions: list[tuple[float, Tensor]] = field(default_factory=list)
+    samples: int = 0
+
+
+class Draws:
+    """Which inputs of a model call are kept, at random: layers with as many inputs keep the same ones."""
+
+    def __init__(self, generator: torch.Generator):
+        self.generator = generator
+        self.made: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, x: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """At most `count` rows of x (M, K), and a key for each, float64 on the CPU."""
+        if (len(x), count) not in self.made:
+            order = torch.randperm(len(x), generator=self.generator)[:count]
+            keys = torch.rand(len(order), dtype=torch.float64, generator=self.generator)
+            self.made[len(x), count] = order.to(x.device), keys
+        order, keys = self.made[len(x), count]
+        return x[order], keys
+
+
+class Place:
+    """One network, on its device, and the records of its layers; only the thread of that device comes here."""
+
+    def __init__(self, layers: Layers, space: StatisticsPlan, device: torch.device, room: int, seed: int):
+        self.layers, self.space, self.device, self.room = layers, space, device, room
+        self.generator = torch.Generator().manual_seed(seed)
+        self.records: dict[str, LayerRecord] = {}
+        self.failed = False
+        self.probes = probes({name: width_of(layer) for name, layer in layers})
+
+    def record(self, name: str, width: int) -> LayerRecord:
+        if name not in self.records:
+            made = LayerRecord.empty(width, self.space, name in self.probes)
+            self.room -= made.statistics.settle(self.device, self.room)
+            for kept in made.kept.values():
+                if kept.memory.nbytes <= self.room:
+                    self.room -= kept.memory.nbytes
+                    kept.memory = kept.memory.to(self.device)
+            self.records[name] = made
+        return self.records[name]
+
+    def observer(self, batch: int, chosen: Tensor, apart: Tensor) -> Callable[[str, Tensor], None]:
+        """observe(name, inputs) of one model call."""
+        draws, draws_apart = Draws(self.generator), Draws(self.generator)
+
+        @torch.inference_mode()
+        def observe(name: str, inputs: Tensor) -> None:
+            if not inputs.numel() or self.failed:
+                return  # an expert to which no token went
+            try:
+                add(name, inputs)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                self.failed = True  # the image goes on without being recorded
+
+        def add(name: str, inputs: Tensor) -> None:
+            record = self.record(name, inputs.shape[-1])
+            if len(chosen):
+                x = of_samples(inputs, batch, chosen)
+                some, keys = draws(x, TOKENS * len(chosen))
+                record.statistics.update(some, x)
+                for kind in record.kept.keys() - {"held_out"}:
+                    record.kept[kind].add(some, keys)
+            if len(apart) and "held_out" in record.kept:
+                record.kept["held_out"].add(*draws_apart(of_samples(inputs, batch, apart), HELD_OUT_TOKENS))
+
+        return observe
+
+
+class Recorder:
+    """Records one run of `steps` steps. A seed makes its choices repeatable."""
+
+    def __init__(self, config: RecordingConfig, steps: int, seed: int | None = None):
+        self.config, self.steps = config, steps
+        self.generator = torch.Generator()
+        self.generator.manual_seed(self.generator.seed() if seed is None else seed)
+        self.lock = Lock()
+        self.places: dict[Hashable, Place] = {}
+        self.strata: Strata | None = None
+        self.calls: list[tuple[float, ModelCall]] = []
+        self.predictions: list[tuple[Tensor, Tensor]] = []
+        self.samples = 0
+
+    def expect(self, rows: int) -> None:
+        """A prediction evaluates so many rows: the images of a batch, each under every condition. The first counts."""
+        if self.strata is None and rows:
+            size, apart = self.config.strata(rows * self.steps), 0
+            if self.config.held_out:
+                apart = max(1, rows * self.steps // size // HELD_OUT_A_RUN)
+            self.strata = Strata(size, apart, self.generator)
+
+    def predicted(self, sigma: Tensor, denoised: Tensor) -> None:
+        """Notes a prediction (N, ...) at noise level sigma, on its device."""
+        self.predictions.append((sigma.detach().reshape(-1)[:1], reduced(denoised.detach()).flatten()))
+
+    def called(
+        self, network: Hashable, layers: Callable[[], Layers], room: Callable[[], int], call: Callable[[], Any],
+        x: Tensor, t: Tensor, conditions: Mapping[str, Any],
+    ) -> Any:  # fmt: skip
+        """What call() answers, a model call on x (N, ...) of a network, whose layers and room are asked for once."""
+        with self.lock:
+            self.expect(len(x))
+            chosen, apart = self.strata.take(len(x)) if self.strata is not None else ([], [])
+            if chosen or apart:
+                place = self.place(network, layers, x.device, room)
+                keys = torch.rand(len(apart), dtype=torch.float64, generator=self.generator).tolist()
+        if not chosen and not apart:
+            return call()
+        kept = [(key, call_of(row, x, t, conditions)) for key, row in zip(keys, apart)]
+        observe = place.observer(len(x), *(torch.tensor(rows, device=x.device).long() for rows in (chosen, apart)))
+        with observed(place.layers, observe):
+            out = call()
+        with self.lock:
+            self.samples += len(chosen)
+            self.calls += [(key, made) for key, made in kept if made is not None]
+        return out
+
+    def place(self, network: Hashable, layers: Callable[[], Layers], device: torch.device, room: Callable) -> Place:
+        if network not in self.places:
+            found = layers()
+            space = self.config.plan([width_of(layer) for _, layer in found])
+            seed = int(torch.randint(2**62, (), generator=self.generator))
+            self.places[network] = Place(found, space, device, room(), seed)
+        return self.places[network]
+
+    @torch.inference_mode()
+    def result(self) -> RunRecord:
+        """What was recorded, on the CPU; the recorder is empty afterwards. Raises ValueError where it is incomplete."""
+        if any(place.failed for place in self.places.values()):
+            raise ValueError("memory ran out while it was recorded; lower memory_gb")
+        layers: dict[str, LayerRecord] = {}
+        for place in self.places.values():
+            for name in list(place.records):
+                record = place.records.pop(name)
+                record.fetch()
+                if name in layers:
+                    layers[name].merge(record)
+                else:
+                    layers[name] = record
+        levels = torch.cat([sigma.cpu() for sigma, _ in self.predictions]).tolist() if self.predictions else []
+        predictions = [(level, values.cpu()) for level, (_, values) in zip(levels, self.predictions)]
+        found = RunRecord(layers, self.calls, predictions, self.samples)
+        self.close()
+        return found
+
+    def close(self) -> None:
+        """Frees what was recorded."""
+        self.places, self.calls, self.predictions, self.samples = {}, [], [], 0
+
+
+def width_of(layer: nn.Module) -> int:
+    width: int = layer.in_features  # type: ignore[assignment]
+    return width
+
+
+def probes(widths: Mapping[str, int]) -> set[str]:
+    """Layers, evenly over the network, on which it is measured what a run adds; wide ones would take too long."""
+    narrow = [name for name, width in widths.items() if width <= PROBE_WIDTH]
+    return {narrow[(2 * i + 1) * len(narrow) // (2 * PROBES)] for i in range(PROBES)} if narrow else set()

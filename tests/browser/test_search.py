@@ -1,0 +1,45 @@
+"""Whether users find the nodes by the words they look for, in the frontend's own search box."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.browser.frontend import chromium, open_frontend
+from tests.comfyui.checkouts import parameters
+from tests.comfyui.server import Server
+
+ROOT = Path(__file__).parents[2]
+CACHE, QUANTIZE = "QandC_ApplyCache", "QandC_Quantize"
+WORDS = {
+    "cache": CACHE, "faster": CACHE, "speed up": CACHE, "accelerate": CACHE, "skip steps": CACHE, "teacache": CACHE,
+    "spectrum": CACHE, "\u52a0\u901f": CACHE, "int8": QUANTIZE, "fp8": QUANTIZE, "int4": QUANTIZE,
+    "quantize": QUANTIZE, "smaller": QUANTIZE, "VRAM": QUANTIZE, "\u91cf\u5316": QUANTIZE,
+}  # fmt: skip
+# Stock nodes have these in their names: EasyCache, LazyCache, Flux KV Cache.
+IN_STOCK_NAMES = {"cache"}
+
+pytestmark = pytest.mark.skipif(chromium() is None, reason="no Chromium: install it, or set CHROMIUM to its path")
+
+
+@pytest.fixture(scope="module", params=parameters()[:1])
+def server(request, tmp_path_factory) -> Iterator[Server]:
+    with Server(request.param, tmp_path_factory.mktemp("search")) as running:
+        yield running
+
+
+@pytest.mark.parametrize("locale", ["en", "zh"])
+def test_words_that_users_look_for_find_the_node_among_the_first(server, locale):
+    names = json.loads((ROOT / "locales" / locale / "nodeDefs.json").read_text(encoding="utf-8"))
+    with open_frontend(server.address, 1280, 800, locale) as frontend:
+        found = frontend.search(*WORDS)
+    missed = {
+        word: found[word][:5]
+        for word, node in WORDS.items()
+        for first in [5 if word in IN_STOCK_NAMES else 3]
+        if not any(text.startswith(names[node]["display_name"]) for text in found[word][:first])
+    }
+    assert not missed
