@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 BLUE, GREEN, AMBER, VIOLET = "#3f789e", "#4a8a5a", "#b08a3c", "#7a5a9e"
@@ -10,8 +10,20 @@ Node = dict[str, Any]
 
 
 @dataclass(frozen=True)
+class Subgraph:
+    """`members` become one node; `promoted` are their widgets, of a node and a name, that it shows."""
+
+    title: str
+    members: list[str]
+    promoted: list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
 class Template:
-    """`columns` lists node keys from left to right, top to bottom; `models` says where a loader's file comes from."""
+    """`columns` lists node keys from left to right, top to bottom, "subgraph" among them where there is one.
+
+    `models` says where the files of loaders come from.
+    """
 
     name: str
     nodes: dict[str, Node]
@@ -19,9 +31,11 @@ class Template:
     groups: list[dict[str, Any]]
     models: dict[str, dict[str, str]] = field(default_factory=dict)
     runs_here: bool = True
+    subgraph: Subgraph | None = None
 
     def spec(self) -> dict[str, Any]:
-        return {"nodes": self.nodes, "columns": self.columns, "groups": self.groups}
+        inner = asdict(self.subgraph) if self.subgraph else None
+        return {"nodes": self.nodes, "columns": self.columns, "groups": self.groups, "subgraph": inner}
 
     def files(self) -> list[tuple[str, str]]:
         return [(model["directory"], model["name"]) for model in self.models.values()]
