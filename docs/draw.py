@@ -23,19 +23,6 @@ MODEL, CONDITIONING, LATENT, IMAGE, OURS = "#b39ddb", "#ffa931", "#ff9cf9", "#64
 LEFT, RIGHT = 58, 162
 FULL, HALF_LEFT, HALF_RIGHT = (6, 214), (6, 106), (114, 214)
 
-# Stock nodes in Chinese, as ComfyUI's own frontend names them.
-CHINESE = {
-    "Load Diffusion Model": "UNet加载器",
-    "KSampler": "K采样器",
-    "any sampler": "任意采样器",
-    "VAE Decode": "VAE解码",
-    "Save Model": "保存模型",
-    "Save Image": "保存图像",
-    "CLIP Text Encode": "CLIP文本编码",
-    "reference run": "参考运行",
-    "run to judge": "待评运行",
-}
-
 
 @dataclass(frozen=True)
 class Box:
@@ -227,12 +214,16 @@ def banner() -> str:
 
 
 def chinese() -> dict[str, str]:
-    """Names of nodes in Chinese, ours without the part in brackets."""
+    """Names of nodes in Chinese: stock nodes as ComfyUI's frontend has them, ours without the part in brackets."""
+    stock = json.loads((ROOT / "docs" / "stock_nodes.zh.json").read_text(encoding="utf-8"))
     both = [
         json.loads((ROOT / "locales" / code / "nodeDefs.json").read_text(encoding="utf-8")) for code in ("en", "zh")
     ]
-    ours = {both[0][key]["display_name"].split(" (")[0]: both[1][key]["display_name"].split("（")[0] for key in both[0]}
-    return {**CHINESE, **ours}
+    ours = {
+        both[0][key]["display_name"].split(" (")[0]: both[1][key]["display_name"].split(chr(0xFF08))[0]
+        for key in both[0]
+    }
+    return {**stock, **ours}
 
 
 def pictures() -> dict[Path, str]:

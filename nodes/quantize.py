@@ -8,8 +8,10 @@ from ..qandc_core.quantization.formats import ALL
 from ..qandc_core.quantization.model import QuantizationConfig
 from . import schema
 from .comfyui.pictures import report_picture, to_image
+from .comfyui.quantize.names import file_prefix
 from .comfyui.quantize.native import NativeSettings, ignored_patterns, quantize_native
 from .comfyui.quantize.paper import quantized_patcher
+from .comfyui.status import show
 
 BITS = {format.name: (format.weight_bits, 8) for format in ALL}
 METHODS = ("native", "paper")
@@ -23,11 +25,12 @@ class Quantize(io.ComfyNode):
             node_id="QandC_Quantize",
             display_name="Quantize (INT8, INT4)",
             category=schema.CATEGORY,
-            description="Makes an integer copy of any diffusion model: 8- or 4-bit weights, 8-bit activations, chosen "
-            "by what TAP Calibrate saw. What was attached, such as a cache, stays on. Save it with the stock node "
-            "ModelSave: ComfyUI loads the file without this pack.",
+            description="Makes an integer copy of any diffusion model: 8 bits or fewer for weights, 8 for activations, "
+            "chosen by what TAP Calibrate saw. What was attached, such as a cache, stays on. Save it with the stock "
+            "node ModelSave: ComfyUI loads the file without this pack.",
             search_aliases=[
-                "int8", "int4", "fp8", "quantize", "quantization", "smaller", "compress", "vram", "w8a8", "w4a8",
+                "int8", "int4", "fp8", "quantize", "quantization", "smaller", "compress", "vram",
+                *(format.name.lower() for format in ALL),
                 "convrot", "gptq", "ptq", "convert", "faster", "speed up", "accelerate",
                 "\u91cf\u5316", "\u663e\u5b58", "\u538b\u7f29", "\u52a0\u901f",  # quantize, VRAM, compress, speed up
             ],
@@ -39,7 +42,7 @@ class Quantize(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "format", options=list(BITS), default="W8A8",
-                    tooltip="Bits of weights and activations. W4A8 halves the size again and costs more quality.",
+                    tooltip="Bits of weights and activations. Fewer make the model smaller and cost more quality.",
                 ),
                 io.Combo.Input(
                     "method", options=list(METHODS), default=METHODS[0],
@@ -48,7 +51,8 @@ class Quantize(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "max_layer_error", default=0.1, min=0.0, max=1.0, step=0.01, round=0.001,
-                    tooltip="Layers with a larger relative error get a finer format (W8A8, then none). 0 is no limit.",
+                    tooltip="Layers with a larger relative error get the next finer format, in the end none. "
+                    "0 is no limit.",
                 ),
                 io.Int.Input(
                     "max_size_mb", default=0, min=0, max=2**20, advanced=True,
@@ -74,31 +78,49 @@ class Quantize(io.ComfyNode):
                     tooltip="Layers outside the transformer blocks to quantize too: parts of their names, separated by "
                     "commas. Embedders, timestep, label and caption layers and the last layer stay otherwise.",
                 ),
+                io.Float.Input(
+                    "max_model_error", default=0.0, min=0.0, max=1.0, step=0.005, round=0.001, optional=True,
+                    tooltip="As small as possible within this relative error of the whole model, such as 0.02: layers "
+                    "start in the format above, and those that cost the model most get finer ones. Measured on the "
+                    "calibration's held-out samples. 0 is no limit.",
+                ),
             ],
-            outputs=[io.Model.Output(tooltip="The quantized model.")],
+            outputs=[
+                io.Model.Output(tooltip="The quantized model."),
+                io.String.Output(
+                    "filename_prefix", display_name="filename_prefix",
+                    tooltip="Model, format and date, for ModelSave's input of this name.",
+                ),
+            ],
+            hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod
     def execute(
         cls, model: io.Model.Type, format: str, method: str, max_layer_error: float, max_size_mb: int, skip: str,
         loras: str, rounding: str, calibration: Calibration | None = None, include: str = "",
+        max_model_error: float = 0.0,
     ) -> io.NodeOutput:  # fmt: skip
+        node_id = cls.hidden.unique_id if cls.hidden else None
         if method == "paper":
             config = QuantizationConfig(rounding="nearest" if rounding == "auto" else rounding)
             quantized, text = quantized_patcher(model, *BITS[format], calibration, config)
-            return io.NodeOutput(quantized, ui=ui.PreviewText(text))
+            show(node_id, text)
+            return io.NodeOutput(quantized, file_prefix(model, format), ui=ui.PreviewText(text))
         settings = NativeSettings(
             format,
             rounding,
-            Budget(max_layer_error or None, max_size_mb * 2**20 or None),
+            Budget(max_layer_error or None, max_size_mb * 2**20 or None, max_model_error or None),
             parts(skip),
             LORAS[loras],
             parts(include),
         )
         ignored = "".join(f"\n\nWarning: {sentence}." for sentence in ignored_patterns(model, settings))
-        quantized, report = quantize_native(model, settings, calibration)
+        quantized, report = quantize_native(model, settings, calibration, node_id)
+        show(node_id, f"{report.headline()}{ignored}")
+        text = f"{report.summary()}{ignored}\n\n{report.table()}"
         shown = ui.PreviewImage(to_image(report_picture(report)), cls=cls).as_dict()
-        return io.NodeOutput(quantized, ui={**shown, "text": (f"{report.summary()}{ignored}\n\n{report.table()}",)})
+        return io.NodeOutput(quantized, file_prefix(model, format), ui={**shown, "text": (text,)})
 
 
 def parts(text: str) -> tuple[str, ...]:

@@ -44,7 +44,7 @@ class TAPCalibrate(io.ComfyNode):
                 *schema.conditioning(optional=True),
                 schema.latent("An empty latent of the size to calibrate for; its batch size does not matter.", True),
                 io.Combo.Input(
-                    "file", options=calibration_files(), default=NEW,
+                    "file", options=calibration_files("statistics"), default=NEW,
                     tooltip="new calibrates, or finds the file that was made of the same inputs; or take a calibration "
                     "from output/qandc.",
                 ),
@@ -84,7 +84,7 @@ class TAPCalibrate(io.ComfyNode):
                 ),
                 io.String.Input(
                     "filename_prefix", default="calibration", advanced=True,
-                    tooltip="New files are named with this and a number.",
+                    tooltip="New files are named with this, the model, the date and a number.",
                 ),
                 io.Float.Input(
                     "memory_gb", default=4.0, min=0.1, max=1024.0, step=0.1, optional=True,
@@ -140,7 +140,7 @@ class TAPCalibrate(io.ComfyNode):
             found,
             notes={**describe(model, settings, plan), "inputs": inputs.hex, "distances": found.notes["distances"]},
         )
-        path = save_new(calibration.save, filename_prefix, file)
+        path = save_new(calibration.save, filename_prefix, file, model)
         if partial is not None:
             partial.unlink(missing_ok=True)
         log.info("Calibration saved: %s", path)

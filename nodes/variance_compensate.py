@@ -45,7 +45,7 @@ class VarianceCompensate(io.ComfyNode):
                 *schema.conditioning(optional=True),
                 schema.latent("An empty latent of the size to fit for; its batch size does not matter.", True),
                 io.Combo.Input(
-                    "file", options=calibration_files(), default=NEW,
+                    "file", options=calibration_files("variance"), default=NEW,
                     tooltip="new fits; or take a compensation fitted before, from output/qandc.",
                 ),
                 io.Int.Input(
@@ -71,7 +71,7 @@ class VarianceCompensate(io.ComfyNode):
                 ),
                 io.String.Input(
                     "filename_prefix", default="compensation", advanced=True,
-                    tooltip="New files are named with this and a number.",
+                    tooltip="New files are named with this, the model, the date and a number.",
                 ),
             ],
             outputs=[io.Model.Output(tooltip="The accelerated model, corrected at every step.")],
@@ -118,7 +118,7 @@ class VarianceCompensate(io.ComfyNode):
         )  # fmt: skip
         made = {**settings.describe(), "pairs": pairs, "accelerated": fingerprint_of(model), **fitted.notes()}
         calibration = Calibration(fingerprint_of(reference), variance=variance, notes={**made, "inputs": inputs})
-        path = save_new(calibration.save, filename_prefix, file)
+        path = save_new(calibration.save, filename_prefix, file, reference)
         log.info("Variance compensation saved: %s", path)
         return io.NodeOutput(attach_compensation(model, variance, fitted))
 

@@ -71,7 +71,7 @@ def native(study: Study, format: str, rounding: str, corrected: bool, calibratio
 
 def paper(study: Study, format: str, calibration) -> tuple[Any, dict[str, float]]:
     """The same of the method paper."""
-    model, native = (study.host.module(f"nodes.comfyui.{name}") for name in ("quantize.paper", "quantize.native"))
+    model = study.host.module("nodes.comfyui.quantize.paper")
     config = study.host.module("qandc_core.quantization.model").QuantizationConfig()
     patcher, _ = model.quantized_patcher(study.cached, int(format[1]), 8, calibration, config)
     relative_error = study.host.module("qandc_core.numerics").relative_error
@@ -80,8 +80,8 @@ def paper(study: Study, format: str, calibration) -> tuple[Any, dict[str, float]
         x = inputs.float()
         true = source.get_submodule(name)(x)
         errors.append(relative_error(patcher.model.diffusion_model.get_submodule(name)(x), true))
-    progress = study.host.module("nodes.comfyui.sampling").Progress(patcher, 2 * len(study.calls))
-    error = native.model_error(study.cached, patcher, study.calls, progress)
+    judge = study.host.module("nodes.comfyui.quantize.judge").Judge(study.cached, study.calls, lambda: None)
+    error = judge.of_model(patcher)
     return patcher, {"layers": sum(errors) / len(errors), "model": error[0]}
 
 

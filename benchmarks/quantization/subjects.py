@@ -54,15 +54,16 @@ class Study:
         return replace(calibration, statistics=statistics, held_out=self.calls)
 
 
-def studies(host: Host, flow: str, reuse: str = "automatic") -> dict[str, Study]:
+def studies(host: Host, flow: str, reuse: str = "automatic", only: str = "") -> dict[str, Study]:
     import comfy.utils
 
     comfy.utils.PROGRESS_BAR_ENABLED = False
     subjects = {
-        "built-in, ddim, 50 steps": fidelity.built_in(host, "ddim"),
-        "flow, euler, 30 steps": fidelity.flow(host, flow, "euler", 30),
+        "built-in, ddim, 50 steps": lambda: fidelity.built_in(host, "ddim"),
+        "flow, euler, 30 steps": lambda: fidelity.flow(host, flow, "euler", 30),
     }
+    found = {name: make() for name, make in subjects.items() if only in name}
     return {
         name: Study(host, subject, fidelity.ours(host, subject.patcher, reuse, 1, INTERVAL))
-        for name, subject in subjects.items()
+        for name, subject in found.items()
     }

@@ -141,7 +141,8 @@ def mark_quantizable(gemms: Iterable[Gemm], config: DiTConfig) -> tuple[Gemm, ..
 
 def stored_format(gemm: Gemm, format: str) -> Format | None:
     """The layer's format; None where it stays float."""
-    return fitting(BY_NAME.get(format), gemm.columns, gemm.inner) if gemm.quantizable else None
+    able = fitting(BY_NAME[format], gemm.columns, gemm.inner) if format in BY_NAME and gemm.quantizable else ()
+    return able[0] if able else None
 
 
 def float_format(format: str, rest: str) -> str:

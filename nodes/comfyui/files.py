@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import folder_paths
 
 from ...qandc_core.calibration import folder as shared
+from .quantize.names import model_name
 
 NEW = "new"
 
@@ -17,9 +19,9 @@ def calibration_folder() -> Path:
     return Path(folder_paths.get_output_directory(), "qandc")
 
 
-def calibration_files() -> list[str]:
-    """The choice `new`, then the files there are."""
-    return [NEW, *shared.listed(calibration_folder())]
+def calibration_files(section: str = "") -> list[str]:
+    """The choice `new`, then the files with the section, statistics or variance, or all."""
+    return [NEW, *shared.listed(calibration_folder(), section)]
 
 
 def calibration_path(name: str) -> Path:
@@ -39,9 +41,12 @@ def made_before(prefix: str, inputs: str) -> Path | None:
     return shared.made_before(calibration_folder(), prefix, inputs)
 
 
-def save_new(save: Callable[[Path], object], prefix: str, name: str = NEW) -> Path:
-    """Saves under the name asked for or the prefix's next number, whichever no file has, and returns the path."""
-    return shared.save_new(calibration_folder(), save, prefix, None if name == NEW else name)
+def save_new(save: Callable[[Path], object], prefix: str, name: str = NEW, of=None) -> Path:
+    """Saves under the name asked for, else under the prefix, the model `of` which it is, the date and the next number,
+    whichever no file has, and returns the path.
+    """
+    dated = prefix if of is None else f"{prefix}_{model_name(of)}_{time.strftime('%Y-%m-%d')}"
+    return shared.save_new(calibration_folder(), save, dated, None if name == NEW else name)
 
 
 def check_writable() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import folder_paths
@@ -16,7 +17,7 @@ from ...qandc_core.quantization.report import QuantizationReport
 
 PAPER, INK = (250, 250, 252), (32, 36, 44)
 BLUE, ORANGE, GRAY = (38, 110, 190), (214, 126, 40), (150, 150, 156)
-PALETTE = (BLUE, ORANGE, (60, 150, 90), (150, 80, 170))
+PALETTE = (BLUE, (60, 150, 90), ORANGE, (150, 80, 170))
 COLORS = {**{format.name: color for format, color in zip(ALL, PALETTE)}, "float": GRAY}
 
 
@@ -34,20 +35,34 @@ def error_bars(errors: dict[str, float], measure: str = "relative weight error")
 
 
 def report_picture(report: QuantizationReport) -> Image.Image:
-    """Picture of a quantization: the error of every layer in the colour of its format, and the report in words."""
-    width, bars, line, font = 560, 200, 19, ImageFont.load_default(14)
-    lines = report.summary().split("; ")
-    picture = Image.new("RGB", (width, bars + line * (len(lines) + 1)), PAPER)
+    """Picture of a quantization: the error of every layer in the color of its format, and the report in words.
+
+    As wide as a node is on the canvas, so that its text is read at the size that it has here.
+    """
+    width, bars, line, font = 400, 120, 21, ImageFont.load_default(16)
+    lines = [part for text in report.headline().split("\n") for part in wrapped(text, width - 16, font)]
+    picture = Image.new("RGB", (width, bars + line * len(lines) + 16), PAPER)
     draw, highest = ImageDraw.Draw(picture), report.worst.error or 1.0
     for i, layer in enumerate(report.layers):
         left, right = (8 + (width - 16) * j // len(report.layers) for j in (i, i + 1))
         top = bars - max(2, round((bars - 12) * layer.error / highest))
-        color = COLORS.get(layer.format, GRAY)
-        draw.rectangle((left, top, max(left, right - 2), bars), fill=color)
+        draw.rectangle((left, top, max(left, right - 2), bars), fill=COLORS.get(layer.format, GRAY))
     for i, text in enumerate(lines):
-        color = COLORS[report.format] if i == 0 else INK
-        draw.text((8, bars + 8 + line * i), text, color, font)
+        draw.text((8, bars + 8 + line * i), text, INK, font)
     return picture
+
+
+def wrapped(text: str, width: int, font) -> list[str]:
+    """Lines of the text, broken between words and, where one is too long, after a dot of it."""
+    lines = [""]
+    for word in text.split(" "):
+        for number, part in enumerate(re.findall(r"[^.]*\.?", word) if font.getlength(word) > width else [word]):
+            joined = lines[-1] + (" " if number == 0 and lines[-1] else "") + part
+            if font.getlength(joined) <= width:
+                lines[-1] = joined
+            else:
+                lines.append(part)
+    return [line for line in lines if line]
 
 
 def to_image(figure: Image.Image) -> Tensor:

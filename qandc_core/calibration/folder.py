@@ -12,9 +12,10 @@ import unicodedata
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from ..files import is_file_name, is_portable
 from .file import read_header
@@ -23,12 +24,29 @@ SUFFIX = ".safetensors"
 LONGEST = 128  # bytes of a prefix; a number and the endings come after it, and file systems allow 255
 
 
-def listed(folder: Path) -> list[str]:
-    """Names of the calibration files there are."""
+def listed(folder: Path, section: str = "") -> list[str]:
+    """Names of the calibration files there are: those with this section, and those that do not say what they hold."""
     try:
-        return sorted(path.name for path in folder.iterdir() if is_listed(path.name) and path.is_file())
+        found = sorted(path for path in folder.iterdir() if is_listed(path.name) and path.is_file())
+        return [path.name for path in found if not section or holds(path, section)]
     except OSError:  # no folder, or one that cannot be read
         return []
+
+
+def holds(path: Path, section: str) -> bool:
+    state = path.stat()
+    sections = sections_of(path, state.st_mtime_ns, state.st_size)
+    return not sections or section in sections
+
+
+@lru_cache(maxsize=4096)
+def sections_of(path: Path, changed: int, size: int) -> frozenset[str]:
+    """Sections of the file as it was then; none where it cannot be read."""
+    try:
+        with safe_open(path, "pt") as file:
+            return frozenset(key.partition("/")[0] for key in file.keys() if "/" in key)
+    except (OSError, SafetensorError):
+        return frozenset()
 
 
 def is_listed(name: str) -> bool:
@@ -43,8 +61,8 @@ def named(folder: Path, name: str) -> Path:
 
 
 def made_before(folder: Path, prefix: str, inputs: str) -> Path | None:
-    """The newest numbered file of this prefix that was made of inputs with this digest."""
-    pattern = re.compile(re.escape(stem_of(prefix)) + r"_\d{5,}\.safetensors")
+    """The newest numbered file of this prefix that was made of inputs with this digest, whatever it is of."""
+    pattern = re.compile(re.escape(stem_of(prefix)) + r"(_.+)?_\d{5,}\.safetensors")
     for name in reversed(listed(folder)):
         if pattern.fullmatch(name):
             path = folder / name

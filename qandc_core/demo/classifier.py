@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,25 +21,25 @@ FEATURES = 64
 
 
 class DigitsClassifier(nn.Module):
-    """Digits (N, 3, 32, 32) in [-1, 1] -> features (N, 64) and logits (N, 10)."""
+    """Digits (N, 3, 32, 32) in [-1, 1] -> features (N, 64) and logits (N, 10); `operations` as for the DiT."""
 
-    def __init__(self) -> None:
+    def __init__(self, operations: Any = nn) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            nn.Conv2d(3, 32, 3, padding=1),
+            operations.Conv2d(3, 32, 3, padding=1),
             nn.ReLU(),
-            nn.Conv2d(32, 32, 3, padding=1),
+            operations.Conv2d(32, 32, 3, padding=1),
             nn.ReLU(),
             nn.MaxPool2d(2),
-            nn.Conv2d(32, 64, 3, padding=1),
+            operations.Conv2d(32, 64, 3, padding=1),
             nn.ReLU(),
-            nn.Conv2d(64, 64, 3, padding=1),
+            operations.Conv2d(64, 64, 3, padding=1),
             nn.ReLU(),
             nn.MaxPool2d(2),
             nn.Flatten(),
-            nn.Linear(64 * 8 * 8, FEATURES),
+            operations.Linear(64 * 8 * 8, FEATURES),
         )
-        self.head = nn.Linear(FEATURES, 10)
+        self.head = operations.Linear(FEATURES, 10)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         features = self.body(x)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -77,9 +78,10 @@ class BasicConv2d(nn.Module):
         stride: int = 1,
         padding: int | str = "same",
         divisor: int = 1,
+        operations: Any = nn,
     ):
         super().__init__()
-        self.conv = nn.Conv2d(c_in // divisor, c_out // divisor, kernel, stride, padding, bias=False)
+        self.conv = operations.Conv2d(c_in // divisor, c_out // divisor, kernel, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(c_out // divisor, eps=1e-3)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -182,11 +184,14 @@ class InceptionE(nn.Module):
 
 
 class Inception(nn.Module):
-    """InceptionV3 of FID. `divisor` (1, 2, 4, 8 or 16) thins every layer, for tests; 1008 classes stay."""
+    """InceptionV3 of FID. `divisor` (1, 2, 4, 8 or 16) thins every layer, for tests; 1008 classes stay.
 
-    def __init__(self, divisor: int = 1, preprocess: Preprocess = preprocess_pytorch_fid):
+    `operations` holds the classes of its layers, as for the DiT.
+    """
+
+    def __init__(self, divisor: int = 1, preprocess: Preprocess = preprocess_pytorch_fid, operations: Any = nn):
         super().__init__()
-        conv = partial(BasicConv2d, divisor=divisor)
+        conv = partial(BasicConv2d, divisor=divisor, operations=operations)
         self.preprocess = preprocess
         self.Conv2d_1a_3x3 = conv(3 * divisor, STEM_CHANNELS, 3, stride=2, padding=0)
         self.Conv2d_2a_3x3 = conv(32, 32, 3, padding=0)
@@ -205,7 +210,7 @@ class Inception(nn.Module):
         self.Mixed_7b = InceptionE(1280, average_pool, conv)
         # The graph takes the maximum here, against the paper; FID keeps the quirk.
         self.Mixed_7c = InceptionE(2048, partial(F.max_pool2d, kernel_size=3, stride=1, padding=1), conv)
-        self.fc = nn.Linear(2048 // divisor, CLASSES)
+        self.fc = operations.Linear(2048 // divisor, CLASSES)
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> InceptionFeatures:

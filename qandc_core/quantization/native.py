@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..numerics import ratio
 from ..precision import widest_float
-from .formats import BY_NAME, Format, fitting, stored_format
+from .formats import BY_NAME, Format, check_available, fitting, stored_format
 from .grids import dequantize as grid_values
 from .grids import quantize, token_grid
 from .rotation import rotate, rotate_hessian, rotation_group
@@ -85,10 +85,11 @@ def rounded_layer(
 ) -> NativeLayer | None:
     """quantize_weight without its limit on the error."""
     wanted, (outputs, inputs) = BY_NAME[config.format], weight.shape
-    wanted.check_available()
-    format = fitting(wanted, outputs, inputs)
-    if format is None:
+    check_available(wanted)
+    able = fitting(wanted, outputs, inputs)
+    if not able:
         return None
+    format = able[0]
     weight = weight.detach().float()
     if not torch.isfinite(weight).all():
         raise ValueError(f"The weight of {name} holds values that are not finite; the checkpoint is damaged.")

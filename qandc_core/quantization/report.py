@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .budget import FLOAT
@@ -28,7 +28,8 @@ class QuantizationReport:
     """A model's layers in the format asked for, `seconds` that it took and the `backend` that multiplies.
 
     `model_error` is the mean relative error of the whole model's prediction, its standard error (NaN of one call) and
-    the number of held-out calls; None without any.
+    the number of held-out calls; None without any. `sources` counts layers that were packed before, by their format:
+    all errors are against what those decode to.
     """
 
     format: str
@@ -36,6 +37,7 @@ class QuantizationReport:
     seconds: float
     backend: str
     model_error: tuple[float, float, int] | None = None
+    sources: dict[str, int] = field(default_factory=dict)
 
     @property
     def size_before(self) -> int:
@@ -56,6 +58,21 @@ class QuantizationReport:
     def worst(self) -> LayerReport:
         return max(self.layers, key=lambda layer: layer.error)
 
+    def headline(self) -> str:
+        """What a person asks first: sizes, error, the worst layer and what multiplies."""
+        if self.model_error is not None:
+            error = f"{percent(self.model_error[0])} error of the model"
+        else:
+            error = (
+                f"{percent(sum(layer.error for layer in self.layers) / len(self.layers))} error of a layer on average"
+            )
+        counts = ", ".join(f"{count} {format}" for format, count in self.counts.items())
+        return (
+            f"{sizes(self.size_before, self.size_after)}, {error}\n{counts} layers\n"
+            f"worst layer {self.worst.name}, {percent(self.worst.error)}\nkernels: {self.backend}"
+            + "".join(f"\n{words}" for words in self.source_words())
+        )
+
     def summary(self) -> str:
         first, *others = (f"{count} {format}" for format, count in self.counts.items())
         number, format = first.split()
@@ -64,6 +81,7 @@ class QuantizationReport:
             ", ".join([f"{number} {noun} {format}", *others]),
             sizes(self.size_before, self.size_after),
             *self.model_error_words(),
+            *self.source_words(),
             f"worst layer {self.worst.name} {self.worst.error:.2g}",
             f"{self.seconds:.0f} s",
             f"multiplied by {self.backend}",
@@ -76,6 +94,12 @@ class QuantizationReport:
         mean, spread, calls = self.model_error
         within = "" if math.isnan(spread) else f" +- {spread:.1g}"
         return [f"error of the whole model {mean:.2g}{within} on {calls} held-out sample{'s' if calls != 1 else ''}"]
+
+    def source_words(self) -> list[str]:
+        if not self.sources:
+            return []
+        before = ", ".join(f"{count} {format}" for format, count in self.sources.items())
+        return [f"from layers in {before}, which errors are against: what those lost before comes on top"]
 
     def table(self, worst: int = 10) -> str:
         """Markdown: the layers with the largest errors."""
@@ -96,6 +120,10 @@ class QuantizationReport:
         error = values["model_error"]
         layers = [LayerReport(**layer) for layer in values["layers"]]
         return cls(**{**values, "layers": layers, "model_error": None if error is None else tuple(error)})
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.2g} %"
 
 
 def sizes(before: int, after: int) -> str:

@@ -69,11 +69,14 @@ def missing_modules(python: str) -> str:
 
 
 def parameters(old: bool = False) -> list:
-    """A pytest parameter for every checkout the nodes support, or for every `old` one; skips say what is lacking."""
+    """A pytest parameter for every checkout the nodes support, or for every `old` one; skips say what is lacking.
+
+    With $COMFYUI_REQUIRED, as in CI, a supported checkout that is lacking or cannot start is an error.
+    """
     wanted = [name for name in os.environ.get("QANDC_COMFYUI_VERSIONS", "").split(",") if name]
     chosen = [c for c in checkouts() if (c.version < FLOOR) == old and (not wanted or c.name in wanted)]
     if not chosen:
-        return [skipped(None, no_checkout(old, wanted), "none")]
+        return [skipped(None, no_checkout(old, wanted), "none", required() and not old)]
     return [parameter(checkout) for checkout in chosen]
 
 
@@ -93,9 +96,15 @@ def parameter(checkout: Checkout):
     missing = missing_modules(checkout.python)
     if missing:
         reason = f"ComfyUI {checkout.name} cannot import its requirements: {checkout.python} lacks {missing}"
-        return skipped(checkout, reason, checkout.name)
+        return skipped(checkout, reason, checkout.name, required())
     return pytest.param(checkout, id=checkout.name)
 
 
-def skipped(checkout: Checkout | None, reason: str, name: str):
+def required() -> bool:
+    return bool(os.environ.get("COMFYUI_REQUIRED"))
+
+
+def skipped(checkout: Checkout | None, reason: str, name: str, needed: bool):
+    if needed:
+        raise pytest.UsageError(reason)
     return pytest.param(checkout, marks=pytest.mark.skip(reason=reason), id=name)

@@ -19,10 +19,12 @@ def install_pack(base: Path) -> None:
     (base / "custom_nodes" / "ComfyUI-QandC").symlink_to(REPOSITORY, target_is_directory=True)
 
 
-def run_program(checkout: Checkout, name: str, base: Path) -> dict:
-    """What the program printed: check -> value."""
+def run_program(checkout: Checkout, name: str, base: Path, kitchen: Path | None = None) -> dict:
+    """What the program printed: check -> value. `kitchen` holds a comfy-kitchen to run with instead of the Python's."""
     command = [checkout.python, str(PROGRAMS / f"{name}.py"), str(checkout.path), str(base)]
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    if kitchen is not None:
+        environment["PYTHONPATH"] = str(kitchen)
     done = subprocess.run(command, cwd=base, env=environment, capture_output=True, text=True, timeout=900)
     results = [line for line in done.stdout.splitlines() if line.startswith("RESULTS ")]
     assert done.returncode == 0 and results, done.stderr[-4000:]

@@ -168,14 +168,6 @@ def quantized_twice():
     return graph
 
 
-@bad_input("QandC_TAPCalibrate", "quantized already", "full precision")
-def calibrating_a_quantized_model():
-    graph = Graph()
-    model = graph.load()
-    graph.picture(graph.quantize(model, graph.calibrate(graph.quantize(model))))
-    return graph
-
-
 @bad_input("QandC_Quantize", "gptq", "hessians")
 def gptq_without_hessians():
     graph = Graph()

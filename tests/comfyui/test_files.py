@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from .prompts import Graph
@@ -32,16 +35,21 @@ def compensated(**inputs) -> tuple[Graph, str, str]:
 CHAINS = pytest.mark.parametrize("chain", [calibrated, compensated])
 
 
+def numbered(server, prefix: str) -> list[Path]:
+    """The files of a prefix, by number: their names say the model and the date too."""
+    return sorted(server.calibrations.glob(f"{prefix}_*_*-*-*_0000?.safetensors"))
+
+
 @CHAINS
 def test_a_file_is_kept_listed_and_used_again_without_sampling(server, chain):
-    name = f"kept_{chain.__name__}_00001.safetensors"
     graph, node, picture = chain(filename_prefix=f"kept_{chain.__name__}")
     made = server.succeed(graph)
     assert made.progress[node]
-    assert (server.calibrations / name).is_file()
+    ((name, path),) = ((path.name, path) for path in numbered(server, f"kept_{chain.__name__}"))
+    assert re.fullmatch(rf"kept_{chain.__name__}_demo_\d{{4}}-\d\d-\d\d_00001\.safetensors", name) and path.is_file()
     assert not list(server.calibrations.glob("*.tmp"))
-    for listing in ("QandC_TAPCalibrate", "QandC_VarianceCompensate"):
-        assert name in choices(server, listing, "file")
+    for listing, own in (("QandC_TAPCalibrate", calibrated), ("QandC_VarianceCompensate", compensated)):
+        assert (name in choices(server, listing, "file")) is (chain is own)
     picked, node, same = chain(file=name, wired=False)
     used = server.succeed(picked)
     assert node in used.executed and not used.progress[node]
@@ -54,16 +62,16 @@ def test_the_same_inputs_give_the_same_file_and_others_a_number_of_their_own(ser
     prefix = f"numbered_{chain.__name__}"
     graph, node, picture = chain(filename_prefix=prefix)
     made = server.succeed(graph)
-    first = (server.calibrations / f"{prefix}_00001.safetensors").read_bytes()
+    (made_first,) = numbered(server, prefix)
+    first = made_first.read_bytes()
     server.free_memory()
     again = server.succeed(graph)
     assert node in again.executed and not again.progress[node]
     assert server.saved(again, picture) == server.saved(made, picture)
-    assert not (server.calibrations / f"{prefix}_00002.safetensors").exists()
+    assert numbered(server, prefix) == [made_first]
     other, _, _ = chain(filename_prefix=prefix, calibration_seed=77)
     server.succeed(other)
-    assert (server.calibrations / f"{prefix}_00002.safetensors").is_file()
-    assert (server.calibrations / f"{prefix}_00001.safetensors").read_bytes() == first
+    assert len(numbered(server, prefix)) == 2 and made_first.read_bytes() == first
 
 
 @CHAINS
@@ -71,7 +79,7 @@ def test_a_prefix_cannot_leave_the_folder(server, chain):
     graph, _, _ = chain(filename_prefix=f"../../out of {chain.__name__}")
     server.succeed(graph)
     assert not list(server.base.rglob("out of *"))
-    assert list(server.calibrations.glob(f"*out_of_{chain.__name__}_00001.safetensors"))
+    assert list(server.calibrations.glob(f"*out_of_{chain.__name__}_*_00001.safetensors"))
 
 
 @CHAINS

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from .checkouts import is_wanted_in_full
@@ -48,6 +50,25 @@ def test_patterns_that_match_nothing_are_named(found):
     more = result["/time_in,imgin"]
     assert set(more["names"]) - set(plain["names"]) == {"time_in.in_layer", "time_in.out_layer"}
     assert "include: no layer's name contains 'imgin'; close names: img_in" in more["text"]
+
+
+def test_as_small_as_possible_within_the_models_error(found):
+    result = found("model errors")
+    if "W4A8" not in result:
+        pytest.skip("no W4A8 here")
+    for share in (0.6, 0.25):
+        within = result[f"within {share}"]
+        assert within["error"] <= 1.05 * within["limit"]  # simulated on the way, measured in the end
+        assert result["W4A8"]["size"] < within["size"] and len(within["layers"]) > 1
+        if result["W8A8"]["error"] <= within["limit"]:
+            assert within["size"] < result["W8A8"]["size"]
+    assert result["within 0.6"]["size"] < result["within 0.25"]["size"]
+    assert result["blind"].startswith("max_model_error is measured on held-out calls of the model")
+
+
+def test_a_file_is_named_after_model_format_and_date(found):
+    prefix = found("model errors")["W8A8"]["prefix"]
+    assert re.fullmatch(r"diffusion_models/Flux_W8A8_\d{4}-\d\d-\d\d", prefix), prefix
 
 
 @pytest.mark.parametrize("format, kind", [("W8A8", "int8"), ("W4A8", "four bits")])

@@ -9,11 +9,14 @@ from pathlib import Path
 from threading import Barrier
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qandc_core.calibration.file import Calibration
 from qandc_core.calibration.folder import check_writable, is_listed, listed, made_before, named, save_new, stem_of
+from qandc_core.calibration.statistics import LayerStatistics
+from qandc_core.compensation.correction import VarianceCompensation
 from qandc_core.files import is_portable
 
 
@@ -95,6 +98,31 @@ def test_any_name_is_listed_as_one_visible_file_or_not_at_all(tmp_path_factory, 
     for found in listed(folder):
         assert is_listed(found) and (folder / found).is_file() and found == name
         assert json.loads(json.dumps(found).encode()) == found and not set(found) & set("\n\r\t\x00\u2028\u2029")
+
+
+def test_calibrations_and_compensations_are_listed_apart(tmp_path):
+    """What does not say what it holds is in both lists: it may be of another version."""
+    statistics = {"fc": LayerStatistics.empty(4)}
+    statistics["fc"].update(torch.ones(3, 4))
+    values = torch.zeros(2, 3), torch.ones(2, 3)
+    variance = VarianceCompensation(torch.tensor([2.0, 1.0]), *values, "paper")
+    Calibration("model", statistics).save(tmp_path / "calibration.safetensors")
+    Calibration("model", variance=variance).save(tmp_path / "compensation.safetensors")
+    Calibration("model", statistics, variance=variance).save(tmp_path / "both.safetensors")
+    (tmp_path / "other.safetensors").write_bytes(b"?")
+    names = ("both", "calibration", "compensation", "other")
+    assert listed(tmp_path) == [f"{name}.safetensors" for name in names]
+    assert listed(tmp_path, "statistics") == [f"{name}.safetensors" for name in names if name != "compensation"]
+    assert listed(tmp_path, "variance") == [f"{name}.safetensors" for name in names if name != "calibration"]
+    Calibration("model", variance=variance).save(tmp_path / "calibration.safetensors")
+    assert "calibration.safetensors" in listed(tmp_path, "variance")
+
+
+def test_a_file_is_found_again_whatever_its_name_says_after_the_prefix(tmp_path):
+    for name, inputs in (("run_00001", "a"), ("run_flux1-dev_2026-11-26_00001", "b"), ("runner_00001", "c")):
+        Calibration("model", notes={"inputs": inputs}).save(tmp_path / f"{name}.safetensors")
+    found = [made_before(tmp_path, "run", inputs) for inputs in "abc"]
+    assert [path and path.stem for path in found] == ["run_00001", "run_flux1-dev_2026-11-26_00001", None]
 
 
 def test_folders_and_other_files_are_not_listed(tmp_path):

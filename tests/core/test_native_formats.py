@@ -10,9 +10,10 @@ from comfy_kitchen.tensor import AsymW4A8Int8Layout, QuantizedTensor, TensorWise
 from torch import nn
 
 from qandc_core.calibration.statistics import LayerStatistics
-from qandc_core.quantization.formats import BY_NAME, packed_format
+from qandc_core.quantization.formats import BY_NAME, finer, packed_format
 from qandc_core.quantization.formats.grouped import Grouped, GroupedGrid
 from qandc_core.quantization.formats.w4a8 import W4A8
+from qandc_core.quantization.formats.w6a8 import W6A8
 from qandc_core.quantization.formats.w8a8 import int8_grid, row_errors
 from qandc_core.quantization.grids import quantize, unpack_int4
 from qandc_core.quantization.native import (
@@ -177,6 +178,46 @@ def test_nearest_rounding_without_clipping_is_comfy_kitchens(weights, shape):
     assert torch.equal(ours["weight_s_rel"].float(), params.scale.float())
     assert torch.equal(ours["weight_s_channel"], params.s_channel)
     assert torch.equal(ours["weight_codebook"], params.codebook)
+
+
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[1] % 32 == 0])
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_six_bits_are_comfy_kitchens(weights, shape):
+    """The stored bytes hold all 64 codes, of which weights use those from 1."""
+    weight = weights(*shape)
+    ours = quantized(weight, "W6A8").tensors
+    codes, params = AsymW4A8Int8Layout.quantize(weight, convrot_groupsize=rotation_group(shape[1]), bits=6)
+    assert torch.equal(ours["weight"], codes) and torch.equal(ours["weight_s_channel"], params.s_channel)
+    assert torch.equal(ours["weight_s_rel"].float(), params.scale.float()) and params.codebook is None
+    assert int(W6A8.unpack(codes).min()) >= 1
+    every = torch.arange(64, dtype=torch.int8).expand(3, 64)
+    assert torch.equal(W6A8.unpack(W6A8.pack(every)), every)
+
+
+@pytest.mark.parametrize("rows", [40, 300])
+def test_six_bit_gptq_is_the_column_by_column_reference(rows):
+    weight, x = gaussian(8, 96), inputs(96, rows, 0)
+    rotated, hessian = rotated_by_hand(weight, x, 16)
+    layer = quantized(weight, "W6A8", "gptq", x).tensors
+    scale, relative_scale = layer["weight_s_channel"].double().numpy(), layer["weight_s_rel"].float().numpy()
+    values = [
+        np.clip(np.round(np.arange(-31, 32) * relative_scale[:, k // 16, None]), -127, 127) * scale[:, None]
+        for k in range(96)
+    ]
+    expected = reference_codes(rotated, hessian, values, 0.01 + SAMPLING_DAMPING * 96 / rows)
+    assert (W6A8.unpack(layer["weight"]).numpy() - 1 != expected).mean() < 0.03
+
+
+def test_a_comfy_kitchen_without_six_bits(monkeypatch):
+    """W6A8 is refused, and promotion goes past it."""
+
+    def older(weight, group_size=16, convrot_groupsize=256):
+        raise AssertionError("unused")
+
+    monkeypatch.setattr(comfy_kitchen, "quantize_w4a8_int8_weight", older)
+    with pytest.raises(ValueError, match=r"^W6A8 needs comfy-kitchen 0\.2\.36 or newer, this is 0.*, or choose W8A8"):
+        quantized(gaussian(8, 32), "W6A8")
+    assert [format.name for format in finer(W4A8)] == ["W8A8"]
 
 
 def test_sparse_weights_have_a_codebook_of_their_own():
@@ -455,7 +496,7 @@ def test_bias_keeps_its_type_and_is_not_invented():
 def test_promotion():
     for shape in ((64, 1152), (8, 16), (8, 20), (8, 4), (8, 30), (6, 64), (7, 33)):
         for format in FORMATS:
-            able = [f for f in (BY_NAME[format], *BY_NAME[format].finers()) if f.takes(*shape) and shape[1] % 4 == 0]
+            able = [f for f in (BY_NAME[format], *finer(BY_NAME[format])) if f.takes(*shape)]
             layer = quantized(gaussian(*shape), format)
             assert (layer and layer.format) == (able[0].name if able else None)
     assert quantized(gaussian(6, 64)) is quantized(gaussian(8, 30)) is None

@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -49,3 +50,18 @@ def test_table_lists_the_worst():
 def test_report_survives_json(error):
     made = report(error=error)
     assert QuantizationReport.from_dict(json.loads(json.dumps(made.to_dict()))) == made
+
+
+def test_a_source_that_was_packed_before_is_stated():
+    made = replace(report(), sources={"W8A8": 3, "float8_e4m3fn": 1})
+    words = "from layers in 3 W8A8, 1 float8_e4m3fn, which errors are against: what those lost before comes on top"
+    assert words in made.summary().split("; ") and made.headline().endswith(f"\n{words}")
+    assert QuantizationReport.from_dict(json.loads(json.dumps(made.to_dict()))) == made
+
+
+def test_headline_answers_what_is_asked_first():
+    assert report().headline() == (
+        "1.3 -> 0.4 GiB, 2.1 % error of the model\n2 W4A8, 1 W8A8, 1 float layers\n"
+        "worst layer blocks.0.mlp.fc2, 6.1 %\nkernels: cuda"
+    )
+    assert report(error=None).headline().startswith("1.3 -> 0.4 GiB, 2.5 % error of a layer on average\n")

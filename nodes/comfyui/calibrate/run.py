@@ -14,7 +14,7 @@ from ....qandc_core.calibration.digest import Digest
 from ....qandc_core.calibration.file import Calibration
 from ....qandc_core.calibration.layer_inputs import Observer
 from ..model.dit import is_dit
-from ..quantize.layers import calibrated, check_not_quantized
+from ..quantize.layers import calibrated, check_not_paper
 from ..quantize.weights import fingerprint_of
 from ..sampling import Progress, Settings, fitted_latent, sample_new
 from ..wrappers import WRAPPERS, on_one_device, replace_wrapper
@@ -42,7 +42,7 @@ class SamplingHost:
 
     def __init__(self, patcher, settings: Settings, latent: Tensor):
         self.patcher, self.settings, self.latent = patcher, settings, latent
-        check_not_quantized(patcher.model.diffusion_model)
+        check_not_paper(patcher.model.diffusion_model)
         self.layers = calibrated(patcher.model.diffusion_model)
         if not self.layers:
             raise ValueError(

@@ -6,7 +6,7 @@ import comfy.model_management as mm
 import torch
 from torch import nn
 
-from ....qandc_core.quantization.formats import BY_NAME, packed_format
+from ....qandc_core.quantization.formats import BY_NAME, check_available, finer, packed_format
 
 
 def loads(format: str) -> bool:
@@ -24,12 +24,12 @@ def supported(format: str) -> bool:
 
 def check_supported(format: str) -> None:
     if loads(format):
-        BY_NAME[format].check_available()
+        check_available(BY_NAME[format])
         return
     import comfyui_version
 
-    finer = next((other for other in BY_NAME[format].finers() if supported(other.name)), None)
-    other = f", or choose {finer.name}" if finer is not None else ""
+    able = [known.name for known in finer(BY_NAME[format]) if loads(known.name)]
+    other = f", or choose {able[0]}" if able else ""
     raise ValueError(
         f"{format} needs ComfyUI {BY_NAME[format].since} or newer, this is {comfyui_version.__version__}; update "
         f"ComfyUI{other}. "

@@ -9,7 +9,7 @@ from torch import nn
 from ....qandc_core.caching.families import block_lists
 from ....qandc_core.models.dit import DiT
 from ....qandc_core.models.layers import named_linears
-from ....qandc_core.quantization.formats import LAYOUTS
+from ....qandc_core.quantization.formats import LAYOUTS, Format, packed_format
 from ....qandc_core.quantization.model import NATIVE_SKIP, quantized_layers
 from ....qandc_core.quantization.selection import block_linears, matching
 
@@ -33,11 +33,40 @@ def all_linears(network: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in network.named_modules() if is_linear(module)}
 
 
+def check_not_paper(network: nn.Module) -> None:
+    """Raises ValueError on a network with the layers of the method paper, which have no weights to go on from."""
+    if quantized_layers(network):
+        raise ValueError("This model is quantized already, by the method paper; wire the one of its original file.")
+
+
 def check_not_quantized(network: nn.Module) -> None:
     """Raises ValueError on a network with integer weights, ours or ComfyUI's; float8 may be quantized further."""
+    check_not_paper(network)
     weights = (getattr(module, "weight", None) for module in network.modules())
-    if quantized_layers(network) or any(getattr(weight, "_layout_cls", None) in INTEGERS for weight in weights):
+    if any(getattr(weight, "_layout_cls", None) in INTEGERS for weight in weights):
         raise ValueError("This model is quantized already; wire the one of its original file, in full precision.")
+
+
+def narrower(layers: list[tuple[str, nn.Module]], format: Format) -> list[tuple[str, nn.Module]]:
+    """The layers without those whose weights are as narrow already. Raises ValueError where those are all."""
+    held = {name: packed_format(module.weight) for name, module in layers}
+    found = [(name, m) for name, m in layers if (own := held[name]) is None or own.weight_bits > format.weight_bits]
+    if layers and not found:
+        formats = ", ".join(dict.fromkeys(own.name for own in held.values() if own is not None))
+        raise ValueError(
+            f"This model is quantized already: its layers are in {formats}, which {format.name} does not make smaller; "
+            "choose a format of fewer bits, or wire the model of its original file of 16 bits."
+        )
+    return found
+
+
+def packed_name(module: nn.Module) -> str | None:
+    """What a layer's weight is stored in where that is no floating point of 16 bits or more."""
+    weight = module.weight
+    if hasattr(weight, "_layout_cls"):
+        format = packed_format(weight)
+        return str(getattr(module, "quant_format", weight._layout_cls)) if format is None else format.name
+    return str(weight.dtype).removeprefix("torch.") if weight.dtype.itemsize == 1 else None
 
 
 def check_loras(patcher) -> None:

@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 import logging
-import math
 import uuid
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.model_management as mm
-import torch
-from torch import Tensor
 
-from ....qandc_core.calibration.calls import ModelCall
 from ....qandc_core.calibration.file import FINGERPRINT, Calibration
-from ....qandc_core.numerics import relative_error
-from ....qandc_core.quantization.budget import FLOAT, Budget, LayerSource, quantize_layers, stored_bytes
+from ....qandc_core.quantization.budget import FLOAT, TRIES, Budget, LayerSource, quantize_layers, stored_bytes
+from ....qandc_core.quantization.formats import BY_NAME
 from ....qandc_core.quantization.native import COLLAPSE, NativeConfig, NativeLayer
 from ....qandc_core.quantization.report import LayerReport, QuantizationReport
 from ....qandc_core.quantization.selection import unmatched
+from ....qandc_core.quantization.sensitivity import grouped
 from ....qandc_core.sampling.clock import Stopwatch
 from ..pictures import error_bars, report_picture
-from ..sampling import Progress
 from ..wrappers import QUANTIZATION, note, on_one_device
 from .formats import backend, check_supported
-from .layers import all_linears, check_loras, check_not_quantized, quantizable
+from .judge import FEW, Judge
+from .layers import all_linears, check_loras, check_not_paper, narrower, packed_name, quantizable
 from .patcher import as_native
 from .rebuild import again, compiled_again, rebuilt, shapes_read_by_detection, stored_dtype
 from .weights import SourceWeights, fingerprint_of, is_quantized
+from .work import Work
 
 log = logging.getLogger(__name__)
 
@@ -48,61 +47,74 @@ class NativeSettings:
 
 
 def quantize_native(
-    patcher, settings: NativeSettings, calibration: Calibration | None = None
+    patcher, settings: NativeSettings, calibration: Calibration | None = None, node_id: str | None = None
 ) -> tuple[Any, QuantizationReport]:
-    """A quantized copy of the model that keeps its wrappers and patches; the model itself is not changed.
+    """A quantized copy of the model that keeps its wrappers and patches; the model itself is not changed. The node with
+    this id shows how far it is.
 
     Raises ValueError where this ComfyUI lacks the format, the model is quantized already, the calibration is of another
     model, or the result is not finite or far from full precision.
     """
     check_supported(settings.format)
-    layers = chosen_layers(patcher, settings.skip, settings.include)
+    layers = chosen_layers(patcher, settings)
     if calibration is not None:
         calibration.check_fingerprint(fingerprint_of(patcher))
     watch = Stopwatch(patcher.load_device)
     calls = calibration.held_out if calibration is not None else ()
-    progress = Progress(patcher, len(layers) + 2 * len(calls))
+    work = planned_work(patcher, settings, layers, len(calls), node_id)
     weights = SourceWeights(patcher, settings.loras == "bake", stored_dtype(patcher.model.model_config))
-    quantized = quantized_weights(weights, layers, settings, calibration, progress)
+    judge = Judge(patcher, calls, work.called) if calls else None
+    if judge is not None:
+        judge.prepare()  # first, so that the time of a call is known
+    quantized = quantized_weights(weights, layers, settings, calibration, work, judge)
     model = assembled(weights, quantized)
-    error = model_error(patcher, model, calls, progress)
+    error = None if judge is None else judge.of_model(model)
     report = QuantizationReport(
         settings.format,
         layer_reports(weights, quantized),
         watch.seconds(),
         backend(settings.format, model.load_device),
         error,
+        packed_sources(patcher, layers),
     )
     if error is not None and not error[0] < COLLAPSE:
         raise ValueError(
             f"The model in {settings.format} is {error[0]:.2f} away from full precision on held-out samples, the worst "
             f"layer is {report.worst.name}; set max_layer_error, skip layers, or use W8A8."
         )
-    progress.show(report_picture(report))
+    work.show(report_picture(report))
     log.info("Q&C quantization: %s", report.summary())
-    note(model, "quantization", settings.format, f"{settings} {calibration.notes if calibration else ''}")
+    limit = settings.budget.max_model_error
+    within = "" if limit is None else f"within {limit:g} of the model "
+    note(model, "quantization", settings.format, f"{settings} {within}{calibration.notes if calibration else ''}")
     model.model_options["transformer_options"][QUANTIZATION] = report
     return model, report
 
 
-def chosen_layers(patcher, skip: tuple[str, ...], include: tuple[str, ...] = ()) -> list[str]:
+def chosen_layers(patcher, settings: NativeSettings) -> list[str]:
     """Names of the layers to quantize. Raises ValueError where there is none, or on weights that are no floats."""
     network = patcher.model.diffusion_model
-    check_not_quantized(network)
+    check_not_paper(network)
     check_loras(patcher)
-    found = quantizable(network, include)
+    found = quantizable(network, settings.include)
     for name, module in found:
         if not (is_quantized(module.weight) or module.weight.is_floating_point()):
             raise ValueError(
                 f"The weight of {name} is a {type(module.weight).__name__} of {module.weight.dtype}, expected floating "
                 "point; load the model with Load Diffusion Model from a file of 16 bits."
             )
-    names = [name for name, _ in found if not any(pattern in name for pattern in skip)]
-    if not names:
-        raise ValueError(
-            f"{type(network).__name__} has no linear layer left to quantize with skip = {', '.join(skip) or 'nothing'}."
-        )
-    return names
+    wanted = [(name, module) for name, module in found if not any(pattern in name for pattern in settings.skip)]
+    if not wanted:
+        skipped = ", ".join(settings.skip) or "nothing"
+        raise ValueError(f"{type(network).__name__} has no linear layer left to quantize with skip = {skipped}.")
+    return [name for name, _ in narrower(wanted, BY_NAME[settings.format])]
+
+
+def packed_sources(patcher, names: list[str]) -> dict[str, int]:
+    """Formats that these layers are in before, and how many of them."""
+    network = patcher.model.diffusion_model
+    found = Counter(packed_name(network.get_submodule(name)) for name in names)
+    return {name: count for name, count in found.items() if name is not None}
 
 
 def ignored_patterns(patcher, settings: NativeSettings) -> list[str]:
@@ -120,7 +132,7 @@ def ignored_patterns(patcher, settings: NativeSettings) -> list[str]:
 
 def quantized_weights(
     weights: SourceWeights, names: list[str], settings: NativeSettings, calibration: Calibration | None,
-    progress: Progress,
+    work: Work, judge: Judge | None,
 ) -> dict[str, NativeLayer | None]:  # fmt: skip
     """Every layer's tensors; None where it stays as it is. Raises ValueError where all of them do."""
     device, patcher = mm.get_torch_device(), weights.patcher
@@ -133,12 +145,9 @@ def quantized_weights(
     errors: dict[str, float] = {}
 
     def shown(name: str, error: float) -> None:
-        counted = name in errors  # a layer that gets a finer format comes twice
-        errors[name] = error
-        if counted:
-            mm.throw_exception_if_processing_interrupted()
-        else:
-            progress.advance(error_bars(errors, "relative error"))
+        errors[name] = error  # a layer that gets a finer format comes again
+        words = f"layer {len(errors)} of {len(names)}" if len(errors) < len(names) else "finer formats"
+        work.did("rounding", rounding_cost(patcher, name), words, error_bars(errors, "relative error"))
 
     config = NativeConfig(settings.format, settings.rounding)
     statistics = calibration.statistics if calibration is not None else {}
@@ -147,7 +156,8 @@ def quantized_weights(
     if budget.max_bytes is not None and budget.max_bytes >= sum(sizes.values()):
         # The layers as they are meet this limit: spending it would quantize nothing.
         budget = replace(budget, max_bytes=None)
-    found = quantize_layers([source(name) for name in names], config, statistics, budget, shown)
+    measure = None if judge is None else judge_of_layers(judge, settings).of_layers
+    found = quantize_layers([source(name) for name in names], config, statistics, budget, shown, measure)
     if not any(found.values()):
         raise ValueError(
             f"Nothing would be quantized: in {settings.format} and every finer format all {len(names)} layers have a "
@@ -155,6 +165,29 @@ def quantized_weights(
             "not take; raise max_layer_error, or set 0 for no limit."
         )
     return found
+
+
+def judge_of_layers(judge: Judge, settings: NativeSettings) -> Judge:
+    """What judges layers by themselves: LoRAs that are kept on top are no part of them."""
+    if settings.loras == "bake" or not judge.patcher.patches:
+        return judge
+    plain = judge.patcher.clone()
+    plain.patches, plain.patches_uuid = {}, uuid.uuid4()
+    return Judge(plain, judge.calls, judge.called)
+
+
+def planned_work(patcher, settings: NativeSettings, names: list[str], calls: int, node_id: str | None) -> Work:
+    """All that is to be done as far as it can be known: finer formats and their measurements are a guess."""
+    rounding, asked = sum(rounding_cost(patcher, name) for name in names), 2 * calls
+    if settings.budget.climbs and calls:
+        rounding, asked = 1.5 * rounding, asked + min(FEW, calls) * len(grouped(names)) + TRIES // 2 * calls
+    return Work(patcher, rounding, asked, node_id)
+
+
+def rounding_cost(patcher, name: str) -> float:
+    """Operations of gptq on a layer, for shares of the time: a factorization of X^T X and a product with it."""
+    module = patcher.model.diffusion_model.get_submodule(name)
+    return module.in_features**2 * (module.in_features / 3 + module.out_features)
 
 
 def working_memory(patcher, name: str) -> int:
@@ -196,30 +229,3 @@ def assembled(weights: SourceWeights, quantized: dict[str, NativeLayer | None]):
     model.size = 0  # counted for the source
     model.model_size()
     return model
-
-
-@torch.inference_mode()
-def model_error(
-    patcher, quantized, calls: tuple[ModelCall, ...], progress: Progress
-) -> tuple[float, float, int] | None:
-    """Mean, standard error and number of |D_q - D| / |D| over held-out calls of the two models; None without calls."""
-    if not calls:
-        return None
-    full, lossy = (predictions(model, calls, progress) for model in (patcher, quantized))
-    errors = torch.tensor([relative_error(b, a) for a, b in zip(full, lossy)], dtype=torch.float64)
-    spread = float(errors.std() / math.sqrt(len(errors))) if len(errors) > 1 else math.nan
-    return float(errors.mean()), spread, len(errors)
-
-
-def predictions(patcher, calls: tuple[ModelCall, ...], progress: Progress) -> list[Tensor]:
-    """Predictions of the bare model, without wrappers and caches, for each call."""
-    mm.load_models_gpu([patcher])
-    given = patcher.model_options["transformer_options"]
-    patches = {key: given[key] for key in ("patches", "patches_replace") if key in given}
-    found = []
-    for call in calls:
-        x, sigma = call.x.to(patcher.load_device), call.sigma.to(patcher.load_device)
-        options = {**patches, "cond_or_uncond": [0], "sigmas": sigma, "sample_sigmas": sigma, "uuids": [uuid.uuid4()]}
-        found.append(patcher.model.apply_model(x, sigma, transformer_options=options, **call.conditions).float().cpu())
-        progress.advance()
-    return found

@@ -1,29 +1,51 @@
-"""The quantized formats that Quantize makes, coarsest last; every table of formats is read from `ALL`."""
+"""The quantized formats that Quantize makes: every table of formats is read from `ALL`, the finest first."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from .base import Format
 from .w4a8 import W4A8
+from .w6a8 import W6A8
 from .w8a8 import W8A8
 
-ALL: tuple[Format, ...] = (W8A8, W4A8)
+ALL: tuple[Format, ...] = (W8A8, W6A8, W4A8)
 BY_NAME = {format.name: format for format in ALL}
 STORED = tuple(dict.fromkeys(format.stored for format in ALL))
 LAYOUTS = tuple(dict.fromkeys(layout for format in ALL for layout in format.layouts))
 
 
-def fitting(format: Format | None, outputs: int, inputs: int, keeps_shape: bool = False) -> Format | None:
-    """The format itself for a layer of this size, or the next finer one that takes it and that comfy-kitchen has; None:
-    it stays float.
-    """
-    while format is not None and not (
-        format.takes(outputs, inputs) and (format.keeps_shape or not keeps_shape) and format.available()
-    ):
-        format = format.finer
-    return format
+def finer(format: Format) -> tuple[Format, ...]:
+    """The finer formats that the installed comfy-kitchen has, the next one first."""
+    return tuple(other for other in reversed(ALL[: ALL.index(format)]) if other.available())
+
+
+def check_available(format: Format) -> None:
+    """Raises ValueError where the installed comfy-kitchen lacks the format."""
+    if not format.available():
+        other = "".join(f", or choose {other.name}" for other in finer(format)[:1])
+        raise ValueError(
+            f"{format.name} needs comfy-kitchen {format.kitchen} or newer, this is {kitchen_version()}; update ComfyUI "
+            f"with its requirements{other}."
+        )
+
+
+def kitchen_version() -> str:
+    try:
+        return version("comfy-kitchen")
+    except PackageNotFoundError:
+        return "an unknown version"
+
+
+def fitting(format: Format, outputs: int, inputs: int, keeps_shape: bool = False) -> tuple[Format, ...]:
+    """The formats for a layer of this size, from this one on to the finest; empty: it stays float."""
+    return tuple(
+        able
+        for able in (format, *finer(format))
+        if able.takes(outputs, inputs) and (able.keeps_shape or not keeps_shape)
+    )
 
 
 def stored_format(config: Mapping[str, Any], parts: Collection[str]) -> Format | None:

@@ -8,9 +8,8 @@ subclass and one instance, and name the instance in `ALL` of formats/__init__.py
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from torch import Tensor
@@ -19,8 +18,7 @@ from torch import Tensor
 @dataclass(frozen=True, eq=False)
 class Format(ABC):
     """One format. `name` is what users choose, `stored` the checkpoint's name for it, which formats of other widths may
-    share. `finer` is the next format with a smaller error, None where only full precision has one; `patched` the one
-    that a weight takes while a LoRA is on it, None its own.
+    share. `patched` is the format that a weight takes while a LoRA is on it, None its own.
 
     A layer of N outputs and K inputs is taken where N is a multiple of `outputs` and K of `inputs`. `since` is the
     first ComfyUI that loads it, `kernel` comfy-kitchen's matmul, `layouts` the names of its tensors' layouts, `parts`
@@ -38,32 +36,15 @@ class Format(ABC):
     outputs: int = 4
     inputs: int = 4
     keeps_shape: bool = True
-    finer: Format | None = None
     patched: Format | None = None
     kitchen: str | None = None
 
     def takes(self, outputs: int, inputs: int) -> bool:
         return outputs % self.outputs == 0 and inputs % self.inputs == 0
 
-    def finers(self) -> Iterator[Format]:
-        """The finer formats, the next one first."""
-        if self.finer is not None:
-            yield self.finer
-            yield from self.finer.finers()
-
     def available(self) -> bool:
         """True if the installed comfy-kitchen has the format."""
         return True
-
-    def check_available(self) -> None:
-        """Raises ValueError where the installed comfy-kitchen lacks the format."""
-        if not self.available():
-            other = next((format for format in self.finers() if format.available()), None)
-            choice = f", or choose {other.name}" if other is not None else ""
-            raise ValueError(
-                f"{self.name} needs comfy-kitchen {self.kitchen} or newer, this is {installed_version()}; update "
-                f"ComfyUI with its requirements{choice}."
-            )
 
     @abstractmethod
     def bytes(self, outputs: int, inputs: int) -> int:
@@ -101,10 +82,3 @@ class Format(ABC):
     def traced(self, weight: Any) -> Any:
         """A loaded weight in a layout that torch.compile can trace."""
         return weight
-
-
-def installed_version() -> str:
-    try:
-        return version("comfy-kitchen")
-    except PackageNotFoundError:
-        return "an unknown version"

@@ -43,7 +43,6 @@ W4A8 = Codebook(
     parts=("weight", "weight_s_rel", "weight_s_channel", "weight_codebook"),
     inputs=GROUP,
     keeps_shape=False,
-    finer=W8A8,
     patched=W8A8,
     kitchen="0.2.31",
 )

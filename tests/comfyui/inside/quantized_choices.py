@@ -71,6 +71,36 @@ def limits(host: Host) -> dict:
     return found
 
 
+def model_errors(host: Host) -> dict[str, dict]:
+    """Limit of the whole model's error -> what came of it, from the coarsest format on; without one, of each format."""
+    full, found = load(host, "Flux"), {}
+    calibration, quantized = calibrate(host, full, STOCK["Flux"]), host.module("nodes.comfyui.wrappers").QUANTIZATION
+
+    def result(format: str, limit: float = 0.0) -> dict:
+        out = host.node("QandC_Quantize").execute(
+            full, format, "native", 0.0, 0, "", "bake in", "auto", calibration, "", max_model_error=limit
+        )
+        report = out.args[0].model_options["transformer_options"][quantized]
+        return {
+            "error": report.model_error[0], "size": report.size_after, "layers": report.counts, "prefix": out.args[1],
+        }  # fmt: skip
+
+    for format in available(host):
+        found[format] = result(format)
+    if "W4A8" in found:
+        for share in (0.6, 0.25):
+            limit = share * found["W4A8"]["error"]
+            found[f"within {share}"] = {"limit": limit, **result("W4A8", limit)}
+        blind = replace(calibration, held_out=())
+        try:
+            host.node("QandC_Quantize").execute(
+                full, "W4A8", "native", 0.0, 0, "", "bake in", "auto", blind, "", max_model_error=0.1
+            )
+        except ValueError as error:
+            found["blind"] = str(error)
+    return found
+
+
 def another_calibration(host: Host) -> str:
     Calibration = host.module("qandc_core.calibration.file").Calibration
     try:
@@ -153,5 +183,5 @@ def compiled_elsewhere(host: Host) -> dict[str, bool]:
 if __name__ == "__main__":
     main({
         "chosen": chosen, "patterns": patterns, "limits": limits, "another calibration": another_calibration,
-        "far off": far_off, "memory": memory, "untouched": compiled_elsewhere,
+        "far off": far_off, "model errors": model_errors, "memory": memory, "untouched": compiled_elsewhere,
     })  # fmt: skip

@@ -47,8 +47,11 @@ def decoded(weight) -> torch.Tensor:
     return (weight.dequantize() if hasattr(weight, "_layout_cls") else weight).float().cpu()
 
 
-def with_lora(patcher, layers: list[str], relative: float) -> tuple:
-    """A clone with a LoRA of this size on each layer, through core's loader, and the change of each weight."""
+def with_lora(patcher, layers: list[str], relative: float, bypass: bool = False) -> tuple:
+    """A clone with a LoRA of this size on each layer, through core's loader, and the change of each weight.
+
+    Core's bypass loader leaves the weights and adds what the LoRA answers to each layer's inputs.
+    """
     import comfy.sd
 
     generator, lora, deltas = torch.Generator().manual_seed(7), {}, {}
@@ -59,6 +62,9 @@ def with_lora(patcher, layers: list[str], relative: float) -> tuple:
         up *= relative * weight.norm() / (up @ down).norm()
         deltas[name] = up @ down
         lora |= {f"diffusion_model.{name}.lora_B.weight": up, f"diffusion_model.{name}.lora_A.weight": down}
+    if bypass:
+        patched, _ = comfy.sd.load_bypass_lora_for_models(patcher, None, lora, 1.0, 0)
+        return patched, deltas
     patched, _ = comfy.sd.load_lora_for_models(patcher, None, lora, 1.0, 0)
     assert len(patched.patches) == len(layers), "core's loader did not take the LoRA"
     return patched, deltas

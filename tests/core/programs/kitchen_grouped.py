@@ -1,4 +1,4 @@
-"""W4A8 on the comfy-kitchen that PYTHONPATH names: runs, compiles, saves and loads. Prints one JSON object."""
+"""Grouped formats on the comfy-kitchen that PYTHONPATH names: runs, compiles, saves, loads. Prints one JSON object."""
 
 import json
 from importlib.metadata import version
@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from comfy_kitchen import tensor as kitchen
 
+from qandc_core.quantization.formats import BY_NAME, Format, packed_format
+from qandc_core.quantization.formats.grouped import Grouped
 from qandc_core.quantization.formats.traced_grouped import LAYOUT, register, traced
 from qandc_core.quantization.native import NativeConfig, dequantize, layer_config, quantize_weight
 
@@ -27,21 +29,20 @@ def weight_of(tensors: dict[str, torch.Tensor], shape, dtype=torch.float32):
     """A QuantizedTensor as ComfyUI's loader makes one of a file's tensors."""
     conf = layer_config(tensors)
     params = kitchen.AsymW4A8Int8Layout.Params(
-        scale=tensors["weight_s_rel"], s_channel=tensors["weight_s_channel"], codebook=tensors["weight_codebook"],
+        scale=tensors["weight_s_rel"], s_channel=tensors["weight_s_channel"], codebook=tensors.get("weight_codebook"),
         orig_dtype=dtype, orig_shape=shape, group_size=conf["group_size"], convrot_groupsize=conf["convrot_groupsize"],
     )  # fmt: skip
     return kitchen.QuantizedTensor(tensors["weight"], "AsymW4A8Int8Layout", params)
 
 
-def main() -> dict:
-    before = kitchen_state()
-    register()
+def check(format: str) -> dict:
+    """What holds of a layer in the format beside the same in comfy-kitchen's own layout."""
     torch.manual_seed(0)
     weight, bias, x = torch.randn(64, 256) / 16, torch.randn(64), torch.randn(2, 5, 256)
-    layer = quantize_weight("layer", weight, bias, NativeConfig("W4A8", "nearest"))
+    layer = quantize_weight("layer", weight, bias, NativeConfig(format, "nearest"))
     stock = weight_of(layer.tensors, (64, 256))
     ours = traced(stock)
-    found = {"version": version("comfy-kitchen"), "file": comfy_kitchen.__file__}
+    found = {}
     with torch.inference_mode():
         found["stock"] = torch.equal(F.linear(x, ours, bias), F.linear(x, stock, bias))
         found["decoded"] = torch.equal(ours.dequantize(), stock.dequantize())
@@ -61,11 +62,30 @@ def main() -> dict:
     found["loaded"] = torch.equal(F.linear(x, again, bias), plain)
     changed = ours.requantize_from_float(weight + 0.5, stochastic_rounding=3)
     found["requantized"] = changed._layout_cls == LAYOUT and bool((changed.dequantize() - weight).mean() > 0.4)
+    found["format stays"] = packed_format(ours) is packed_format(stock) is packed_format(changed) is BY_NAME[format]
     found["moved"] = ours.to(torch.bfloat16).dequantize().dtype == torch.bfloat16
     found["engine"] = torch.equal(dequantize(layer.tensors), stock.dequantize())
+    return found
+
+
+def main() -> dict:
+    before = kitchen_state()
+    register()
+    grouped = [format for format in BY_NAME.values() if isinstance(format, Grouped)]
+    found = {"version": version("comfy-kitchen"), "file": comfy_kitchen.__file__}
+    found["formats"] = {format.name: check(format.name) for format in grouped if format.available()}
+    found["refused"] = {format.name: refusal(format) for format in grouped if not format.available()}
     after = kitchen_state()
     found["replaced"] = sorted(name for name in before if after[name] != before[name])
     return found
+
+
+def refusal(format: Format) -> str:
+    try:
+        quantize_weight("layer", torch.randn(64, 256), None, NativeConfig(format.name))
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 if __name__ == "__main__":

@@ -1,0 +1,33 @@
+"""How far a quantization is, as a bar and as words on its node."""
+
+from __future__ import annotations
+
+import time
+
+from ....qandc_core.quantization.estimate import Estimate
+from ..sampling import Progress
+from ..status import show
+
+UNITS = 1000  # of the bar
+TELL = 2.0  # seconds between two texts
+
+
+class Work(Progress):
+    """`rounding` is in operations, `calls` in predictions of the whole model."""
+
+    def __init__(self, patcher, rounding: float, calls: int, node_id: str | None = None):
+        super().__init__(patcher, UNITS)
+        self.estimate = Estimate({"rounding": rounding, "calls": calls})
+        self.node_id, self.told = node_id, 0.0
+
+    def did(self, kind: str, amount: float, text: str, picture=None) -> None:
+        self.estimate.did(kind, amount)
+        self.done = max(self.done, round((UNITS - 1) * self.estimate.fraction)) - 1  # advance adds one
+        self.advance(picture)
+        if time.monotonic() - self.told >= TELL:
+            self.told = time.monotonic()
+            show(self.node_id, f"{text}, {self.estimate.words()}")
+
+    def called(self) -> None:
+        """An answer of the model."""
+        self.did("calls", 1, "measuring the model's error")
