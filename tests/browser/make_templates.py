@@ -17,7 +17,7 @@ from pathlib import Path
 import tomllib
 
 from tests.browser.frontend import Frontend, open_frontend
-from tests.browser.stock_templates import STOCK
+from tests.browser.stock_templates import BLUEPRINTS, STOCK
 from tests.browser.templates import TEMPLATES, Template
 from tests.comfyui.checkouts import checkouts
 from tests.comfyui.server import Server
@@ -77,6 +77,7 @@ BUILD = """async ({columns, nodes, groups, subgraph}) => {
       converted.subgraph.addInput(key === 'positive' ? 'prompt' : name, slot.type).connect(slot, node);
     }
     for (const node of converted.subgraph._nodes) delete node.properties.key;
+    if (subgraph.alone) for (const node of app.graph._nodes.filter(n => n !== made.subgraph)) app.graph.remove(node);
     await new Promise(r => setTimeout(r, 300));
   }
   let x = 0;
@@ -87,6 +88,7 @@ BUILD = """async ({columns, nodes, groups, subgraph}) => {
       const preview = PREVIEWS.includes(nodes[key].type) ? 230 : 0;
       node.setSize([Math.max(least[0], wanted[0]), Math.max(least[1] + preview, wanted[1])]);
       if (column.indexOf(key) > 0 && nodes[column[column.indexOf(key) - 1]].type === 'MarkdownNote') y += 50;
+      y += nodes[key].down ?? 0;
       node.pos = [x, y + 40];
       y += node.size[1] + 80;
       width = Math.max(width, node.size[0]);
@@ -141,6 +143,8 @@ def named(workflow: dict, template: Template) -> dict:
 def make(frontend: Frontend, template: Template, picture: bool) -> None:
     frontend.page.evaluate(BUILD, template.spec())
     workflow = finished(frontend.serialize(), template)
+    if template in BLUEPRINTS:
+        return write(ROOT / "subgraphs" / f"{template.name}.json", workflow)
     write(WORKFLOWS / f"{template.name}.json", workflow)
     frontend.load(workflow, template.name)
     write(WORKFLOWS / "api" / f"{template.name}.json", frontend.prompt())
@@ -160,7 +164,7 @@ def write(path: Path, content: dict) -> None:
 
 def main() -> None:
     names = [name for name in sys.argv[1:] if not name.startswith("--")]
-    chosen = [t for t in (*TEMPLATES, *STOCK) if not names or t.name in names]
+    chosen = [t for t in (*TEMPLATES, *STOCK, *BLUEPRINTS) if not names or t.name in names]
     with tempfile.TemporaryDirectory() as base, Server(checkouts()[0], Path(base)) as server:
         for template in chosen:
             for folder, name in template.files():

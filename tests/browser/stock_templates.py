@@ -31,8 +31,12 @@ def stock(
     """`loaders` stay outside, each with an Apply Cache behind it, which `nodes` knows as cache, cache_2."""
     loaders = loaders or ["load"]
     caches = ["cache", "cache_2"][: len(loaders)]
+    beside = nodes[loaders[0]]["type"] == "CheckpointLoaderSimple"  # its other wires go past, above Apply Cache
     given = {
-        cache: node("QandC_ApplyCache", {"model": (loader, 0)}, policy="speedup", **{"policy.speedup": speedup})
+        cache: {
+            **node("QandC_ApplyCache", {"model": (loader, 0)}, policy="speedup", **{"policy.speedup": speedup}),
+            "down": 120 * beside,
+        }
         for cache, loader in zip(caches, loaders)
     }
     every = {"note": intro(title, text, list(models.values())), **given, **nodes}
@@ -201,8 +205,8 @@ WAN = stock(
     "6 Wan 2.2, two experts", "Text to video, Wan 2.2 14B",
     "Each expert has an **Apply Cache** of its own, before its half of the steps: about twice as fast.", WAN_FILES,
     {
-        "load": node("UNETLoader", "High noise", unet_name=WAN_FILES["load"]["name"]),
-        "load_2": node("UNETLoader", "Low noise", unet_name=WAN_FILES["load_2"]["name"]),
+        "load": node("UNETLoader", None, "High noise", unet_name=WAN_FILES["load"]["name"]),
+        "load_2": node("UNETLoader", None, "Low noise", unet_name=WAN_FILES["load_2"]["name"]),
         "clip": node("CLIPLoader", clip_name=WAN_FILES["clip"]["name"], type="wan"),
         "vae": node("VAELoader", vae_name=WAN_FILES["vae"]["name"]),
         "shift": node("ModelSamplingSD3", {"model": ("cache", 0)}, shift=8.0),
@@ -252,10 +256,33 @@ LTX = stock(
     },
     ["clip", "positive", "negative", "rate", "latent", "euler", "sigmas", "sampler", "decode", "video"],
     [
-        ("positive", "text"), ("latent", "width"), ("latent", "height"), ("latent", "length"), ("sampler", "noise_seed"),
-        ("sigmas", "steps"),
+        ("positive", "text"), ("latent", "width"), ("latent", "height"), ("latent", "length"),
+        ("sampler", "noise_seed"), ("sigmas", "steps"),
     ],
     "save", 2.0,
 )  # fmt: skip
 
 STOCK = [FLUX, QWEN, Z_IMAGE, SDXL, WAN, LTX]
+
+
+def blueprint(name: str, nodes: dict[str, Node], promoted: list[tuple[str, str]]) -> Template:
+    """A subgraph for the node library, from MODEL to MODEL: what stands between a loader and a sampler."""
+    first, last = list(nodes)[0], list(nodes)[-1]
+    nodes[first]["inputs"] = {"model": ("load", 0)}
+    between = {"load": node("UNETLoader"), **nodes, "sampler": node("KSampler", {"model": (last, 0)})}
+    return Template(
+        name, between, [["subgraph"]], [], runs_here=False, subgraph=Subgraph(name, list(nodes), promoted, alone=True)
+    )
+
+
+BLUEPRINTS = [
+    blueprint("Speed up", {"cache": node("QandC_ApplyCache", policy="speedup")}, [("cache", "policy.speedup")]),
+    blueprint(
+        "Speed up, 8 bits",
+        {
+            "quantize": node("QandC_Quantize", format="W8A8"),
+            "cache": node("QandC_ApplyCache", {"model": ("quantize", 0)}, policy="speedup"),
+        },
+        [("cache", "policy.speedup"), ("quantize", "format")],
+    ),
+]

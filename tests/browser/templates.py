@@ -11,11 +11,15 @@ Node = dict[str, Any]
 
 @dataclass(frozen=True)
 class Subgraph:
-    """`members` become one node; `promoted` are their widgets, of a node and a name, that it shows."""
+    """`members` become one node; `promoted` are their widgets, of a node and a name, that it shows.
+
+    `alone`: the other nodes only say what comes in and goes out, and are taken off again.
+    """
 
     title: str
     members: list[str]
     promoted: list[tuple[str, str]]
+    alone: bool = False
 
 
 @dataclass(frozen=True)
