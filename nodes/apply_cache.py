@@ -20,43 +20,78 @@ CLASSES: dict[str, type[CachePolicy]] = {
 }
 FIELDS = {"computed": "num_computed", "computed_steps": "steps"}  # inputs that the dataclasses name otherwise
 POLICIES = [
-    io.DynamicCombo.Option("speedup", [
-        io.Float.Input(
-            "speedup", default=2.0, min=1.0, max=20.0, step=0.1,
-            tooltip="Target speedup of the model calls. The cost of a reused step is counted on the network and "
-            "decides how many steps are computed; a calibration decides which. 1 disables the cache.",
-        ),
-    ]),
-    io.DynamicCombo.Option("number of steps", [
-        io.Int.Input(
-            "computed", default=20, min=1, max=1000,
-            tooltip="How many steps to compute, closer together towards the end; with a calibration, where they "
-            "matter most.",
-        ),
-    ]),
-    io.DynamicCombo.Option("error budget", [
-        io.Float.Input(
-            "max_error", default=0.02, min=0.0, max=1.0, step=0.001, round=0.0001,
-            tooltip="Relative error of the image that reuse may add in all, as estimated in the run. Harder images "
-            "compute more steps. 0 disables the cache.",
-        ),
-        io.Int.Input(
-            "max_reused", default=4, min=1, max=50, tooltip="Maximum number of consecutive reused steps.",
-        ),
-    ]),
-    io.DynamicCombo.Option("interval", [
-        io.Int.Input(
-            "interval", default=3, min=1, max=50,
-            tooltip="Compute every so many steps: 3 computes one step in three. 1 disables the cache.",
-        ),
-    ]),
-    io.DynamicCombo.Option("chosen steps", [
-        io.String.Input(
-            "computed_steps", default="0-4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 44, 48",
-            tooltip="The steps to compute, from 0, with commas and ranges; all others reuse.",
-        ),
-    ]),
-]  # fmt: skip
+    io.DynamicCombo.Option(
+        "speedup",
+        [
+            io.Float.Input(
+                "speedup",
+                default=2.0,
+                min=1.0,
+                max=20.0,
+                step=0.1,
+                tooltip="Target speedup of the model calls. The cost of a reused step is counted on the network and "
+                "decides how many steps are computed; a calibration decides which. 1 disables the cache.",
+            ),
+        ],
+    ),
+    io.DynamicCombo.Option(
+        "number of steps",
+        [
+            io.Int.Input(
+                "computed",
+                default=20,
+                min=1,
+                max=1000,
+                tooltip="Number of steps to compute. They are denser towards the end; a calibration places them where "
+                "they matter most.",
+            ),
+        ],
+    ),
+    io.DynamicCombo.Option(
+        "error budget",
+        [
+            io.Float.Input(
+                "max_error",
+                default=0.02,
+                min=0.0,
+                max=1.0,
+                step=0.001,
+                round=0.0001,
+                tooltip="Total relative error that reuse may add to the image, as estimated during the run. Harder "
+                "images compute more steps. 0 disables the cache.",
+            ),
+            io.Int.Input(
+                "max_reused",
+                default=4,
+                min=1,
+                max=50,
+                tooltip="Maximum number of consecutive reused steps.",
+            ),
+        ],
+    ),
+    io.DynamicCombo.Option(
+        "interval",
+        [
+            io.Int.Input(
+                "interval",
+                default=3,
+                min=1,
+                max=50,
+                tooltip="Compute every N-th step: 3 computes one step in three. 1 disables the cache.",
+            ),
+        ],
+    ),
+    io.DynamicCombo.Option(
+        "chosen steps",
+        [
+            io.String.Input(
+                "computed_steps",
+                default="0-4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 44, 48",
+                tooltip="Steps to compute, counted from 0: numbers and ranges, separated by commas. All others reuse.",
+            ),
+        ],
+    ),
+]
 
 
 class ApplyCache(io.ComfyNode):
@@ -66,53 +101,98 @@ class ApplyCache(io.ComfyNode):
             node_id="QandC_ApplyCache",
             display_name="Apply Cache",
             category=schema.CATEGORY,
-            description="Computes the model only on some steps and reuses what it found on the others. Works on any "
-            "MODEL; every other step is enough for 2x.",
+            description="Runs the model on some sampling steps and reuses its output on the others. Works on any "
+            "MODEL; computing every second step makes sampling about 2x faster.",
             search_aliases=[
-                "cache", "faster", "speed up", "accelerate", "skip steps", "fewer steps", "teacache", "spectrum",
-                "easycache", "first block cache", "fora", "feature cache",
-                "\u52a0\u901f", "\u63d0\u901f", "\u7f13\u5b58",  # speed up, faster, cache
+                "cache",
+                "faster",
+                "speed up",
+                "accelerate",
+                "skip steps",
+                "fewer steps",
+                "teacache",
+                "spectrum",
+                "easycache",
+                "first block cache",
+                "fora",
+                "feature cache",
+                "\u52a0\u901f",
+                "\u63d0\u901f",
+                "\u7f13\u5b58",  # speed up, faster, cache
             ],
             inputs=[
-                io.Model.Input("model", tooltip="Any MODEL; it stays as it is."),
+                io.Model.Input("model", tooltip="Any MODEL. It is not changed."),
                 io.DynamicCombo.Input("policy", options=POLICIES, tooltip="Which steps are computed."),
                 io.Int.Input(
-                    "order", default=1, min=0, max=1, advanced=True,
-                    tooltip="1 extrapolates linearly from the last two computed steps; 0 holds the last.",
+                    "order",
+                    default=1,
+                    min=0,
+                    max=1,
+                    advanced=True,
+                    tooltip="1 extrapolates linearly from the last two computed steps; 0 reuses the last one "
+                    "unchanged.",
                 ),
                 io.Float.Input(
-                    "start_percent", default=0.0, min=0.0, max=1.0, step=0.01, optional=True, advanced=True,
-                    tooltip="Reuse from this part of the run on; every step before it is computed.",
+                    "start_percent",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Fraction of the run at which reuse begins; every step before it is computed.",
                 ),
                 io.Float.Input(
-                    "end_percent", default=1.0, min=0.0, max=1.0, step=0.01, optional=True, advanced=True,
-                    tooltip="Reuse up to this part of the run; every step after it is computed.",
+                    "end_percent",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Fraction of the run at which reuse ends; every step after it is computed.",
                 ),
                 io.Combo.Input(
-                    "reuse", options=list(REUSE_OPTIONS), default=REUSE_OPTIONS[0], optional=True, advanced=True,
-                    tooltip="What is reused: the whole prediction, what the transformer blocks add, or the outputs of "
-                    "attention and MLP (models of Load DiT).",
+                    "reuse",
+                    options=list(REUSE_OPTIONS),
+                    default=REUSE_OPTIONS[0],
+                    optional=True,
+                    advanced=True,
+                    tooltip="What is reused: the whole prediction, what the transformer blocks add, or the outputs "
+                    "of attention and MLP (Load DiT models only).",
                 ),
                 io.Boolean.Input(
-                    "offload", default=False, optional=True, advanced=True,
-                    tooltip="Keep features in main memory instead of on the GPU: slower, for blocks of large models.",
+                    "offload",
+                    default=False,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Keep cached features in system memory instead of on the GPU. Slower; meant for blocks "
+                    "of large models.",
                 ),
                 schema.Calibration.Input(
-                    "calibration", optional=True,
-                    tooltip="From TAP Calibrate on the model without cache, with the same steps and scheduler: places "
-                    "the computed steps of speedup and number of steps.",
+                    "calibration",
+                    optional=True,
+                    tooltip="A calibration of the model without a cache, with the same steps and scheduler. It "
+                    "places the computed steps of speedup and number of steps.",
                 ),
             ],
             outputs=[io.Model.Output(tooltip="The model with the cache.")],
             hidden=[io.Hidden.unique_id],
             not_idempotent=True,  # ComfyUI must not give one node what another with the same inputs made
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(
-        cls, model: io.Model.Type, policy: dict, order: int, start_percent: float = 0.0, end_percent: float = 1.0,
-        reuse: str = REUSE_OPTIONS[0], offload: bool = False, calibration=None,
-    ) -> io.NodeOutput:  # fmt: skip
+        cls,
+        model: io.Model.Type,
+        policy: dict,
+        order: int,
+        start_percent: float = 0.0,
+        end_percent: float = 1.0,
+        reuse: str = REUSE_OPTIONS[0],
+        offload: bool = False,
+        calibration=None,
+    ) -> io.NodeOutput:
         kind, distances = policy_class(policy), None
         warnings: list[str] = []
         if calibration is not None:

@@ -23,57 +23,81 @@ class CalibrateFromRuns(io.ComfyNode):
             node_id="QandC_CalibrateFromRuns",
             display_name="Calibrate from Runs",
             category=schema.CATEGORY,
-            description="Whatever samples with this model adds to a calibration: any sampler, guider, prompt, size and "
-            "LoRA, at almost no time. Each queue adds a run to the file; the node says when they are enough.",
+            description="Adds every run that samples with this model to a calibration: any sampler, guider, prompt, "
+            "size and LoRA, at almost no extra time. Each queued run adds to the file; the node says when there "
+            "are enough.",
             search_aliases=["calibration", "record", "ptq", "gptq", "statistics", "any sampler"],
             inputs=[
                 io.Model.Input("model", tooltip="The full-precision model, with the cache that will be used."),
                 io.String.Input(
-                    "name", default="runs",
-                    tooltip="The calibration that runs are added to: a file of this name in output/qandc. Each expert "
-                    "of a model with two needs a name of its own.",
+                    "name",
+                    default="runs",
+                    tooltip="Calibration to add the runs to: the file of this name in output/qandc. Each expert of a "
+                    "two-expert model needs its own name.",
                 ),
                 io.Boolean.Input(
-                    "record", default=True,
-                    tooltip="On: runs are added. Off: the model is passed on as it is, and calibration gives what was "
-                    "recorded.",
+                    "record",
+                    default=True,
+                    tooltip="On: add runs. Off: pass the model on unchanged and output the recorded calibration.",
                 ),
                 io.Int.Input(
-                    "samples", default=8, min=1, max=1024,
-                    tooltip="Samples of a run whose layers are looked into, spread over its steps, prompts and images; "
-                    "at most a tenth of the run, at least one.",
+                    "samples",
+                    default=8,
+                    min=1,
+                    max=1024,
+                    tooltip="Calibration samples per run, spread over its steps, prompts and images; at most a tenth "
+                    "of the run, at least one.",
                 ),
                 io.Boolean.Input(
-                    "hessians", default=True, advanced=True,
-                    tooltip="Collect the input Hessian (X^T X) of every layer, which GPTQ needs. Off takes little "
-                    "memory.",
+                    "hessians",
+                    default=True,
+                    advanced=True,
+                    tooltip="Collect the input Hessian (X^T X) of every layer, which GPTQ needs. Off saves memory.",
                 ),
                 io.Float.Input(
-                    "memory_gb", default=4.0, min=0.1, max=1024.0, step=0.1, advanced=True,
-                    tooltip="Memory that statistics may take, in GiB; less keeps fewer inputs of each layer.",
+                    "memory_gb",
+                    default=4.0,
+                    min=0.1,
+                    max=1024.0,
+                    step=0.1,
+                    advanced=True,
+                    tooltip="Memory limit of the statistics in GiB. A lower limit keeps fewer tokens per layer.",
                 ),
                 io.Int.Input(
-                    "tokens", default=4096, min=64, max=1048576, advanced=True,
-                    tooltip="Maximum number of inputs kept of a layer, where they take less memory than its Hessian.",
+                    "tokens",
+                    default=4096,
+                    min=64,
+                    max=1048576,
+                    advanced=True,
+                    tooltip="Maximum number of tokens kept per layer, where they take less memory than its Hessian.",
                 ),
                 io.Int.Input(
-                    "held_out", default=8, min=0, max=256, advanced=True,
-                    tooltip="Model calls of the runs that are held out for Quantize to measure its error on; 0: none.",
+                    "held_out",
+                    default=8,
+                    min=0,
+                    max=256,
+                    advanced=True,
+                    tooltip="Model calls held out of the runs for Quantize to measure its error on. 0 = none.",
                 ),
                 io.Int.Input(
-                    "reset", default=0, min=0, max=2**31, advanced=True,
-                    tooltip="Change it to begin the calibration anew with the next run.",
+                    "reset",
+                    default=0,
+                    min=0,
+                    max=2**31,
+                    advanced=True,
+                    tooltip="Change this number to start the calibration over with the next run.",
                 ),
             ],
             outputs=[
                 io.Model.Output(tooltip="The model; wire it to any sampler or guider."),
                 schema.Calibration.Output(
-                    "calibration", display_name="calibration",
-                    tooltip="What was recorded, once record is off; until then nothing that needs it runs.",
+                    "calibration",
+                    display_name="calibration",
+                    tooltip="The recorded calibration, once record is off. Until then, nodes that need it do not run.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
-        )  # fmt: skip
+        )
 
     @classmethod
     def fingerprint_inputs(cls, name, record, **kwargs):
@@ -81,9 +105,17 @@ class CalibrateFromRuns(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model: io.Model.Type, name: str, record: bool, samples: int, hessians: bool, memory_gb: float,
-        tokens: int, held_out: int, reset: int,
-    ) -> io.NodeOutput:  # fmt: skip
+        cls,
+        model: io.Model.Type,
+        name: str,
+        record: bool,
+        samples: int,
+        hessians: bool,
+        memory_gb: float,
+        tokens: int,
+        held_out: int,
+        reset: int,
+    ) -> io.NodeOutput:
         path, node_id = named_path(name), getattr(cls.hidden, "unique_id", None)
         config = RecordingConfig(samples, hessians, memory_gb, tokens, held_out, reset)
         if not record:

@@ -18,15 +18,16 @@ class ClassLabel(io.ComfyNode):
             node_id="QandC_ClassLabel",
             display_name="Class Label",
             category=CATEGORY,
-            description="Says what a class-conditional DiT draws: one class, or several that the images of a batch "
-            "take in turn.",
+            description="Selects the classes that a class-conditional DiT generates: one, or several that the images "
+            "of a batch take in turn.",
             search_aliases=["imagenet", "class id", "conditioning", "label"],
             inputs=[
                 io.String.Input(
                     "classes",
                     default="0-9",
-                    tooltip="Class ids, ranges or ImageNet names, with commas: 207, 360-365, golden retriever. "
-                    "Image 1 takes the first, image 2 the second, and so on, from the start again.",
+                    tooltip="Class ids, ranges or ImageNet names, separated by commas: 207, 360-365, golden "
+                    "retriever. Image 1 takes the first, image 2 the second, and so on, starting over at the "
+                    "end.",
                 ),
                 io.Combo.Input(
                     "imagenet_class",

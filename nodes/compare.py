@@ -20,8 +20,8 @@ class Compare(io.ComfyNode):
             node_id="QandC_Compare",
             display_name="Compare",
             category=schema.CATEGORY,
-            description="Puts runs side by side: what each gains and costs, images, difference from the first, which "
-            "steps were computed or reused, the factors K_t, and a table of measured time, PSNR and SSIM.",
+            description="Compares runs side by side: gain and cost of each, images, differences from the first, "
+                "which steps were computed or reused, the factors K_t, and a table of measured times, PSNR and SSIM.",
             search_aliases=["compare", "psnr", "ssim", "report", "benchmark", "side by side", "a/b", "speedup"],
             inputs=[
                 io.Autogrow.Input(
@@ -46,16 +46,16 @@ class Compare(io.ComfyNode):
                 "figure."),
                 io.Float.Input(
                     "difference_gain", default=4.0, min=1.0, max=100.0, step=0.5, advanced=True,
-                    tooltip="How much the difference is enlarged.",
+                    tooltip="Factor by which differences are amplified.",
                 ),
                 io.Int.Input(
                     "repeats", default=0, min=0, max=50, optional=True,
-                    tooltip="Samples every run this many times again, in turns and after a round that does not count, "
-                    "for the range of the speedup. 0 takes the times of the runs as they were.",
+                    tooltip="Samples every run this many more times, taking turns, after one warm-up round, to "
+                        "measure the range of the speedup. 0 uses the times of the runs themselves.",
                 ),
                 io.Combo.Input(
                     "theme", options=list(THEMES), default=THEMES[0], optional=True, advanced=True,
-                    tooltip="Colours of the figure; auto is as ComfyUI's own.",
+                    tooltip="Colours of the figure. auto follows ComfyUI's theme.",
                 ),
             ],
             outputs=[

@@ -63,7 +63,7 @@ class LoadDiT(io.ComfyNode):
                     max=256,
                     optional=True,
                     advanced=True,
-                    tooltip="Attention heads, for a model of a width that was never published; 0 finds out.",
+                    tooltip="Number of attention heads, for non-standard widths. 0 = detect.",
                 ),
             ],
             outputs=[io.Model.Output(tooltip="The model in full precision, or quantized if the file is.")],

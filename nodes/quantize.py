@@ -25,82 +25,141 @@ class Quantize(io.ComfyNode):
             node_id="QandC_Quantize",
             display_name="Quantize (INT8, INT4)",
             category=schema.CATEGORY,
-            description="Makes an integer copy of any diffusion model: 8 bits or fewer for weights, 8 for activations, "
-            "chosen by what TAP Calibrate saw. What was attached, such as a cache, stays on. Save it with the stock "
-            "node ModelSave: ComfyUI loads the file without this pack.",
+            description="Makes an integer copy of any diffusion model: 8 bits or fewer for weights, 8 for "
+            "activations, calibrated with TAP Calibrate. Caches, patches and LoRAs on the model are kept. Save "
+            "it with the stock node ModelSave: ComfyUI loads the file without this pack.",
             search_aliases=[
-                "int8", "int4", "fp8", "quantize", "quantization", "smaller", "compress", "vram",
+                "int8",
+                "int4",
+                "fp8",
+                "quantize",
+                "quantization",
+                "smaller",
+                "compress",
+                "vram",
                 *(format.name.lower() for format in ALL),
-                "convrot", "gptq", "ptq", "convert", "faster", "speed up", "accelerate",
-                "\u91cf\u5316", "\u663e\u5b58", "\u538b\u7f29", "\u52a0\u901f",  # quantize, VRAM, compress, speed up
+                "convrot",
+                "gptq",
+                "ptq",
+                "convert",
+                "faster",
+                "speed up",
+                "accelerate",
+                "\u91cf\u5316",
+                "\u663e\u5b58",
+                "\u538b\u7f29",
+                "\u52a0\u901f",  # quantize, VRAM, compress, speed up
             ],
             inputs=[
-                io.Model.Input("model", tooltip="A model in full precision, LoRAs included; it stays as it is."),
+                io.Model.Input("model", tooltip="A full-precision model, with or without LoRAs. It is not changed."),
                 schema.Calibration.Input(
-                    "calibration", optional=True,
-                    tooltip="From TAP Calibrate on this model. Without it weights are rounded to nearest.",
+                    "calibration",
+                    optional=True,
+                    tooltip="A calibration of this model. Without one, weights are rounded to nearest.",
                 ),
                 io.Combo.Input(
-                    "format", options=list(BITS), default="W8A8",
+                    "format",
+                    options=list(BITS),
+                    default="W8A8",
                     tooltip="Bits of weights and activations. Fewer make the model smaller and cost more quality.",
                 ),
                 io.Combo.Input(
-                    "method", options=list(METHODS), default=METHODS[0],
-                    tooltip="native: ComfyUI's own formats, for any model. paper: one calibrated activation scale for "
-                    "each layer as in the Q&C paper, for models of Load DiT; its files need this pack.",
+                    "method",
+                    options=list(METHODS),
+                    default=METHODS[0],
+                    tooltip="native: ComfyUI's own formats, for any model. paper: one calibrated activation scale "
+                    "per layer, as in the Q&C paper; for Load DiT models, and its files need this pack.",
                 ),
                 io.Float.Input(
-                    "max_layer_error", default=0.1, min=0.0, max=1.0, step=0.01, round=0.001,
-                    tooltip="Layers with a larger relative error get the next finer format, in the end none. "
-                    "0 is no limit.",
+                    "max_layer_error",
+                    default=0.1,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    round=0.001,
+                    tooltip="Layers with a larger relative error get the next finer format, or stay in full "
+                    "precision. 0 = no limit.",
                 ),
                 io.Int.Input(
-                    "max_size_mb", default=0, min=0, max=2**20, advanced=True,
-                    tooltip="MiB that the layers may take. Where there is room, the layers that lose most for their "
-                    "size get finer formats. 0, or more than they take now, is no limit and no such upgrade.",
+                    "max_size_mb",
+                    default=0,
+                    min=0,
+                    max=2**20,
+                    advanced=True,
+                    tooltip="Size limit of the quantized layers in MiB. Spare room goes to finer formats for the "
+                    "layers that lose most for their size. 0 or more than their present size = no limit, no "
+                    "finer formats.",
                 ),
                 io.String.Input(
-                    "skip", default="", advanced=True,
-                    tooltip="Layers of the blocks to leave as they are: parts of their names, separated by commas.",
+                    "skip",
+                    default="",
+                    advanced=True,
+                    tooltip="Layers of the blocks to keep in full precision: parts of their names, separated by "
+                    "commas.",
                 ),
                 io.Combo.Input(
-                    "loras", options=list(LORAS), default="bake in", advanced=True,
-                    tooltip="LoRAs on the model become part of the weights before rounding (better), or stay patches "
-                    "on top.",
+                    "loras",
+                    options=list(LORAS),
+                    default="bake in",
+                    advanced=True,
+                    tooltip="Merge LoRAs into the weights before quantizing (better), or keep them as patches on top.",
                 ),
                 io.Combo.Input(
-                    "rounding", options=["auto", "nearest", "gptq"], default="auto", advanced=True,
-                    tooltip="gptq chooses weights by their effect on calibrated outputs; auto does where the "
-                    "calibration has what it needs. The method paper rounds to nearest on auto.",
+                    "rounding",
+                    options=["auto", "nearest", "gptq"],
+                    default="auto",
+                    advanced=True,
+                    tooltip="gptq rounds weights so that the calibrated outputs change least. auto uses it where the "
+                    "calibration has Hessians; with the method paper, auto rounds to nearest.",
                 ),
                 io.String.Input(
-                    "include", default="", optional=True, advanced=True,
-                    tooltip="Layers outside the transformer blocks to quantize too: parts of their names, separated by "
-                    "commas. Embedders, timestep, label and caption layers and the last layer stay otherwise.",
+                    "include",
+                    default="",
+                    optional=True,
+                    advanced=True,
+                    tooltip="Layers outside the transformer blocks to quantize as well: parts of their names, "
+                    "separated by commas. By default embedders, timestep, label and caption layers and the last "
+                    "layer are kept.",
                 ),
                 io.Float.Input(
-                    "max_model_error", default=0.0, min=0.0, max=1.0, step=0.005, round=0.001, optional=True,
-                    tooltip="As small as possible within this relative error of the whole model, such as 0.02: layers "
-                    "start in the format above, and those that cost the model most get finer ones. Measured on the "
-                    "calibration's held-out samples. 0 is no limit.",
+                    "max_model_error",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.005,
+                    round=0.001,
+                    optional=True,
+                    tooltip="Make the model as small as possible within this relative error of its predictions, such "
+                    "as 0.02: layers start in the format above, and those that cost most get finer ones. "
+                    "Measured on the calibration's held-out samples. 0 = no limit.",
                 ),
             ],
             outputs=[
                 io.Model.Output(tooltip="The quantized model."),
                 io.String.Output(
-                    "filename_prefix", display_name="filename_prefix",
+                    "filename_prefix",
+                    display_name="filename_prefix",
                     tooltip="Model, format and date, for ModelSave's input of this name.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(
-        cls, model: io.Model.Type, format: str, method: str, max_layer_error: float, max_size_mb: int, skip: str,
-        loras: str, rounding: str, calibration: Calibration | None = None, include: str = "",
+        cls,
+        model: io.Model.Type,
+        format: str,
+        method: str,
+        max_layer_error: float,
+        max_size_mb: int,
+        skip: str,
+        loras: str,
+        rounding: str,
+        calibration: Calibration | None = None,
+        include: str = "",
         max_model_error: float = 0.0,
-    ) -> io.NodeOutput:  # fmt: skip
+    ) -> io.NodeOutput:
         node_id = cls.hidden.unique_id if cls.hidden else None
         if method == "paper":
             config = QuantizationConfig(rounding="nearest" if rounding == "auto" else rounding)
@@ -115,10 +174,12 @@ class Quantize(io.ComfyNode):
             LORAS[loras],
             parts(include),
         )
-        ignored = "".join(f"\n\nWarning: {sentence}." for sentence in ignored_patterns(model, settings))
+        warnings = ignored_patterns(model, settings)
         quantized, report = quantize_native(model, settings, calibration, node_id)
-        show(node_id, f"{report.headline()}{ignored}")
-        text = f"{report.summary()}{ignored}\n\n{report.table()}"
+        warnings += report.misses(settings.budget.max_model_error)
+        said = "".join(f"\n\nWarning: {sentence}." for sentence in warnings)
+        show(node_id, f"{report.headline()}{said}")
+        text = f"{report.summary()}{said}\n\n{report.table()}"
         shown = ui.PreviewImage(to_image(report_picture(report)), cls=cls).as_dict()
         return io.NodeOutput(quantized, file_prefix(model, format), ui={**shown, "text": (text,)})
 

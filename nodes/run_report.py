@@ -14,29 +14,36 @@ class RunReport(io.ComfyNode):
             node_id="QandC_RunReport",
             display_name="Run Report",
             category=schema.CATEGORY,
-            description="Measures whatever samples the model: the time of every step, which steps were computed or "
-            "reused, memory. Put it in front of any sampler or guider; the node shows what it measured, and Compare "
-            "sets runs side by side. The images stay the same.",
+            description="Measures any run that samples the model: time of every step, which steps were computed or "
+            "reused, memory. Put it in front of any sampler or guider; the node shows the measurements, and "
+            "Compare sets runs side by side. The images do not change.",
             search_aliases=["report", "benchmark", "timing", "speed", "seconds per step", "profile", "memory"],
             inputs=[
                 io.Model.Input("model", tooltip="The MODEL that a sampler or guider takes next."),
-                io.String.Input("label", default="", tooltip="Name of the run in Compare; empty: what is attached."),
+                io.String.Input(
+                    "label",
+                    default="",
+                    tooltip="Name of the run in Compare. Empty = named after the "
+                    "cache, quantization and compensation on the model.",
+                ),
                 schema.Report.Input(
-                    "report", optional=True,
-                    tooltip="Report of the model that samples before this one, where two models share the steps: both "
-                    "become one report.",
+                    "report",
+                    optional=True,
+                    tooltip="Report of the model that samples before this one, where two models share the steps. The "
+                    "two are joined.",
                 ),
             ],
             outputs=[
                 io.Model.Output(tooltip="The same model, measured when it samples."),
                 schema.Report.Output(
-                    "report", display_name="report",
-                    tooltip="For Compare, beside the images of the same run: filled when the sampler has ended.",
+                    "report",
+                    display_name="report",
+                    tooltip="For Compare, beside the images of the same run. Filled in when the sampler has finished.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
             not_idempotent=True,  # ComfyUI must not give one node what another with the same inputs made
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, model: io.Model.Type, label: str, report=None) -> io.NodeOutput:

@@ -24,27 +24,52 @@ class Sample(io.ComfyNode):
                 *schema.conditioning(),
                 schema.latent("The latent to denoise: empty, or an encoded image."),
                 io.Int.Input(
-                    "seed", default=0, min=0, max=schema.MAX_SEED, control_after_generate=io.ControlAfterGenerate.fixed,
-                    tooltip="The noise. Equal seeds give comparable images.",
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=schema.MAX_SEED,
+                    control_after_generate=io.ControlAfterGenerate.fixed,
+                    tooltip="Seed of the noise. Runs with the same seed can be compared.",
                 ),
                 *schema.sampler_settings("of the run"),
                 io.Float.Input(
-                    "denoise", default=1.0, min=0.0, max=1.0, step=0.01,
-                    tooltip="Below 1 the latent keeps part of its image.",
+                    "denoise",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Below 1, part of the input image is kept.",
                 ),
-                io.String.Input("label", default="", tooltip="Name of the run in Compare; empty: what is attached."),
+                io.String.Input(
+                    "label",
+                    default="",
+                    tooltip="Name of the run in Compare. Empty = named after the "
+                    "cache, quantization and compensation on the model.",
+                ),
             ],
             outputs=[
                 io.Latent.Output(display_name="latent", tooltip="The denoised latent."),
-                schema.Report.Output("report", display_name="report", tooltip="What the run measured, for Compare."),
+                schema.Report.Output(
+                    "report", display_name="report", tooltip="The measurements of the run, for Compare."
+                ),
             ],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(
-        cls, model: io.Model.Type, positive, negative, latent_image, seed: int, steps: int, cfg: float,
-        sampler_name: str, scheduler: str, denoise: float, label: str,
-    ) -> io.NodeOutput:  # fmt: skip
+        cls,
+        model: io.Model.Type,
+        positive,
+        negative,
+        latent_image,
+        seed: int,
+        steps: int,
+        cfg: float,
+        sampler_name: str,
+        scheduler: str,
+        denoise: float,
+        label: str,
+    ) -> io.NodeOutput:
         settings = Settings(positive, negative, steps, cfg, sampler_name, scheduler, denoise)
         latent = fitted_latent(model, latent_image)
         noise = comfy.sample.prepare_noise(latent, seed, latent_image.get("batch_index"))

@@ -33,18 +33,27 @@ def sampler_settings(purpose: str) -> list[io.Input]:
     return [
         io.Int.Input("steps", default=50, min=1, max=1000, tooltip=f"Sampling steps {purpose}."),
         io.Float.Input(
-            "cfg", default=1.5, min=0.0, max=100.0, step=0.1, round=0.01,
+            "cfg",
+            default=1.5,
+            min=0.0,
+            max=100.0,
+            step=0.1,
+            round=0.01,
             tooltip=f"Classifier-free guidance scale {purpose}; 1 is no guidance.",
         ),
         io.Combo.Input(
-            "sampler_name", options=comfy.samplers.SAMPLER_NAMES, default="ddpm",
+            "sampler_name",
+            options=comfy.samplers.SAMPLER_NAMES,
+            default="ddpm",
             tooltip=f"Sampler {purpose}. ddpm is the one DiT was published with.",
         ),
         io.Combo.Input(
-            "scheduler", options=comfy.samplers.SCHEDULER_NAMES, default="normal",
+            "scheduler",
+            options=comfy.samplers.SCHEDULER_NAMES,
+            default="normal",
             tooltip=f"Noise schedule {purpose}. normal gives DiT's own timesteps.",
         ),
-    ]  # fmt: skip
+    ]
 
 
 def parse_numbers(text: str, names: Mapping[str, int] | None = None, example: str = "0-4, 8") -> tuple[int, ...]:

@@ -9,6 +9,7 @@ import json
 import sys
 import time
 from dataclasses import replace
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -57,13 +58,10 @@ def rows(study: Study, seed: int) -> list[dict[str, Any]]:
 def main() -> None:
     checkout, base, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
     host = Host(checkout, base)
-    import comfy_kitchen
-
     with torch.inference_mode():
         study = studies(host, options["flow"], only=options["subject"])[options["subject"]]
         found = rows(study, options["seed"])
-    kitchen = getattr(comfy_kitchen, "__version__", None)
-    print("RESULTS " + json.dumps({"calls": JUDGED, "kitchen": kitchen, "rows": found}))
+    print("RESULTS " + json.dumps({"calls": JUDGED, "kitchen": version("comfy-kitchen"), "rows": found}))
 
 
 if __name__ == "__main__":

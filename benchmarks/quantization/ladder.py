@@ -25,8 +25,8 @@ TEXT = """# A ladder of formats against single widths
 Relative L2 error of the whole model's prediction on {calls} calls that neither the calibration nor the choice of
 formats has seen; mean and standard error over {seeds} seeds of calibration. Codes by GPTQ on 128 samples of 32
 trajectories. The ladder starts every layer at W4A8 and gives W6A8, W8A8 or float to those that take most of the model's
-error away for their bytes, by shares of that error measured on 8 other held-out calls; "without shares" it looks at
-each layer's own error alone. "MiB" are of all quantized layers. ComfyUI {comfyui}, comfy-kitchen {kitchen}, eager
+error away for their bytes, by shares of that error measured on 3 of 8 other held-out calls; "without shares" it looks
+at each layer's own error alone. "MiB" are of all quantized layers. ComfyUI {comfyui}, comfy-kitchen {kitchen}, eager
 kernels on CPU ({machine}), a shared machine: seconds are rough. The models are those of
 [quantization.md](quantization.md). Made by `python -m benchmarks.quantization.ladder`.
 """

@@ -1,4 +1,4 @@
-"""Where calibration files live: the folder `qandc` in ComfyUI's output folder."""
+"""The folder of calibration files, `qandc` in ComfyUI's output folder."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def check_writable() -> None:
 
 
 def partial_path(prefix: str, digest: str) -> Path:
-    """Where an interrupted calibration of the inputs with this digest goes on; not listed."""
+    """File of an interrupted calibration of the inputs with this digest; not listed."""
     return calibration_folder() / f"{shared.stem_of(prefix)}-{digest[:16]}.partial"
 
 

@@ -28,7 +28,7 @@ def running_server() -> Any:
 
 
 def running_prompts() -> list[Prompt]:
-    """What the queue works on at this moment."""
+    """The job that the queue works on now."""
     queue = getattr(running_server(), "prompt_queue", None)
     items = list(getattr(queue, "currently_running", {}).values())
     return [Prompt(item[1], item[2], workflow_of(item[3])) for item in items]

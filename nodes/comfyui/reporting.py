@@ -44,7 +44,7 @@ repeated: ContextVar[list[RunReport] | None] = ContextVar("repeated", default=No
 
 
 class RunRecorder:
-    """What a report wire carries: what each sampler behind this model measured when it last ran.
+    """Value of a report wire: the measurements of each sampler behind this model when it last ran.
 
     `node` is the id of the node that shows the words, `before` the record of samplers that the sample went through
     earlier, with another model.
@@ -161,9 +161,15 @@ def repetition(guider, noise: Tensor, latent: Tensor, sampler, sigmas: Tensor, g
         token = repeated.set([])
         try:
             guider.sample(
-                unpacked(noise), unpacked(latent), sampler, sigmas, denoise_mask=unpacked(mask),
-                callback=lambda *_: tick(), disable_pbar=True, seed=given.get("seed"),
-            )  # fmt: skip
+                unpacked(noise),
+                unpacked(latent),
+                sampler,
+                sigmas,
+                denoise_mask=unpacked(mask),
+                callback=lambda *_: tick(),
+                disable_pbar=True,
+                seed=given.get("seed"),
+            )
             return (repeated.get() or [])[0]
         finally:
             repeated.reset(token)
@@ -199,7 +205,7 @@ class RunClock:
             self.clock, self.predicted = StepClock(self.device), False
 
     def predict(self) -> None:
-        """What was done before the first prediction is no part of the run."""
+        """Excludes what was done before the first prediction from the run."""
         if not self.predicted:
             self.clock, self.predicted = StepClock(self.device), True
 
@@ -218,7 +224,7 @@ class RunClock:
         return ended
 
     def end(self) -> None:
-        """What follows the last callback belongs to the last step."""
+        """Counts what follows the last callback to the last step."""
         self.depth -= 1
         if self.clock is not None and not self.depth:
             self.clock.end()
@@ -274,7 +280,7 @@ def scale_of(guider) -> float | None:
 
 
 def made_by_us(prompt: Prompt, node: str) -> bool:
-    """Whether calibrating or fitting samples, which is no run of the user's."""
+    """True while calibrating or fitting samples, which is no run of the user's."""
     kind = str(prompt.graph.get(node, {}).get("class_type", ""))
     return kind.startswith(OURS) and kind != SAMPLE
 

@@ -49,7 +49,7 @@ def parents(node_id: str) -> list[str]:
 
 
 class Board:
-    """What was last said of each node of each workflow, and the watch that says it again after a job."""
+    """The latest words of each node of each workflow, and the watch that shows them again after a job."""
 
     def __init__(self) -> None:
         self.texts: dict[tuple[str, str], tuple[str, str | None]] = {}
@@ -79,7 +79,7 @@ class Board:
             server.send_progress_text("\n".join(inside), parent, client or first)
 
     def say_again(self, prompt: Prompt, client: str | None = None) -> None:
-        """What was said of the nodes of a prompt, to its browser, else to the one that saw it first."""
+        """Shows the words of a prompt's nodes in its browser, else in the one that saw it first."""
         for node, spec in prompt.graph.items():
             known = (prompt.workflow, node) in self.texts
             if known and str(spec.get("class_type", "")).startswith(OURS):

@@ -24,7 +24,7 @@ reports: ContextVar[tuple[RunReport, ...]] = ContextVar("reports", default=())  
 
 @contextmanager
 def reporting(report: RunReport) -> Iterator[None]:
-    """Whatever a run finds out goes into this report too."""
+    """Adds a report that a run fills in as well."""
     token = reports.set((*reports.get(), report))
     try:
         yield

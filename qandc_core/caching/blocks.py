@@ -57,9 +57,11 @@ class BlockCall:
             return
         deltas = [None if a is None or b is None else a.float() - b for a, b in zip(after, before)]
         sums = self.sums.get(part)
-        self.sums[part] = deltas if sums is None else [
-            s if d is None else d if s is None else s.add_(d) for s, d in zip(sums, deltas)
-        ]  # fmt: skip
+        self.sums[part] = (
+            deltas
+            if sums is None
+            else [s if d is None else d if s is None else s.add_(d) for s, d in zip(sums, deltas)]
+        )
 
     def store(self, dtype: torch.dtype) -> None:
         for part, sums in self.sums.items():

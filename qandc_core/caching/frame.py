@@ -13,7 +13,7 @@ Condition = tuple[Hashable, int]  # id, side of guidance; ids may be shared betw
 
 @dataclass
 class Frame:
-    """What a host knows of the calls that follow: the input (b, C, ...) of every condition, and which piece of the
+    """The host's knowledge of the calls that follow: the input (b, C, ...) of every condition, and which piece of the
     sample it is, None where that is not known. `trusted`: nothing can change the inputs on their way to the model.
     """
 

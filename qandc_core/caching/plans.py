@@ -179,7 +179,7 @@ def root_mean_square(values: Tensor) -> float:
 
 
 def newton_term(points: list[tuple[float, Tensor]], position: float) -> Tensor:
-    """What the oldest point adds at `position` to the polynomial through the others."""
+    """The oldest point's contribution at `position` to the polynomial through the others."""
     return divided_difference(points) * prod(position - at for at, _ in points[1:])
 
 

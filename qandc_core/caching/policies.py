@@ -2,7 +2,7 @@
 
 A policy is immutable and knows no run; `plan` makes the steps of one run of it. All but ErrorBudget fix them before the
 run from counts alone (how many steps, what a reused one costs), so the same settings compute the same steps everywhere.
-A new policy is a subclass with plan, describe, detail and off; node, command line and engine take any.
+A new policy is a subclass with limits, planned, phrase, detail and off; the node and the engine take any.
 """
 
 from __future__ import annotations

@@ -72,8 +72,6 @@ class SamplingRun:
         self.step, self.position, self.peak_bytes = 0, 0.0, 0
         self.reused = self.computed_any = False
 
-    # Predictions
-
     def begin_prediction(self, sigma: float) -> None:
         """The sampler asks for a prediction at sigma."""
         if self.steps.locate(sigma):
@@ -257,8 +255,6 @@ class SamplingRun:
     @property
     def num_bytes(self) -> int:
         return sum(cache.num_bytes for cache in self.caches.values())
-
-    # What happened
 
     @property
     def timeline(self) -> dict[str, str]:

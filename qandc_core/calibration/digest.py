@@ -237,10 +237,12 @@ class Walk:
 
 # Attributes of networks that ComfyUI changes when it loads or patches them.
 LOADED = frozenset(
-    ("current_patcher", "current_weight_patches_uuid", "device", "lowvram_patch_counter", "model_lowvram",
-     "model_loaded_weight_memory", "model_offload_buffer_memory", "weight_function", "bias_function",
-     "weight_lowvram_function", "bias_lowvram_function", "training", "dynamic_pins", "dynamic_vbars")
-)  # fmt: skip
+    """
+    current_patcher current_weight_patches_uuid device lowvram_patch_counter model_lowvram
+    model_loaded_weight_memory model_offload_buffer_memory weight_function bias_function weight_lowvram_function
+    bias_lowvram_function training dynamic_pins dynamic_vbars
+    """.split()
+)
 
 
 def name_of(kind: type) -> str:

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from ..caching.attach import cache_bypassed
 from ..diffusion.process import ReverseProcess, SamplingConfig
 from ..models.dit import DiT
-from ..numerics import ratios
-from ..precision import with_float64
+from ..numerics import ratios, with_float64
 
 FARTHEST = 1e12  # from a prediction that is zero
 

@@ -18,9 +18,13 @@ from torch import Tensor
 
 VALUES, MOST = 8, 2048  # of one weight, and of all
 MARKS = {
-    torch.float64: "d", torch.float32: "f", torch.float16: "h", torch.bfloat16: "b", torch.float8_e4m3fn: "e",
+    torch.float64: "d",
+    torch.float32: "f",
+    torch.float16: "h",
+    torch.bfloat16: "b",
+    torch.float8_e4m3fn: "e",
     torch.float8_e5m2: "E",
-}  # fmt: skip
+}
 OTHER = "o"  # integers, which no precision changes
 # Largest relative distance of neighbours, smallest normal number and largest number.
 ROUNDING = {

@@ -1,4 +1,4 @@
-"""What one more run adds to a calibration: the layer error that it lowers, measured on calls not seen before.
+"""The gain of one more run of calibration: the reduction of the layer error, measured on calls not seen before.
 
 GPTQ rounds a layer's columns one after the other and lets each make up for the errors before it. With the second
 moment of the inputs H = U D U^T, U unit upper triangular, rounding errors R on the grid become weight errors
@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..precision import widest_float
+from ..numerics import widest_float
 
 DAMPING = 0.01  # of the diagonal's mean, as GPTQ's
 LATEST = 5  # runs whose difference is averaged
@@ -49,7 +49,7 @@ def lowered(before: Tensor, after: Tensor, x: Tensor) -> float:
 
 
 def left_to_gain(history: Sequence[float]) -> float | None:
-    """What part of the layer error endless runs would take away, by what the latest lowered; None of fewer runs."""
+    """Share of the layer error that endless runs would remove, by what the latest removed; None for fewer runs."""
     latest = history[-LATEST:]
     if len(latest) < LATEST:
         return None

@@ -35,7 +35,7 @@ KINDS = ("inputs", "held_out")
 
 @dataclass(frozen=True)
 class RunSchedule:
-    """Of a recorded run: noise levels, sampler, whether it adds noise, and whether all its steps were computed."""
+    """The schedule of a recorded run: noise levels, sampler, whether it adds noise, whether all steps were computed."""
 
     sigmas: list[float]
     sampler: str
@@ -45,9 +45,13 @@ class RunSchedule:
 
 @torch.inference_mode()
 def with_run(
-    old: Calibration | None, model: str, run: RunRecord, schedule: RunSchedule, config: RecordingConfig,
+    old: Calibration | None,
+    model: str,
+    run: RunRecord,
+    schedule: RunSchedule,
+    config: RecordingConfig,
     device: torch.device | str = "cpu",
-) -> Calibration:  # fmt: skip
+) -> Calibration:
     """The calibration of a model with one run more; `old` and `run` are used up. What the run adds is measured on the
     device. Raises ValueError on inputs that are not finite, or where nothing was observed.
     """
@@ -173,9 +177,13 @@ def schedules_with(known: list[Schedule], new: Schedule | None) -> list[Schedule
 
 
 def add_run(
-    path: Path, model: str, run: RunRecord, schedule: RunSchedule, config: RecordingConfig,
+    path: Path,
+    model: str,
+    run: RunRecord,
+    schedule: RunSchedule,
+    config: RecordingConfig,
     device: torch.device | str = "cpu",
-) -> Recording:  # fmt: skip
+) -> Recording:
     """Replaces the file by one with this run more, atomically; any error leaves it as it was."""
     grown = with_run(grown_from(path, model, config), model, run, schedule, config, device)
     grown.save(path)
@@ -191,7 +199,7 @@ def grown_from(path: Path, model: str, config: RecordingConfig) -> Calibration |
 
 
 def check_recording(path: Path, model: str, config: RecordingConfig) -> Mapping[str, Any] | None:
-    """What the file says of its recording; None where there is no file, or one with another `reset`.
+    """The recording in the file's header; None where there is no file, or one with another `reset`.
 
     Raises ValueError in one sentence on a file that runs of this model cannot be added to.
     """
@@ -219,5 +227,5 @@ def check_recording(path: Path, model: str, config: RecordingConfig) -> Mapping[
 
 
 def plan_of(config: RecordingConfig) -> dict[str, Any]:
-    """What all runs of a file have in common, so that what they keep adds up."""
+    """Properties that all runs of a file share, so that their statistics add up."""
     return {key: getattr(config, key) for key in ("hessians", "memory_gb", "tokens", "reset")}

@@ -52,9 +52,14 @@ class Observer:
     """
 
     def __init__(
-        self, layers: Sequence[tuple[str, nn.Module]], statistics: dict[str, LayerStatistics], choice: Choice, run: int,
-        tokens: int, seed: int,
-    ):  # fmt: skip
+        self,
+        layers: Sequence[tuple[str, nn.Module]],
+        statistics: dict[str, LayerStatistics],
+        choice: Choice,
+        run: int,
+        tokens: int,
+        seed: int,
+    ):
         chosen, held_out = choice.samples, choice.held_out
         self.layers, self.statistics = layers, statistics
         self.chosen, self.held_out = chosen[chosen[:, 0] == run], held_out[held_out[:, 0] == run]

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..precision import is_out_of_memory
+from ..numerics import is_out_of_memory
 from .calls import ModelCall
 from .choice import reduced
 from .layer_inputs import HELD_OUT_TOKENS, call_of, of_samples
@@ -29,7 +29,7 @@ from .memory import StatisticsPlan, plan_statistics
 from .statistics import LayerStatistics, observed
 from .stream import Reservoir, Strata
 
-SPARSEST = 10  # at most one row in so many is looked into
+SPARSEST = 10  # at most one row in ten is observed
 TOKENS = 1024  # inputs of a layer that one sample adds to its sums
 HELD_OUT_A_RUN = 2
 PROBES, PROBE_TOKENS, PROBE_WIDTH = 4, 256, 4096  # layers on which it is measured what a run adds
@@ -38,8 +38,8 @@ Layers = Sequence[tuple[str, nn.Module]]
 
 @dataclass(frozen=True)
 class RecordingConfig:
-    """How many samples of a run are looked into, a sample being one row of a model call, and what is kept of them; as
-    in CalibrationConfig. A file that was begun with another `reset` is begun anew.
+    """How many samples of a run are observed, a sample being one row of a model call, and what is kept of them; as in
+    CalibrationConfig. A file that was begun with another `reset` is begun anew.
     """
 
     samples: int = 8
@@ -50,11 +50,11 @@ class RecordingConfig:
     reset: int = 0
 
     def strata(self, rows: int) -> int:
-        """How many rows one is chosen of, in a run of so many."""
+        """Length of the stretches of a run of `rows`, of each of which one row is chosen."""
         return min(max(-(-rows // self.samples), SPARSEST), max(rows, 1))
 
     def plan(self, widths: Sequence[int]) -> StatisticsPlan:
-        """What each layer keeps. Raises ValueError where memory_gb is too little."""
+        """The memory plan of all layers. Raises ValueError where memory_gb is too little."""
         tokens, held_out = self.tokens if self.hessians else 0, HELD_OUT_TOKENS if self.held_out else 0
         aside = PROBES * PROBE_TOKENS * 2 * min(max(widths, default=0), PROBE_WIDTH)
         return plan_statistics(widths, max(0, int(self.memory_gb * 2**30) - aside), tokens, held_out)
@@ -62,7 +62,7 @@ class RecordingConfig:
 
 @dataclass
 class LayerRecord:
-    """What is kept of one layer: sums, and inputs by what they are kept for."""
+    """Statistics of one layer: sums, and inputs by purpose."""
 
     statistics: LayerStatistics
     kept: dict[str, Reservoir]
@@ -91,7 +91,7 @@ class LayerRecord:
 
 @dataclass
 class RunRecord:
-    """What one run gave: its layers by name, held-out calls with their keys, and the predictions by noise level."""
+    """The result of one run: its layers by name, held-out calls with their keys, and the predictions by noise level."""
 
     layers: dict[str, LayerRecord]
     calls: list[tuple[float, ModelCall]] = field(default_factory=list)
@@ -181,7 +181,7 @@ class Recorder:
         self.samples = 0
 
     def expect(self, rows: int) -> None:
-        """A prediction evaluates so many rows: the images of a batch, each under every condition. The first counts."""
+        """Takes the rows of a prediction: the images of a batch, each under every condition. The first call counts."""
         if self.strata is None and rows:
             size, apart = self.config.strata(rows * self.steps), 0
             if self.config.held_out:
@@ -193,10 +193,16 @@ class Recorder:
         self.predictions.append((sigma.detach().reshape(-1)[:1], reduced(denoised.detach()).flatten()))
 
     def called(
-        self, network: Hashable, layers: Callable[[], Layers], room: Callable[[], int], call: Callable[[], Any],
-        x: Tensor, t: Tensor, conditions: Mapping[str, Any],
-    ) -> Any:  # fmt: skip
-        """What call() answers, a model call on x (N, ...) of a network, whose layers and room are asked for once."""
+        self,
+        network: Hashable,
+        layers: Callable[[], Layers],
+        room: Callable[[], int],
+        call: Callable[[], Any],
+        x: Tensor,
+        t: Tensor,
+        conditions: Mapping[str, Any],
+    ) -> Any:
+        """The result of call(), a model call on x (N, ...) of a network, whose layers and memory are queried once."""
         with self.lock:
             self.expect(len(x))
             chosen, apart = self.strata.take(len(x)) if self.strata is not None else ([], [])
@@ -224,7 +230,7 @@ class Recorder:
 
     @torch.inference_mode()
     def result(self) -> RunRecord:
-        """What was recorded, on the CPU; the recorder is empty afterwards. Raises ValueError where it is incomplete."""
+        """The recorded run, on the CPU; the recorder is empty afterwards. Raises ValueError where it is incomplete."""
         if any(place.failed for place in self.places.values()):
             raise ValueError("memory ran out while it was recorded; lower memory_gb")
         layers: dict[str, LayerRecord] = {}

@@ -1,4 +1,4 @@
-"""What a calibration of runs carries beside the calibration itself, so that more runs can be added."""
+"""The part of a calibration of runs that lets further runs be added."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Schedule:
 
 @dataclass
 class Recording:
-    """What a calibration of runs carries to grow further: keys of kept inputs and of held-out calls, schedules, and by
+    """State of a calibration of runs, to add further ones: keys of kept inputs and of held-out calls, schedules, and by
     how much each run lowered the layer error. `plan` is what it was begun with.
     """
 
@@ -84,7 +84,7 @@ class Recording:
 
 
 def describe(header: Mapping[str, Any]) -> str:
-    """What a recording's header says of it, in words: how many runs, and whether they are enough."""
+    """A recording's header in words: the number of runs, and whether they are enough."""
     left = left_to_gain(header["history"])
     said = "too few to tell whether they are enough" if left is None else gain_text(left)
     return f"{counted(header['runs'], 'run')}, {counted(header['samples'], 'sample')}: {said}"

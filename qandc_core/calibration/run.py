@@ -171,9 +171,12 @@ def planned(layers: Layers, plan: CalibrationConfig) -> StatisticsPlan:
     blocks = {block_of(name) for name, _ in layers} - {""}
     kept = f", {space.tokens} tokens each" if plan.hessians else ""
     log.info(
-        "Q&C calibration: %d blocks, %d layers: %.2f GiB of statistics%s", len(blocks), len(layers),
-        space.bytes / 2**30, kept,
-    )  # fmt: skip
+        "Q&C calibration: %d blocks, %d layers: %.2f GiB of statistics%s",
+        len(blocks),
+        len(layers),
+        space.bytes / 2**30,
+        kept,
+    )
     return space
 
 
@@ -224,8 +227,9 @@ def leave_out_unseen(statistics: dict[str, LayerStatistics], all_run: bool) -> N
         )
     if unseen:
         log.warning(
-            "Q&C calibration: the selected samples give %s no input; %d such layers get no statistics.", unseen[0],
+            "Q&C calibration: the selected samples give %s no input; %d such layers get no statistics.",
+            unseen[0],
             len(unseen),
-        )  # fmt: skip
+        )
     for name in unseen:
         del statistics[name]

@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from ..precision import widest_float
+from ..numerics import widest_float
 
 BINS = 2048
 
@@ -99,9 +99,14 @@ class LayerStatistics:
         """A copy without kept inputs."""
         hessian = None if self.hessian is None else self.hessian.clone()
         return LayerStatistics(
-            self.count, self.low.clone(), self.high.clone(), self.mean.clone(), self.histogram.clone(),
-            self.span.clone(), hessian,
-        )  # fmt: skip
+            self.count,
+            self.low.clone(),
+            self.high.clone(),
+            self.mean.clone(),
+            self.histogram.clone(),
+            self.span.clone(),
+            hessian,
+        )
 
     def merge(self, other: LayerStatistics) -> None:
         """Adds all inputs that another object of the layer was given, kept ones aside; both on the CPU."""

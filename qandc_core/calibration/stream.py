@@ -1,9 +1,9 @@
-"""Choosing samples while they go by: how many will come is known roughly, none comes twice.
+"""Selects samples from a stream: how many will come is known roughly, and none comes twice.
 
 A run of a sampler passes once. TAP clusters candidates that it has seen, and samples them again to look into the
 layers; here the choice has to stand before a call is made. Two classical schemes do that without knowing what comes:
 
-- **Strata**: of every so many rows of model calls that follow one another, one is chosen at random beforehand. Each row
+- **Strata**: of each stretch of consecutive rows of model calls, one is chosen at random beforehand. Each row
   has the same chance, and the chosen ones spread evenly over the run, whichever steps a cache skips.
 - **Reservoir**: of all inputs of a layer the ones with the lowest random keys are kept (a bottom-k sketch, Cohen and
   Kaplan 2007). They are a uniform sample of all that went by, and those of several runs together are those of the
@@ -19,7 +19,7 @@ from torch import Tensor
 
 
 class Strata:
-    """Of every `size` items in a row one is chosen, and of every `apart`-th such stratum a second one is held out.
+    """Chooses one of every `size` consecutive items, and in every `apart`-th such stratum holds out a second one.
 
     Every item is chosen with probability 1 / size and held out with 1 / (size * apart); 0 holds out nothing, and so do
     strata of one.

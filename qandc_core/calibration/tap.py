@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from ..precision import with_float64
+from ..numerics import with_float64
 from .selection import checked_timesteps, draw_evenly, require_at_least_one
 
 if TYPE_CHECKING:

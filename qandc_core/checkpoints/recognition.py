@@ -1,4 +1,4 @@
-"""Whether a file holds a class-conditional DiT, told by its list of tensors: a few kilobytes, whatever its size.
+"""Recognizes files of class-conditional DiTs by their list of tensors: a few kilobytes, whatever the size.
 
 What makes the kind is the table of class embeddings. Its name ends alike in the published layout, in diffusers' and in
 all our formats, none of which quantizes it; models that read text have no such table.
@@ -19,7 +19,7 @@ LEGACY = 2**22  # where torch.save before 1.6 keeps the names, ahead of the valu
 
 
 def may_be_dit(path: str | os.PathLike[str]) -> bool:
-    """Whether the file holds a DiT, perhaps a damaged one; False for what cannot be opened."""
+    """True if the file holds a DiT, perhaps a damaged one; False for what cannot be opened."""
     try:
         status = os.stat(path)
         return lists_class_table(os.fspath(path), status.st_mtime_ns, status.st_size)

@@ -17,6 +17,7 @@ from .figure import LIGHT, FigureRow, Theme, comparison_figure, difference, resi
 from .frames import Frames
 from .metrics import Fidelity, bands_of, pair_fidelity
 from .panels import draw_lines, draw_table, panels, stack
+from .remarks import layers, remarks, timelines
 from .repeats import Speedup, in_turns
 
 LEVEL = 1e-3  # relative, up to which noise levels of two runs are the same
@@ -89,7 +90,7 @@ def sampled_in_turns(runs: Sequence[ComparedRun], rounds: int, progress: Progres
 
 
 def speedup_of(run: ComparedRun, reference: ComparedRun) -> Speedup | None:
-    """Of the rounds in turns where both have them, else of the one run each; None where either was not measured."""
+    """From the rounds in turns where both have them, else from the single runs; None where either was not measured."""
     if run.rounds and reference.rounds:
         return Speedup.of(reference.rounds, run.rounds)
     if not all(r.report is not None and r.report.seconds for r in (run, reference)):
@@ -119,7 +120,7 @@ def timing(run: ComparedRun, reference: ComparedRun) -> list[str]:
 
 
 def headlines(runs: Sequence[ComparedRun], rows: Sequence[dict[str, str]]) -> list[str]:
-    """What each run gains and costs, in one line."""
+    """One line for each run: gain and cost."""
     lines = []
     for run, row in zip(runs[1:], rows[1:]):
         speedup = speedup_of(run, runs[0])
@@ -158,7 +159,7 @@ def mean(values: Sequence[float]) -> float:
 
 
 def mismatches(runs: Sequence[ComparedRun]) -> list[str]:
-    """What else differs between runs, in their order; a run without report says nothing."""
+    """Other differences between runs, in their order; a run without report has none."""
     lines = []
     reports = [run.report for run in runs if run.report is not None]
     for name, value in SETTINGS.items():
@@ -180,7 +181,7 @@ def headlines_of(text: str) -> str:
 
 
 def levels_differ(reports: Sequence[RunReport]) -> bool:
-    """Whether runs of as many steps went through other noise levels, as far as they are known."""
+    """True if runs of equal length went through other noise levels, as far as these are known."""
     known = [report.sigmas for report in reports if report.sigmas]
     return any(
         len(levels) != len(known[0])
@@ -252,54 +253,6 @@ def evenly(count: int, shown: int) -> list[int]:
     if count <= shown:
         return list(range(count))
     return [round(i * (count - 1) / max(shown - 1, 1)) for i in range(shown)]
-
-
-def remarks(runs: Sequence[ComparedRun]) -> list[str]:
-    """What each run's quantization cost, what its cache reused, what that gained by its own clock, and its warnings."""
-    lines = [line for run in runs if run.report is not None for line in remarks_of(run.label, run.report)]
-    counts = {len(run.rounds) for run in runs if run.rounds}
-    if counts:
-        lines.append(
-            f"Times: median of {max(counts)} rounds in turns after one that does not count; speedup: median of the "
-            "rounds, and their range."
-        )
-    elif sum(run.report is not None and bool(run.report.seconds) for run in runs) > 1:
-        lines.append(
-            "Times are of one run each, set-up of the first included; a range takes rounds in turns (repeats)."
-        )
-    return lines
-
-
-def remarks_of(label: str, report: RunReport) -> list[str]:
-    lines = []
-    if not report.finished:
-        lines.append(f"{label}: the run did not end")
-    if report.parts > 1:
-        lines.append(f"{label}: {report.parts} sampler runs, added up")
-    if report.quantization is not None:
-        lines.append(f"{label}: {report.quantization.summary()}")
-    warnings = "".join(f"; {text}" for text in report.warnings)
-    if report.reuse:
-        gain = "" if report.cache_speedup is None else f", model calls {report.cache_speedup:.2f}x faster for it"
-        lines.append(f"{label}: reuses {report.reuse}{gain}{warnings}")
-    elif warnings:
-        lines.append(f"{label}: {warnings.removeprefix('; ')}")
-    return lines
-
-
-def timelines(runs: Sequence[ComparedRun]) -> str:
-    """A letter for each step of each condition."""
-    named = [(f"{run.label}, {name}", line) for run in runs if run.report for name, line in run.report.timeline.items()]
-    if not named:
-        return ""
-    rows = "\n".join(f"{line}  {name}" for name, line in named)
-    return f"\n\nSteps (C computed, R reused, F extrapolated):\n\n```\n{rows}\n```"
-
-
-def layers(runs: Sequence[ComparedRun]) -> str:
-    """The layers that quantization cost most."""
-    parts = [(run.label, run.report.quantization) for run in runs if run.report and run.report.quantization]
-    return "".join(f"\n\nLayers of {label}:\n\n{report.table()}" for label, report in parts)
 
 
 def numbers(row: dict[str, str]) -> str:

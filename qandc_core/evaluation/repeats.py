@@ -24,7 +24,7 @@ class Speedup:
 
     @classmethod
     def of(cls, reference: Sequence[float], run: Sequence[float]) -> Speedup:
-        """Of seconds of the same rounds. Raises ValueError on different numbers of rounds."""
+        """From the seconds of the same rounds. Raises ValueError on different numbers of rounds."""
         ratios = [first / other for first, other in zip(reference, run, strict=True)]
         return cls(median(ratios), min(ratios), max(ratios), len(ratios))
 

@@ -34,7 +34,7 @@ class Budget:
 
     @property
     def climbs(self) -> bool:
-        """Whether layers may get finer formats than their own errors ask for."""
+        """True if layers may get finer formats than their own errors ask for."""
         return self.max_bytes is not None or self.max_model_error is not None
 
 
@@ -135,7 +135,7 @@ class Search:
         return self.rounded[key]
 
     def fewest(self, steps: Sequence[tuple[str, Step]], shares: Mapping[str, float]) -> int:
-        """How many of the upgrades the model's error asks for."""
+        """Number of upgrades that the limit of the model's error needs."""
         assert self.budget.max_model_error is not None and self.model_error is not None
         measure, target = self.model_error, self.budget.max_model_error
 
@@ -181,9 +181,9 @@ def coarsest(
 
     # gptq of every format would take as long again for each: it lowers the error of all of them alike.
     same = nearest(layer.format)
-    gain = layer.error / same.error if same is not None and same.error > 0 else 1.0
+    factor = layer.error / same.error if same is not None and same.error > 0 else 1.0
     finer = [nearest(format.name) for format in able]
-    return layer, ladder(source, layer, *(replace(one, error=gain * one.error) for one in finer if one is not None))
+    return layer, ladder(source, layer, *(replace(one, error=factor * one.error) for one in finer if one is not None))
 
 
 def ladder(source: LayerSource, *layers: NativeLayer | None) -> list[Step]:

@@ -41,7 +41,7 @@ class Estimate:
 
     @property
     def fraction(self) -> float:
-        """Of the time that all takes, what has passed."""
+        """Fraction of the whole time that has passed."""
         whole = self.spent + self.left
         return self.spent / whole if whole else 0.0
 

@@ -1,8 +1,20 @@
-"""GPTQ rounding (Frantar et al., arXiv 2210.17323): codes chosen so that the layer's output error is least.
+"""GPTQ rounding (Frantar et al., arXiv 2210.17323): integers chosen so that the layer's output error is least.
 
-In the form of LDLQ, which gives the same codes (QuIP, arXiv 2307.13304, Theorem 6) and needs no inverse: with
-H = U D U^T, U unit upper triangular, the error E = W - W_q costs tr(E H E^T) = sum_k D_k |E U[:, k]|^2, so column k is
-rounded where its own error makes up for those before it.
+Rounding to nearest makes each weight's own error E = W - W_q small. What counts is the error of the outputs,
+|E X^T|^2 = tr(E H E^T) with H = X^T X of the layer's inputs, and the errors of correlated inputs can cancel: where one
+weight was rounded up, another may better be rounded down.
+
+The columns of W are therefore rounded one after the other, each at the value that best makes up for the errors made so
+far. In the form of LDLQ, which gives the same codes (QuIP, arXiv 2307.13304, Theorem 6) and needs no inverse: with
+H = U D U^T, U unit upper triangular,
+
+    tr(E H E^T) = sum_k D_k |E U[:, k]|^2,      E U[:, k] = E[:, k] + sum_{j<k} E[:, j] U[j, k],
+
+and the sum over j < k is known when column k is reached, which is therefore rounded from its value plus that sum.
+
+It costs a Cholesky factorization (K^3 / 3) and N K^2 multiplications for each layer, gathered into matmuls by halving
+the range of columns, and memory for H and the sums. H of few or correlated inputs is nearly singular, so a share of its
+mean diagonal (`damping`) is added; a larger share moves the result towards rounding to nearest.
 """
 
 from __future__ import annotations

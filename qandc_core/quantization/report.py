@@ -59,7 +59,7 @@ class QuantizationReport:
         return max(self.layers, key=lambda layer: layer.error)
 
     def headline(self) -> str:
-        """What a person asks first: sizes, error, the worst layer and what multiplies."""
+        """The essentials: sizes, error, the worst layer and the backend."""
         if self.model_error is not None:
             error = f"{percent(self.model_error[0])} error of the model"
         else:
@@ -100,6 +100,15 @@ class QuantizationReport:
             return []
         before = ", ".join(f"{count} {format}" for format, count in self.sources.items())
         return [f"from layers in {before}, which errors are against: what those lost before comes on top"]
+
+    def misses(self, max_model_error: float | None) -> list[str]:
+        """A sentence where the model's error is above what was asked for, which is met by a simulation."""
+        if max_model_error is None or self.model_error is None or self.model_error[0] <= 1.1 * max_model_error:
+            return []
+        return [
+            f"the model's error is {self.model_error[0]:.2g}, above max_model_error = {max_model_error:g}; ask for "
+            "less or choose a finer format"
+        ]
 
     def table(self, worst: int = 10) -> str:
         """Markdown: the layers with the largest errors."""

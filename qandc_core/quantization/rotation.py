@@ -24,9 +24,12 @@ def hadamard(group: int) -> Tensor:
     from comfy_kitchen.tensor import TensorWiseINT8Layout
 
     params = TensorWiseINT8Layout.Params(
-        scale=torch.ones(group, 1), orig_dtype=torch.float32, orig_shape=(group, group), convrot=True,
+        scale=torch.ones(group, 1),
+        orig_dtype=torch.float32,
+        orig_shape=(group, group),
+        convrot=True,
         convrot_groupsize=group,
-    )  # fmt: skip
+    )
     return TensorWiseINT8Layout.dequantize(torch.eye(group, dtype=torch.int8), params)
 
 

@@ -1,4 +1,4 @@
-"""How much of the whole model's error each quantized layer makes, measured on calls that no statistics come from.
+"""Each quantized layer's share of the whole model's error, measured on calls that no statistics come from.
 
 The errors of layers add up like independent noise, E^2 = sum_l s_l e_l^2, with e_l the relative error of a layer's own
 output. A layer's e_l says little of its share: one at the end of a network changes the prediction by all that it loses,
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .native import NativeLayer, kernel_output
 
-GROUPS = 64  # at most so many measurements for the shares
+GROUPS = 64  # the maximum number of measurements for the shares
 
 
 class ModelError(Protocol):
@@ -39,7 +39,7 @@ def sensitivities(layers: Mapping[str, NativeLayer], model_error: ModelError, mo
 
 
 def grouped(names: Sequence[str], most: int = GROUPS) -> list[list[str]]:
-    """Each layer alone where there are at most so many; else those of the same place in blocks next to each other."""
+    """Each layer alone where there are at most `most`; else those of the same place in blocks next to each other."""
     if len(names) <= most:
         return [[name] for name in names]
     kinds: dict[str, list[str]] = {}

@@ -102,6 +102,24 @@ class Frontend:
         self.page.keyboard.press("Escape")
         return found
 
+    def help(self, node_type: str) -> dict[str, Any]:
+        """The help of a node, opened by the "i" of the toolbox that appears above a selected node."""
+        self.page.evaluate(
+            """type => { app.graph.clear(); const node = LiteGraph.createNode(type); app.graph.add(node);
+            node.pos = [220, 200]; app.canvas.ds.scale = 0.6; app.canvas.ds.offset = [100, 100];
+            app.canvas.selectNode(node) }""",
+            node_type,
+        )
+        content = self.page.locator(".node-help-content")
+        if not content.count():
+            self.page.get_by_test_id("info-button").click()
+        self.page.wait_for_timeout(1500)
+        return content.evaluate(
+            """e => ({title: e.querySelector("h1")?.innerText, picture: e.querySelector("img")?.naturalWidth ?? 0,
+            width: e.clientWidth, needed: Math.max(...[e, ...e.querySelectorAll("*")].map(
+                x => x.getBoundingClientRect().right - e.getBoundingClientRect().left))})"""
+        )
+
     def screenshot(self, path: Path, area: dict[str, float] | None = None, quality: int = 82) -> None:
         self.page.screenshot(path=str(path), type="jpeg", quality=quality, clip=area)
 

@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qandc_core import precision
+from qandc_core import numerics
 from qandc_core.calibration.distances import prediction_distances
 from qandc_core.calibration.statistics import LayerStatistics
 from qandc_core.quantization.linear import QuantizedLinear
@@ -28,9 +28,9 @@ class NoFloat64(TorchDispatchMode):
 
 @pytest.fixture
 def forgetful():
-    precision._has_float64.cache_clear()
+    numerics._has_float64.cache_clear()
     yield
-    precision._has_float64.cache_clear()
+    numerics._has_float64.cache_clear()
 
 
 def statistics():
@@ -48,7 +48,7 @@ def test_a_device_without_float64_gives_the_same_codes(forgetful, format, roundi
     weight, bias, given = torch.randn(N, K, generator=generator), torch.randn(N, generator=generator), statistics()
     config = NativeConfig(format, rounding, bias_correction=True)
     wanted = quantize_weight("layer", weight, bias, config, given)
-    precision._has_float64.cache_clear()
+    numerics._has_float64.cache_clear()
     with NoFloat64():
         found = quantize_weight("layer", weight, bias, config, given)
     assert torch.equal(found.tensors["weight"], wanted.tensors["weight"])
@@ -57,10 +57,10 @@ def test_a_device_without_float64_gives_the_same_codes(forgetful, format, roundi
 
 
 def test_the_widest_float(forgetful):
-    assert precision.widest_float(torch.device("cpu")) == torch.float64
-    precision._has_float64.cache_clear()
+    assert numerics.widest_float(torch.device("cpu")) == torch.float64
+    numerics._has_float64.cache_clear()
     with NoFloat64():
-        assert precision.widest_float(torch.device("cpu")) == torch.float32
+        assert numerics.widest_float(torch.device("cpu")) == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -72,13 +72,11 @@ def test_the_widest_float(forgetful):
     ],
 )
 def test_out_of_memory(error):
-    assert precision.is_out_of_memory(error)
+    assert numerics.is_out_of_memory(error)
 
 
 def test_other_errors_are_not_out_of_memory():
-    assert not precision.is_out_of_memory(RuntimeError("size mismatch")) and not precision.is_out_of_memory(
-        KeyError("x")
-    )
+    assert not numerics.is_out_of_memory(RuntimeError("size mismatch")) and not numerics.is_out_of_memory(KeyError("x"))
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -107,7 +105,7 @@ def test_distances_need_no_float64_of_the_device(monkeypatch):
             moved.append((func.__name__, args[1:]))
             return super().__torch_function__(func, types, args, kwargs or {})
 
-    monkeypatch.setattr(precision, "_has_float64", lambda kind, index: False)
+    monkeypatch.setattr(numerics, "_has_float64", lambda kind, index: False)
     found = prediction_distances(values.as_subclass(Elsewhere), sigmas)
     assert torch.equal(found.as_subclass(torch.Tensor), wanted)
     names = [name for name, _ in moved]

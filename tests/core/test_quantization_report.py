@@ -59,6 +59,12 @@ def test_a_source_that_was_packed_before_is_stated():
     assert QuantizationReport.from_dict(json.loads(json.dumps(made.to_dict()))) == made
 
 
+def test_a_limit_that_was_missed_is_said():
+    assert report().misses(None) == report().misses(0.02) == report(error=None).misses(0.001) == []
+    (said,) = report().misses(0.01)
+    assert said.startswith("the model's error is 0.021, above max_model_error = 0.01; ")
+
+
 def test_headline_answers_what_is_asked_first():
     assert report().headline() == (
         "1.3 -> 0.4 GiB, 2.1 % error of the model\n2 W4A8, 1 W8A8, 1 float layers\n"

@@ -59,8 +59,10 @@ def locale(language):
     return json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text(encoding="utf-8"))
 
 
-def help_page(node):
-    return (ROOT / "web" / "docs" / node / "en.md").read_text(encoding="utf-8")
+def help_page(node, language="en"):
+    """Names that are too long for the panel are written as HTML, with a place to break them."""
+    page = (ROOT / "web" / "docs" / node / f"{language}.md").read_text(encoding="utf-8")
+    return re.sub("</?code>", "`", page.replace("<wbr>", ""))
 
 
 def test_contract_has_the_nodes_of_the_sources_each_in_its_own_file():
@@ -108,9 +110,26 @@ def test_help_page_names_every_input_and_output(node):
 
 
 @pytest.mark.parametrize("node", NODES)
-def test_help_page_has_no_table(node):
-    # The panel is too narrow: it cuts the third column off.
-    assert "\n|" not in help_page(node)
+def test_chinese_help_page_names_every_input_and_output(node):
+    page = help_page(node, "zh")
+    assert page.startswith(f"# {locale('zh')[node]['display_name']}\n")
+    assert re.findall(r"!\[[^\]]+\]\(([^)]+)\)", page) == [f"{node}/wiring.zh.svg"]
+    assert not [name for _, name, _ in inputs(node) if f"`{name}`" not in page]
+    assert not [
+        name for _, name, _ in outputs(node) if not re.search(rf"^- `{name}`[\uff08\uff1a]", page, re.MULTILINE)
+    ]
+    assert len(re.findall(r"^## ", page, re.MULTILINE)) >= 5 and len(re.findall(r"[\u4e00-\u9fff]", page)) > 400
+
+
+@pytest.mark.parametrize("language", LOCALES)
+@pytest.mark.parametrize("node", NODES)
+def test_help_page_fits_the_panel(node, language):
+    # The panel can be 218 pixels wide: it cut the third column of tables off, and does not break code blocks.
+    page = help_page(node, language)
+    assert "\n|" not in page and "```" not in page
+    assert not re.search(r"\*[^*\n]*[\uff1a\u3002]\*(?=\w)", page), (
+        "emphasis that ends in a full-width mark is not closed"
+    )
 
 
 @pytest.mark.parametrize("node", NODES)

@@ -156,7 +156,7 @@ class ModelWrapper:
         return out
 
     def placed(self, run: ModelRun, model, x: Tensor, c_crossattn, control, transformer_options):
-        """What a call is a call of, and the cache of its network."""
+        """Identity of a call, and the cache of its network."""
         if not run.reuse:
             reuse, reason = choose_reuse(model, self.reuse)
             run.begin(reuse, reason, cost_of(model.diffusion_model, reuse))

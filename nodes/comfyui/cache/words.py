@@ -1,4 +1,4 @@
-"""What a run did with its cache, in the words that Apply Cache shows."""
+"""A run with a cache, in the words that Apply Cache shows."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from .run import ModelRun
 
 
 def words_of(run: ModelRun, ended: str = "") -> str:
-    """How many steps were computed, how much faster the model calls were for it, and every warning on its own line.
+    """The number of computed steps, the speedup of the model calls, and every warning on its own line.
 
     A node shows two lines before it has to be made larger, so what a user must know comes first. `ended` says why a
     run stopped before its end.

@@ -37,7 +37,7 @@ recorded: ContextVar[tuple[RunRecorder, ...]] = ContextVar("recorded", default=(
 
 @dataclass(frozen=True)
 class RunRecorder:
-    """What Calibrate from Runs attaches; as a wrapper, OUTER_SAMPLE of every run."""
+    """The wrapper of Calibrate from Runs: OUTER_SAMPLE of every run."""
 
     path: Path
     config: RecordingConfig

@@ -1,4 +1,4 @@
-"""What a file that is no class-conditional DiT is instead, and which stock node loads it."""
+"""Recognizes files of other models, and names the stock node that loads them."""
 
 from __future__ import annotations
 

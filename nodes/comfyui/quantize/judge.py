@@ -1,4 +1,4 @@
-"""What quantized layers do to a model: its answers to held-out calls, without wrappers and caches, against its own."""
+"""Error of a model with quantized layers: its predictions for held-out calls against those of the original."""
 
 from __future__ import annotations
 

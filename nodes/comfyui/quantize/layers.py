@@ -24,7 +24,7 @@ def quantizable(network: nn.Module, include: tuple[str, ...] = ()) -> list[tuple
     return [(name, module) for name, module in named.items() if name in chosen or name in more]
 
 
-def calibrated(network: nn.Module) -> list[tuple[str, nn.Module]]:
+def calibrated(network: nn.Module) -> list[tuple[str, Any]]:
     """The layers whose inputs TAP Calibrate observes: of our DiT also the last ones, which the method paper takes."""
     return list(named_linears(network, NATIVE_SKIP)) if isinstance(network, DiT) else quantizable(network)
 
@@ -61,7 +61,7 @@ def narrower(layers: list[tuple[str, nn.Module]], format: Format) -> list[tuple[
 
 
 def packed_name(module: nn.Module) -> str | None:
-    """What a layer's weight is stored in where that is no floating point of 16 bits or more."""
+    """The storage type of a layer's weight where that is no floating point of 16 bits or more."""
     weight = module.weight
     if hasattr(weight, "_layout_cls"):
         format = packed_format(weight)

@@ -1,4 +1,4 @@
-"""What a quantized model is called when it is saved."""
+"""File names of quantized models."""
 
 from __future__ import annotations
 

@@ -131,9 +131,13 @@ def ignored_patterns(patcher, settings: NativeSettings) -> list[str]:
 
 
 def quantized_weights(
-    weights: SourceWeights, names: list[str], settings: NativeSettings, calibration: Calibration | None,
-    work: Work, judge: Judge | None,
-) -> dict[str, NativeLayer | None]:  # fmt: skip
+    weights: SourceWeights,
+    names: list[str],
+    settings: NativeSettings,
+    calibration: Calibration | None,
+    work: Work,
+    judge: Judge | None,
+) -> dict[str, NativeLayer | None]:
     """Every layer's tensors; None where it stays as it is. Raises ValueError where all of them do."""
     device, patcher = mm.get_torch_device(), weights.patcher
 
@@ -168,7 +172,7 @@ def quantized_weights(
 
 
 def judge_of_layers(judge: Judge, settings: NativeSettings) -> Judge:
-    """What judges layers by themselves: LoRAs that are kept on top are no part of them."""
+    """The judge of the layers by themselves: LoRAs that are kept on top are no part of them."""
     if settings.loras == "bake" or not judge.patcher.patches:
         return judge
     plain = judge.patcher.clone()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ....qandc_core.calibration.file import FINGERPRINT
-from ....qandc_core.precision import is_out_of_memory
+from ....qandc_core.numerics import is_out_of_memory
 from ..wrappers import WRAPPERS
 from .formats import compilable
 from .patcher import as_native

@@ -1,4 +1,4 @@
-"""How far a quantization is, as a bar and as words on its node."""
+"""Progress of a quantization, as a bar and as words on its node."""
 
 from __future__ import annotations
 

@@ -88,9 +88,18 @@ class Grouped(Format):
         import comfy_kitchen
 
         return comfy_kitchen.w4a8_int8_linear(
-            x, tensors["weight"], tensors["weight_s_rel"], tensors["weight_s_channel"], tensors.get("weight_codebook"),
-            None, bias, config["group_size"], self.rotation(config), dtype, **act,
-        )  # fmt: skip
+            x,
+            tensors["weight"],
+            tensors["weight_s_rel"],
+            tensors["weight_s_channel"],
+            tensors.get("weight_codebook"),
+            None,
+            bias,
+            config["group_size"],
+            self.rotation(config),
+            dtype,
+            **act,
+        )
 
     def traced(self, weight: Any) -> Any:
         return traced(weight) if weight._layout_cls == STOCK_LAYOUT else weight

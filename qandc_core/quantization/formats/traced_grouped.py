@@ -34,9 +34,17 @@ def operators() -> tuple[Any, Any]:
 
     @torch.library.custom_op("qandc::w4a8_linear", mutates_args=())
     def linear(
-        x: Tensor, codes: Tensor, relative: Tensor, channel: Tensor, codebook: Tensor | None, bias: Tensor | None,
-        group: int, rotation: int, packed: bool, dtype: torch.dtype,
-    ) -> Tensor:  # fmt: skip
+        x: Tensor,
+        codes: Tensor,
+        relative: Tensor,
+        channel: Tensor,
+        codebook: Tensor | None,
+        bias: Tensor | None,
+        group: int,
+        rotation: int,
+        packed: bool,
+        dtype: torch.dtype,
+    ) -> Tensor:
         later = {"mma_packed": True} if packed else {}  # since comfy-kitchen 0.2.38
         return w4a8_int8_linear(x, codes, relative, channel, codebook, None, bias, group, rotation, dtype, **later)
 
@@ -46,9 +54,14 @@ def operators() -> tuple[Any, Any]:
 
     @torch.library.custom_op("qandc::w4a8_weight", mutates_args=())
     def weight(
-        codes: Tensor, relative: Tensor, channel: Tensor, codebook: Tensor | None, group: int, rotation: int,
+        codes: Tensor,
+        relative: Tensor,
+        channel: Tensor,
+        codebook: Tensor | None,
+        group: int,
+        rotation: int,
         dtype: torch.dtype,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         return dequantize_w4a8_int8_weight(codes, relative, channel, codebook, None, group, rotation, dtype)
 
     @weight.register_fake
@@ -84,9 +97,14 @@ def register() -> None:
             if params.correction is not None or getattr(params, "mma_packed", False):
                 return super().dequantize(qdata, params)
             return decoded(
-                qdata, params.scale, params.s_channel, params.codebook, params.group_size, params.convrot_groupsize,
+                qdata,
+                params.scale,
+                params.s_channel,
+                params.codebook,
+                params.group_size,
+                params.convrot_groupsize,
                 params.orig_dtype,
-            )  # fmt: skip
+            )
 
         @classmethod
         def linear_input_act(cls, weight, x, bias=None, input_act=None, *args, **kwargs):
@@ -96,9 +114,17 @@ def register() -> None:
     def product(x: Tensor, weight: Any, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
         params, x = weight._params, kitchen.dequantize_args(x)
         return linear(
-            x, weight._qdata, params.scale, params.s_channel, params.codebook, bias, params.group_size,
-            params.convrot_groupsize, getattr(params, "mma_packed", False), dtype or params.orig_dtype,
-        )  # fmt: skip
+            x,
+            weight._qdata,
+            params.scale,
+            params.s_channel,
+            params.codebook,
+            bias,
+            params.group_size,
+            params.convrot_groupsize,
+            getattr(params, "mma_packed", False),
+            dtype or params.orig_dtype,
+        )
 
     @kitchen.register_layout_op(aten.linear.default, TracedGrouped)
     def _(_, args, kwargs):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...precision import widest_float
+from ...numerics import widest_float
 from ..gptq import gptq_codes
 from ..grids import Grid, quantize, symmetric_grid
 from ..grids import dequantize as grid_values

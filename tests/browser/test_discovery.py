@@ -1,4 +1,4 @@
-"""Whether users find the nodes by the words they look for, in the frontend's own search box."""
+"""Whether users find the nodes by the words they look for, and can read their help, in the frontend's own panels."""
 
 from __future__ import annotations
 
@@ -43,3 +43,16 @@ def test_words_that_users_look_for_find_the_node_among_the_first(server, locale)
         if not any(text.startswith(names[node]["display_name"]) for text in found[word][:first])
     }
     assert not missed
+
+
+@pytest.mark.parametrize("nodes_2", [False, True], ids=["classic", "nodes 2.0"])
+@pytest.mark.parametrize("locale", ["en", "zh"])
+def test_help_opens_from_the_toolbox_and_fits_the_panel(server, locale, nodes_2):
+    names = json.loads((ROOT / "locales" / locale / "nodeDefs.json").read_text(encoding="utf-8"))
+    with open_frontend(server.address, 1280, 800, locale, nodes_2) as frontend:
+        for node in names:
+            shown = frontend.help(node)
+            assert shown["title"] == names[node]["display_name"], node
+            assert shown["picture"] > 0, f"the picture of {node} is not loaded"
+            assert shown["needed"] <= shown["width"], f"{node} needs {shown['needed']} of {shown['width']} pixels"
+        assert frontend.errors == []
