@@ -6,14 +6,16 @@ programs that define the tiny models.
 
 import os
 import sys
+from contextlib import ExitStack
 
 sys.path.append(os.environ["QANDC_TINY"])
 
 import families  # noqa: E402
 import stock_models  # noqa: E402
 
+sizes = ExitStack()  # for as long as the server runs
 for name in ("Qwen-Image", "Z-Image"):
-    stock_models.STOCK[name].sizes().__enter__()
+    sizes.enter_context(stock_models.STOCK[name].sizes())
 
 
 class TinyText:
