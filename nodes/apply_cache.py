@@ -2,7 +2,16 @@ from __future__ import annotations
 
 from comfy_api.v0_0_2 import io
 
-from ..qandc_core.caching.policies import CachePolicy, ChosenSteps, ErrorBudget, Interval, Placed, Speedup, StepCount
+from ..qandc_core.caching.policies import (
+    CachePolicy,
+    ChosenSteps,
+    ErrorBudget,
+    Interval,
+    Placed,
+    Speedup,
+    StepCount,
+)
+from ..qandc_core.caching.presets import LEVELS, Preset
 from . import schema
 from .comfyui.cache.attach import apply_cache
 from .comfyui.cache.placing import placing
@@ -12,6 +21,7 @@ from .comfyui.status import node_of, show
 
 # What each option of `policy` makes; its inputs are the fields.
 CLASSES: dict[str, type[CachePolicy]] = {
+    **dict.fromkeys(LEVELS, Preset),
     "speedup": Speedup,
     "number of steps": StepCount,
     "error budget": ErrorBudget,
@@ -20,6 +30,7 @@ CLASSES: dict[str, type[CachePolicy]] = {
 }
 FIELDS = {"computed": "num_computed", "computed_steps": "steps"}  # inputs that the dataclasses name otherwise
 POLICIES = [
+    *(io.DynamicCombo.Option(name, []) for name in LEVELS),
     io.DynamicCombo.Option(
         "speedup",
         [
@@ -122,15 +133,21 @@ class ApplyCache(io.ComfyNode):
             ],
             inputs=[
                 io.Model.Input("model", tooltip="Any MODEL. It is not changed."),
-                io.DynamicCombo.Input("policy", options=POLICIES, tooltip="Which steps are computed."),
+                io.DynamicCombo.Input(
+                    "policy",
+                    options=POLICIES,
+                    tooltip="auto and balanced aim at 2x, safe at 1.5x, fast at 3x, and compute more where fewer steps "
+                    "of the sampler would be as good. The others say exactly which steps compute.",
+                ),
                 io.Int.Input(
                     "order",
                     default=1,
                     min=0,
-                    max=1,
+                    max=2,
                     advanced=True,
-                    tooltip="1 extrapolates linearly from the last two computed steps; 0 reuses the last one "
-                    "unchanged.",
+                    tooltip="0 reuses the last computed step unchanged, 1 extrapolates linearly from the last two, 2 "
+                    "adds half their curvature from the last three. auto, safe, balanced and fast choose it "
+                    "themselves.",
                 ),
                 io.Float.Input(
                     "start_percent",
@@ -158,8 +175,8 @@ class ApplyCache(io.ComfyNode):
                     default=REUSE_OPTIONS[0],
                     optional=True,
                     advanced=True,
-                    tooltip="What is reused: the whole prediction, what the transformer blocks add, or the outputs "
-                    "of attention and MLP (Load DiT models only).",
+                    tooltip="What is reused: the whole prediction, what the transformer blocks add, what the last "
+                    "block returns, or the outputs of attention and MLP (Load DiT models only).",
                 ),
                 io.Boolean.Input(
                     "offload",
@@ -173,7 +190,7 @@ class ApplyCache(io.ComfyNode):
                     "calibration",
                     optional=True,
                     tooltip="A calibration of the model without a cache, with the same steps and scheduler. It "
-                    "places the computed steps of speedup and number of steps.",
+                    "places the computed steps of auto, safe, balanced, fast, speedup and number of steps.",
                 ),
             ],
             outputs=[io.Model.Output(tooltip="The model with the cache.")],
@@ -201,7 +218,7 @@ class ApplyCache(io.ComfyNode):
                 distances, warnings = placing(model, calibration)
             else:
                 warnings = [
-                    f"the policy {policy['policy']} does not use the calibration; speedup and number of steps do"
+                    f"the policy {policy['policy']} does not use the calibration; auto, speedup and number of steps do"
                 ]
         when = policy_of(policy, order, start_percent, end_percent, distances)
         settings = CacheSettings(when, reuse, offload, tuple(warnings), node_of(cls))
@@ -216,7 +233,9 @@ def policy_class(policy: dict) -> type[CachePolicy]:
 def policy_of(policy: dict, order: int, start: float, end: float, distances=None) -> CachePolicy:
     """The policy that an option of the node describes."""
     kind, values = policy_class(policy), {FIELDS.get(name, name): value for name, value in policy.items()}
-    del values["policy"]
+    option = values.pop("policy")
+    if kind is Preset:
+        values["level"] = option
     if kind is ChosenSteps:
         values["steps"] = frozenset(schema.parse_numbers(values["steps"]))
     if distances is not None:

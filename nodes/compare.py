@@ -8,7 +8,6 @@ from . import schema
 from .comfyui.pictures import to_image, wanted_theme
 from .comfyui.queue import executing
 from .comfyui.reporting import recorded
-from .comfyui.status import node_of, show
 
 THEMES = ("auto", "light", "dark")
 
@@ -66,7 +65,6 @@ class Compare(io.ComfyNode):
                     tooltip="The first image of every run, pixel for pixel, above its difference from the first run's.",
                 ),
             ],
-            hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )  # fmt: skip
 
@@ -77,7 +75,6 @@ class Compare(io.ComfyNode):
     ) -> io.NodeOutput:  # fmt: skip
         from ..qandc_core.evaluation.comparison import (  # drawing is no part of start-up
             ComparedRun,
-            headlines_of,
             run_comparison,
             sampled_in_turns,
         )
@@ -100,7 +97,6 @@ class Compare(io.ComfyNode):
         figure, table = run_comparison(runs, shown, difference_gain, Bar().show, colors, said)
         whole = full_size([run.label for run in runs], [run.images[0] for run in runs], difference_gain, colors)
         output = to_image(figure)
-        show(node_of(cls), headlines_of(table))
         preview = ui.PreviewImage(output, cls=cls).as_dict()
         return io.NodeOutput(output, table, to_image(whole), ui={**preview, "text": (table,)})
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 from comfy_api.v0_0_2 import io
 
 from . import schema
-from .comfyui.reporting import RunRecorder
+from .comfyui.reporting import ReportRecorder
 from .comfyui.status import node_of
 
 
@@ -47,5 +47,5 @@ class RunReport(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: io.Model.Type, label: str, report=None) -> io.NodeOutput:
-        recorder = RunRecorder(label, node_of(cls), report)
+        recorder = ReportRecorder(label, node_of(cls), report)
         return io.NodeOutput(recorder.attach(model), recorder)

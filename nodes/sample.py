@@ -4,6 +4,7 @@ import comfy.sample
 from comfy_api.v0_0_2 import io
 
 from . import schema
+from .comfyui.defaults import completed
 from .comfyui.reporting import measured_sample
 from .comfyui.sampling import Settings, fitted_latent
 
@@ -70,7 +71,7 @@ class Sample(io.ComfyNode):
         denoise: float,
         label: str,
     ) -> io.NodeOutput:
-        settings = Settings(positive, negative, steps, cfg, sampler_name, scheduler, denoise)
+        settings = completed(Settings(positive, negative, steps, cfg, sampler_name, scheduler, denoise), model)
         latent = fitted_latent(model, latent_image)
         noise = comfy.sample.prepare_noise(latent, seed, latent_image.get("batch_index"))
         samples, report = measured_sample(model, settings, latent, noise, seed, label, latent_image.get("noise_mask"))

@@ -7,6 +7,9 @@ from collections.abc import Mapping
 import comfy.samplers
 from comfy_api.v0_0_2 import io
 
+from .comfyui.defaults import AUTO, AUTO_CFG, AUTO_STEPS
+from .comfyui.settings import LAST_STEP
+
 Calibration = io.Custom("QANDC_CALIBRATION")
 Report = io.Custom("QANDC_REPORT")
 
@@ -31,27 +34,111 @@ def latent(tooltip: str, optional: bool = False) -> io.Input:
 
 def sampler_settings(purpose: str) -> list[io.Input]:
     return [
-        io.Int.Input("steps", default=50, min=1, max=1000, tooltip=f"Sampling steps {purpose}."),
+        io.Int.Input(
+            "steps",
+            default=AUTO_STEPS,
+            min=0,
+            max=1000,
+            tooltip=f"Sampling steps {purpose}. 0: what suits the model; for a turbo or lightning model set them.",
+        ),
         io.Float.Input(
             "cfg",
-            default=1.5,
-            min=0.0,
+            default=AUTO_CFG,
+            min=AUTO_CFG,
             max=100.0,
             step=0.1,
             round=0.01,
-            tooltip=f"Classifier-free guidance scale {purpose}; 1 is no guidance.",
+            tooltip=f"Classifier-free guidance scale {purpose}. 1: no guidance. -1: what suits the model; for a turbo "
+            "or lightning model set it.",
         ),
         io.Combo.Input(
             "sampler_name",
-            options=comfy.samplers.SAMPLER_NAMES,
-            default="ddpm",
-            tooltip=f"Sampler {purpose}. ddpm is the one DiT was published with.",
+            options=[AUTO, *comfy.samplers.SAMPLER_NAMES],
+            default=AUTO,
+            tooltip=f"Sampler {purpose}. auto: what suits the model.",
         ),
         io.Combo.Input(
             "scheduler",
-            options=comfy.samplers.SCHEDULER_NAMES,
-            default="normal",
-            tooltip=f"Noise schedule {purpose}. normal gives DiT's own timesteps.",
+            options=[AUTO, *comfy.samplers.SCHEDULER_NAMES],
+            default=AUTO,
+            tooltip=f"Noise schedule {purpose}. auto: what suits the model.",
+        ),
+    ]
+
+
+def wired_sampling() -> list[io.Input]:
+    """Prompts, and what SamplerCustomAdvanced and KSampler (Advanced) take, all optional."""
+    return [
+        io.Conditioning.Input(
+            "prompts",
+            optional=True,
+            tooltip="More prompts, which take turns with the positive one: every entry that Conditioning (Combine) "
+            "adds, and every row of a batch, is a prompt of its own.",
+        ),
+        io.Guider.Input(
+            "guider",
+            optional=True,
+            tooltip="The GUIDER of SamplerCustomAdvanced. It decides over positive, negative and cfg here.",
+        ),
+        io.Sampler.Input(
+            "sampler", optional=True, tooltip="The SAMPLER of a custom sampler node, instead of sampler_name."
+        ),
+        io.Sigmas.Input(
+            "sigmas", optional=True, tooltip="The SIGMAS of a custom sampler node, instead of steps and scheduler."
+        ),
+        io.Noise.Input(
+            "noise",
+            optional=True,
+            tooltip="The NOISE of SamplerCustomAdvanced, instead of calibration_seed; further batches take the next "
+            "seeds.",
+        ),
+        io.Int.Input(
+            "start_at_step",
+            default=0,
+            min=0,
+            max=LAST_STEP,
+            optional=True,
+            advanced=True,
+            tooltip="As in KSampler (Advanced): the step that this model begins with. A model that goes on where "
+            "another stopped also needs that one's latent, and add_noise off.",
+        ),
+        io.Int.Input(
+            "end_at_step",
+            default=LAST_STEP,
+            min=0,
+            max=LAST_STEP,
+            optional=True,
+            advanced=True,
+            tooltip="As in KSampler (Advanced): the step before which this model stops.",
+        ),
+        io.Boolean.Input(
+            "return_with_leftover_noise",
+            default=False,
+            optional=True,
+            advanced=True,
+            label_on="enable",
+            label_off="disable",
+            tooltip="As in KSampler (Advanced): whether the noise of the steps after "
+            "end_at_step stays for another model.",
+        ),
+        io.Boolean.Input(
+            "add_noise",
+            default=True,
+            optional=True,
+            advanced=True,
+            label_on="enable",
+            label_off="disable",
+            tooltip="As in KSampler (Advanced): off where the latent comes with noise from another sampler.",
+        ),
+        io.Float.Input(
+            "denoise",
+            default=1.0,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            optional=True,
+            advanced=True,
+            tooltip="As in KSampler: below 1 the latent keeps part of its image.",
         ),
     ]
 

@@ -1,16 +1,18 @@
 from __future__ import annotations
 
 import logging
+import math
+import time
 from dataclasses import replace
 from pathlib import Path
 
-import comfy.samplers
 from comfy_api.v0_0_2 import io
 
 from ..qandc_core.calibration.file import Calibration, load_calibration
+from ..qandc_core.sampling.remaining import Remaining, duration
 from . import schema
-from .comfyui.calibrate.inputs import schedule_of
-from .comfyui.calibrate.run import SELECTIONS, CalibrationConfig, calibrate, digest_of, empty_latent
+from .comfyui.calibrate.run import SELECTIONS, CalibrationConfig, calibrate, digest_of
+from .comfyui.defaults import AUTO_COUNT, completed, images_at_once
 from .comfyui.files import (
     NEW,
     calibration_files,
@@ -22,8 +24,10 @@ from .comfyui.files import (
     save_new,
 )
 from .comfyui.quantize.weights import fingerprint_of
-from .comfyui.sampling import Settings
-from .comfyui.wrappers import details, sampler_function_name
+from .comfyui.sampling import prepared
+from .comfyui.settings import LAST_STEP, Settings, batch_of, model_of
+from .comfyui.status import show
+from .comfyui.wrappers import declares_noise, details, sampler_function_name
 
 log = logging.getLogger(__name__)
 
@@ -40,9 +44,15 @@ class TAPCalibrate(io.ComfyNode):
             "Saved in output/qandc: the same inputs give the same file, and a cancelled run resumes.",
             search_aliases=["calibration", "ptq", "gptq", "statistics", "tap"],
             inputs=[
-                io.Model.Input("model", tooltip="The full-precision model, with the cache that will be used."),
+                io.Model.Input(
+                    "model", optional=True,
+                    tooltip="The full-precision model, with the cache that will be used. A guider brings its own.",
+                ),
                 *schema.conditioning(optional=True),
-                schema.latent("An empty latent of the size to calibrate for; its batch size does not matter.", True),
+                schema.latent(
+                    "The latent of the sampler node, mostly an empty one of the size to calibrate for. Its images are "
+                    "where trajectories start from, in turn.", True,
+                ),
                 io.Combo.Input(
                     "file", options=calibration_files("statistics"), default=NEW,
                     tooltip="new calibrates, or finds the file that was made of the same inputs; or take a calibration "
@@ -59,7 +69,9 @@ class TAPCalibrate(io.ComfyNode):
                     tooltip="Noise of the first batch.",
                 ),
                 io.Int.Input(
-                    "batch_size", default=16, min=1, max=1024, advanced=True, tooltip="Images sampled at once."
+                    "batch_size", default=AUTO_COUNT, min=0, max=1024, advanced=True,
+                    tooltip="Images sampled at once; half as many where memory runs out. 0: what suits the model and "
+                    "the size, at most 16.",
                 ),
                 io.Combo.Input(
                     "selection", options=list(SELECTIONS), default=SELECTIONS[0], advanced=True,
@@ -96,10 +108,12 @@ class TAPCalibrate(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "held_out", default=8, min=0, max=256, optional=True, advanced=True,
-                    tooltip="Model calls of the last image that are held out for Quantize to measure its error on; "
+                    tooltip="Model calls of the last images that are held out for Quantize to measure its error on; "
                     "0: none.",
                 ),
+                *schema.wired_sampling(),
             ],
+            hidden=[io.Hidden.unique_id],
             outputs=[schema.Calibration.Output("calibration", display_name="calibration", tooltip="Statistics of "
             "every layer.")],
         )  # fmt: skip
@@ -114,37 +128,97 @@ class TAPCalibrate(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model: io.Model.Type, file: str, trajectories: int, samples: int, steps: int, cfg: float,
-        sampler_name: str, scheduler: str, calibration_seed: int, batch_size: int, selection: str, clusters: int,
-        time_scale: float, computed_steps_only: bool, hessians: bool, filename_prefix: str, positive=None,
-        negative=None, latent_image=None, memory_gb: float = 4.0, tokens: int = 4096, held_out: int = 8,
+        cls, model=None, file: str = NEW, trajectories: int = 32, samples: int = 400, steps: int = 0, cfg: float = -1.0,
+        sampler_name: str = "auto", scheduler: str = "auto", calibration_seed: int = 501, batch_size: int = 0,
+        selection: str = SELECTIONS[0], clusters: int = 50, time_scale: float = 5.0, computed_steps_only: bool = True,
+        hessians: bool = True, filename_prefix: str = "calibration", positive=None, negative=None, latent_image=None,
+        memory_gb: float = 4.0, tokens: int = 4096, held_out: int = 8, prompts=None, guider=None, sampler=None,
+        sigmas=None, noise=None, start_at_step: int = 0, end_at_step: int = LAST_STEP,
+        return_with_leftover_noise: bool = False, add_noise: bool = True, denoise: float = 1.0,
     ) -> io.NodeOutput:  # fmt: skip
-        if file != NEW and calibration_path(file).is_file():
+        model = model if guider is None else guided_model(guider, model)
+        if file != NEW and model is not None and calibration_path(file).is_file():
             return io.NodeOutput(loaded(calibration_path(file), model))
-        require_wires(file, positive=positive, negative=negative, latent_image=latent_image)
-        settings = Settings(positive, negative, steps, cfg, sampler_name, scheduler)
-        plan = CalibrationConfig(
-            trajectories, min(batch_size, trajectories), samples, selection, clusters, time_scale,
-            computed_steps_only, hessians, calibration_seed, memory_gb, tokens, held_out,
+        require_sampling(file, guider, model, positive, negative, latent_image, prompts)
+        settings = completed(
+            Settings(
+                positive, negative, steps, cfg, sampler_name, scheduler, denoise, start_at_step, end_at_step,
+                return_with_leftover_noise, add_noise, guider, sampler, sigmas, noise, prompts,
+            ),
+            model,
         )  # fmt: skip
-        latent = empty_latent(model, latent_image)
+        latent = prepared(model, latent_image)
+        trajectories = distinct_trajectories(settings, latent, trajectories)
+        plan = CalibrationConfig(
+            trajectories, min(batch_size or images_at_once(model, latent), trajectories), samples, selection, clusters,
+            time_scale, computed_steps_only, hessians, calibration_seed if noise is None else noise.seed, memory_gb,
+            tokens, held_out, settings.count, max(settings.rows()),
+        )  # fmt: skip
         inputs = digest_of(model, settings, latent, plan)
         made = made_before(filename_prefix, inputs.hex) if file == NEW else None
         if made is not None:
             log.info("Calibration of the same inputs: %s", made)
+            show(node_id(cls), f"Calibrated before with the same inputs: {made.name}")
             return io.NodeOutput(loaded(made, model))
         check_writable()
         partial = partial_path(filename_prefix, inputs.hex) if inputs.known else None
-        found = calibrate(model, settings, latent, plan, partial)
-        calibration = replace(
-            found,
-            notes={**describe(model, settings, plan), "inputs": inputs.hex, "distances": found.notes["distances"]},
-        )
+        begun, notes = time.perf_counter(), describe(model, settings, plan)
+        work = f"{plan.images} trajectories of {notes['steps']} steps"
+        found = calibrate(model, settings, latent, plan, partial, Remaining(work, teller(cls)))
+        kept = {key: found.notes[key] for key in ("distances", "batch_size")}
+        calibration = replace(found, notes={**notes, "inputs": inputs.hex, **kept})
         path = save_new(calibration.save, filename_prefix, file, model)
         if partial is not None:
             partial.unlink(missing_ok=True)
         log.info("Calibration saved: %s", path)
+        chosen = len(found.notes["samples"])
+        seconds = time.perf_counter() - begun
+        show(node_id(cls), done("samples", chosen, notes["prompts"], plan, kept["batch_size"], seconds, path.name))
         return io.NodeOutput(calibration)
+
+
+def node_id(cls) -> str | None:
+    return getattr(getattr(cls, "hidden", None), "unique_id", None)
+
+
+def teller(cls):
+    """Says something in the log and on the node."""
+
+    def tell(text: str) -> None:
+        log.info("Q&C: %s", text)
+        show(node_id(cls), text)
+
+    return tell
+
+
+def done(what: str, count: int, prompts: int, plan: CalibrationConfig, at_once: int, seconds: float, name: str) -> str:
+    of = f" of {prompts} prompts" if prompts > 1 else ""
+    fewer = f", {at_once} at once because more did not fit" if at_once < plan.batch_size else ""
+    return f"{count} {what}{of}, {duration(seconds)}{fewer}, saved as {name}"
+
+
+def guided_model(guider, wired):
+    """The MODEL of a guider, which goes before a wired one. Raises ValueError where that is another network."""
+    model = model_of(guider)
+    if wired is not None and not model.is_clone(wired) and fingerprint_of(model) != fingerprint_of(wired):
+        raise ValueError(
+            "`model` and the guider's model are different ones; disconnect `model`, the guider has its own."
+        )
+    if wired is not None and details(wired) != details(model):
+        log.warning("Q&C: what is attached to `model` is not used, the guider's model counts.")
+    return model
+
+
+def distinct_trajectories(settings: Settings, latent, wanted: int) -> int:
+    """As many trajectories as differ: without new noise they repeat with the latent's images and the prompts."""
+    noise = settings.noise_of(latent, settings.noise.seed if settings.noise is not None else 0)
+    parts = noise.unbind() if noise.is_nested else [noise]
+    if any(part.any() for part in parts) or declares_noise(settings.sampler_object()):
+        return wanted
+    distinct = math.lcm(batch_of(latent["samples"]), settings.count * math.lcm(*settings.rows()))
+    if distinct < wanted:
+        log.info("Q&C: without new noise only %d trajectories differ; a latent with more images gives more.", distinct)
+    return min(wanted, distinct)
 
 
 def loaded(path: Path, model) -> Calibration:
@@ -158,14 +232,23 @@ def loaded(path: Path, model) -> Calibration:
 
 def describe(model, settings: Settings, plan: CalibrationConfig) -> dict:
     return {
-        **settings.describe(),
-        "sigmas": schedule_of(model, settings).tolist(),
-        "sampler_function": sampler_function_name(comfy.samplers.sampler_object(settings.sampler_name)),
+        **settings.describe(model),
+        "sigmas": settings.schedule(model).tolist(),
+        "sampler_function": sampler_function_name(settings.sampler_object()),
         "attached": details(model),
         "selection": plan.selection,
-        "trajectories": plan.trajectories,
+        "trajectories": plan.images,
+        "prompts": sum(settings.rows()),
         "samples": plan.samples,
     }
+
+
+def require_sampling(file: str, guider, model, positive, negative, latent_image, prompts=None) -> None:
+    """Raises ValueError naming what is not wired: conditioning comes from the guider where there is one."""
+    if guider is not None:
+        return require_wires(file, latent_image=latent_image)
+    positive = prompts if positive is None else positive
+    return require_wires(file, model=model, positive=positive, negative=negative, latent_image=latent_image)
 
 
 def require_wires(file: str, **inputs) -> None:

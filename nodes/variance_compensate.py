@@ -1,16 +1,20 @@
 from __future__ import annotations
 
 import logging
+import time
 from pathlib import Path
 
 from comfy_api.v0_0_2 import io
 
+from ..qandc_core.calibration.choice import CalibrationConfig
 from ..qandc_core.calibration.file import Calibration, load_calibration
 from ..qandc_core.compensation.factors import METHODS
+from ..qandc_core.sampling.remaining import Remaining
 from . import schema
 from .comfyui.cache.attach import steps_vary
-from .comfyui.calibrate.inputs import digest_of_inputs, schedule_of
+from .comfyui.calibrate.inputs import digest_of_inputs
 from .comfyui.compensation import FittedFor, attach_compensation, fit_compensation
+from .comfyui.defaults import AUTO_COUNT, LARGEST_PAIRING, completed, images_at_once, pairs_of
 from .comfyui.files import (
     NEW,
     calibration_files,
@@ -21,9 +25,11 @@ from .comfyui.files import (
     save_new,
 )
 from .comfyui.quantize.weights import fingerprint_of
-from .comfyui.sampling import Progress, Settings, empty_latents, parts_of
+from .comfyui.sampling import prepared
+from .comfyui.settings import LAST_STEP, Settings
+from .comfyui.status import show
 from .comfyui.wrappers import details, labels
-from .tap_calibrate import require_wires
+from .tap_calibrate import done, node_id, require_sampling, teller
 
 log = logging.getLogger(__name__)
 
@@ -43,14 +49,18 @@ class VarianceCompensate(io.ComfyNode):
                 io.Model.Input("model", tooltip="The accelerated model: quantized, cached, or both."),
                 io.Model.Input("reference", tooltip="The untouched full-precision model."),
                 *schema.conditioning(optional=True),
-                schema.latent("An empty latent of the size to fit for; its batch size does not matter.", True),
+                schema.latent(
+                    "The latent of the sampler node, mostly an empty one of the size to fit for. Its images are where "
+                    "pairs start from, in turn.", True,
+                ),
                 io.Combo.Input(
                     "file", options=calibration_files("variance"), default=NEW,
                     tooltip="new fits; or take a compensation fitted before, from output/qandc.",
                 ),
                 io.Int.Input(
-                    "pairs", default=64, min=2, max=4096,
-                    tooltip="Images sampled by both models, all at once. More are steadier and take more memory.",
+                    "pairs", default=AUTO_COUNT, min=0, max=4096,
+                    tooltip="Images sampled by both models. More are steadier and take longer. 0: what suits the size, "
+                    "4 to 64.",
                 ),
                 *schema.sampler_settings("of the fit, the same as in the Sample node"),
                 io.Int.Input(
@@ -73,7 +83,9 @@ class VarianceCompensate(io.ComfyNode):
                     "filename_prefix", default="compensation", advanced=True,
                     tooltip="New files are named with this, the model, the date and a number.",
                 ),
+                *schema.wired_sampling(),
             ],
+            hidden=[io.Hidden.unique_id],
             outputs=[io.Model.Output(tooltip="The accelerated model, corrected at every step.")],
         )  # fmt: skip
 
@@ -89,37 +101,54 @@ class VarianceCompensate(io.ComfyNode):
     def execute(
         cls, model: io.Model.Type, reference: io.Model.Type, file: str, pairs: int, steps: int, cfg: float,
         sampler_name: str, scheduler: str, calibration_seed: int, method: str, start_percent: float, end_percent: float,
-        filename_prefix: str, positive=None, negative=None, latent_image=None,
+        filename_prefix: str, positive=None, negative=None, latent_image=None, prompts=None, guider=None, sampler=None,
+        sigmas=None, noise=None, start_at_step: int = 0, end_at_step: int = LAST_STEP,
+        return_with_leftover_noise: bool = False, add_noise: bool = True, denoise: float = 1.0,
     ) -> io.NodeOutput:  # fmt: skip
         if file != NEW and calibration_path(file).is_file():
             return io.NodeOutput(loaded(calibration_path(file), model, reference))
-        require_wires(file, positive=positive, negative=negative, latent_image=latent_image)
+        require_sampling(file, guider, model, positive, negative, latent_image, prompts)
         if steps_vary(model):
             raise ValueError(
                 "An error budget computes other steps for other images, and compensation is fitted step by step; in "
                 "Apply Cache choose another policy, such as number of steps."
             )
-        settings = Settings(positive, negative, steps, cfg, sampler_name, scheduler)
         check_alike(model, reference)
-        latents = empty_latents(model, latent_image, pairs)
-        shapes = [tuple(part.shape) for part in parts_of(latents)]
+        settings = completed(
+            Settings(
+                positive, negative, steps, cfg, sampler_name, scheduler, denoise, start_at_step, end_at_step,
+                return_with_leftover_noise, add_noise, guider, sampler, sigmas, noise, prompts,
+            ),
+            reference,
+        )  # fmt: skip
+        latent = prepared(reference, latent_image)
+        plan = CalibrationConfig(
+            pairs or pairs_of(latent), images_at_once(reference, latent, LARGEST_PAIRING), held_out=0,
+            seed=calibration_seed if noise is None else noise.seed, prompts=settings.count, rows=max(settings.rows()),
+        )  # fmt: skip
         inputs = digest_of_inputs(
-            model, reference, schedule_of(model, settings), settings, shapes, calibration_seed, method,
-            start_percent, end_percent,
-        ).hex  # fmt: skip
+            model, reference, settings.schedule(reference), settings, latent, plan, method, start_percent, end_percent
+        ).hex
         saved = made_before(filename_prefix, inputs) if file == NEW else None
         if saved is not None:
             log.info("Variance compensation of the same inputs: %s", saved)
+            show(node_id(cls), f"Fitted before with the same inputs: {saved.name}")
             return io.NodeOutput(loaded(saved, model, reference))
         check_writable()
-        variance, fitted = fit_compensation(
-            reference, model, settings, latents, calibration_seed, Progress(model, 2 * steps),
-            method=method, start=start_percent, end=end_percent,
-        )  # fmt: skip
-        made = {**settings.describe(), "pairs": pairs, "accelerated": fingerprint_of(model), **fitted.notes()}
+        begun, notes = time.perf_counter(), settings.describe(reference)
+        estimate = Remaining(f"{plan.images} pairs of {notes['steps']} steps", teller(cls))
+        variance, fitted, at_once = fit_compensation(
+            reference, model, settings, latent, plan, estimate, method=method, start=start_percent, end=end_percent
+        )
+        notes |= {"pairs": plan.images, "prompts": sum(settings.rows()), "batch_size": at_once}
+        made = {**notes, "accelerated": fingerprint_of(model), **fitted.notes()}
         calibration = Calibration(fingerprint_of(reference), variance=variance, notes={**made, "inputs": inputs})
         path = save_new(calibration.save, filename_prefix, file, reference)
         log.info("Variance compensation saved: %s", path)
+        show(
+            node_id(cls),
+            done("pairs", plan.images, notes["prompts"], plan, at_once, time.perf_counter() - begun, path.name),
+        )
         return io.NodeOutput(attach_compensation(model, variance, fitted))
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from .caching.attach import apply_cache_to_dit, fresh_caches, remove_cache, reset_all_caches
 from .caching.policies import ChosenSteps, ErrorBudget, Interval, Speedup, StepCount
+from .caching.presets import Preset
 from .caching.schedule import optimal_schedule
 from .calibration.choice import CalibrationConfig
 from .calibration.file import Calibration, load_calibration
@@ -46,6 +47,7 @@ __all__ = [
     "ErrorBudget",
     "FusedDiT",
     "Interval",
+    "Preset",
     "QuantizationConfig",
     "RunReport",
     "SamplingConfig",

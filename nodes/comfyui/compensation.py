@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
+import gc
 import logging
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
-import comfy.samplers
+import comfy.model_management as mm
 import torch
 from torch import Tensor
 
+from ...qandc_core.calibration.choice import Batch, CalibrationConfig
 from ...qandc_core.compensation.correction import (
     Shapes,
     VarianceCompensation,
@@ -22,8 +23,11 @@ from ...qandc_core.compensation.correction import (
     preserved_scale,
     shifted,
 )
-from ...qandc_core.compensation.fit import SequentialFit
-from .sampling import Progress, Settings, sample_new
+from ...qandc_core.compensation.fit import JointFit, SequentialFit
+from ...qandc_core.compensation.turns import Turns
+from ...qandc_core.sampling.remaining import Remaining
+from .sampling import Progress, sample_new
+from .settings import Settings, guidance_of, image_numbers, images_of, sampler_options
 from .wrappers import (
     WRAPPERS,
     details,
@@ -97,22 +101,6 @@ def differs(by: str, fitted: Any, verb: str, found: Any, advice: str) -> ValueEr
 
 def words(attached: Mapping[str, str]) -> str:
     return ", ".join(f"{topic} {detail}" for topic, detail in attached.items()) or "no cache and no quantization"
-
-
-def sampler_options(sampler) -> dict[str, float]:
-    """The numbers that a sampler takes, such as eta, defaults included: a node may pass what another leaves out."""
-    function = getattr(sampler, "sampler_function", None)
-    parameters = inspect.signature(function).parameters if function is not None else {}
-    values = {name: parameter.default for name, parameter in parameters.items()} | getattr(sampler, "extra_options", {})
-    # JSON has no infinity
-    return {k: float(v) for k, v in values.items() if isinstance(v, (int, float)) and math.isfinite(v)}
-
-
-def guidance_of(guider) -> float | str:
-    """cfg, or the name of a guider that combines its predictions in a way of its own."""
-    if type(guider).predict_noise is comfy.samplers.CFGGuider.predict_noise:
-        return float(guider.cfg)
-    return type(guider).__name__
 
 
 @dataclass
@@ -223,19 +211,26 @@ class Recording(Correcting):
 
 
 class Fitting(Correcting):
-    """The accelerated run: fits K_t at each step on samples that all earlier corrections already went into."""
+    """An accelerated run: fits K_t at each step on samples that all earlier corrections already went into."""
 
-    def __init__(self, fit: SequentialFit, recording: Recording):
-        self.fit, self.recording = fit, recording
+    def __init__(self, joint: JointFit, recording: Recording):
+        self.joint, self.recording = joint, recording
 
     def begin(self, guider, sampler, run: Run, noise: Tensor, channels: Sequence[int]) -> None:
         if list(self.recording.samples) != run.sigmas[:-1]:
             raise no_steps(run.sampler)
 
     def factors(self, run: Run, step: int, sigma: float, given: Tensor) -> tuple[Tensor, Tensor]:
-        if step == len(self.fit):
-            return self.fit.step(sigma, [(self.recording.samples.pop(run.sigmas[step]), given)], run.shapes)
-        return self.fit.means[step], self.fit.factors[step]  # evaluated again
+        def pair() -> tuple[Tensor, Tensor]:
+            return self.recording.samples.pop(run.sigmas[step]), given
+
+        return self.joint.step(step, sigma, pair, run.shapes)
+
+    def sampler_sample(self, executor, *args, **kwargs):
+        """SAMPLER_SAMPLE: what follows unloads the model's hooks, which the other runs' last calls still need."""
+        samples = executor(*args, **kwargs)
+        self.joint.wait()
+        return samples
 
 
 def no_steps(sampler: str) -> ValueError:
@@ -246,20 +241,65 @@ def no_steps(sampler: str) -> ValueError:
 
 
 def fit_compensation(
-    reference, accelerated, settings: Settings, latent, seed: int, progress: Progress, *,
-    method: str, start: float, end: float, eps: float = 1e-2,
-) -> tuple[VarianceCompensation, FittedFor]:  # fmt: skip
-    """Samples the empty latents (N, ...), nested or not, with both models from one noise and fits K_t step by step.
+    reference, accelerated, settings: Settings, latent: dict[str, Any], plan: CalibrationConfig,
+    estimate: Remaining | None = None, *, method: str, start: float, end: float, eps: float = 1e-2,
+) -> tuple[VarianceCompensation, FittedFor, int]:  # fmt: skip
+    """Samples the images of a plan with both models from one noise and fits K_t step by step, over all of them.
 
-    Q&C, Eq. 9-12. Raises ValueError, before the accelerated run, on bounds, methods and samplers that cannot be fitted.
+    Q&C, Eq. 9-12. Out of memory it starts again with half as many images at once, which gives what that number would
+    have given from the beginning; also returns the number. Raises ValueError, before the accelerated run, on bounds,
+    methods and samplers that cannot be fitted.
     """
-    fit, recording = SequentialFit(settings.steps, method, eps, start, end), Recording()
-    sample_new(attached(reference, recording), settings, latent, seed, progress.step)
-    fit.steps = len(recording.samples)
-    sample_new(attached(accelerated, Fitting(fit, recording)), settings, latent, seed, progress.step)
-    sampler = comfy.samplers.sampler_object(settings.sampler_name)
-    fitted = FittedFor(
-        sampler_function_name(sampler), sampler_options(sampler), float(settings.cfg), recording.channels,
-        details(accelerated),
-    )  # fmt: skip
-    return fit.result(), fitted
+    while True:
+        fit = SequentialFit(settings.steps_on(reference), method, eps, start, end)
+        pairing = Pairing(reference, accelerated, settings, latent, plan, estimate)
+        largest = max(batch.size for batch in pairing.batches)
+        try:
+            return pairing.run(fit)
+        except Exception as error:
+            if largest == 1 or not mm.is_oom(error):
+                raise
+        log.warning("Q&C compensation: out of memory with %d pairs at once, goes on with %d.", largest, largest // 2)
+        plan = replace(plan, batch_size=largest // 2)
+        del pairing
+        gc.collect()
+        mm.soft_empty_cache()
+
+
+class Pairing:
+    """The runs of a fit: every batch with the reference, then all batches with the accelerated model, in turns."""
+
+    def __init__(self, reference, accelerated, settings, latent, plan: CalibrationConfig, estimate: Remaining | None):
+        self.reference, self.accelerated, self.settings, self.latent = reference, accelerated, settings, latent
+        self.plan, self.batches = plan, list(plan.batches())
+        steps = 2 * settings.steps_on(reference) * len(self.batches)
+        self.progress = Progress(accelerated, steps, estimate)
+
+    def run(self, fit: SequentialFit) -> tuple[VarianceCompensation, FittedFor, int]:
+        turns, recordings = Turns(), [Recording() for _ in self.batches]
+        for recording, batch in zip(recordings, self.batches):
+            self.sample(attached(self.reference, recording), batch)
+        fit.steps, joint = len(recordings[0].samples), JointFit(fit, turns.wait)
+        runs = [partial(self.fit_one, joint, *each) for each in zip(recordings, self.batches)]
+        turns.take(runs)
+        settings, sampler = self.settings, self.settings.sampler_object()
+        fitted = FittedFor(
+            sampler_function_name(sampler), sampler_options(sampler), guidance_of(settings.guider_on(self.reference)),
+            recordings[0].channels, details(self.accelerated),
+        )  # fmt: skip
+        return fit.result(), fitted, self.plan.batch_size
+
+    def fit_one(self, joint: JointFit, recording: Recording, batch: Batch) -> None:
+        fitting = Fitting(joint, recording)
+        patcher = attached(self.accelerated, fitting)
+        replace_wrapper(patcher, WRAPPERS.SAMPLER_SAMPLE, KEY, fitting.sampler_sample)
+        self.sample(patcher, batch)
+
+    def sample(self, patcher, batch: Batch) -> None:
+        images = images_of(self.latent, image_numbers(batch, self.settings.count))
+        timed = self.progress.timed(patcher)
+        sample_new(timed, self.settings, images, batch.seed, self.count, batch.first, batch.prompt)
+
+    def count(self, index: int, denoised: Tensor, x: Tensor, steps: int) -> None:
+        """One step of any run: several may be under way."""
+        self.progress.step(0, denoised, x, 1)

@@ -13,44 +13,41 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
 import comfy.nested_tensor
 import comfy.utils
-import torch
 from torch import Tensor
 
-from ...qandc_core.sampling.clock import StepClock
 from ...qandc_core.sampling.report import RunReport, joined, peak_memory, reset_peak_memory
 from .queue import Prompt, downstream, executing
-from .sampling import Progress, Settings, sample
+from .sampling import Progress, Settings, parts_of, sample
 from .status import show
+from .timing import CLOCK, RunClock, time_prediction, time_sampler
 from .wrappers import (
     QUANTIZATION,
     REPORT,
     WRAPPERS,
     labels,
     options_of_run,
+    repeated,
     reporting,
     sampler_function_name,
 )
 
-CLOCK = "qandc_clock"  # where the options of a run hold its clock
 OURS, SAMPLE = "QandC_", "QandC_Sample"
 Key = tuple[str, int, int]  # sampler node, place in its list of inputs, number of the run within
-repeated: ContextVar[list[RunReport] | None] = ContextVar("repeated", default=None)  # where a repetition reports
 
 
-class RunRecorder:
+class ReportRecorder:
     """Value of a report wire: the measurements of each sampler behind this model when it last ran.
 
     `node` is the id of the node that shows the words, `before` the record of samplers that the sample went through
     earlier, with another model.
     """
 
-    def __init__(self, label: str = "", node: str | None = None, before: RunRecorder | None = None):
+    def __init__(self, label: str = "", node: str | None = None, before: ReportRecorder | None = None):
         self.label, self.node, self.before = label, node, before
         self.runs: dict[Key, RunReport] = {}
         self.job: str | None = None
@@ -143,9 +140,9 @@ class RunRecorder:
         return replace(joined(found), label=self.label or found[-1].label) if found else None
 
 
-def recorded(value: RunRecorder | RunReport | None) -> RunReport | None:
+def recorded(value: ReportRecorder | RunReport | None) -> RunReport | None:
     """The report that a wire carries, as it is now."""
-    return value.report() if isinstance(value, RunRecorder) else value
+    return value.report() if isinstance(value, ReportRecorder) else value
 
 
 def repetition(guider, noise: Tensor, latent: Tensor, sampler, sigmas: Tensor, given: Mapping[str, Any]) -> Callable:
@@ -181,81 +178,15 @@ def measured_sample(
     patcher, settings: Settings, latent: Tensor, noise: Tensor, seed: int, label: str, mask: Tensor | None = None
 ) -> tuple[Tensor, RunReport]:
     """Samples as a stock node does, with the report of the run."""
-    recorder, progress = RunRecorder(label), Progress(patcher, settings.steps)
+    recorder, progress = ReportRecorder(label), Progress(patcher, settings.steps)
     samples = sample(recorder.attach(patcher), settings, latent, noise, seed, progress.step, mask)
     report = recorder.report()
     if report is None:  # no step: nothing was sampled
         report = RunReport("", 0, latent.shape[0], settings.cfg, str(patcher.load_device), label=label)
+        report.size = [list(part.shape[1:]) for part in parts_of(latent)]
     report.sampler, report.cfg_scale = f"{settings.sampler_name}, {settings.scheduler}", settings.cfg
     report.seed, report.denoise = seed, settings.denoise
     return samples, report
-
-
-class RunClock:
-    """Seconds of the steps of a run, from its first prediction to the end of the sampler. Waits at the end only."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.clock: StepClock | None = None
-        self.predicted, self.depth = False, 0
-
-    def begin(self) -> None:
-        self.depth += 1
-        if self.depth == 1:  # a sampler may be made of samplers
-            self.clock, self.predicted = StepClock(self.device), False
-
-    def predict(self) -> None:
-        """Excludes what was done before the first prediction from the run."""
-        if not self.predicted:
-            self.clock, self.predicted = StepClock(self.device), True
-
-    def timed(self, callback: Callable | None) -> Callable:
-        """The sampler's callback, which ends a step, and whose own time does not count."""
-
-        def ended(*args, **kwargs):
-            if self.clock is not None:
-                self.clock.end()
-            try:
-                return None if callback is None else callback(*args, **kwargs)
-            finally:
-                if self.clock is not None:
-                    self.clock.begin()
-
-        return ended
-
-    def end(self) -> None:
-        """Counts what follows the last callback to the last step."""
-        self.depth -= 1
-        if self.clock is not None and not self.depth:
-            self.clock.end()
-
-    @property
-    def seconds(self) -> list[float]:
-        found = [] if self.clock is None else self.clock.seconds()
-        return [*found[:-2], sum(found[-2:])] if found else []
-
-
-def time_sampler(executor, model_wrap, sigmas, extra_args, *args, **kwargs):
-    """SAMPLER_SAMPLE: a sampler without callbacks or predictions, such as one of another pack, is timed whole."""
-    clocks = clocks_of(extra_args["model_options"])
-    for clock in clocks:
-        clock.begin()
-    try:
-        return executor(model_wrap, sigmas, extra_args, *args, **kwargs)
-    finally:
-        for clock in clocks:
-            clock.end()
-
-
-def time_prediction(executor, x, timestep, model_options, seed):
-    """PREDICT_NOISE: the first one begins the time."""
-    for clock in clocks_of(model_options):
-        clock.predict()
-    return executor(x, timestep, model_options, seed)
-
-
-def clocks_of(model_options: Mapping[str, Any]) -> tuple[RunClock, ...]:
-    return model_options["transformer_options"].get(CLOCK, ())
 
 
 NAMES = ("denoise_mask", "callback", "disable_pbar", "seed", "latent_shapes")  # of what OUTER_SAMPLE is given further

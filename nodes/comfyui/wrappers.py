@@ -21,6 +21,9 @@ QUANTIZATION = "qandc_quantization"  # where a model's options hold what Quantiz
 WRAPPERS = comfy.patcher_extension.WrappersMP
 reports: ContextVar[tuple[RunReport, ...]] = ContextVar("reports", default=())  # of the run that goes on
 
+# Where a run that is only repeated, for its time, reports; None in a run of the user's.
+repeated: ContextVar[list[RunReport] | None] = ContextVar("repeated", default=None)
+
 
 @contextmanager
 def reporting(report: RunReport) -> Iterator[None]:

@@ -46,6 +46,7 @@ class BlockCall:
     """One call of the network: what its blocks add, summed, or which sums were added already."""
 
     cache: FeatureCache
+    last: bool = False  # keeps what the last block returns, whatever the stream was before
     sums: dict[str, list[Tensor | None]] = field(default_factory=dict)
     added: set[str] = field(default_factory=set)
     unlike: str = ""  # the block whose outputs are not its streams
@@ -54,6 +55,9 @@ class BlockCall:
         """Sums over the blocks in float32: what they add together is what the list adds, whatever a ControlNet adds."""
         if [shape(stream) for stream in before] != [shape(a) or shape(b) for a, b in zip(after, before)]:
             self.unlike = part
+            return
+        if self.last:
+            self.sums[part] = [None if a is None else a.float().clone() for a in after]
             return
         deltas = [None if a is None or b is None else a.float() - b for a, b in zip(after, before)]
         sums = self.sums.get(part)
@@ -80,7 +84,8 @@ class BlockCall:
         """A stream that no block gave back stays."""
         if stream is None or not self.cache.holds(name):
             return stream
-        return stream + self.cache.recall(name).to(stream.dtype)
+        kept = self.cache.recall(name).to(stream.dtype)
+        return kept.clone() if self.last else stream + kept  # what follows may work in place
 
 
 def shape(stream: Tensor | None) -> torch.Size | None:
@@ -129,9 +134,12 @@ class CachedBlock:
 
 
 class CachedBlocks:
-    """The blocks of one network. With `each`, every block keeps its own part instead of one sum for each list."""
+    """The blocks of one network. With `each`, every block keeps its own part instead of one for each list; with `last`
+    what the last block returns is kept instead of the sum of what all add.
+    """
 
-    def __init__(self, network: nn.Module, each: bool):
+    def __init__(self, network: nn.Module, each: bool, last: bool = False):
+        self.last = last
         self.blocks = [
             CachedBlock(block, f"{path}.{i}" if each else path, streams)
             for path, streams in block_lists(network).items()
@@ -141,7 +149,7 @@ class CachedBlocks:
     @contextmanager
     def called(self, cache: FeatureCache) -> Iterator[BlockCall]:
         """For one call of the network."""
-        call = BlockCall(cache)
+        call = BlockCall(cache, self.last)
         entered: list[CachedBlock] = []
         try:
             for block in self.blocks:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .calls import SAMPLES, CallLocator, ModelInput, arguments, first_of
+from .forecast import coefficients
 from .plans import Plan
 from .policies import CachePolicy
 
@@ -85,16 +86,16 @@ class FeatureCache:
         return self.run.num_bytes
 
     @contextmanager
-    def step(self, step: int, sigmas: Sequence[float], timestep: float) -> Iterator[None]:
+    def step(self, step: int, sigmas: Sequence[float], timestep: float, sampler: str = "") -> Iterator[None]:
         """Calls within are of one step. That saves reading their timestep from the device, which the host waits for."""
-        self.begin_step(step, sigmas)
+        self.begin_step(step, sigmas, sampler)
         self.run.announced_timestep = float(timestep)
         try:
             yield
         finally:
             self.run.announced_timestep = None
 
-    def begin_step(self, step: int = -1, sigmas: Sequence[float] = ()) -> None:
+    def begin_step(self, step: int = -1, sigmas: Sequence[float] = (), sampler: str = "") -> None:
         """The next call begins a step even at the timestep of the last one; fine noise levels can share a timestep.
 
         With the noise levels of the run (T + 1,), a policy learns its steps.
@@ -102,7 +103,7 @@ class FeatureCache:
         self.run.begins = True
         if self.policy is not None and sigmas:
             if step == 0 or not isinstance(self.config, Plan):
-                self.config = self.policy.plan(len(sigmas) - 1, cost=self.cost, sigmas=sigmas)
+                self.config = self.policy.plan(len(sigmas) - 1, cost=self.cost, sigmas=sigmas, sampler=sampler)
             self.config.begin(step, float(step), sigmas[step], sigmas[step + 1])
 
     def observe(self, step: int, denoised: Tensor) -> None:
@@ -208,13 +209,18 @@ class FeatureCache:
         return whole.to(self.offloaded_from) if self.offloaded_from else whole
 
     def forecast(self, condition: Hashable, branch: str) -> Tensor:
-        """The stored feature, or at order 1 its linear extrapolation (TaylorSeer, arXiv 2503.06923, Eq. 2)."""
-        history = self.run.features[condition, branch]
-        at, value = history[-1]
-        if not self.extrapolates(history):
+        """The stored feature, or at order 1 and 2 its extrapolation (`forecast.coefficients`)."""
+        history = self.run.features[condition, branch][-1 - self.config.order :]
+        value = history[-1][1]
+        if len(history) == 1:
             return value
-        before, earlier = history[0]
-        return torch.lerp(earlier, value, (self.run.position - before) / (at - before))
+        weights = coefficients([at for at, _ in history], self.run.position)
+        if len(history) == 2:
+            return torch.lerp(history[0][1], value, weights[-1])
+        whole = value.float() * weights[-1]  # in half precision the terms would be rounded before they cancel
+        for weight, (_, earlier) in zip(weights[:-1], history[:-1]):
+            whole.add_(earlier, alpha=weight)
+        return whole.to(value.dtype)
 
     @property
     def forecasts(self) -> bool:

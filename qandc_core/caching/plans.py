@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from math import hypot, prod
 
 from torch import Tensor
 
+from .samplers import SamplerFacts
 from .schedule import affordable, spread
 
+Place = Callable[[int, int, range], "set[int]"]  # the computed steps: of how many, how many, which of them may reuse
+
 WARM_UP = 3  # steps that an error budget computes first: a curvature needs three
+LEAST_GAIN = 1.2  # speedup below which reuse is not worth its error
 KEPT = 0.95  # of a promised speedup: what falls short by less is neither corrected nor told
 FEW_STEPS = 8  # up to here reuse measured hardly better than a run of as many steps as are computed
 
@@ -21,6 +25,7 @@ class Plan:
         self.total, self.order, self.steps = total, order, steps | {0}
         self.warnings: list[str] = []
         self.part, self.noisy = "", False  # in words, and whether the sampler adds noise
+        self.idle = False  # computes all steps on purpose, and says so
 
     def computes(self, step: int) -> bool:
         return step in self.steps or step >= self.total
@@ -68,10 +73,10 @@ def few_steps(total: int, steps: Collection[int], order: int, noisy: bool) -> st
 
 
 class CountedPlan(Plan):
-    """A number of computed steps, placed by the default spacing or where the distances (T, T) are least."""
+    """A number of computed steps, which `place` lays into the part of the run that may reuse."""
 
-    def __init__(self, total: int, order: int, inside: range, num_computed: int, distances: Tensor | None = None):
-        super().__init__(total, order, spread(total, num_computed, inside, distances))
+    def __init__(self, total: int, order: int, inside: range, num_computed: int, place: Place = spread):
+        super().__init__(total, order, place(total, num_computed, inside))
         self.asked = num_computed
 
     def review(self, steps: Collection[int]) -> list[str]:
@@ -91,11 +96,9 @@ class SpeedupPlan(Plan):
     image and not keep the promise either.
     """
 
-    def __init__(
-        self, total: int, order: int, inside: range, speedup: float, distances: Tensor | None = None, cost: float = 0.0
-    ):
+    def __init__(self, total: int, order: int, inside: range, speedup: float, place: Place = spread, cost: float = 0.0):
         super().__init__(total, order, set())
-        self.inside, self.speedup, self.distances = inside, speedup, distances
+        self.inside, self.speedup, self.place = inside, speedup, place
         self.charge(cost)
 
     def charge(self, cost: float) -> None:
@@ -103,7 +106,11 @@ class SpeedupPlan(Plan):
         count = affordable(self.total, self.speedup, 0.0)
         if cost < 1 / self.speedup and self.reached(count) < KEPT * self.speedup:
             count = affordable(self.total, self.speedup, cost)
-        self.steps = spread(self.total, count, self.inside, self.distances) | {0}
+        self.steps = self.place(self.total, self.enough(count), self.inside) | {0}
+
+    def enough(self, num_computed: int) -> int:
+        """As many computed steps, or more where so few are known to fail."""
+        return num_computed
 
     def reached(self, num_computed: int) -> float:
         """The speedup of a run that computes as many steps, by the counted cost of the others."""
@@ -124,6 +131,32 @@ class SpeedupPlan(Plan):
         if self.cost >= 1 / self.speedup:
             return f": a reused step costs {100 * self.cost:.0f} % of a computed one"
         return self.part or f" with {self.total} steps"
+
+
+class PresetPlan(SpeedupPlan):
+    """A speedup as far as measurements say that it beats a run of fewer steps; where none does, all steps compute."""
+
+    def __init__(
+        self, total: int, order: int, inside: range, speedup: float, place: Place, cost: float, sampler: SamplerFacts
+    ):
+        self.sampler = sampler
+        super().__init__(total, order, inside, speedup, place, cost)
+
+    def enough(self, num_computed: int) -> int:
+        least = max(num_computed, self.sampler.fewest)
+        self.idle = self.total < LEAST_GAIN * least
+        return self.total if self.idle else least
+
+    def review(self, steps: Collection[int]) -> list[str]:
+        """In place of what a SpeedupPlan says of few steps."""
+        found, count, name = list(self.warnings), len(self.steps), self.sampler.name
+        if self.idle and self.inside:
+            fewer = affordable(self.total, self.speedup, 0.0)
+            found.append(f"{self.total} steps of {name}: nothing to gain; use {fewer} steps")
+        elif self.reached(count) < KEPT * self.speedup:
+            reached = f"{self.reached(count):.2g}x"
+            found.append(f"{self.speedup:g}x would be no better than fewer steps of {name}; {reached} is")
+        return found
 
 
 class BudgetPlan(Plan):

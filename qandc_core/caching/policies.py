@@ -9,20 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import ceil, isfinite
 
-from torch import Tensor
-
-from .plans import BudgetPlan, CountedPlan, Plan, SpeedupPlan
+from .plans import BudgetPlan, CountedPlan, Place, Plan, SpeedupPlan
 from .runs import RunFacts, StepDistances
-from .schedule import CacheConfig, check_order
+from .schedule import CacheConfig, Spacing, check_order, spread
 
 
 @dataclass(frozen=True)
 class CachePolicy:
     """Base of all policies: reuse only between `start` and `end`, fractions of the run, with this order.
 
-    `order` 0 reuses the last computed value, 1 extrapolates linearly from the last two.
+    `order` 0 reuses the last computed value, 1 extrapolates linearly from the last two, 2 adds half the curvature of
+    the last three.
     """
 
     order: int = field(default=0, kw_only=True)
@@ -53,9 +53,11 @@ class CachePolicy:
         cost: float = 0.0,
         sigmas: Sequence[float] | None = None,
         noisy: bool | None = None,
+        sampler: str = "",
+        guided: bool | None = None,
     ) -> Plan:
         """The plan for a run of `total` steps; for the other arguments see RunFacts."""
-        run, inside = RunFacts(total, flow, cost, sigmas, noisy), self.inside(total)
+        run, inside = RunFacts(total, flow, cost, sigmas, noisy, sampler, guided), self.inside(total)
         plan = self.planned(run, inside)
         plan.part, plan.noisy = self.part, bool(noisy)
         plan.warnings += self.remarks(run)
@@ -150,6 +152,9 @@ class ChosenSteps(CachePolicy):
         return self.line(steps=sorted(self.steps))
 
 
+CURVED = Spacing(exponent=0.8, leading=2)  # order 2 needs two steps side by side before the others
+
+
 @dataclass(frozen=True)
 class Placed(CachePolicy):
     """A policy whose number of computed steps is known, so that `distances` of a calibration can say which.
@@ -159,17 +164,29 @@ class Placed(CachePolicy):
 
     distances: StepDistances | None = field(default=None, compare=False, kw_only=True)
 
-    def placing(self, run: RunFacts) -> Tensor | None:
-        """Distances (T, T) by which this run's computed steps are placed; None: by the default spacing."""
-        found = self.distances
-        return None if found is None or found.mismatch(run) else found.values
+    def place(self, run: RunFacts, order: int, spacing: Spacing) -> Place:
+        """Lays computed steps where a calibration of this run says, for forecasts of this order, or by the spacing."""
+        found = None if self.distances is None or self.distances.mismatch(run) else self.distances
+        if found is None:
+            return partial(spread, spacing=spacing)
+        return partial(spread, distances=found.values, order=order, lengths=found.lengths)
+
+    @property
+    def spacing(self) -> Spacing:
+        return Spacing() if self.order < 2 else CURVED
+
+    def executed(self, run: RunFacts) -> int:
+        """The order of the forecasts of whole predictions: they are held where the sampler adds noise."""
+        return 0 if run.noisy else self.order
 
     def remarks(self, run: RunFacts) -> list[str]:
         reason = self.distances.mismatch(run) if self.distances is not None else ""
         return [f"the calibration does not place the steps because {reason}; default spacing"] if reason else []
 
     def optimum(self) -> str:
-        return "" if self.distances is None else f" optimum {float(self.distances.values.sum()):.6g}"
+        if self.distances is None:
+            return ""
+        return f" optimum {float(self.distances.values.sum()):.6g}" + (" of forecasts" if self.order else "")
 
 
 @dataclass(frozen=True)
@@ -182,7 +199,8 @@ class StepCount(Placed):
         return [("num_computed", 1, float("inf")), *super().limits()]
 
     def planned(self, run: RunFacts, inside: range) -> Plan:
-        return CountedPlan(run.total, self.order, inside, self.num_computed, self.placing(run))
+        place = self.place(run, self.executed(run), self.spacing)
+        return CountedPlan(run.total, self.order, inside, self.num_computed, place)
 
     def phrase(self) -> str:
         return f"{self.num_computed} steps"
@@ -201,7 +219,8 @@ class Speedup(Placed):
         return [("speedup", 1, float("inf")), *super().limits()]
 
     def planned(self, run: RunFacts, inside: range) -> Plan:
-        return SpeedupPlan(run.total, self.order, inside, self.speedup, self.placing(run), run.cost)
+        place = self.place(run, self.executed(run), self.spacing)
+        return SpeedupPlan(run.total, self.order, inside, self.speedup, place, run.cost)
 
     def phrase(self) -> str:
         return f"{self.speedup:g}x"
@@ -263,12 +282,12 @@ class PolicyConfig:
 
     keeps = computes
 
-    def for_run(self, total: int, cost: float = 0.0) -> CacheConfig:
+    def for_run(self, total: int, cost: float = 0.0, sampler: str = "") -> CacheConfig:
         """Raises ValueError where the steps are decided during the run."""
         if not self.policy.decided_before:
             raise ValueError(
                 f"{type(self.policy).__name__} decides each step during the run, but this loop fixes all steps before "
                 "it; use another policy, such as Speedup."
             )
-        steps = self.policy.plan(total, cost=cost).steps
-        return CacheConfig(1, frozenset(steps), self.reuse, self.order)
+        plan = self.policy.plan(total, cost=cost, sampler=sampler)
+        return CacheConfig(1, frozenset(plan.steps), self.reuse, plan.order)

@@ -165,8 +165,8 @@ class SamplingRun:
 
     def end_forecasts(self) -> None:
         if self.watch is not None and self.plan.order:
-            self.plan.order, self.plan.noisy = 0, True
-            self.warn(f"order 1 is not used with {self.sampler}, which adds noise between steps; using order 0")
+            order, self.plan.order, self.plan.noisy = self.plan.order, 0, True
+            self.warn(f"order {order} is not used with {self.sampler}, which adds noise between steps; using order 0")
 
     # Model calls
 

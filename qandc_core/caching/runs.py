@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 TOLERANCE = 0.02  # relative difference up to which two noise levels count as the same
@@ -15,7 +16,8 @@ class RunFacts:
     """Facts about a run that are known before it begins.
 
     `flow` says that noise replaces the image instead of adding to it, `cost` what share of a computed step a reused one
-    takes, `sigmas` (total + 1,) the noise levels and `noisy` whether the sampler adds noise; None: not known.
+    takes, `sigmas` (total + 1,) the noise levels, `noisy` whether the sampler adds noise and `guided` whether two
+    predictions are combined in a step; None: not known. `sampler` is its name.
     """
 
     total: int
@@ -23,17 +25,29 @@ class RunFacts:
     cost: float = 0.0
     sigmas: Sequence[float] | None = None
     noisy: bool | None = None
+    sampler: str = ""
+    guided: bool | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class StepDistances:
-    """Step distances of a calibration: `values` (T, T), upper triangular, as optimal_schedule takes them, and the run
-    that they were measured on: its noise levels (T + 1,), and whether its sampler adds noise. None: not known.
+    """Step distances of a calibration: `values` (T, T), as optimal_schedule takes them, and the run that they were
+    measured on: its noise levels (T + 1,), and whether its sampler adds noise. None: not known.
     """
 
     values: Tensor
     sigmas: tuple[float, ...] | None = None
     noisy: bool | None = None
+
+    @property
+    def lengths(self) -> Tensor | None:
+        """By what each column was divided where the values do not say it: they are triangular in older files. There
+        predictions count as equally long, and a column has the share of the way that its step goes.
+        """
+        if self.sigmas is None or len(self.sigmas) != len(self.values) + 1 or bool(self.values.tril(-1).any()):
+            return None
+        levels = torch.tensor(self.sigmas, dtype=torch.float64)
+        return 1 / (1 - levels[1:] / levels[:-1]).abs().clamp(min=1e-9)
 
     def mismatch(self, run: RunFacts) -> str:
         """Why they say nothing about a run, in words that go on from "because"; "" where they do."""

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from .forecast import ORDERS
+from .optimum import optimal_schedule
+
 REUSE = ("branch", "block", "prediction")
-ORDERS = (0, 1)
 
 
 def check_order(order: int) -> None:
     if order not in ORDERS:
-        raise ValueError(f"order must be {' or '.join(map(str, ORDERS))}, got {order}.")
+        raise ValueError(f"order must be {', '.join(map(str, ORDERS[:-1]))} or {ORDERS[-1]}, got {order}.")
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class CacheConfig:
             raise ValueError(f"reuse must be one of {', '.join(REUSE)}, got {self.reuse!r}.")
         check_order(self.order)
 
-    def for_run(self, total: int, cost: float = 0.0) -> CacheConfig:
+    def for_run(self, total: int, cost: float = 0.0, sampler: str = "") -> CacheConfig:
         return self
 
     def computes(self, step: int) -> bool:
@@ -52,34 +53,66 @@ class CacheConfig:
         return self.order > 0 or not self.computes(step + 1)
 
 
-SPACING = 0.7  # exponent of the default spacing; chosen on the models of benchmarks/caching
+SPACING = 0.7  # exponent of the spacing for orders 0 and 1, which saved compensations were fitted with
+
+
+@dataclass(frozen=True)
+class Spacing:
+    """Where computed steps lie when no calibration says it: `leading` and `trailing` ones side by side at both ends,
+    the others between them, denser towards the end, where images sharpen.
+
+    Step k of n between the ends lies at (k / n)^exponent of the way, rounded, and earlier where two would coincide.
+    """
+
+    exponent: float = SPACING
+    leading: int = 1
+    trailing: int = 1
+
+    def steps(self, total: int, num_computed: int) -> tuple[int, ...]:
+        """`num_computed` of `total` steps, the first and the last among them.
+
+        Raises ValueError unless 1 <= num_computed <= total.
+        """
+        if not 1 <= num_computed <= total:
+            raise ValueError(f"The number of computed steps must be between 1 and {total}, got {num_computed}.")
+        last = max(min(self.trailing, num_computed - 1), 1) - 1
+        first = max(min(self.leading, num_computed - 1 - last), 1) - 1
+        count, way = num_computed - first - last, total - 1 - first - last
+        steps = [round(way * (k / max(count - 1, 1)) ** self.exponent) for k in range(count)]
+        for k in reversed(range(count - 1)):
+            steps[k] = min(steps[k], steps[k + 1] - 1)
+        return (*range(first), *(first + step for step in steps), *range(total - last, total))
 
 
 def spaced_steps(total: int, num_computed: int) -> tuple[int, ...]:
-    """`num_computed` of `total` steps, the first and the last among them, denser towards the end, where images sharpen.
-
-    Step k lies at (total - 1) (k / (num_computed - 1))^SPACING, rounded, and earlier where two would coincide.
-    Raises ValueError unless 1 <= num_computed <= total.
-    """
-    if not 1 <= num_computed <= total:
-        raise ValueError(f"The number of computed steps must be between 1 and {total}, got {num_computed}.")
-    steps = [round((total - 1) * (k / max(num_computed - 1, 1)) ** SPACING) for k in range(num_computed)]
-    for k in reversed(range(num_computed - 1)):
-        steps[k] = min(steps[k], steps[k + 1] - 1)
-    return tuple(steps)
+    """`num_computed` of `total` steps by the default spacing."""
+    return Spacing().steps(total, num_computed)
 
 
-def spread(total: int, num_computed: int, inside: range, distances: Tensor | None = None) -> set[int]:
+def spread(
+    total: int,
+    num_computed: int,
+    inside: range,
+    distances: Tensor | None = None,
+    order: int = 0,
+    lengths: Tensor | None = None,
+    spacing: Spacing | None = None,
+) -> set[int]:
     """All steps outside `inside`, and within it as many as make up `num_computed`, at least one.
 
-    Those are spaced, or lie where the distances (T, T) are least.
+    Those are spaced, or lie where the distances (T, T) make the error of forecasts of this order least; for `lengths`
+    see `optimal_schedule`. A held value is not carried over the beginning of `inside`, a forecast is.
     """
     outside = set(range(total)) - set(inside)
     if not len(inside):
         return outside
     count = min(max(num_computed - len(outside), 1), len(inside))
     if distances is None:
-        steps = spaced_steps(len(inside), count)
+        steps = (spacing or Spacing()).steps(len(inside), count)
+    elif order and count > 1:
+        forced = {0, total - 1, *outside}
+        number = max(len(outside) + count, len(forced))
+        return set(optimal_schedule(distances, number, order=order, forced=forced, lengths=lengths))
     else:
         steps = optimal_schedule(distances[inside.start : inside.stop, inside.start : inside.stop], count)
     return outside | {inside.start + step for step in steps}
@@ -92,30 +125,3 @@ def affordable(total: int, speedup: float, cost: float) -> int:
 
 def step_set(steps: Iterable[int] | None) -> frozenset[int] | None:
     return None if steps is None else frozenset(int(s) for s in steps)
-
-
-def optimal_schedule(distances: Tensor, num_computed: int) -> tuple[int, ...]:
-    """Computed steps of least total reuse error, by dynamic programming (CacheQuant, arXiv 2503.01323).
-
-    distances (T, T) upper triangular: [i, j] is the error of using at step j what step i computed. Step 0 is
-    always computed. Raises ValueError unless 1 <= num_computed <= T.
-    """
-    total = len(distances)
-    if distances.ndim != 2 or distances.shape[1] != total or not torch.isfinite(distances).all():
-        raise ValueError(f"distances must be a finite (T, T) matrix, got shape {tuple(distances.shape)}.")
-    if not 1 <= num_computed <= total:
-        raise ValueError(f"num_computed must be between 1 and the {total} steps, got {num_computed}.")
-    held = torch.triu(distances.double(), diagonal=1).cumsum(dim=1)  # [i, j]: steps i + 1..j reuse step i
-    best = held[0].clone()  # best[j]: least error of steps 0..j with the segments placed so far
-    previous = []
-    for _ in range(num_computed - 1):
-        cost = torch.full((total, total), float("inf"), dtype=torch.float64)
-        for i in range(1, total):
-            cost[i, i:] = best[i - 1] + held[i, i:]
-        best, start = cost.min(dim=0)
-        previous.append(start)
-    schedule, end = [], total - 1
-    for start in reversed(previous):
-        schedule.append(int(start[end]))
-        end = schedule[-1] - 1
-    return (0, *reversed(schedule))

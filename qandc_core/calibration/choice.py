@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +18,22 @@ FEATURES = 16384  # values of a sample that TAP clusters; larger latents are ave
 SELECTIONS = ("tap", "stratified", "random")
 
 
+class Batch(NamedTuple):
+    """One sampling run: the seed of its noise, how many images, and which: those from number `first` on of a prompt."""
+
+    seed: int
+    size: int
+    first: int
+    prompt: int = 0
+
+
 @dataclass(frozen=True)
 class CalibrationConfig:
-    """How much to sample, how to choose calibration samples, and how many activations to keep of each layer."""
+    """How much to sample, how to choose calibration samples, and how many activations to keep of each layer.
+
+    Images take the `prompts` in turn; those of a run share one, because prompts may differ in length. Where a prompt
+    is a batch of several itself, its images take its `rows` in turn.
+    """
 
     trajectories: int = 32
     batch_size: int = 16
@@ -33,19 +47,35 @@ class CalibrationConfig:
     memory_gb: float = 4.0
     tokens: int = 4096
     held_out: int = 8
+    prompts: int = 1
+    rows: int = 1
 
     @property
-    def apart(self) -> bool:
-        """True if the last trajectory is held out as a whole."""
-        return self.held_out > 0 and self.trajectories > 1
+    def images(self) -> int:
+        """Trajectories to sample; each prompt has at least one."""
+        return max(self.trajectories, self.prompts)
 
-    def batches(self) -> Iterator[tuple[int, int, int]]:
-        """Seed, size and number of the first image of every sampling run; a trajectory held out has its own."""
-        shared, first = self.trajectories - self.apart, 0
-        sizes = [min(self.batch_size, shared - start) for start in range(0, shared, self.batch_size)]
-        for number, size in enumerate([*sizes, 1] if self.apart else sizes):
-            yield self.seed + number, size, first
-            first += size
+    @property
+    def apart(self) -> int:
+        """How many trajectories, the last ones, are held out as a whole: of several prompts up to an eighth of all."""
+        if not self.held_out or self.images == 1:
+            return 0
+        return max(1, min(self.prompts * self.rows, self.held_out, self.images // 8))
+
+    def batches(self) -> Iterator[Batch]:
+        """Every sampling run; a trajectory held out has its own."""
+        shared, number = self.images - self.apart, 0
+        for prompt in range(min(self.prompts, shared)):
+            count = len(range(prompt, shared, self.prompts))
+            for first in range(0, count, self.batch_size):
+                yield Batch(self.seed_of(number), min(self.batch_size, count - first), first, prompt)
+                number += 1
+        for image in range(shared, self.images):
+            yield Batch(self.seed_of(number), 1, *divmod(image, self.prompts))
+            number += 1
+
+    def seed_of(self, run: int) -> int:
+        return (self.seed + run) % 2**64
 
 
 @dataclass(frozen=True)
@@ -107,11 +137,11 @@ class Candidates:
         origin, computed = torch.cat(self.origin), torch.cat(self.computed)
         allowed, spare = computed if plan.computed_only else torch.ones_like(computed), computed.clone()
         if plan.apart:
-            last = origin[:, 0] == len(self.predictions) - 1
+            last = origin[:, 0] >= len(self.predictions) - plan.apart
             allowed, spare = allowed & ~last, spare & last
         chosen = self.select(allowed.nonzero().flatten(), plan)
         spare[chosen] = False
-        return Choice(origin[chosen], spread(origin[spare], plan.held_out))
+        return Choice(origin[chosen], spread_over_runs(origin[spare], plan.held_out))
 
     def select(self, kept: Tensor, plan: CalibrationConfig) -> Tensor:
         """Indices of the samples that are taken from those at `kept`."""
@@ -126,6 +156,13 @@ class Candidates:
         else:
             taken = random_select(len(kept), plan.samples, plan.seed)
         return kept[taken]
+
+
+def spread_over_runs(calls: Tensor, count: int) -> Tensor:
+    """At most `count` conditions (h, 4), as many of each run as the others have where there are so many."""
+    runs = [calls[calls[:, 0] == run] for run in calls[:, 0].unique().tolist()]
+    shares = [(count * (i + 1)) // len(runs) - (count * i) // len(runs) for i in range(len(runs))]
+    return torch.cat([calls[:0], *(spread(part, share) for part, share in zip(runs, shares))])
 
 
 def spread(calls: Tensor, count: int) -> Tensor:

@@ -22,14 +22,15 @@ def relative_distances(values: Tensor) -> Tensor:
 
 
 def prediction_distances(denoised: Tensor, sigmas: Tensor) -> Tensor:
-    """distances (T, T), upper triangular: what step j errs by if it uses the prediction of step i, relative to it.
+    """distances (T, T): [i, j] is what step j errs by if it uses the prediction of step i, relative to its own.
 
     denoised (T, V) holds the values of every step's prediction; a step from sigma to the following moves the sample by
     (1 - following / sigma) of an error in it. sigmas (T + 1,).
     """
     values, sigmas = denoised.to(with_float64(denoised.device)).double(), sigmas.cpu().double()
     relative = relative_distances(values)
-    return torch.triu(relative * (1 - sigmas[1:] / sigmas[:-1]).to(values.device)[None], diagonal=1).cpu()
+    distances = relative * (1 - sigmas[1:] / sigmas[:-1]).to(values.device)[None]
+    return distances.fill_diagonal_(0.0).cpu()
 
 
 @torch.inference_mode()

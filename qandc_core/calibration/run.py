@@ -10,6 +10,7 @@ How to sample is the host's: ComfyUI's nodes and this package's own DiT each giv
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from .calls import ModelCall
-from .choice import CalibrationConfig, Candidates, Choice
+from .choice import Batch, CalibrationConfig, Candidates, Choice
 from .file import Calibration, load_calibration
 from .layer_inputs import HELD_OUT_TOKENS, Observer
 from .memory import StatisticsPlan, plan_statistics
@@ -52,11 +53,14 @@ class Host(Protocol):
     def room(self) -> int:
         """Bytes on the device that statistics may take."""
 
-    def collect(self, candidates: Candidates, run: int, seed: int, size: int, first: int) -> None:
-        """Samples `size` images from the noise of `seed`, the first with number `first`, and adds every prediction."""
+    def collect(self, candidates: Candidates, run: int, batch: Batch) -> None:
+        """Samples the batch's images and adds every prediction."""
 
-    def observe(self, observer: Observer, seed: int, size: int, first: int) -> None:
+    def observe(self, observer: Observer, batch: Batch) -> None:
         """Samples the same images and hands every model call through the observer."""
+
+    def ran_out_of_memory(self, error: Exception) -> bool:
+        """Whether fewer images at once may help; memory that is no longer used is given back."""
 
 
 @dataclass
@@ -69,11 +73,12 @@ class Standing:
     held_out: tuple[ModelCall, ...] = ()
     runs: int = 0
     missing: str = ""  # why there are no distances
+    batch_size: int = 0
 
     def result(self, model: str) -> Calibration:
         """The state as a Calibration; what that has no field for goes into its notes."""
         places = {"samples": self.choice.samples.tolist(), "held_out": self.choice.held_out.tolist()}
-        notes = {**places, "runs": self.runs, "distances": self.missing}
+        notes = {**places, "runs": self.runs, "distances": self.missing, "batch_size": self.batch_size}
         return Calibration(model, self.statistics, distances=self.distances, notes=notes, held_out=self.held_out)
 
 
@@ -81,10 +86,19 @@ class Standing:
 def calibrate(host: Host, config: CalibrationConfig | None = None, partial: Path | None = None) -> Calibration:
     """Statistics of every layer's input, distances between steps, and calls that are held out.
 
-    The file `partial` keeps what is done; a later call with the same arguments resumes from there. Raises ValueError
-    where there is no layer, the statistics do not fit, or inputs are not finite.
+    The file `partial` keeps what is done; a later call with the same arguments resumes from there. Out of memory it
+    starts again with half as many images at once, which gives exactly what that batch size would have given from the
+    beginning; the note `batch_size` says which it was. Raises ValueError where there is no layer, the statistics do not
+    fit, or inputs are not finite.
     """
-    return Calibrating(host, config or CalibrationConfig(), partial).run()
+    calibrating = Calibrating(host, config or CalibrationConfig(), partial)
+    while True:
+        try:
+            return calibrating.run()
+        except Exception as error:
+            if not host.ran_out_of_memory(error) or not calibrating.halve():
+                raise
+        gc.collect()  # here the error no longer holds what it failed on
 
 
 class Calibrating:
@@ -103,6 +117,17 @@ class Calibrating:
         leave_out_unseen(standing.statistics, self.host.all_run)
         return standing.result(self.host.fingerprint)
 
+    def halve(self) -> bool:
+        """Plans batches of half the size; whether there are smaller ones."""
+        largest = max(batch.size for batch in self.plan.batches())
+        if largest == 1:
+            return False
+        self.plan = replace(self.plan, batch_size=largest // 2)
+        log.warning("Q&C calibration: out of memory with %d images at once, goes on with %d.", largest, largest // 2)
+        if self.partial is not None:
+            self.partial.unlink(missing_ok=True)
+        return True
+
     def interrupted(self) -> Standing | None:
         """The state of an interrupted calibration. A damaged file is set aside, with a warning."""
         if self.partial is None or not self.partial.is_file():
@@ -111,6 +136,7 @@ class Calibrating:
             found = load_calibration(self.partial)
             found.check_fingerprint(self.host.fingerprint)
             standing = resumed(found, dict(self.layers), self.space)
+            self.plan = replace(self.plan, batch_size=standing.batch_size)
         except Exception as error:  # a damaged file fails in as many ways as it has fields
             aside = self.partial.with_name(f"{self.partial.name}.damaged")
             log.warning("Q&C calibration: starts afresh, %s is damaged (%s).", self.partial.name, error)
@@ -125,13 +151,14 @@ class Calibrating:
         self.host.expect(2 * self.host.steps * len(batches))
         for run, batch in enumerate(batches):
             with observed(self.layers, lambda name, _: ran.add(name)):
-                self.host.collect(candidates, run, *batch)
+                self.host.collect(candidates, run, batch)
         unused = [name for name, _ in self.layers if name not in ran]
         if unused:
             log.info("Q&C calibration: %d layers never run, such as %s; they are left out.", len(unused), unused[0])
         statistics = {name: empty_statistics(layer, self.space) for name, layer in self.layers if name in ran}
         choice, missing = candidates.choose(self.plan), candidates.missing()
-        return Standing(choice, candidates.distances(), statistics, missing=missing)
+        distances, batch_size = candidates.distances(), self.plan.batch_size
+        return Standing(choice, distances, statistics, missing=missing, batch_size=batch_size)
 
     def second_pass(self, standing: Standing) -> None:
         """Samples the runs that are left once more and observes what was chosen; `standing` takes it up."""
@@ -143,7 +170,7 @@ class Calibrating:
             room -= layer.settle(self.host.device, room)
         for run, batch in left:
             observer = Observer(layers, statistics, standing.choice, run, self.space.tokens, self.plan.seed)
-            self.host.observe(observer, *batch)
+            self.host.observe(observer, batch)
             check_finite(statistics)
             standing.held_out, standing.runs = (*standing.held_out, *observer.calls), run + 1
             self.keep(standing)
@@ -210,8 +237,8 @@ def resumed(found: Calibration, layers: Mapping[str, nn.Module], space: Statisti
             room.keep_held_out(layer.held_out)
         statistics[name] = replace(layer, inputs=room.inputs, held_out=room.held_out)
     samples, held_out = (torch.tensor(found.notes[key]).long().reshape(-1, 4) for key in ("samples", "held_out"))
-    runs, missing = found.notes["runs"], found.notes["distances"]
-    return Standing(Choice(samples, held_out), found.distances, statistics, found.held_out, runs, missing)
+    kept = (found.notes[key] for key in ("runs", "distances", "batch_size"))
+    return Standing(Choice(samples, held_out), found.distances, statistics, found.held_out, *kept)
 
 
 def leave_out_unseen(statistics: dict[str, LayerStatistics], all_run: bool) -> None:

@@ -14,7 +14,7 @@ from ..caching.attach import feature_cache
 from ..diffusion.process import ReverseProcess, SamplingConfig
 from ..models.dit import DiT, check_open
 from ..models.layers import DIT_SKIP, named_linears
-from .choice import Candidates, features_of
+from .choice import Batch, Candidates, features_of
 from .file import FINGERPRINT, fingerprint
 from .layer_inputs import Observer
 
@@ -55,16 +55,19 @@ class DiTTrajectories:
         """A DiT's statistics are small beside it."""
         return sys.maxsize
 
-    def collect(self, candidates: Candidates, run: int, seed: int, size: int, first: int) -> None:
+    def ran_out_of_memory(self, error: Exception) -> bool:
+        return isinstance(error, torch.OutOfMemoryError)
+
+    def collect(self, candidates: Candidates, run: int, batch: Batch) -> None:
         sigmas = torch.tensor(self.config.schedule().sigmas, dtype=torch.float64)
         conditions, cache = 1 if self.config.cfg_scale == 1 else 2, feature_cache(self.model)
-        for step, x, denoised in self.steps_of(seed, size, first):
+        for step, x, denoised in self.steps_of(*batch[:3]):
             computed = cache is None or cache.computed(step)
             candidates.add(run, step, step, sigmas, features_of(x), denoised, conditions, computed)
 
-    def observe(self, observer: Observer, seed: int, size: int, first: int) -> None:
-        with self.called_through(observer, size):
-            for _ in self.steps_of(seed, size, first, observer.next_prediction):
+    def observe(self, observer: Observer, batch: Batch) -> None:
+        with self.called_through(observer, batch.size):
+            for _ in self.steps_of(*batch[:3], observer.next_prediction):
                 pass
 
     def steps_of(

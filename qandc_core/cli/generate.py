@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from ..caching.policies import CachePolicy, ChosenSteps, Interval, Speedup, StepCount
+from ..caching.presets import LEVELS, Preset
 from ..calibration.file import Calibration, load_calibration
 from ..diffusion.process import SamplingConfig
 from ..files import written_whole
@@ -36,6 +37,8 @@ def add_policy(command: argparse.ArgumentParser) -> None:
     add_number(policies, "--cache-interval", at_least(1), interval)
     add_number(policies, "--speedup", finite, f"target speedup of the model calls{replaces}", metavar="X")
     add_number(policies, "--computed-steps", at_least(1), f"compute N steps, denser towards the end{replaces}")
+    by_sampler = "choose the steps by sampler and number of steps, more where fewer steps are as good"
+    policies.add_argument("--preset", choices=LEVELS, help=f"{by_sampler}{replaces}")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -92,6 +95,8 @@ def picture_format(path: Path) -> str:
 
 def asked_policy(args: argparse.Namespace) -> CachePolicy | None:
     """The policy that the options name. Raises ValueError on a number out of range."""
+    if args.preset is not None:
+        return Preset(level=args.preset)
     if args.speedup is not None:
         return Speedup(args.speedup)
     if args.computed_steps is not None:

@@ -154,3 +154,24 @@ def fit_variance_compensation(
         if cache is not None:
             cache.reset()
     return fit.result()
+
+
+class JointFit:
+    """One fit of several runs that take turns: each hands in its samples of a step and goes on when all have.
+
+    wait() returns when every run has come to it (see `turns`).
+    """
+
+    def __init__(self, fit: SequentialFit, wait: Callable[[], None]):
+        self.fit, self.wait = fit, wait
+        self.pairs: list[Pair] = []
+
+    def step(self, step: int, sigma: float, take: Callable[[], Pair], shapes: Shapes = ()) -> Pair:
+        """mean and K (C,) of a step. take() gives the run's pair; a step that is evaluated again has its factors."""
+        if step == len(self.fit):
+            self.pairs.append(take())
+            self.wait()
+            if step == len(self.fit):  # the first run that goes on
+                self.fit.step(sigma, self.pairs, shapes)
+                self.pairs = []
+        return self.fit.means[step], self.fit.factors[step]

@@ -88,7 +88,7 @@ class ReverseProcess:
         config, cache = self.config, feature_cache(self.model)
         timestep = self.schedule.timesteps[i]
         t = torch.full((len(x),), timestep, device=self.device)
-        with nullcontext() if cache is None else cache.step(i, self.schedule.sigmas, timestep):
+        with nullcontext() if cache is None else cache.step(i, self.schedule.sigmas, timestep, self.config.sampler):
             eps, v = guided_prediction(
                 self.model,
                 x.to(self.dtype),

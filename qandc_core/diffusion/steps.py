@@ -13,7 +13,6 @@ samples under samplers that are not ours all read these numbers.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -73,14 +72,3 @@ def learned_range_std(v: Tensor, alpha_bar: float, next_alpha_bar: float) -> Ten
     high = math.log(1 - alpha_bar / next_alpha_bar)
     mix = (v + 1) / 2
     return (0.5 * (mix * high + (1 - mix) * low)).exp()
-
-
-def forecast_weights(computed: Sequence[bool], order: int) -> list[float]:
-    """For each step w in older + w (newer - older), over the last two computed steps; w = 1 reuses the newer."""
-    weights, seen = [], [0, 0]
-    for i, computes in enumerate(computed):
-        if computes:
-            seen = [seen[1], i] if i else [0, 0]
-        before, at = seen
-        weights.append((i - before) / (at - before) if order and at > before else 1.0)
-    return weights

@@ -7,11 +7,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
-from typing import Any
 
 import torch
 from PIL import Image
 
+from ..sampling.alike import unlike_settings
 from ..sampling.report import RunReport
 from .figure import LIGHT, FigureRow, Theme, comparison_figure, difference, resized
 from .frames import Frames
@@ -20,7 +20,6 @@ from .panels import draw_lines, draw_table, panels, stack
 from .remarks import layers, remarks, timelines
 from .repeats import Speedup, in_turns
 
-LEVEL = 1e-3  # relative, up to which noise levels of two runs are the same
 log = logging.getLogger(__name__)
 COLUMNS = ("run", "time s", "speedup", "steps computed", "cache MiB", "peak MiB", "PSNR dB", "SSIM", "rel. L2")
 
@@ -159,45 +158,13 @@ def mean(values: Sequence[float]) -> float:
 
 
 def mismatches(runs: Sequence[ComparedRun]) -> list[str]:
-    """Other differences between runs, in their order; a run without report has none."""
-    lines = []
-    reports = [run.report for run in runs if run.report is not None]
-    for name, value in SETTINGS.items():
-        values = [value(report) for report in reports if value(report) is not None]
-        if any(v != values[0] for v in values):
-            lines.append(f"{name} {', '.join(map(str, values))}")
-    if not any(line.startswith("steps ") for line in lines) and levels_differ(reports):
-        lines.append("noise levels (scheduler, shift or part of the schedule)")
+    """What makes the runs no fair comparison; a run without report says nothing of its settings."""
+    lines = unlike_settings([run.report for run in runs if run.report is not None])
     found = [f"Not the same run: {'; '.join(lines)}."] if lines else []
     sizes = [run.size for run in runs]
     if len(set(sizes)) > 1:
         found.append(f"Images differ in number or size: {', '.join(sizes)}; only those like the first are measured.")
     return found
-
-
-def headlines_of(text: str) -> str:
-    """The lines of a comparison's text that come before its table, one a line."""
-    return "\n".join(line.strip("*") for line in text.split("| run |")[0].splitlines() if line)
-
-
-def levels_differ(reports: Sequence[RunReport]) -> bool:
-    """True if runs of equal length went through other noise levels, as far as these are known."""
-    known = [report.sigmas for report in reports if report.sigmas]
-    return any(
-        len(levels) != len(known[0])
-        or any(abs(a - b) > LEVEL * max(abs(a), abs(b), 1e-6) for a, b in zip(levels, known[0]))
-        for levels in known
-    )
-
-
-SETTINGS: dict[str, Callable[[RunReport], Any]] = {
-    "seed": lambda report: report.seed,
-    "sampler": lambda report: report.solver or report.sampler or None,
-    "steps": lambda report: report.steps or None,
-    "cfg": lambda report: report.cfg_scale,
-    "denoise": lambda report: report.denoise,
-    "latent": lambda report: " + ".join("x".join(map(str, shape)) for shape in report.size) or None,
-}
 
 
 def comparison_markdown(rows: Sequence[dict[str, str]]) -> str:

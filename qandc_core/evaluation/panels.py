@@ -11,6 +11,7 @@ from ..sampling.report import RunReport
 from .figure import LIGHT, MARGIN, Color, Theme, difference, to_pil, wrapped
 
 PANEL = (420, 170)
+LEAST_SIDE = 180  # pixels across of an image that a name fits above
 
 
 def panels(given: Sequence[RunReport | None], theme: Theme = LIGHT) -> Image.Image | None:
@@ -95,25 +96,26 @@ def stack(parts: Sequence[Image.Image], theme: Theme = LIGHT) -> Image.Image:
 
 def full_size(labels: Sequence[str], images: Sequence[Tensor], gain: float, theme: Theme = LIGHT) -> Image.Image:
     """Images (3, H, W) in [-1, 1] beside each other, pixel for pixel, each under its name; below those that have the
-    first one's size, their difference from it, enlarged `gain` times.
+    first one's size, their difference from it, enlarged `gain` times. Images narrower than a name are enlarged by a
+    whole number.
     """
     font, gap = ImageFont.load_default(17), MARGIN
-    names = [wrapped(label, font, image.shape[-1]) for label, image in zip(labels, images, strict=True)]
+    times = max(1, *(-(-LEAST_SIDE // image.shape[-1]) for image in images))
+    sizes = [(times * image.shape[-2], times * image.shape[-1]) for image in images]
+    names = [wrapped(label, font, width) for label, (_, width) in zip(labels, sizes, strict=True)]
     head = gap + 22 * max(map(len, names))
     compared = [image.shape == images[0].shape and i > 0 for i, image in enumerate(images)]
-    tallest = max(image.shape[-2] for image in images)
-    below = gap + images[0].shape[-2] if any(compared) else 0
-    width = gap + sum(image.shape[-1] + gap for image in images)
-    sheet = Image.new("RGB", (width, head + tallest + below + gap), theme.paper)
+    tallest = max(height for height, _ in sizes)
+    below = gap + sizes[0][0] if any(compared) else 0
+    sheet = Image.new("RGB", (gap + sum(width + gap for _, width in sizes), head + tallest + below + gap), theme.paper)
     draw, left = ImageDraw.Draw(sheet), gap
-    for image, name, alike in zip(images, names, compared):
+    for image, (_, width), name, alike in zip(images, sizes, names, compared):
         draw.multiline_text((left, gap // 2), "\n".join(name), theme.ink, font, spacing=4)
-        sheet.paste(to_pil(image[None].cpu(), image.shape[-1]), (left, head))
+        sheet.paste(to_pil(image[None].cpu(), width), (left, head))
         if alike:
             shown = difference(image[None].cpu(), images[0][None].cpu(), gain)
-            sheet.paste(to_pil(shown, image.shape[-1]), (left, head + tallest + gap))
-        left += image.shape[-1] + gap
+            sheet.paste(to_pil(shown, width), (left, head + tallest + gap))
+        left += width + gap
     if below:
-        note = "\n".join(wrapped(f"difference x {gain:g}", font, images[0].shape[-1]))
-        draw.multiline_text((gap, head + tallest + gap), note, theme.muted, font, spacing=4)
+        draw.text((gap, head + tallest + gap), f"difference x {gain:g}", theme.muted, font)
     return sheet

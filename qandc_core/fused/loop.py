@@ -23,12 +23,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..caching.forecast import forecast_rows
 from ..caching.policies import PolicyConfig
 from ..caching.schedule import CacheConfig
 from ..compensation.correction import VarianceCompensation
 from ..diffusion.guidance import guide, split_variance
 from ..diffusion.process import NoiseSource, ReverseProcess, SamplingConfig
-from ..diffusion.steps import forecast_weights, step_coefficients
+from ..diffusion.steps import step_coefficients
 from ..models.dit import DiT
 from ..sampling.clock import StepClock
 from ..sampling.generate import StepInfo, progress_bar
@@ -94,11 +95,12 @@ class DeviceLoop:
         zeros = lambda *sizes: torch.zeros(*sizes, device=self.device)  # noqa: E731
         self.index = torch.zeros(1, dtype=torch.long, device=self.device)
         self.x, self.denoised, self.older = zeros(shape), zeros(shape), zeros(shape)
+        self.oldest = zeros(shape if self.cache.order == 2 else (0, *shape[1:]))
         self.noise = zeros(steps if self.config.sampler == "ddpm" else 0, *shape)
         self.factor, self.mean = (zeros(steps if self.compensated else 0, config.in_channels) for _ in range(2))
         rows = [step_coefficients(self.schedule, self.config.sampler, i) for i in range(steps)]
-        weights = forecast_weights(self.computed, self.cache.order)
-        table = [[*vars(row).values(), weight] for row, weight in zip(rows, weights)]
+        forecasts = forecast_rows(self.computed, self.cache.order)
+        table = [[*vars(row).values(), *forecast] for row, forecast in zip(rows, forecasts)]
         self.table = torch.tensor(table, dtype=torch.float32, device=self.device)
 
     @property
@@ -112,15 +114,17 @@ class DeviceLoop:
     @torch.inference_mode()
     def step(self, reused: bool) -> None:
         """One step in place, at the number that `index` holds."""
-        signal, noise_part, keep, denoise, fresh, weight = self.table.index_select(0, self.index)[0].unbind()
+        signal, noise_part, keep, denoise, fresh, *forecast = self.table.index_select(0, self.index)[0].unbind()
         x = self.x
         if self.compensated:
             x = x + self.at(self.factor - 1) * (x - self.at(self.mean))
         if reused and self.cache.reuse == "prediction":
-            x0 = torch.lerp(self.older, self.denoised, weight) if self.cache.order else self.denoised
+            x0 = self.forecast(*forecast)
         else:
             with self.predictor.attention(self):
                 x0 = self.predicted(x, signal, noise_part, reused)
+            if len(self.oldest):
+                self.oldest.copy_(self.older)
             self.older.copy_(self.denoised)
             self.denoised.copy_(x0)
         following = keep * x + denoise * x0
@@ -128,6 +132,14 @@ class DeviceLoop:
             following = following + fresh * self.noise.index_select(0, self.index)[0]
         self.x.copy_(following)
         self.index.add_(1)
+
+    def forecast(self, latest: Tensor, before: Tensor, first: Tensor) -> Tensor:
+        """The prediction of a reused step, by the coefficients of the latest computed ones."""
+        if self.cache.order == 0:
+            return self.denoised
+        if self.cache.order == 1:
+            return torch.lerp(self.older, self.denoised, latest)
+        return latest * self.denoised + before * self.older + first * self.oldest
 
     def at(self, values: Tensor) -> Tensor:
         """This step's row of a table (S, C), to broadcast over images."""
@@ -155,7 +167,7 @@ class DeviceLoop:
         self.predictor.prepare(labels)
         self.x.copy_(start)
         self.rewind()
-        for kept in (self.denoised, self.older):
+        for kept in (self.denoised, self.older, self.oldest):
             kept.zero_()  # what a broken run left would spread
         for i, drawn in enumerate(fresh):
             self.noise[i].copy_(drawn)
@@ -177,7 +189,7 @@ class DeviceLoop:
     @torch.inference_mode()
     def captured(self, reused: bool) -> Callable[[], None]:
         """The step as a CUDA graph. Warming up moves the run's state, which is put back."""
-        state = [self.x, self.index, self.denoised, self.older]
+        state = [self.x, self.index, self.denoised, self.older, self.oldest]
         kept = [tensor.clone() for tensor in state]
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
@@ -233,7 +245,7 @@ def device_loop(
 ) -> DeviceLoop:
     """The loop of the model's latest run where it fits this one; its graphs and buffers are the costly part."""
     if cache is not None:
-        cache = cache.for_run(len(config.schedule()), model.reuse_cost(cache.reuse))
+        cache = cache.for_run(len(config.schedule()), model.reuse_cost(cache.reuse), config.sampler)
     key = images, config, compensated, cache, model.pos_embed.device
     if key not in model.loops:
         model.loops = {key: DeviceLoop(model, images, config, cache, compensated)}

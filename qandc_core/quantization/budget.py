@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..calibration.statistics import LayerStatistics
 from .formats import BY_NAME, check_available, fitting
-from .native import COLLAPSE, NativeConfig, NativeLayer, quantize_weight, rounded_layer
+from .native import COLLAPSE, Moments, NativeConfig, NativeLayer, quantize_weight, rounded_layer
 from .sensitivity import ModelError, sensitivities
 
 FLOAT = "float"
@@ -89,6 +89,7 @@ class Search:
     model_error: ModelError | None
     ladders: dict[str, list[Step]] = field(default_factory=dict)
     rounded: dict[tuple[str, str], NativeLayer | None] = field(default_factory=dict)
+    moments: Moments = field(default_factory=Moments)
 
     def run(self) -> dict[str, NativeLayer | None]:
         if self.budget.max_model_error is not None and self.model_error is None:
@@ -96,10 +97,11 @@ class Search:
         found: dict[str, NativeLayer | None] = {}
         for source in self.layers:
             layer, self.ladders[source.name] = coarsest(
-                source, self.config, self.statistics.get(source.name), self.budget
+                source, self.config, self.statistics.get(source.name), self.budget, self.moments
             )
             found[source.name] = self.rounded[source.name, self.ladders[source.name][0].format] = on_cpu(layer)
             self.tell(source.name, layer)
+        self.moments = Moments()  # room for the model, which is asked now
         if not self.budget.climbs:
             return found
         shares = self.shares(found)
@@ -128,8 +130,8 @@ class Search:
         if key not in self.rounded:
             layer = None
             if format != FLOAT:
-                config = replace(self.config, format=format)
-                layer = on_cpu(quantize_weight(source.name, *source.load(), config, self.statistics.get(source.name)))
+                config, seen = replace(self.config, format=format), self.statistics.get(source.name)
+                layer = on_cpu(quantize_weight(source.name, *source.load(), config, seen, self.moments))
             self.rounded[key] = layer
             self.tell(source.name, layer)
         return self.rounded[key]
@@ -154,7 +156,7 @@ class Search:
 
 
 def coarsest(
-    source: LayerSource, config: NativeConfig, statistics: LayerStatistics | None, budget: Budget
+    source: LayerSource, config: NativeConfig, statistics: LayerStatistics | None, budget: Budget, moments: Moments
 ) -> tuple[NativeLayer | None, list[Step]]:
     """The layer in the coarsest format, from the configured one on, whose error is within the limit; its ladder."""
     weight, bias = source.load()
@@ -169,15 +171,16 @@ def coarsest(
         format, able = able[0], able[1:]
         chosen = replace(config, format=format.name)
         if limit is None:
-            layer = quantize_weight(source.name, weight, bias, chosen, statistics)
+            layer = quantize_weight(source.name, weight, bias, chosen, statistics, moments)
         else:
-            layer = rounded_layer(source.name, weight, bias, chosen, statistics)
+            layer = rounded_layer(source.name, weight, bias, chosen, statistics, moments)
             layer = layer if layer is not None and layer.error <= limit and layer.error < COLLAPSE else None
     if layer is None or not budget.climbs:
         return layer, ladder(source, layer)
 
     def nearest(format: str) -> NativeLayer | None:
-        return rounded_layer(source.name, weight, bias, replace(config, format=format, rounding="nearest"), statistics)
+        chosen = replace(config, format=format, rounding="nearest")
+        return rounded_layer(source.name, weight, bias, chosen, statistics, moments)
 
     # gptq of every format would take as long again for each: it lowers the error of all of them alike.
     same = nearest(layer.format)

@@ -30,7 +30,24 @@ from .grids import Grid, quantize
 RoundColumn = Callable[[int, Tensor], tuple[Tensor, Tensor]]
 
 
-def gptq_codes(weight: Tensor, hessian: Tensor, grid: Grid, damping: float = 0.01, block: int = 16) -> Tensor:
+class FactoredHessian:
+    """X^T X (K, K) with the factor that was asked for last: layers of the same inputs need the same one."""
+
+    def __init__(self, matrix: Tensor):
+        self.matrix = matrix
+        self.known: tuple[float, torch.dtype, Tensor] | None = None
+
+    def factor(self, damping: float, dtype: torch.dtype) -> Tensor:
+        if self.known is None or self.known[:2] != (damping, dtype):
+            self.known = None  # frees the last one first
+            self.known = damping, dtype, reversed_factor(self.matrix, damping, dtype)
+        return self.known[2]
+
+
+Hessian = Tensor | FactoredHessian
+
+
+def gptq_codes(weight: Tensor, hessian: Hessian, grid: Grid, damping: float = 0.01, block: int = 16) -> Tensor:
     """int8 codes (N, K) of weight (N, K) on a per-channel grid; hessian X^T X (K, K) of the layer's inputs."""
     channels = Grid(grid.scale.flatten(), grid.zero.flatten(), grid.low, grid.high)
 
@@ -41,14 +58,16 @@ def gptq_codes(weight: Tensor, hessian: Tensor, grid: Grid, damping: float = 0.0
     return gptq(weight, hessian, round_column, damping, block)
 
 
-def gptq(weight: Tensor, hessian: Tensor, round_column: RoundColumn, damping: float = 0.01, block: int = 16) -> Tensor:
+def gptq(weight: Tensor, hessian: Hessian, round_column: RoundColumn, damping: float = 0.01, block: int = 16) -> Tensor:
     """int8 codes (N, K) of weight (N, K), column after column, on any grid that is fixed beforehand.
 
     Inputs that never occur are rounded to nearest. Computes in float32, or in float64 where the weight is.
     """
     # Columns lie as rows, the last one first, as in the factor.
     columns = weight.detach().T.flip(0)
-    factor = reversed_factor(hessian, damping, torch.promote_types(weight.dtype, torch.float32))
+    if isinstance(hessian, Tensor):
+        hessian = FactoredHessian(hessian)
+    factor = hessian.factor(damping, torch.promote_types(weight.dtype, torch.float32))
     errors = torch.zeros_like(columns, dtype=factor.dtype)  # of a column to come: what those before it hand on
     codes = torch.empty_like(columns, dtype=torch.int8)
 

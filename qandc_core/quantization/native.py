@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..numerics import ratio, widest_float
 from .formats import BY_NAME, Format, check_available, fitting, stored_format
+from .gptq import FactoredHessian
 from .grids import dequantize as grid_values
 from .grids import quantize, token_grid
 from .rotation import rotate, rotate_hessian, rotation_group
@@ -67,14 +68,15 @@ class NativeLayer:
 
 @torch.no_grad()
 def quantize_weight(
-    name: str, weight: Tensor, bias: Tensor | None, config: NativeConfig, statistics: LayerStatistics | None = None
-) -> NativeLayer | None:
+    name: str, weight: Tensor, bias: Tensor | None, config: NativeConfig, statistics: LayerStatistics | None = None,
+    moments: Moments | None = None,
+) -> NativeLayer | None:  # fmt: skip
     """The layer with weight (N, K) and bias (N,) or None; None where it has to stay float.
 
     Raises ValueError on values that are not finite, statistics that the config needs and the file lacks, and a layer
     whose relative error reaches a half.
     """
-    layer = rounded_layer(name, weight, bias, config, statistics)
+    layer = rounded_layer(name, weight, bias, config, statistics, moments)
     if layer is not None and not layer.error < COLLAPSE:
         raise ValueError(
             f"{name} cannot be quantized to {layer.format}: its relative error is {layer.error:.2f}; leave it float."
@@ -84,9 +86,10 @@ def quantize_weight(
 
 @torch.no_grad()
 def rounded_layer(
-    name: str, weight: Tensor, bias: Tensor | None, config: NativeConfig, statistics: LayerStatistics | None = None
-) -> NativeLayer | None:
-    """quantize_weight without its limit on the error."""
+    name: str, weight: Tensor, bias: Tensor | None, config: NativeConfig, statistics: LayerStatistics | None = None,
+    moments: Moments | None = None,
+) -> NativeLayer | None:  # fmt: skip
+    """quantize_weight without its limit on the error; `moments` are shared with the layers before."""
     wanted, (outputs, inputs) = BY_NAME[config.format], weight.shape
     check_available(wanted)
     able = fitting(wanted, outputs, inputs)
@@ -96,7 +99,8 @@ def rounded_layer(
     weight = weight.detach().float()
     if not torch.isfinite(weight).all():
         raise ValueError(f"The weight of {name} holds values that are not finite; the checkpoint is damaged.")
-    hessian = None if statistics is None else statistics.second_moment(weight.device)
+    moments = moments or Moments()
+    hessian = None if statistics is None else moments.second(statistics, weight.device)
     if config.rounding == "gptq" and hessian is None:
         raise ValueError(f"gptq rounding needs the input Hessian of {name}; calibrate with hessians.")
     if hessian is not None and not torch.isfinite(hessian).all():
@@ -106,7 +110,7 @@ def rounded_layer(
         raise ValueError(f"The held-out inputs of {name} hold values that are not finite; calibrate again.")
     if statistics is not None and hessian is not None:
         config = replace(config, damping=config.damping + SAMPLING_DAMPING * inputs / max(statistics.samples, 1))
-    guide = None if config.rounding == "nearest" else hessian
+    guide = None if config.rounding == "nearest" or hessian is None else moments.rotated(inputs)
     try:
         tensors = weight_tensors(weight, format, config, guide)
     except torch.linalg.LinAlgError as cause:
@@ -127,13 +131,48 @@ def rounded_layer(
     return NativeLayer(tensors, layer_config(tensors), error, format.name)
 
 
-def weight_tensors(weight: Tensor, format: Format, config: NativeConfig, hessian: Tensor | None) -> dict[str, Tensor]:
-    """The format's tensors for weight (N, K), which it takes; hessian X^T X (K, K) where gptq chooses codes."""
+class Moments:
+    """X^T X of the inputs that were asked for last, and what gptq makes of it; query, key and value have the same."""
+
+    def __init__(self) -> None:
+        self.statistics: LayerStatistics | None = None
+        self.hessian: Tensor | None = None
+        self.guide: FactoredHessian | None = None
+
+    def second(self, statistics: LayerStatistics, device: torch.device) -> Tensor | None:
+        """X^T X (K, K) on the device, None where it is not known."""
+        known = self.statistics is not None and self.hessian is not None and self.hessian.device == device
+        if not known or not same_inputs(self.statistics, statistics):
+            self.statistics = self.hessian = self.guide = None  # frees the last one first
+            self.statistics, self.hessian = statistics, statistics.second_moment(device)
+        return self.hessian
+
+    def rotated(self, width: int) -> FactoredHessian:
+        """That of the inputs as a format rotates them."""
+        group = rotation_group(width)
+        assert group is not None and self.hessian is not None
+        if self.guide is None:
+            self.guide = FactoredHessian(rotate_hessian(self.hessian, group))
+        return self.guide
+
+
+def same_inputs(a: LayerStatistics | None, b: LayerStatistics) -> bool:
+    """Whether two layers saw the same inputs, by what is kept of them."""
+    if a is None or a is b:
+        return a is b
+    kept = ((a.mean, b.mean), (a.hessian, b.hessian), (a.inputs, b.inputs))
+    return a.count == b.count and all(
+        x is y or (x is not None and y is not None and x.device == y.device and torch.equal(x, y)) for x, y in kept
+    )
+
+
+def weight_tensors(
+    weight: Tensor, format: Format, config: NativeConfig, hessian: FactoredHessian | None
+) -> dict[str, Tensor]:
+    """The format's tensors for weight (N, K), which it takes; hessian of rotated inputs where gptq chooses codes."""
     group = rotation_group(weight.shape[1])
     assert group is not None
     rotated = rotate(weight, group)
-    if hessian is not None:
-        hessian = rotate_hessian(hessian, group)
     tensors = format.encode(weight, rotated, group, hessian, config.clip_search, config.damping)
     tensors["comfy_quant"] = mark(format.config(group))
     return tensors

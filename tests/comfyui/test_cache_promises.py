@@ -35,7 +35,37 @@ def test_a_calibration_places_the_steps_within_their_part(run):
 
 def test_what_the_node_is_given_is_what_it_attaches(run):
     found = run(NAME)["inputs"]
-    assert len(found) == 5 and all(found.values()), found
+    assert len(found) == 7 and all(found.values()), found
+
+
+@pytest.mark.parametrize(
+    "case, computed", [("auto euler 20 1.5", 10), ("balanced euler 12 1", 6), ("fast ddpm 30 1.5", 10)]
+)
+def test_presets_compute_what_they_aim_at_where_that_pays(run, case, computed):
+    assert run(NAME)["presets"][case] == [computed, [], False]
+
+
+@pytest.mark.parametrize(
+    "case, steps, said",
+    [
+        ("auto deis 8 1.5", 8, "8 steps of deis: nothing to gain; use 4 steps"),
+        ("auto uni_pc 4 1.5", 4, "4 steps of uni_pc: nothing to gain; use 2 steps"),
+        ("auto euler 8 1", 8, "8 steps without guidance are left as they are, as of a distilled model"),
+    ],
+)
+def test_presets_leave_the_image_as_it_is_where_nothing_is_to_gain_and_say_so(run, case, steps, said):
+    assert run(NAME)["presets"][case] == [steps, [said], True]
+
+
+def test_a_preset_computes_more_where_what_it_aims_at_is_no_better_than_fewer_steps(run):
+    computed, (said,), same = run(NAME)["presets"]["fast euler 8 1.5"]
+    assert computed == 5 and not same and said == "3x would be no better than fewer steps of euler; 1.6x is"
+
+
+def test_the_last_blocks_feature_is_forecast(run):
+    reuse, computed, warnings, difference = run(NAME)["last block"]
+    assert reuse == "last block, as chosen" and computed == 15 and warnings == []
+    assert 1e-4 < difference < 0.1
 
 
 def test_no_more_steps_in_a_row_are_reused_than_asked(run):
@@ -52,7 +82,7 @@ def test_a_calibration_of_another_run_is_not_used_and_this_is_said(run, case):
 
 def test_a_calibration_of_other_steps_is_not_used_and_this_is_said(run):
     steps, (text,) = run(NAME)["calibrations"]["steps"]
-    assert len(steps) == 5 and text == f"{REFUSED}it was made for 12 steps and this run has 13{DEFAULT}"
+    assert len(steps) == 6 and text == f"{REFUSED}it was made for 12 steps and this run has 13{DEFAULT}"
 
 
 def test_a_calibration_without_step_distances_says_why(run):
@@ -65,7 +95,7 @@ def test_a_calibration_without_step_distances_says_why(run):
 def test_a_calibration_that_the_policy_does_not_use_is_said(run):
     found = run(NAME)["calibrations"]
     assert found["interval"] == [
-        [0, 3, 6, 9], ["the policy interval does not use the calibration; speedup and number of steps do"]
+        [0, 3, 6, 9], ["the policy interval does not use the calibration; auto, speedup and number of steps do"]
     ]  # fmt: skip
     assert any(text.startswith("the policy error budget does not use") for text in found["budget"][0])
 

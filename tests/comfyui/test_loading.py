@@ -11,9 +11,11 @@ NODES = (
     "QandC_ClassLabel",
     "QandC_ApplyCache",
     "QandC_TAPCalibrate",
+    "QandC_CalibrateFromRuns",
     "QandC_Quantize",
     "QandC_VarianceCompensate",
     "QandC_Sample",
+    "QandC_RunReport",
     "QandC_Compare",
 )
 FAILURES = ("IMPORT FAILED", "Cannot import", "Error while calling comfy_entrypoint", 'File "')

@@ -90,7 +90,7 @@ def test_statistics_are_of_the_chosen_samples_alone(batched):
     def note(name, choice):
         one = host(cfg_scale=2.0)
         for run, call, image, _ in choice.tolist():
-            seed, size, first = list(PLAN.batches())[run]
+            seed, size, first, _ = list(PLAN.batches())[run]
             samples = [x for _, x, _ in one.steps_of(seed, size, first)]
             t = torch.tensor([one.config.schedule().timesteps[call]])
             label = torch.tensor([LABELS[(first + image) % len(LABELS)]])
@@ -119,7 +119,7 @@ def test_the_held_out_trajectory_replays():
     subject = host()
     found = calibrate(subject, PLAN)
     assert len(found.held_out) == 4
-    seed, size, first = list(PLAN.batches())[-1]
+    seed, size, first, _ = list(PLAN.batches())[-1]
     assert size == 1
     samples = [x for _, x, _ in subject.steps_of(seed, size, first)]
     for call in found.held_out:
@@ -218,7 +218,7 @@ def test_kept_inputs_are_those_that_layers_see_and_the_held_out_image_is_not_amo
             seen[name][run] |= rows_of(x)
 
         with torch.inference_mode(), observed(subject.layers, note):
-            list(subject.steps_of(*batch))
+            list(subject.steps_of(*batch[:3]))
     for name, layer in found.statistics.items():
         rows, held_out = rows_of(layer.inputs), rows_of(layer.held_out)
         assert len(layer.inputs) <= PLAN.tokens and rows and rows <= set.union(*seen[name][:last]), name

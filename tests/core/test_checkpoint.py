@@ -9,6 +9,7 @@ from torch import nn
 
 from qandc_core.calibration.statistics import LayerStatistics
 from qandc_core.quantization import budget as checkpoint
+from qandc_core.quantization import gptq
 from qandc_core.quantization.budget import (
     Budget,
     LayerSource,
@@ -80,6 +81,36 @@ def test_layers_are_those_of_quantize_weight():
 def test_gptq_needs_statistics_of_every_layer():
     with pytest.raises(ValueError, match="^gptq rounding needs the input Hessian of b"):
         quantize_layers([source("a"), source("b")], NativeConfig(rounding="gptq"), {"a": calibrated(64)})
+
+
+@pytest.mark.parametrize("kept", ["hessian", "inputs"])
+@pytest.mark.parametrize("budget", [Budget(), Budget(max_error=0.03), Budget(max_bytes=10**5)])
+def test_layers_of_the_same_inputs_share_a_factorization(monkeypatch, kept, budget):
+    """Query, key and value: the codes are those of each alone, and what another layer saw is not taken for theirs."""
+
+    def seen(seed):
+        if kept == "hessian":
+            return calibrated(64, seed)
+        statistics, x = LayerStatistics.empty(64, inputs=200), torch.randn(300, 64, generator=seeded(seed)).cumsum(1)
+        statistics.update(x)
+        statistics.keep_inputs(x)
+        return statistics
+
+    layers = [source(name, seed=i) for i, name in enumerate(("q", "k", "v", "out"))]
+    statistics = {name: seen(0) for name in "qkv"} | {"out": seen(1)}
+    alone = [quantize_layers([layer], NativeConfig("W4A8"), statistics, budget)[layer.name] for layer in layers]
+    factored = []
+    monkeypatch.setattr(
+        gptq, "reversed_factor", lambda *args, real=gptq.reversed_factor: factored.append(1) or real(*args)
+    )
+    found = quantize_layers(layers, NativeConfig("W4A8"), statistics, budget)
+    if budget.max_bytes is None:
+        assert len(factored) == 2
+        for layer, one in zip(found.values(), alone):
+            assert layer.format == one.format and layer.error == one.error
+            assert all(torch.equal(layer.tensors[key].float(), one.tensors[key].float()) for key in one.tensors)
+    else:
+        assert len(factored) <= 2 * len(layers)
 
 
 def test_one_layer_is_loaded_at_a_time():

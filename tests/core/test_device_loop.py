@@ -1,5 +1,7 @@
 """Sampling on the device against loops written by hand from the samplers' own steps."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -13,11 +15,12 @@ from qandc_core import (
     generate,
     load_dit,
 )
+from qandc_core.caching.forecast import CURVATURE, forecast_rows
 from qandc_core.caching.schedule import CacheConfig, spaced_steps
 from qandc_core.diffusion.guidance import guided_prediction
 from qandc_core.diffusion.process import ReverseProcess
 from qandc_core.diffusion.schedule import respaced
-from qandc_core.diffusion.steps import forecast_weights, step_coefficients
+from qandc_core.diffusion.steps import step_coefficients
 from qandc_core.fused.dit import FusedDiT
 from qandc_core.fused.loop import DeviceLoop
 
@@ -64,12 +67,27 @@ def test_coefficients_are_the_samplers(steps, sampler, data):
     assert torch.equal(c.advance(x, x0, given, 2 * c.fresh), c.advance(x, x0, None if given is None else 2 * given))
 
 
-def test_forecasts_weigh_the_last_two_computed_steps():
+def test_forecasts_weigh_the_last_computed_steps():
     computed = [i in (0, 2, 5) for i in range(8)]
-    assert forecast_weights(computed, 0) == [1.0] * 8
-    assert forecast_weights(computed, 1)[1] == 1.0  # one prediction so far: held
-    assert forecast_weights(computed, 1)[3:5] == [3 / 2, 4 / 2]
-    assert forecast_weights(computed, 1)[6:] == [(6 - 2) / 3, (7 - 2) / 3]
+    assert forecast_rows(computed, 0) == [[1.0, 0.0, 0.0]] * 8
+    assert forecast_rows(computed, 1)[1] == [1.0, 0.0, 0.0]  # one prediction so far: held
+    weights = [[3 / 2, -1 / 2, 0], [4 / 2, -2 / 2, 0], [4 / 3, -1 / 3, 0], [5 / 3, -2 / 3, 0]]
+    assert [forecast_rows(computed, 1)[i] for i in (3, 4, 6, 7)] == [pytest.approx(row) for row in weights]
+
+
+def forecast(kept, at, order):
+    """The line through the last two, and at order 2 half of what the parabola through the last three adds to it."""
+    points = kept[-1 - order :]
+    if len(points) == 1:
+        return points[-1][1]
+    (before, older), (last, newer) = points[-2:]
+    line = older + (at - before) / (last - before) * (newer - older)
+    if len(points) == 2:
+        return line
+    steps = [step for step, _ in points]
+    basis = [math.prod((at - other) / (step - other) for other in steps if other != step) for step in steps]
+    parabola = sum(weight * value for weight, (_, value) in zip(basis, points))
+    return line + CURVATURE * (parabola - line)
 
 
 def by_hand(model, config, cache, seed):
@@ -87,17 +105,14 @@ def by_hand(model, config, cache, seed):
                 model, x, t, process.labels, model.null_class, config.cfg_scale, None, True
             )  # fmt: skip
             kept.append((i, x0))
-        elif cache.order and len(kept) > 1:
-            (before, older), (at, newer) = kept[-2:]
-            x0 = older + (i - before) / (at - before) * (newer - older)
         else:
-            x0 = kept[-1][1]
+            x0 = forecast(kept, i, cache.order)
         x = published_step(config.sampler, x, x0, a, after, noise)
     return x
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
-@pytest.mark.parametrize("order", [0, 1])
+@pytest.mark.parametrize("order", [0, 1, 2])
 @pytest.mark.parametrize("fused", [False, True])
 def test_reuses_predictions_as_steps_by_hand(model, sampler, order, fused):
     config = SamplingConfig(12, 1.5, sampler)
@@ -163,7 +178,7 @@ def test_refuses_what_needs_the_host(model):
         generate(fuse_dit(model), LABELS, 4, 1.5, batched_guidance=False)
     with pytest.raises(ValueError, match=r"the noise is \(2, 3, 16, 16\)"):
         generate(fuse_dit(model), LABELS, 4, 1.5, noise=torch.zeros(2, 3, 16, 16))
-    with pytest.raises(ValueError, match="FusedDiT"):
+    with pytest.raises(ValueError, match="reuses predictions only"):
         DeviceLoop(model, 2, SamplingConfig(), CacheConfig(3))
 
 

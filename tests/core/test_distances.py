@@ -69,5 +69,5 @@ def test_distances_between_predictions_equal_brute_force():
     for i in range(5):
         for j in range(5):
             error = float((predictions[i] - predictions[j]).norm() / predictions[j].norm())
-            expected = error * float(1 - sigmas[j + 1] / sigmas[j]) if i < j else 0.0
+            expected = error * float(1 - sigmas[j + 1] / sigmas[j])
             assert float(found[i, j]) == pytest.approx(expected, rel=1e-5)

@@ -208,19 +208,21 @@ def test_a_dark_figure_has_no_light_paper():
     assert (light == LIGHT.paper).all(-1).mean() > 0.4 and (dark == DARK.warning).all(-1).any()
 
 
-@pytest.mark.parametrize("height, width", [(70, 90), (333, 210)])
-def test_full_size_is_pixel_for_pixel(height, width):
+@pytest.mark.parametrize("height, width, times", [(333, 210, 1), (70, 90, 2), (32, 32, 6), (180, 180, 1)])
+def test_full_size_is_pixel_for_pixel_or_enlarged_by_a_whole_number(height, width, times):
     a, b = images(3, 1, height, width)[0], images(4, 1, height, width)[0]
     sheet = np.asarray(full_size(["a", "b"], [a, b], 2.0))
-    top = sheet.shape[0] - 2 * (height + MARGIN)
+    tall, wide = height * times, width * times
+    top = sheet.shape[0] - 2 * (tall + MARGIN)
     for i, image in enumerate((a, b)):
-        left = MARGIN + i * (width + MARGIN)
-        drawn = sheet[top : top + height, left : left + width]
-        assert np.array_equal(drawn, np.asarray(to_pil(image[None], width)))
-    below = sheet[top + height + MARGIN : top + 2 * height + MARGIN, left : left + width]
-    assert np.array_equal(below, np.asarray(to_pil(difference(b[None], a[None], 2.0), width)))
+        left = MARGIN + i * (wide + MARGIN)
+        drawn = sheet[top : top + tall, left : left + wide]
+        assert np.array_equal(drawn, np.asarray(to_pil(image[None], width)).repeat(times, 0).repeat(times, 1))
+    below = sheet[top + tall + MARGIN : top + 2 * tall + MARGIN, left : left + wide]
+    shown = np.asarray(to_pil(difference(b[None], a[None], 2.0), width))
+    assert np.array_equal(below, shown.repeat(times, 0).repeat(times, 1))
 
 
 def test_full_size_takes_images_of_other_sizes():
     sheet = full_size(["a", "b b b b b b"], [images(1, 1, 20, 30)[0], images(1, 1, 40, 50)[0]], 4.0, DARK)
-    assert sheet.width == 30 + 50 + 3 * MARGIN and sheet.height >= 40 + 2 * MARGIN
+    assert sheet.width == 6 * (30 + 50) + 3 * MARGIN and sheet.height >= 6 * 40 + 2 * MARGIN

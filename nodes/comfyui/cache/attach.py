@@ -25,7 +25,7 @@ from ..status import show
 from ..wrappers import WRAPPERS, note, options_of_run, reports_of, samples_flow
 from .calls import COMPILE, KEY, keep_inside, nothing_between, state_of
 from .others import other_caches
-from .run import AUTOMATIC, BLOCKS, BRANCHES, PREDICTION, CacheSettings, ModelRun
+from .run import AUTOMATIC, BLOCKS, BRANCHES, LAST_BLOCK, PREDICTION, CacheSettings, ModelRun
 from .words import words_of
 
 SELF_TEST = {2: 3e-2, 4: 1e-3}  # relative difference allowed, by bytes of a value
@@ -45,7 +45,9 @@ class RunWrapper:
         saved, options = guider.model_options, options_of_run(guider)
         inside_compile(options)
         mask = args[0] if args else kwargs.get("denoise_mask")
-        run = ModelRun(self.settings, sigmas, sampler, samples_flow(guider.model_patcher), mask)
+        run = ModelRun(
+            self.settings, sigmas, sampler, samples_flow(guider.model_patcher), mask, getattr(guider, "cfg", None)
+        )
         for text in (*self.settings.warnings, *other_caches(guider.model_patcher, guider.model_options)):
             run.warn(text)
         options[KEY] = run
@@ -201,13 +203,17 @@ def reuse_branches(run: ModelRun, cache: FeatureCache, model, transformer_option
 
 
 def reuse_blocks(run: ModelRun, cache: FeatureCache, model, transformer_options, call) -> Tensor:
-    """Reuses what the lists of blocks add to their streams; embedding and output layers compute."""
+    """Reuses what the lists of blocks add to their streams, or what the last block of each returns (Spectrum, arXiv
+    2603.01623); embedding and output layers compute.
+    """
     network = model.diffusion_model
     if not cache.run.reusing and not cache.needs(run.step):
         return call()
     blocks = run.blocks.get(id(network))
     if blocks is None:
-        blocks = run.blocks[id(network)] = CachedBlocks(network, read_between(network, transformer_options))
+        blocks = run.blocks[id(network)] = CachedBlocks(
+            network, read_between(network, transformer_options), last=run.reuse == LAST_BLOCK
+        )
     with blocks.called(cache) as kept:
         out = call()
     if cache.run.reusing:
@@ -239,7 +245,7 @@ def self_test(blocks: CachedBlocks, cache: FeatureCache, model, call, out: Tenso
     return f"the first step reused on itself differs by {difference:.2g}"
 
 
-CALLS = {PREDICTION: reuse_prediction, BRANCHES: reuse_branches, BLOCKS: reuse_blocks}
+CALLS = {PREDICTION: reuse_prediction, BRANCHES: reuse_branches, BLOCKS: reuse_blocks, LAST_BLOCK: reuse_blocks}
 
 
 def choose_reuse(model, wanted: str) -> tuple[str, str]:
@@ -249,7 +255,7 @@ def choose_reuse(model, wanted: str) -> tuple[str, str]:
         return PREDICTION, "because the whole model is compiled"
     if wanted == BRANCHES and not isinstance(model, DiTModel):
         return PREDICTION, "because attention and MLP can be reused separately on models of Load DiT only"
-    if wanted == BLOCKS and not block_lists(network):
+    if wanted in (BLOCKS, LAST_BLOCK) and not block_lists(network):
         return PREDICTION, f"because the blocks of {type(network).__name__} are not known"
     if wanted != AUTOMATIC:
         return wanted, "as chosen"

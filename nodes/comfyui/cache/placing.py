@@ -6,8 +6,7 @@ import comfy.samplers
 
 from ....qandc_core.caching.runs import StepDistances
 from ....qandc_core.calibration.file import Calibration
-from ..calibrate.inputs import schedule_of
-from ..sampling import Settings
+from ..settings import Settings
 from ..wrappers import declares_noise
 
 
@@ -26,7 +25,7 @@ def noise_levels(patcher, calibration: Calibration) -> tuple[float, ...] | None:
     if calibration.sigmas is not None or notes.get("scheduler") not in comfy.samplers.SCHEDULER_NAMES:
         return calibration.sigmas
     settings = Settings(None, None, notes["steps"], 1.0, notes["sampler"], notes["scheduler"])
-    return tuple(schedule_of(patcher, settings).tolist())
+    return tuple(settings.schedule(patcher).tolist())
 
 
 def noisy(sampler: str | None) -> bool | None:

@@ -14,8 +14,9 @@ from ....qandc_core.sampling.clock import CallTimes
 from ..wrappers import declares_noise, sampler_function_name
 
 AUTOMATIC, PREDICTION, BLOCKS, BRANCHES = "automatic", "whole prediction", "blocks", "attention and MLP"
+LAST_BLOCK = "last block"
 FEWEST = 64  # values of a sample that show whether noise was added
-REUSE_OPTIONS = (AUTOMATIC, PREDICTION, BLOCKS, BRANCHES)
+REUSE_OPTIONS = (AUTOMATIC, PREDICTION, BLOCKS, BRANCHES, LAST_BLOCK)
 
 
 @dataclass(frozen=True)
@@ -39,15 +40,26 @@ class CacheSettings:
 class ModelRun(SamplingRun):
     """A run on a model of ComfyUI: what of the model is reused, and how long its calls took."""
 
-    def __init__(self, settings: CacheSettings, sigmas: Tensor, sampler: Any, flow: bool, mask: Tensor | None):
+    def __init__(
+        self,
+        settings: CacheSettings,
+        sigmas: Tensor,
+        sampler: Any,
+        flow: bool,
+        mask: Tensor | None,
+        cfg: float | None = None,
+    ):
         name, levels = sampler_function_name(sampler), sigmas.tolist()
         self.noisy, self.mask = declares_noise(sampler), mask
-        plan = settings.policy.plan(max(len(levels) - 1, 0), flow, sigmas=levels, noisy=self.noisy)
-        super().__init__(plan, levels, name.removeprefix("sample_"), name == "sample_heun", settings.offload)
+        known = name.removeprefix("sample_")
+        guided = None if cfg is None else cfg != 1
+        facts: dict[str, Any] = {"sigmas": levels, "noisy": self.noisy, "sampler": known, "guided": guided}
+        plan = settings.policy.plan(max(len(levels) - 1, 0), flow, **facts)
+        super().__init__(plan, levels, known, name == "sample_heun", settings.offload)
         self.blocks: dict[int, CachedBlocks] = {}
         self.times = CallTimes()
         self.reuse, self.reason, self.tested, self.keeps_tokens = "", "", False, False
-        self.forecasts = settings.reuse not in (BLOCKS, BRANCHES)
+        self.forecasts = settings.reuse not in (BLOCKS, LAST_BLOCK, BRANCHES)
         self.unconditional: Tensor | None = None
 
     def begin(self, reuse: str, reason: str, cost: float = 0.0) -> None:
@@ -80,7 +92,7 @@ class ModelRun(SamplingRun):
         computed = {step for (_, step), column in self.columns.items() if actions[column] == COMPUTED}
         for text in self.plan.review(computed):
             self.warn(text)
-        if self.lines and not self.reused_any:
+        if self.lines and not self.reused_any and not self.plan.idle:
             self.warn(f"no effect: all {actions.count(COMPUTED)} steps were computed")
 
     def summary(self) -> str:

@@ -20,11 +20,16 @@ def is_self_test(options: dict) -> bool:
     return run is not None and not run.reused and any(cache.run.reusing for cache in run.caches.values())
 
 
-class Collecting:
-    """PREDICT_NOISE and APPLY_MODEL of the first pass: notes every candidate."""
+def is_counted(executor, model, options: dict) -> bool:
+    """Whether this is a call of the model itself: guiders may have a second one, and caches repeat a call."""
+    return executor.class_obj is model and not is_self_test(options)
 
-    def __init__(self, candidates: Candidates, run: int):
-        self.candidates, self.run, self.call, self.conditions = candidates, run, 0, 0
+
+class Collecting:
+    """PREDICT_NOISE and APPLY_MODEL of the first pass: notes every candidate of a model."""
+
+    def __init__(self, candidates: Candidates, run: int, model):
+        self.candidates, self.run, self.call, self.conditions, self.model = candidates, run, 0, 0, model
 
     def predict_noise(self, executor, x, timestep, model_options, seed):
         options, sigma = model_options["transformer_options"], scalar(timestep)
@@ -40,6 +45,6 @@ class Collecting:
         return out
 
     def apply_model(self, executor, x, t, c_concat, c_crossattn, control, transformer_options, **kwargs):
-        if not is_self_test(transformer_options):
+        if is_counted(executor, self.model, transformer_options):
             self.conditions += conditions_of(transformer_options)
         return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import uuid
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,12 +12,11 @@ import comfy.hooks
 import comfy.model_patcher
 import comfy.samplers
 import comfy.utils
-from torch import Tensor, nn
+from torch import nn
 
 from ....qandc_core.calibration.digest import Digest, Sampled, digest
 from ..cache.attach import KEY as CACHE
 from ..quantize.weights import base_tensors
-from ..sampling import Settings
 from ..wrappers import REPORT, details
 
 log = logging.getLogger(__name__)
@@ -30,6 +30,11 @@ OF_A_RUN = {
     comfy.hooks.HookKeyframe: {"start_t"},
     comfy.hooks.HookKeyframeGroup: {
         "_current_keyframe", "_current_used_steps", "_current_index", "_current_strength", "_curr_t", "curr_t"
+    },
+    # the MODEL of a guider is told apart as such, with what the guider changes in its options
+    comfy.samplers.CFGGuider: {
+        "model_patcher", "model_options", "inner_model", "conds", "loaded_models", "uncond_inner", "uncond_loaded",
+        "_uncond_neg", "_uncond_conds", "_v_numel"
     },
 }  # fmt: skip
 
@@ -45,14 +50,6 @@ def digest_of_inputs(*values: Any) -> Digest:
     return found
 
 
-def schedule_of(patcher, settings: Settings) -> Tensor:
-    """Noise levels of a run with these settings; some samplers leave out the last but one."""
-    return comfy.samplers.KSampler(
-        patcher, settings.steps, patcher.load_device, settings.sampler_name, settings.scheduler, settings.denoise,
-        patcher.model_options,
-    ).sigmas.cpu()  # fmt: skip
-
-
 class Standing:
     """What stands for ComfyUI's objects: of a model what it computes with, not where its weights are just now."""
 
@@ -65,6 +62,8 @@ class Standing:
             return self.networks[id(value)]
         if isinstance(value, comfy.model_patcher.ModelPatcher):
             return self.model(value)
+        if isinstance(value, uuid.UUID):
+            return "name"  # of a condition, made anew whenever a guider is
         for kind, names in OF_A_RUN.items():
             if isinstance(value, kind):
                 return {name: kept for name, kept in sorted(vars(value).items()) if name not in names}

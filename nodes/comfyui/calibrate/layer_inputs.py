@@ -5,14 +5,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from ....qandc_core.calibration.layer_inputs import Observer
-from .candidates import conditions_of, is_self_test
+from .candidates import conditions_of, is_counted
 
 
 class Observing:
     """PREDICT_NOISE and APPLY_MODEL of the second pass."""
 
-    def __init__(self, observer: Observer):
-        self.observer = observer
+    def __init__(self, observer: Observer, model):
+        self.observer, self.model = observer, model
 
     def predict_noise(self, executor, x, timestep, model_options, seed):
         self.observer.next_prediction()
@@ -22,7 +22,7 @@ class Observing:
         def call() -> Tensor:
             return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
 
-        if is_self_test(transformer_options):
+        if not is_counted(executor, self.model, transformer_options):
             return call()
         conditions = {"c_concat": c_concat, "c_crossattn": c_crossattn, "control": control, **kwargs}
         return self.observer.called(call, x, t, conditions, conditions_of(transformer_options))

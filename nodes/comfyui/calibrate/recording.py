@@ -26,7 +26,7 @@ from ..cache.calls import COMPILE
 from ..cache.others import other_caches
 from ..quantize.layers import calibrated, check_not_quantized
 from ..status import show
-from ..wrappers import WRAPPERS, declares_noise, options_of_run, replace_wrapper, sampler_function_name
+from ..wrappers import WRAPPERS, declares_noise, options_of_run, repeated, replace_wrapper, sampler_function_name
 
 KEY = "qandc_recording"
 PRE_RUN = comfy.patcher_extension.CallbacksMP.ON_PRE_RUN
@@ -62,7 +62,7 @@ class RunRecorder:
 
     def __call__(self, executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
         guider = executor.class_obj
-        if len(sigmas) < 2:  # no step
+        if len(sigmas) < 2 or repeated.get() is not None:  # no step, or one that Compare only times
             return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
         self.check(guider.model_patcher)
         saved, options = guider.model_options, options_of_run(guider)
@@ -180,7 +180,7 @@ def is_compiled(patcher) -> bool:
 def before_run(patcher) -> None:
     """ON_PRE_RUN: tells of a model that its guider does not wrap, such as the second one of a guider with two."""
     for wrapper in patcher.get_wrappers(WRAPPERS.OUTER_SAMPLE, KEY):
-        if wrapper not in recorded.get():
+        if wrapper not in recorded.get() and repeated.get() is None:
             text = f"{wrapper.path.name}: a run is not recorded, this model is not the main one of its guider"
             log.warning("Q&C calibration: %s", text)
             show(wrapper.node_id, text)

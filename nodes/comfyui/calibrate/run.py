@@ -6,41 +6,48 @@ from pathlib import Path
 from typing import Any
 
 import comfy.model_management as mm
-from torch import Tensor
 
 from ....qandc_core.calibration import run as engine
-from ....qandc_core.calibration.choice import SELECTIONS, CalibrationConfig, Candidates
+from ....qandc_core.calibration.choice import SELECTIONS, Batch, CalibrationConfig, Candidates
 from ....qandc_core.calibration.digest import Digest
 from ....qandc_core.calibration.file import Calibration
 from ....qandc_core.calibration.layer_inputs import Observer
+from ....qandc_core.sampling.remaining import Remaining
 from ..model.dit import is_dit
 from ..quantize.layers import calibrated, check_not_paper
 from ..quantize.weights import fingerprint_of
-from ..sampling import Progress, Settings, fitted_latent, sample_new
+from ..sampling import Progress, sample_new
+from ..settings import Settings, image_numbers, images_of
 from ..wrappers import WRAPPERS, on_one_device, replace_wrapper
 from .candidates import Collecting
-from .inputs import digest_of_inputs, schedule_of
+from .inputs import digest_of_inputs
 from .layer_inputs import Observing
 
-__all__ = ["SELECTIONS", "CalibrationConfig", "calibrate", "digest_of", "empty_latent"]
+__all__ = ["SELECTIONS", "CalibrationConfig", "calibrate", "digest_of"]
 KEY = "qandc_calibration"
-VERSION = 2  # of what a partial file notes
+VERSION = 3  # of what a partial file notes
 
 
 def calibrate(
-    patcher, settings: Settings, latent: Tensor, plan: CalibrationConfig, partial: Path | None = None
+    patcher,
+    settings: Settings,
+    latent: dict[str, Any],
+    plan: CalibrationConfig,
+    partial: Path | None = None,
+    estimate: Remaining | None = None,
 ) -> Calibration:
     """Statistics of every linear layer within blocks, on trajectories of any MODEL sampled with these settings.
 
-    latent is as `empty_latent` gives it.
+    latent is a LATENT as `prepared` gives it; its images are where trajectories start from, in turn.
     """
-    return engine.calibrate(SamplingHost(patcher, settings, latent), plan, partial)
+    return engine.calibrate(SamplingHost(patcher, settings, latent, estimate), plan, partial)
 
 
 class SamplingHost:
-    """Trajectories of a MODEL, as KSampler samples them, with everything that is attached to it."""
+    """Trajectories of a MODEL, as a stock sampler node samples them, with everything that is attached to it."""
 
-    def __init__(self, patcher, settings: Settings, latent: Tensor):
+    def __init__(self, patcher, settings: Settings, latent: dict[str, Any], estimate: Remaining | None = None):
+        patcher = settings.guider_on(patcher).model_patcher  # hooks may need one that is not dynamic
         self.patcher, self.settings, self.latent = patcher, settings, latent
         check_not_paper(patcher.model.diffusion_model)
         self.layers = calibrated(patcher.model.diffusion_model)
@@ -48,8 +55,9 @@ class SamplingHost:
             raise ValueError(
                 "This model has no linear layer of ComfyUI's within blocks, so there is nothing to calibrate."
             )
-        self.fingerprint, self.device, self.steps = fingerprint_of(patcher), patcher.load_device, settings.steps
-        self.all_run, self.progress = is_dit(patcher), Progress(patcher, 0)
+        self.fingerprint, self.device = fingerprint_of(patcher), patcher.load_device
+        self.steps = settings.steps_on(patcher)
+        self.all_run, self.progress = is_dit(patcher), Progress(patcher, 0, estimate)
 
     def expect(self, steps: int) -> None:
         self.progress.total = self.progress.done + steps
@@ -59,29 +67,36 @@ class SamplingHost:
         missing = max(0, self.patcher.model_size() - self.patcher.loaded_size())
         return int(max(0, mm.get_free_memory(self.device) - missing - mm.minimum_inference_memory()) // 2)
 
-    def collect(self, candidates: Candidates, run: int, seed: int, size: int, first: int) -> None:
-        self.sample(Collecting(candidates, run), seed, size, first)
+    def ran_out_of_memory(self, error: Exception) -> bool:
+        if not mm.is_oom(error):
+            return False
+        mm.soft_empty_cache()
+        return True
 
-    def observe(self, observer: Observer, seed: int, size: int, first: int) -> None:
-        self.sample(Observing(observer), seed, size, first)
+    def collect(self, candidates: Candidates, run: int, batch: Batch) -> None:
+        collecting = Collecting(candidates, run, self.patcher.model)
+        self.sample(collecting, batch)
+        if not collecting.call:
+            raise ValueError(
+                f"The guider {type(self.settings.guider).__name__} samples without ComfyUI's CFGGuider, so its model "
+                "calls cannot be seen; wire a guider of ComfyUI's."
+            )
 
-    def sample(self, watch: Collecting | Observing, seed: int, size: int, first: int) -> None:
+    def observe(self, observer: Observer, batch: Batch) -> None:
+        self.sample(Observing(observer, self.patcher.model), batch)
+
+    def sample(self, watch: Collecting | Observing, batch: Batch) -> None:
         """One sampling run whose predictions and model calls pass through `watch`."""
-        watched, latent = self.patcher.clone(), self.latent[[0] * size]
+        watched = self.progress.timed(self.patcher.clone())
         on_one_device(watched)  # whose layers are observed
         replace_wrapper(watched, WRAPPERS.PREDICT_NOISE, KEY, watch.predict_noise)
         replace_wrapper(watched, WRAPPERS.APPLY_MODEL, KEY, watch.apply_model)
-        sample_new(watched, self.settings, latent, seed, self.progress.step, first)
+        images = images_of(self.latent, image_numbers(batch, self.settings.count))
+        sample_new(watched, self.settings, images, batch.seed, self.progress.step, batch.first, batch.prompt)
 
 
-def empty_latent(patcher, latent: dict[str, Any]) -> Tensor:
-    """One empty latent of the LATENT's shape; a nested one of video and sound stays nested."""
-    return fitted_latent(patcher, {**latent, "samples": latent["samples"] * 0})[:1].float()
-
-
-def digest_of(patcher, settings: Settings, latent: Tensor, plan: CalibrationConfig) -> Digest:
-    """Equal only for equal inputs of `calibrate`: weights, LoRAs, prompts, controls, hooks, patches, cache, schedule,
-    plan.
+def digest_of(patcher, settings: Settings, latent: dict[str, Any], plan: CalibrationConfig) -> Digest:
+    """Equal only for equal inputs of `calibrate`: weights, LoRAs, prompts, guider, controls, hooks, patches, cache,
+    sampler, noise levels, noise, what trajectories start from, plan.
     """
-    shapes = [tuple(part.shape) for part in (latent.unbind() if latent.is_nested else [latent])]
-    return digest_of_inputs(VERSION, patcher, schedule_of(patcher, settings), settings, shapes, plan)
+    return digest_of_inputs(VERSION, patcher, settings.schedule(patcher), settings, latent, plan)

@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ..gptq import Hessian
+
 
 @dataclass(frozen=True, eq=False)
 class Format(ABC):
@@ -56,7 +58,7 @@ class Format(ABC):
 
     @abstractmethod
     def encode(
-        self, weight: Tensor, rotated: Tensor, group: int, hessian: Tensor | None, clip_search: bool, damping: float
+        self, weight: Tensor, rotated: Tensor, group: int, hessian: Hessian | None, clip_search: bool, damping: float
     ) -> dict[str, Tensor]:
         """The tensors `parts` for weight (N, K), also given rotated; hessian (K, K) of rotated inputs for GPTQ."""
 

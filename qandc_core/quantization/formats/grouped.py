@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..gptq import gptq
+from ..gptq import Hessian, gptq
 from .base import Format
 from .traced_grouped import STOCK_LAYOUT, traced
 
@@ -67,7 +67,7 @@ class Grouped(Format):
         return {"format": self.stored, "group_size": GROUP, "convrot_groupsize": group}
 
     def encode(
-        self, weight: Tensor, rotated: Tensor, group: int, hessian: Tensor | None, clip_search: bool, damping: float
+        self, weight: Tensor, rotated: Tensor, group: int, hessian: Hessian | None, clip_search: bool, damping: float
     ) -> dict[str, Tensor]:
         tensors = self.stock(weight, group)
         if hessian is not None:
@@ -105,7 +105,7 @@ class Grouped(Format):
         return traced(weight) if weight._layout_cls == STOCK_LAYOUT else weight
 
 
-def gptq_codes(rotated: Tensor, grid: GroupedGrid, hessian: Tensor, damping: float) -> Tensor:
+def gptq_codes(rotated: Tensor, grid: GroupedGrid, hessian: Hessian, damping: float) -> Tensor:
     """int8 indices (N, K) into the grid's values, by gptq with the rotated inputs' Hessian (K, K)."""
 
     @lru_cache(maxsize=1)  # columns come one group after the other; all levels at once would outweigh the weight

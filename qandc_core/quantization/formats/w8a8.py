@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...numerics import widest_float
-from ..gptq import gptq_codes
+from ..gptq import Hessian, gptq_codes
 from ..grids import Grid, quantize, symmetric_grid
 from ..grids import dequantize as grid_values
 from .base import Format
@@ -26,7 +26,7 @@ class Int8(Format):
         return {"format": self.stored, "convrot": True, "convrot_groupsize": group}
 
     def encode(
-        self, weight: Tensor, rotated: Tensor, group: int, hessian: Tensor | None, clip_search: bool, damping: float
+        self, weight: Tensor, rotated: Tensor, group: int, hessian: Hessian | None, clip_search: bool, damping: float
     ) -> dict[str, Tensor]:
         channels = int8_grid(rotated, clip_search)
         return {"weight": int8_codes(rotated, channels, hessian, damping), "weight_scale": channels.scale}
@@ -68,7 +68,7 @@ def row_errors(weight: Tensor, grid: Grid) -> Tensor:
     return squares.sum(1, keepdim=True, dtype=widest_float(weight.device))
 
 
-def int8_codes(rotated: Tensor, grid: Grid, hessian: Tensor | None, damping: float) -> Tensor:
+def int8_codes(rotated: Tensor, grid: Grid, hessian: Hessian | None, damping: float) -> Tensor:
     """int8 (N, K), by gptq where the rotated inputs' Hessian is given."""
     return quantize(rotated, grid) if hessian is None else gptq_codes(rotated, hessian, grid, damping)
 

@@ -98,7 +98,7 @@ def calibrations(host: Host) -> dict[str, list]:
 
     core, patcher, made = host.module("qandc_core"), demo(host), calibrated(host)
     positive, negative = conditioning(host, [3])
-    count, found = {"policy": "number of steps", "computed": 5}, {}
+    count, found = {"policy": "number of steps", "computed": 6}, {}
 
     def run(
         policy=count, calibration=made, model=patcher, sampler="ddim", scheduler="normal", denoise=1.0, steps=STEPS,
@@ -114,17 +114,17 @@ def calibrations(host: Host) -> dict[str, list]:
 
     # An older file does not note its noise levels: those of its scheduler on this model are taken.
     older = replace(made, notes={name: value for name, value in made.notes.items() if name != "sigmas"})
-    found["optimum"] = list(core.optimal_schedule(made.distances, 5))
+    found["optimum"] = list(core.optimal_schedule(made.distances, 6, order=1))
     found["sigmas"] = made.notes["sigmas"] == schedule(patcher, "ddim").tolist()
     found["default"] = run(calibration=None)
     found["same"] = run()
-    found["speedup"] = run({"policy": "speedup", "speedup": STEPS / 5})
+    found["speedup"] = run({"policy": "speedup", "speedup": STEPS / 6})
     found["older file"], found["older file, denoise"] = run(calibration=older), run(calibration=older, denoise=0.3)
     found["denoise"], found["scheduler"] = run(denoise=0.3), run(scheduler="karras")
     eight, spread = {**count, "computed": 8}, host.module("qandc_core.caching.schedule").spread
     found["part"] = run(eight, part=(0.25, 0.75))
     found["part, default"] = run(eight, None, part=(0.25, 0.75))
-    found["optimum of the part"] = sorted(spread(STEPS, 8, range(3, 9), made.distances))
+    found["optimum of the part"] = sorted(spread(STEPS, 8, range(3, 9), made.distances, 1))
     found["noisy"], found["multistep"] = run(sampler="euler_ancestral"), run(sampler="dpmpp_2m")
     found["steps"] = run(steps=STEPS + 1)
     found["interval"] = run(INTERVAL)
@@ -137,10 +137,12 @@ def calibrations(host: Host) -> dict[str, list]:
 
 def inputs(host: Host) -> dict[str, bool]:
     """Whether each policy is attached with what the node was given, all of it at other than its defaults."""
-    policies = host.module("qandc_core.caching.policies")
+    policies, presets = (host.module(f"qandc_core.caching.{name}") for name in ("policies", "presets"))
     settings = host.module("nodes.comfyui.cache.run").CacheSettings
     rest = {"order": 0, "start": 0.2, "end": 0.9}
     expected = {
+        "auto": ({}, presets.Preset("auto", **rest)),
+        "fast": ({}, presets.Preset("fast", **rest)),
         "speedup": ({"speedup": 3.5}, policies.Speedup(3.5, **rest)),
         "number of steps": ({"computed": 7}, policies.StepCount(7, **rest)),
         "error budget": ({"max_error": 0.3, "max_reused": 2}, policies.ErrorBudget(0.3, 2, **rest)),
@@ -154,6 +156,42 @@ def inputs(host: Host) -> dict[str, bool]:
         (wrapper,) = fast.get_wrappers("outer_sample", "qandc_cache")
         found[name] = wrapper.settings == settings(policy, "blocks", True)
     return found
+
+
+def presets(host: Host) -> dict[str, list]:
+    """Computed steps, warnings and whether the image is the plain one, by preset, sampler, steps and cfg."""
+    import comfy.sample
+
+    positive, negative = conditioning(host, [3])
+    patcher, latent, found = demo(host), torch.zeros(1, 3, 32, 32), {}
+    noise = comfy.sample.prepare_noise(latent, 1)
+
+    def sample(model, sampler: str, steps: int, cfg: float):
+        return comfy.sample.sample(
+            model, noise, steps, cfg, sampler, "normal", positive, negative, latent, disable_pbar=True, seed=1
+        )
+
+    for case in (
+        ("auto", "euler", 20, 1.5), ("auto", "deis", 8, 1.5), ("auto", "uni_pc", 4, 1.5), ("fast", "euler", 8, 1.5),
+        ("auto", "euler", 8, 1.0), ("balanced", "euler", 12, 1.0), ("fast", "ddpm", 30, 1.5),
+    ):  # fmt: skip
+        level, sampler, steps, cfg = case
+        fast = node(host, patcher, {"policy": level})
+        report = reported(fast)
+        same = torch.equal(sample(fast, sampler, steps, cfg), sample(patcher, sampler, steps, cfg))
+        found[f"{level} {sampler} {steps} {cfg:g}"] = [len(steps_of(report)), report.warnings, same]
+    return found
+
+
+def last_block(host: Host) -> list:
+    """What a run that forecasts the last block's feature says, and by how much it differs from the plain run."""
+    from host import relative
+
+    fast = node(host, demo(host), {"policy": "interval", "interval": 2}, reuse="last block")
+    report = reported(fast)
+    found = ksampler(host, fast, "euler", steps=30, labels=LABELS[:1])
+    plain = ksampler(host, demo(host), "euler", steps=30, labels=LABELS[:1])
+    return [report.reuse, len(steps_of(report)), report.warnings, relative(found, plain)]
 
 
 def most_in_a_row(host: Host) -> dict[str, str]:
@@ -312,6 +350,8 @@ if __name__ == "__main__":
         "sampling of this run": sampling_of_this_run,
         "calibrations": calibrations,
         "inputs": inputs,
+        "presets": presets,
+        "last block": last_block,
         "most in a row": most_in_a_row,
         "another model": another_model,
         "other caches": rivals,

@@ -27,7 +27,7 @@ class Case:
     host: Host
     patcher: Any
     settings: Any
-    latent: torch.Tensor
+    latent: dict[str, Any]
 
     def plan(self, **changes):
         small = {"trajectories": 5, "batch_size": 2, "samples": 12, "clusters": 4, "seed": 3, "tokens": 100}
@@ -41,9 +41,10 @@ class Case:
         """The same sampling runs without calibration, `watch` around every model call."""
         watched = self.patcher.clone()
         watched.add_wrapper_with_key("apply_model", "watch", watch)
-        for seed, size, first in self.plan(**plan).batches():
+        for batch in self.plan(**plan).batches():
+            images = self.host.module("nodes.comfyui.settings").images_of(self.latent, range(batch.size))
             self.host.module("nodes.comfyui.sampling").sample_new(
-                watched, self.settings, self.latent[[0] * size], seed, lambda *_: None, first
+                watched, self.settings, images, batch.seed, lambda *_: None, batch.first, batch.prompt
             )
 
     def guided(self, cfg: float) -> Case:
@@ -55,14 +56,14 @@ def family_case(host: Host, name: str) -> Case:
     conditions = (family_conditioning(family, 1), family_conditioning(family, 2))
     settings = host.module("nodes.comfyui.sampling").Settings(*conditions, STEPS, 2.0, "euler", "simple")
     patcher, empty = build(family), {"samples": empty_latent(family)}
-    return Case(host, patcher, settings, host.module("nodes.comfyui.calibrate.run").empty_latent(patcher, empty))
+    return Case(host, patcher, settings, host.module("nodes.comfyui.sampling").prepared(patcher, empty))
 
 
 def demo_case(host: Host, reuse: str = "attention and MLP") -> Case:
     """The built-in model with a cache, on four classes in turn."""
     patcher = host.module("nodes.comfyui.cache.attach").apply_cache(demo(host), cache_policy(host, 2, reuse=reuse))
     settings = host.module("nodes.comfyui.sampling").Settings(*class_labels(host), STEPS, 1.5, "ddpm", "normal")
-    return Case(host, patcher, settings, torch.zeros(1, 3, 32, 32))
+    return Case(host, patcher, settings, {"samples": torch.zeros(1, 3, 32, 32)})
 
 
 def interrupted(case: Case, partial: Path, call: int) -> int:
@@ -371,7 +372,7 @@ def digests(host: Host) -> dict[str, Any]:
         "lora": [lambda s=s: lora(s) for s in (0.1, 0.2)],
         "guidance": [lambda c=c: case.guided(c) for c in (3.0, 4.0)],
         "prompt": [lambda n=n: prompted(family_conditioning(FAMILIES["Flux"], n)) for n in (4, 5)],
-        "size": [lambda n=n: replace(case, latent=torch.zeros(1, 16, 8, n)) for n in (12, 16)],
+        "size": [lambda n=n: replace(case, latent={"samples": torch.zeros(1, 16, 8, n)}) for n in (12, 16)],
         "control strength": [lambda s=s: prompted(*controlled(s)) for s in (1.0, 0.02)],
         "control image": [lambda h=h: prompted(*controlled(0.5, h)) for h in (0.1, 0.2)],
         "control weights": [lambda w=w: prompted(*controlled(0.5, 1.0, w)) for w in (2.0, 3.0)],
@@ -498,9 +499,11 @@ def node_inputs(host: Host) -> bool:
     settings = host.module("nodes.comfyui.sampling").Settings(*class_labels(host), 4, 2.0, "ddim", "karras")
     plan = run.CalibrationConfig(
         trajectories=3, batch_size=1, samples=9, selection="stratified", clusters=3, time_scale=2.5,
-        computed_only=False, hessians=False, seed=77, memory_gb=0.5, tokens=99, held_out=3,
+        computed_only=False, hessians=False, seed=77, memory_gb=0.5, tokens=99, held_out=3, prompts=1,
+        rows=max(settings.rows()),
     )  # fmt: skip
-    expected = run.digest_of(case.patcher, settings, run.empty_latent(case.patcher, latent), plan)
+    prepared = host.module("nodes.comfyui.sampling").prepared(case.patcher, latent)
+    expected = run.digest_of(case.patcher, settings, prepared, plan)
     return expected.known and found.notes["inputs"] == expected.hex
 
 

@@ -32,7 +32,7 @@ def calibrate(host: Host, patcher, **plan):
             **plan,
         }
     )
-    return calibration.calibrate(patcher, settings, torch.zeros(1, 3, 32, 32), full)
+    return calibration.calibrate(patcher, settings, {"samples": torch.zeros(1, 3, 32, 32)}, full)
 
 
 def statistics_equal_brute_force(host: Host) -> dict[str, float]:
@@ -50,7 +50,8 @@ def statistics_equal_brute_force(host: Host) -> dict[str, float]:
         for name in found
     ]
     for seed, size, first in ((3, 4, 0), (4, 2, 4)):
-        sampling.sample_new(patcher, settings, torch.zeros(size, 3, 32, 32), seed, lambda *_: computed.append(1), first)
+        latent = {"samples": torch.zeros(size, 3, 32, 32)}
+        sampling.sample_new(patcher, settings, latent, seed, lambda *_: computed.append(1), first)
     for handle in handles:
         handle.remove()
     worst = {"count": 0.0, "low": 0.0, "high": 0.0, "mean": 0.0, "hessian": 0.0}
@@ -83,7 +84,11 @@ def distances_between_steps(host: Host) -> dict[str, float | bool]:
     found = calibrate(host, patcher, trajectories=2, batch_size=2).distances
     settings = sampling.Settings(*conditioning(host), *SETTINGS)
     sampling.sample_new(
-        patcher, settings, torch.zeros(2, 3, 32, 32), 3, lambda step, denoised, x, total: seen.append(denoised.double())
+        patcher,
+        settings,
+        {"samples": torch.zeros(2, 3, 32, 32)},
+        3,
+        lambda step, denoised, x, total: seen.append(denoised.double()),
     )
     sigmas, worst = schedule(patcher, "ddpm").double(), 0.0
     for i in range(STEPS):
@@ -129,7 +134,7 @@ def pipeline(host: Host, gptq: bool = False) -> dict[str, float | list[float]]:
         .args
     )
     rounding = "gptq" if gptq else "nearest"
-    (quantized,) = host.node("QandC_Quantize").execute(cached, *PAPER, rounding, calibration).args
+    quantized, *_ = host.node("QandC_Quantize").execute(cached, *PAPER, rounding, calibration).args
     (compensated,) = (
         host.node("QandC_VarianceCompensate")
         .execute(quantized, reference, "new", 8, *SETTINGS, 502, "variance_match", 0.0, 1.0, "inside_vc", **wires)
@@ -181,7 +186,7 @@ def inputs_stay_as_they_are(host: Host) -> dict[str, bool]:
     """Weights, options, wrappers and output of the models given to Quantize and Variance Compensate."""
     reference, cached = demo(host), cached_demo(host)
     before, images = snapshot(cached), ksampler(host, cached, "ddpm")
-    (quantized,) = host.node("QandC_Quantize").execute(cached, *PAPER, "nearest").args
+    quantized, *_ = host.node("QandC_Quantize").execute(cached, *PAPER, "nearest").args
     wires = dict(zip(("positive", "negative"), conditioning(host)))
     wires["latent_image"] = host.nodes.EmptyLatentImage().generate(32, 32, 1)[0]
     host.node("QandC_VarianceCompensate").execute(
@@ -208,18 +213,12 @@ def host_hash(tensors) -> float:
 def corrected_samples_have_the_reference_deviation(host: Host) -> float:
     """What the fit promises (Eq. 9): after correction every channel deviates as the reference's does, at every step."""
     compensation, sampling = host.module("nodes.comfyui.compensation"), host.module("nodes.comfyui.sampling")
-    settings, latent = sampling.Settings(*conditioning(host), *SETTINGS), torch.zeros(8, 3, 32, 32)
+    settings = sampling.Settings(*conditioning(host), *SETTINGS)
+    latent = {"samples": torch.zeros(8, 3, 32, 32)}
     reference, fast = demo(host), cached_demo(host)
-    variance, fitted = compensation.fit_compensation(
-        reference,
-        fast,
-        settings,
-        latent,
-        5,
-        sampling.Progress(fast, 2 * STEPS),
-        method="variance_match",
-        start=0.0,
-        end=1.0,
+    plan = host.module("qandc_core.calibration.choice").CalibrationConfig(8, 8, seed=5, held_out=0)
+    variance, fitted, _ = compensation.fit_compensation(
+        reference, fast, settings, latent, plan, method="variance_match", start=0.0, end=1.0
     )
     wanted, seen = Watch(), Watch()
     for patcher, watch in (

@@ -217,6 +217,29 @@ def nested(host: Host) -> dict[str, list]:
     return found
 
 
+def calibrated(host: Host) -> list[int]:
+    """Runs that Calibrate from Runs holds after a run and after its repetition."""
+    positive, negative = labels(host)
+    node = host.module("nodes.calibrate_from_runs").CalibrateFromRuns
+    settings = {
+        "record": True,
+        "samples": 2,
+        "hessians": False,
+        "memory_gb": 1.0,
+        "tokens": 64,
+        "held_out": 0,
+        "reset": 0,
+    }
+    model, _ = node.execute(model=demo(host), name="repeated", **settings).args
+    measured, recorder = recorded(host, model)
+    load, counts = host.module("qandc_core").load_calibration, []
+    for sample in (lambda: ksampler(host, measured, positive, negative), lambda: recorder.report().replay(int)):
+        sample()
+        (path,) = (host.base / "output" / "qandc").glob("repeated*")
+        counts.append(load(path).recording.describe())
+    return counts
+
+
 def sizes(host: Host) -> dict[str, list]:
     """Warnings of the built-in model at its own size and at others."""
     positive, negative = labels(host)
@@ -230,4 +253,13 @@ def sizes(host: Host) -> dict[str, list]:
 
 
 if __name__ == "__main__":
-    main({"samplers": every_sampler, "jobs": jobs, "interrupted": interrupted, "nested": nested, "sizes": sizes})
+    main(
+        {
+            "samplers": every_sampler,
+            "jobs": jobs,
+            "interrupted": interrupted,
+            "nested": nested,
+            "sizes": sizes,
+            "calibrated": calibrated,
+        }
+    )

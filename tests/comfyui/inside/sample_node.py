@@ -279,7 +279,8 @@ def class_label_composes(host: Host) -> dict:
     def same(a, b) -> bool:
         return torch.equal(a, b)
 
-    average = "ConditioningAverage"
+    settings, average = host.module("nodes.comfyui.settings"), "ConditioningAverage"
+    from_image, converted = settings.from_image, settings.converted
     half = call("ConditioningSetTimestepRange", three, 0.0, 0.5), call("ConditioningSetTimestepRange", seven, 0.5, 1.0)
     mask = torch.zeros(1, 32, 32)
     mask[:, :, 16:] = 1
@@ -308,7 +309,7 @@ def class_label_composes(host: Host) -> dict:
         "options dropped": same(run([[three[0][0].clone(), {}]]), run(three)),
         "text, zeroed too": "not text" in message(run, three, [[torch.zeros(1, 77, 768), {}]]),
         "a list goes on": same(
-            *(c[0][0] for c in (host.module("nodes.comfyui.sampling").from_image(pair, 1), labels(host, "7, 3")[0]))
+            from_image(converted(pair), 1)[0]["cross_attn"], labels(host, "7, 3")[0][0][0]
         ),
     }  # fmt: skip
 

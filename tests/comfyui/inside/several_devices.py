@@ -150,8 +150,7 @@ def calibrated(host: Host) -> dict[str, Any] | None:
     calibrate = host.module("nodes.comfyui.calibrate.run")
     settings = host.module("nodes.comfyui.sampling").Settings(*prompts(), 6, CFG, "euler", "simple")
     plan = calibrate.CalibrationConfig(trajectories=3, batch_size=2, samples=6, selection="random", tokens=100)
-    empty = calibrate.empty_latent(made(), latent(1))
-    one, two = (calibrate.calibrate(p, settings, empty, plan) for p in (made(), over_two_devices(made())))
+    one, two = (calibrate.calibrate(p, settings, latent(1), plan) for p in (made(), over_two_devices(made())))
     counts = [{name: layer.count for name, layer in found.statistics.items()} for found in (one, two)]
     return {"same": counts[0] == counts[1], "layers": len(counts[0])}
 

@@ -1,0 +1,48 @@
+"""Policies by intent instead of by number: how fast it should be, and the rest by what was measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .plans import Plan, PresetPlan
+from .policies import Placed
+from .runs import RunFacts
+from .samplers import SamplerFacts
+from .schedule import Spacing, affordable
+
+LEVELS = {"auto": 2.0, "safe": 1.5, "balanced": 2.0, "fast": 3.0}  # target speedups
+DISTILLED = 12  # steps up to which a run without guidance is that of a distilled model
+EVEN, FEW_COMPUTED = Spacing(exponent=0.8), 12  # for so few computed steps, which are too far apart for dense ends
+
+
+@dataclass(frozen=True)
+class Preset(Placed):
+    """A target speedup that chooses order and steps by itself, and computes more where so few would be no better than
+    a run of fewer steps. `level` is one of LEVELS; "auto" also leaves runs of few steps without guidance as they are,
+    which are those of distilled models. The order follows from sampler and steps, whatever `order` says.
+    """
+
+    level: str = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.level not in LEVELS:
+            raise ValueError(f"level must be one of {', '.join(LEVELS)}, got {self.level!r}.")
+
+    def planned(self, run: RunFacts, inside: range) -> Plan:
+        sampler, speedup = SamplerFacts.named(run.sampler, run.noisy), LEVELS[self.level]
+        if self.level == "auto" and run.guided is False and run.total <= DISTILLED:
+            plan = Plan(run.total, 0, set(range(run.total)))
+            plan.warnings.append(f"{run.total} steps without guidance are left as they are, as of a distilled model")
+            plan.idle = True
+            return plan
+        num_computed = max(affordable(run.total, speedup, 0.0), sampler.fewest)
+        order, spacing = (0, Spacing()) if sampler.noisy else (1, Spacing() if num_computed > FEW_COMPUTED else EVEN)
+        place = self.place(run, order, spacing)
+        return PresetPlan(run.total, order, inside, speedup, place, run.cost, sampler)
+
+    def phrase(self) -> str:
+        return self.level
+
+    def detail(self) -> str:
+        return self.line(rest=f"{self.optimum()} {self.level}")

@@ -1,0 +1,48 @@
+"""What of a sampler decides whether reuse pays: how strongly a step answers to an error in its newest prediction.
+
+A multistep formula extrapolates predictions itself, so it multiplies what a forecast errs by: Adams-Bashforth weighs
+the newest prediction by 3/2, 23/12 and 55/24 for two, three and four of them, where Euler has 1. Samplers of higher
+order, whether by several predictions or by two model calls a step, also need few steps for a good image, so that a
+cache has to beat more. CFG++ steps along the unconditional prediction, whose error guidance does not damp.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+ONE_CALL = ("euler", "ddim", "exp_heun_2_x0", "ddpm", "euler_ancestral", "lcm")
+TWO_CALLS = ("heun", "heunpp2", "dpm_2")
+SECOND_ORDER = ("dpmpp_2m", "res_multistep")
+CORRECTED = ("uni_pc", "uni_pc_bh2", "unipc", "unipc_bh2")
+HIGHER_ORDER = ("deis", "lms", "ipndm", "ipndm_v", "gradient_estimation")
+
+# Computed steps below which reuse was no better than a run of as many steps: chosen on the built-in model, where it
+# pays least, and judged on the flow model (docs/results.md).
+FEWEST = {
+    **dict.fromkeys(ONE_CALL, 5),
+    **dict.fromkeys(SECOND_ORDER, 7),
+    **dict.fromkeys(CORRECTED, 13),
+    **dict.fromkeys(TWO_CALLS, 15),
+    **dict.fromkeys(HIGHER_ORDER, 20),
+}
+CFG_PP, NOISY, UNKNOWN = 10, 4, 20
+
+
+@dataclass(frozen=True)
+class SamplerFacts:
+    """A sampler's name, whether it adds noise, and below how many computed steps fewer steps are as good as reuse."""
+
+    name: str = "this sampler"
+    noisy: bool = False
+    fewest: int = UNKNOWN
+
+    @classmethod
+    def named(cls, name: str, noisy: bool | None = None) -> SamplerFacts:
+        """By its name in k-diffusion and ComfyUI, without "sample_"; "" where that is not known."""
+        shown = name.replace("unipc", "uni_pc") or "this sampler"
+        noisy = name == "ddpm" if noisy is None else noisy
+        if noisy:
+            return cls(shown, noisy, NOISY)
+        return cls(
+            shown, noisy, max(FEWEST.get(name.removesuffix("_cfg_pp"), UNKNOWN), CFG_PP * name.endswith("cfg_pp"))
+        )
