@@ -15,7 +15,7 @@ from .inside_programs import REPOSITORY, install_pack, run_program
 from .server import Server
 
 TABLE = REPOSITORY / "docs" / "workflows.md"
-CELLS = ("Apply Cache", "Calibrate from Runs", "Quantize", "Run Report")
+CELLS = ("Apply Cache", "Calibrate from Runs", "TAP Calibrate", "Quantize", "Variance Compensate", "Run Report")
 COLUMNS = ("Workflow", "Sampling nodes", "Model", *CELLS)
 TEXT = """# Workflows
 
@@ -30,8 +30,12 @@ what our node did there and the same done by hand; rounding alone makes it about
 - **Calibrate from Runs**: counts, bounds, means and X^T X of the layers, against what hooks saw of the samples that it
   looked into. "2 of 18" are samples, a sample being one image under one condition in one model call; the images stay
   the same, bit for bit. A workflow that samples twice was recorded into two files.
+- **TAP Calibrate**, wired as the sampler node is: the same statistics of all that hooks on the layers saw while the
+  sampler node itself ran. A workflow that samples twice takes two calibrations.
 - **Quantize**, W8A8: every call of every quantized layer against int8 arithmetic on codes and inputs that were rotated
   and rounded by hand; and no weight lies further than half a step from its code.
+- **Variance Compensate** behind Apply Cache: Euler steps by hand from samples that were given the deviation of a second
+  run's, channel by channel. A workflow that samples twice takes two.
 - **Run Report** behind Apply Cache: the steps, which of them were computed, the number of runs, the sizes, against the
   calls of the network and the noise levels that ComfyUI handed the sampler; times that add up to less than a watch
   around the workflow shows; the same images, bit for bit.
@@ -45,8 +49,8 @@ With each node the workflow gave the plain image again, bit for bit, when the no
 {templates}
 Written by `python -m tests.comfyui.workflows_table`.
 """
-NOTES = """- DualModelGuider takes two models: Apply Cache on the first covers both, and Calibrate from Runs records the
-  first; Quantize is put on each.
+NOTES = """- DualModelGuider takes two models: Apply Cache on the first covers both; Calibrate from Runs, TAP Calibrate
+  and Variance Compensate take the first; Quantize is put on each.
 - Two stages, two experts and split sigmas are two runs: the cache of each begins with a computed step, so 14 steps in
   two halves compute 6 and in one run 5."""
 
@@ -65,14 +69,16 @@ def line(cells) -> str:
 
 
 def cells(found: dict) -> tuple[str, ...]:
-    cache, runs, small, report = (found[name] for name in CELLS)
+    cache, runs, tap, small, even, report = (found[name] for name in CELLS)
     samples = " + ".join(f"{chosen} of {every}" for chosen, every in runs["samples"])
     return (
         found["nodes"],
         found["family"],
         f"{sum(cache['calls'])} of {sum(cache['of'])}: {cache['error']:.0e}",
         f"{samples}: {runs['error']:.0e}",
+        f"{' + '.join(map(str, tap['layers']))} layers: {tap['error']:.0e}",
         f"{small['layers']} layers: {small['error']:.0e}",
+        f"{even['runs']} x: {even['error']:.0e}" if even["runs"] > 1 else f"{even['error']:.0e}",
         f"{report['steps'][0]} steps in {report['runs'][0]}: equal",
     )
 

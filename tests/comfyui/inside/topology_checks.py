@@ -432,7 +432,9 @@ def check_report(host: Host, topology: Topology, models: list, plain: torch.Tens
 COLUMNS: dict[str, Callable] = {
     "Apply Cache": check_cache,
     "Calibrate from Runs": check_recording,
+    "TAP Calibrate": check_tap,
     "Quantize": check_quantize,
+    "Variance Compensate": check_compensation,
     "Run Report": check_report,
 }
 
