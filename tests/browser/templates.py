@@ -112,7 +112,7 @@ SOURCES = ("load", "label", "latent", "vae")
 DEMO_SOURCES = sources("built-in demo", "0-9", 32, 10, "pixel_space")
 
 QUICKSTART = Template(
-    "quickstart",
+    "1 Quickstart",
     {
         "note": note(
             "## Q&C quickstart\n\nPress **Run**. Nothing is downloaded: the demo model draws the digits 0 to 9.\n\n"
@@ -148,7 +148,7 @@ QUICKSTART = Template(
 )  # fmt: skip
 
 ABLATION = Template(
-    "ablation",
+    "Paper, ablation",
     {
         "note": note(
             "## What each part does\n\nSix runs from the same noise: full precision, quantized only, cached only, both "
@@ -190,7 +190,7 @@ ABLATION = Template(
 
 XL_FILE, VAE_FILE = "DiT-XL-2-256x256-fp16.safetensors", "vae-ft-mse-840000-ema-pruned.safetensors"
 DIT_XL = Template(
-    "dit_xl2_256",
+    "Paper, DiT-XL 256",
     {
         "note": note(
             "## DiT-XL/2, 256 x 256, ImageNet\n\nNeeds two files; the frontend offers to download them:\n\n"
@@ -232,13 +232,13 @@ DIT_XL = Template(
 )  # fmt: skip
 
 QUANTIZE = Template(
-    "quantize_your_model",
+    "8 Quantize your model",
     {
         "note": note(
             "## Quantize your model\n\nSamples with the cache on, chooses weights by what every layer then sees, and "
             "saves the quantized model with the stock node **ModelSave**.\n\nThe file lands in "
             "output/diffusion_models. Press **R**, and **Load DiT** lists it. In place of Load DiT any loader and any "
-            "model may stand; see the template quantize_wan. Then ComfyUI's own loader loads the file, with or "
+            "model may stand; see the template 9 Quantize Wan 2.1. Then ComfyUI's own loader loads the file, with or "
             "without this pack.\n\nQuantize shows the error of every layer and of the whole model.",
             320,
         ),
@@ -284,7 +284,7 @@ def wan_sample(label: str, model: tuple[str, int]) -> Node:
 
 
 WAN = Template(
-    "quantize_wan",
+    "9 Quantize Wan 2.1",
     {
         "note": note(
             "## Quantize a model of a stock loader\n\nWan 2.1 (1.3B) as the example; Flux, Qwen-Image, Z-Image and "
