@@ -90,9 +90,12 @@ class FittedFor:
             raise differs("for channels", list(self.channels), "has", list(channels), "fit again for this model")
         if self.attached is not None and details(guider.model_patcher) != self.attached:
             raise differs(
-                "with", words(self.attached), "has", words(details(guider.model_patcher)),
+                "with",
+                words(self.attached),
+                "has",
+                words(details(guider.model_patcher)),
                 "put Variance Compensate behind the nodes that cache and quantize, and fit again",
-            )  # fmt: skip
+            )
 
 
 def differs(by: str, fitted: Any, verb: str, found: Any, advice: str) -> ValueError:
@@ -241,9 +244,18 @@ def no_steps(sampler: str) -> ValueError:
 
 
 def fit_compensation(
-    reference, accelerated, settings: Settings, latent: dict[str, Any], plan: CalibrationConfig,
-    estimate: Remaining | None = None, *, method: str, start: float, end: float, eps: float = 1e-2,
-) -> tuple[VarianceCompensation, FittedFor, int]:  # fmt: skip
+    reference,
+    accelerated,
+    settings: Settings,
+    latent: dict[str, Any],
+    plan: CalibrationConfig,
+    estimate: Remaining | None = None,
+    *,
+    method: str,
+    start: float,
+    end: float,
+    eps: float = 1e-2,
+) -> tuple[VarianceCompensation, FittedFor, int]:
     """Samples the images of a plan with both models from one noise and fits K_t step by step, over all of them.
 
     Q&C, Eq. 9-12. Out of memory it starts again with half as many images at once, which gives what that number would
@@ -284,9 +296,12 @@ class Pairing:
         turns.take(runs)
         settings, sampler = self.settings, self.settings.sampler_object()
         fitted = FittedFor(
-            sampler_function_name(sampler), sampler_options(sampler), guidance_of(settings.guider_on(self.reference)),
-            recordings[0].channels, details(self.accelerated),
-        )  # fmt: skip
+            sampler_function_name(sampler),
+            sampler_options(sampler),
+            guidance_of(settings.guider_on(self.reference)),
+            recordings[0].channels,
+            details(self.accelerated),
+        )
         return fit.result(), fitted, self.plan.batch_size
 
     def fit_one(self, joint: JointFit, recording: Recording, batch: Batch) -> None:

@@ -92,9 +92,15 @@ def sample(
 ) -> Tensor:
     """What KSampler, KSampler (Advanced), SamplerCustom or SamplerCustomAdvanced does with the same settings."""
     samples = settings.guider_on(patcher, prompt, first).sample(
-        noise, latent, settings.sampler_object(), settings.schedule(patcher), denoise_mask=mask, callback=callback,
-        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=seed,
-    )  # fmt: skip
+        noise,
+        latent,
+        settings.sampler_object(),
+        settings.schedule(patcher),
+        denoise_mask=mask,
+        callback=callback,
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        seed=seed,
+    )
     samples = samples.to(comfy.model_management.intermediate_device())
     return samples if settings.guider is not None else samples.to(dtype=comfy.model_management.intermediate_dtype())
 
