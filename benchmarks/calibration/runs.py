@@ -33,7 +33,8 @@ from qandc_core.evaluation.metrics import standard_error
 from qandc_core.evaluation.variants import balanced_labels
 from qandc_core.files import save_text
 from qandc_core.models.dit import DiT
-from qandc_core.models.layers import NATIVE_SKIP, named_linears
+from qandc_core.models.layers import named_linears
+from qandc_core.quantization.model import NATIVE_SKIP
 from qandc_core.quantization.native import NativeConfig, rounded_layer
 
 from .pool import CandidatePool, collect_pool
