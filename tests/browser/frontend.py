@@ -99,9 +99,9 @@ class Frontend:
                 break
         for word in words:
             box.fill("")
-            self.page.wait_for_timeout(150)
-            box.fill(word)
             self.page.wait_for_timeout(400)
+            box.fill(word)
+            self.page.wait_for_timeout(1200)
             found[word] = [text.strip() for text in self.page.get_by_test_id("result-item").all_text_contents()]
         self.page.keyboard.press("Escape")
         return found
