@@ -206,7 +206,7 @@ def from_image(conds: Conds, first: int) -> Conds:
     """
     rotated = []
     for cond in conds:
-        context = cond.get("cross_attn")
+        context: Any = cond.get("cross_attn")
         prompts = len(context) if isinstance(context, Tensor) and context.ndim else 1
         kept = {key: rolled(value, prompts, first) for key, value in cond.items()}
         if is_classes(context):
