@@ -20,40 +20,62 @@ class Compare(io.ComfyNode):
             display_name="Compare",
             category=schema.CATEGORY,
             description="Compares runs side by side: gain and cost of each, images, differences from the first, "
-                "which steps were computed or reused, the factors K_t, and a table of measured times, PSNR and SSIM.",
+            "which steps were computed or reused, the factors K_t, and a table of measured times, PSNR and SSIM.",
             search_aliases=["compare", "psnr", "ssim", "report", "benchmark", "side by side", "a/b", "speedup"],
             inputs=[
                 io.Autogrow.Input(
                     "images",
                     template=io.Autogrow.TemplatePrefix(
-                        io.Image.Input("image", tooltip="Images of one run; the first run is what others are "
-                        "measured against."),
-                        prefix="image", min=2, max=8,
+                        io.Image.Input(
+                            "image", tooltip="Images of one run; the first run is what others are measured against."
+                        ),
+                        prefix="image",
+                        min=2,
+                        max=8,
                     ),
                     tooltip="Images of each run, the reference first.",
                 ),
                 io.Autogrow.Input(
                     "reports",
                     template=io.Autogrow.TemplatePrefix(
-                        schema.Report.Input("report", optional=True, tooltip="Report of the run of the same number, "
-                        "from Sample or Run Report."),
-                        prefix="report", min=0, max=8,
+                        schema.Report.Input(
+                            "report",
+                            optional=True,
+                            tooltip="Report of the run of the same number, from Sample or Run Report.",
+                        ),
+                        prefix="report",
+                        min=0,
+                        max=8,
                     ),
                     tooltip="Reports of the runs, in the order of the images.",
                 ),
-                io.Int.Input("shown", default=8, min=1, max=64, advanced=True, tooltip="Images of each run in the "
-                "figure."),
+                io.Int.Input(
+                    "shown", default=8, min=1, max=64, advanced=True, tooltip="Images of each run in the figure."
+                ),
                 io.Float.Input(
-                    "difference_gain", default=4.0, min=1.0, max=100.0, step=0.5, advanced=True,
+                    "difference_gain",
+                    default=4.0,
+                    min=1.0,
+                    max=100.0,
+                    step=0.5,
+                    advanced=True,
                     tooltip="Factor by which differences are amplified.",
                 ),
                 io.Int.Input(
-                    "repeats", default=0, min=0, max=50, optional=True,
+                    "repeats",
+                    default=0,
+                    min=0,
+                    max=50,
+                    optional=True,
                     tooltip="Samples every run this many more times, taking turns, after one warm-up round, to "
-                        "measure the range of the speedup. 0 uses the times of the runs themselves.",
+                    "measure the range of the speedup. 0 uses the times of the runs themselves.",
                 ),
                 io.Combo.Input(
-                    "theme", options=list(THEMES), default=THEMES[0], optional=True, advanced=True,
+                    "theme",
+                    options=list(THEMES),
+                    default=THEMES[0],
+                    optional=True,
+                    advanced=True,
                     tooltip="Colours of the figure. auto follows ComfyUI's theme.",
                 ),
             ],
@@ -66,13 +88,18 @@ class Compare(io.ComfyNode):
                 ),
             ],
             is_output_node=True,
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(
-        cls, images: dict, shown: int, difference_gain: float, reports: dict | None = None, repeats: int = 0,
+        cls,
+        images: dict,
+        shown: int,
+        difference_gain: float,
+        reports: dict | None = None,
+        repeats: int = 0,
         theme: str = THEMES[0],
-    ) -> io.NodeOutput:  # fmt: skip
+    ) -> io.NodeOutput:
         from ..qandc_core.evaluation.comparison import (  # drawing is no part of start-up
             ComparedRun,
             run_comparison,

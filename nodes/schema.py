@@ -20,7 +20,7 @@ MAX_SEED = 0xFFFFFFFFFFFFFFFF
 def conditioning(optional: bool = False) -> list[io.Input]:
     return [
         io.Conditioning.Input(
-            "positive", optional=optional, tooltip="What to draw: from Class Label, or a prompt for other models."
+            "positive", optional=optional, tooltip="What to generate: from Class Label, or a prompt for other models."
         ),
         io.Conditioning.Input(
             "negative", optional=optional, tooltip="What guidance moves away from: no class, or a negative prompt."
@@ -39,7 +39,7 @@ def sampler_settings(purpose: str) -> list[io.Input]:
             default=AUTO_STEPS,
             min=0,
             max=1000,
-            tooltip=f"Sampling steps {purpose}. 0: what suits the model; for a turbo or lightning model set them.",
+            tooltip=f"Sampling steps {purpose}. 0 = the model's default; set them for turbo or lightning models.",
         ),
         io.Float.Input(
             "cfg",
@@ -48,20 +48,20 @@ def sampler_settings(purpose: str) -> list[io.Input]:
             max=100.0,
             step=0.1,
             round=0.01,
-            tooltip=f"Classifier-free guidance scale {purpose}. 1: no guidance. -1: what suits the model; for a turbo "
-            "or lightning model set it.",
+            tooltip=f"Classifier-free guidance scale {purpose}. 1 = no guidance. -1 = the model's default; set it for "
+            "turbo or lightning models.",
         ),
         io.Combo.Input(
             "sampler_name",
             options=[AUTO, *comfy.samplers.SAMPLER_NAMES],
             default=AUTO,
-            tooltip=f"Sampler {purpose}. auto: what suits the model.",
+            tooltip=f"Sampler {purpose}. auto = the model's default.",
         ),
         io.Combo.Input(
             "scheduler",
             options=[AUTO, *comfy.samplers.SCHEDULER_NAMES],
             default=AUTO,
-            tooltip=f"Noise schedule {purpose}. auto: what suits the model.",
+            tooltip=f"Noise schedule {purpose}. auto = the model's default.",
         ),
     ]
 
@@ -72,8 +72,8 @@ def wired_sampling() -> list[io.Input]:
         io.Conditioning.Input(
             "prompts",
             optional=True,
-            tooltip="More prompts, which take turns with the positive one: every entry that Conditioning (Combine) "
-            "adds, and every row of a batch, is a prompt of its own.",
+            tooltip="Further prompts, which take turns with the positive one. Every entry added by Conditioning "
+            "(Combine) and every row of a batch is a prompt of its own.",
         ),
         io.Guider.Input(
             "guider",
@@ -138,7 +138,7 @@ def wired_sampling() -> list[io.Input]:
             step=0.01,
             optional=True,
             advanced=True,
-            tooltip="As in KSampler: below 1 the latent keeps part of its image.",
+            tooltip="As in KSampler: below 1, part of the input image is kept.",
         ),
     ]
 

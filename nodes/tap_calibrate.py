@@ -1,15 +1,14 @@
 from __future__ import annotations
 
 import logging
-import math
-import time
 from dataclasses import replace
 from pathlib import Path
 
 from comfy_api.v0_0_2 import io
 
 from ..qandc_core.calibration.file import Calibration, load_calibration
-from ..qandc_core.sampling.remaining import Remaining, duration
+from ..qandc_core.sampling.clock import Stopwatch
+from ..qandc_core.sampling.remaining import Remaining
 from . import schema
 from .comfyui.calibrate.run import SELECTIONS, CalibrationConfig, calibrate, digest_of
 from .comfyui.defaults import AUTO_COUNT, completed, images_at_once
@@ -23,11 +22,12 @@ from .comfyui.files import (
     partial_path,
     save_new,
 )
+from .comfyui.making import distinct_trajectories, done, guided_model, node_id, require_sampling, teller
 from .comfyui.quantize.weights import fingerprint_of
 from .comfyui.sampling import prepared
-from .comfyui.settings import LAST_STEP, Settings, batch_of, model_of
+from .comfyui.settings import LAST_STEP, Settings
 from .comfyui.status import show
-from .comfyui.wrappers import declares_noise, details, sampler_function_name
+from .comfyui.wrappers import details, sampler_function_name
 
 log = logging.getLogger(__name__)
 
@@ -45,78 +45,122 @@ class TAPCalibrate(io.ComfyNode):
             search_aliases=["calibration", "ptq", "gptq", "statistics", "tap"],
             inputs=[
                 io.Model.Input(
-                    "model", optional=True,
+                    "model",
+                    optional=True,
                     tooltip="The full-precision model, with the cache that will be used. A guider brings its own.",
                 ),
                 *schema.conditioning(optional=True),
                 schema.latent(
-                    "The latent of the sampler node, mostly an empty one of the size to calibrate for. Its images are "
-                    "where trajectories start from, in turn.", True,
+                    "The latent of the sampler node, usually an empty one of the size to calibrate for. "
+                    "Trajectories start from its images in turn.",
+                    True,
                 ),
                 io.Combo.Input(
-                    "file", options=calibration_files("statistics"), default=NEW,
-                    tooltip="new calibrates, or finds the file that was made of the same inputs; or take a calibration "
-                    "from output/qandc.",
+                    "file",
+                    options=calibration_files("statistics"),
+                    default=NEW,
+                    tooltip="new: calibrate, or find the file that was made from the same inputs. Or pick a "
+                    "calibration from output/qandc.",
                 ),
                 io.Int.Input("trajectories", default=32, min=1, max=4096, tooltip="Images to sample for calibration."),
                 io.Int.Input(
-                    "samples", default=400, min=1, max=100000,
-                    tooltip="How many of the images' intermediate steps are chosen.",
+                    "samples",
+                    default=400,
+                    min=1,
+                    max=100000,
+                    tooltip="Number of intermediate samples to calibrate on.",
                 ),
                 *schema.sampler_settings("of the calibration, the same as in the Sample node"),
                 io.Int.Input(
-                    "calibration_seed", default=501, min=0, max=schema.MAX_SEED - 4096,
-                    tooltip="Noise of the first batch.",
+                    "calibration_seed",
+                    default=501,
+                    min=0,
+                    max=schema.MAX_SEED - 4096,
+                    tooltip="Seed of the first batch's noise.",
                 ),
                 io.Int.Input(
-                    "batch_size", default=AUTO_COUNT, min=0, max=1024, advanced=True,
-                    tooltip="Images sampled at once; half as many where memory runs out. 0: what suits the model and "
-                    "the size, at most 16.",
+                    "batch_size",
+                    default=AUTO_COUNT,
+                    min=0,
+                    max=1024,
+                    advanced=True,
+                    tooltip="Images sampled at once, halved when memory runs out. 0 = chosen for the model and the "
+                    "size, at most 16.",
                 ),
                 io.Combo.Input(
-                    "selection", options=list(SELECTIONS), default=SELECTIONS[0], advanced=True,
+                    "selection",
+                    options=list(SELECTIONS),
+                    default=SELECTIONS[0],
+                    advanced=True,
                     tooltip="How samples are chosen: TAP, evenly over the steps, or at random.",
                 ),
                 io.Int.Input(
                     "clusters", default=50, min=1, max=1000, advanced=True, tooltip="TAP: number of clusters."
                 ),
                 io.Float.Input(
-                    "time_scale", default=5.0, min=0.1, max=1000.0, step=0.1, advanced=True,
-                    tooltip="TAP: how many steps apart samples must lie to count as different in time. Larger values "
-                    "let clusters span more steps.",
+                    "time_scale",
+                    default=5.0,
+                    min=0.1,
+                    max=1000.0,
+                    step=0.1,
+                    advanced=True,
+                    tooltip="TAP: how many steps apart two samples count as different in time. Larger values let "
+                    "clusters span more steps.",
                 ),
                 io.Boolean.Input(
-                    "computed_steps_only", default=True, advanced=True,
-                    tooltip="Choose only from steps that the cache computes: cached layers see no others.",
+                    "computed_steps_only",
+                    default=True,
+                    advanced=True,
+                    tooltip="Select only from steps that the cache computes; cached layers run on no others.",
                 ),
                 io.Boolean.Input(
-                    "hessians", default=True, advanced=True,
-                    tooltip="Collect the input Hessian (X^T X) of every layer, which GPTQ needs. Off takes little "
-                    "memory.",
+                    "hessians",
+                    default=True,
+                    advanced=True,
+                    tooltip="Collect the input Hessian (X^T X) of every layer, which GPTQ needs. Off saves memory.",
                 ),
                 io.String.Input(
-                    "filename_prefix", default="calibration", advanced=True,
-                    tooltip="New files are named with this, the model, the date and a number.",
+                    "filename_prefix",
+                    default="calibration",
+                    advanced=True,
+                    tooltip="Prefix of new files; the model, the date and a number are appended.",
                 ),
                 io.Float.Input(
-                    "memory_gb", default=4.0, min=0.1, max=1024.0, step=0.1, optional=True,
-                    tooltip="Memory that statistics may take, in GiB; less keeps fewer inputs of each layer.",
+                    "memory_gb",
+                    default=4.0,
+                    min=0.1,
+                    max=1024.0,
+                    step=0.1,
+                    optional=True,
+                    tooltip="Memory limit of the statistics in GiB. A lower limit keeps fewer tokens per layer.",
                 ),
                 io.Int.Input(
-                    "tokens", default=4096, min=64, max=1048576, optional=True, advanced=True,
-                    tooltip="Maximum number of inputs kept of a layer, where they take less memory than its Hessian.",
+                    "tokens",
+                    default=4096,
+                    min=64,
+                    max=1048576,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Maximum number of tokens kept per layer, where they take less memory than its Hessian.",
                 ),
                 io.Int.Input(
-                    "held_out", default=8, min=0, max=256, optional=True, advanced=True,
-                    tooltip="Model calls of the last images that are held out for Quantize to measure its error on; "
-                    "0: none.",
+                    "held_out",
+                    default=8,
+                    min=0,
+                    max=256,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Model calls of the last images, held out for Quantize to measure its error on. 0 = none.",
                 ),
                 *schema.wired_sampling(),
             ],
             hidden=[io.Hidden.unique_id],
-            outputs=[schema.Calibration.Output("calibration", display_name="calibration", tooltip="Statistics of "
-            "every layer.")],
-        )  # fmt: skip
+            outputs=[
+                schema.Calibration.Output(
+                    "calibration", display_name="calibration", tooltip="Statistics of every layer."
+                )
+            ],
+        )
 
     @classmethod
     def validate_inputs(cls, file) -> bool:
@@ -128,32 +172,83 @@ class TAPCalibrate(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model=None, file: str = NEW, trajectories: int = 32, samples: int = 400, steps: int = 0, cfg: float = -1.0,
-        sampler_name: str = "auto", scheduler: str = "auto", calibration_seed: int = 501, batch_size: int = 0,
-        selection: str = SELECTIONS[0], clusters: int = 50, time_scale: float = 5.0, computed_steps_only: bool = True,
-        hessians: bool = True, filename_prefix: str = "calibration", positive=None, negative=None, latent_image=None,
-        memory_gb: float = 4.0, tokens: int = 4096, held_out: int = 8, prompts=None, guider=None, sampler=None,
-        sigmas=None, noise=None, start_at_step: int = 0, end_at_step: int = LAST_STEP,
-        return_with_leftover_noise: bool = False, add_noise: bool = True, denoise: float = 1.0,
-    ) -> io.NodeOutput:  # fmt: skip
+        cls,
+        model=None,
+        file: str = NEW,
+        trajectories: int = 32,
+        samples: int = 400,
+        steps: int = 0,
+        cfg: float = -1.0,
+        sampler_name: str = "auto",
+        scheduler: str = "auto",
+        calibration_seed: int = 501,
+        batch_size: int = 0,
+        selection: str = SELECTIONS[0],
+        clusters: int = 50,
+        time_scale: float = 5.0,
+        computed_steps_only: bool = True,
+        hessians: bool = True,
+        filename_prefix: str = "calibration",
+        positive=None,
+        negative=None,
+        latent_image=None,
+        memory_gb: float = 4.0,
+        tokens: int = 4096,
+        held_out: int = 8,
+        prompts=None,
+        guider=None,
+        sampler=None,
+        sigmas=None,
+        noise=None,
+        start_at_step: int = 0,
+        end_at_step: int = LAST_STEP,
+        return_with_leftover_noise: bool = False,
+        add_noise: bool = True,
+        denoise: float = 1.0,
+    ) -> io.NodeOutput:
         model = model if guider is None else guided_model(guider, model)
         if file != NEW and model is not None and calibration_path(file).is_file():
             return io.NodeOutput(loaded(calibration_path(file), model))
         require_sampling(file, guider, model, positive, negative, latent_image, prompts)
         settings = completed(
             Settings(
-                positive, negative, steps, cfg, sampler_name, scheduler, denoise, start_at_step, end_at_step,
-                return_with_leftover_noise, add_noise, guider, sampler, sigmas, noise, prompts,
+                positive,
+                negative,
+                steps,
+                cfg,
+                sampler_name,
+                scheduler,
+                denoise,
+                start_at_step,
+                end_at_step,
+                return_with_leftover_noise,
+                add_noise,
+                guider,
+                sampler,
+                sigmas,
+                noise,
+                prompts,
             ),
             model,
-        )  # fmt: skip
+        )
         latent = prepared(model, latent_image)
         trajectories = distinct_trajectories(settings, latent, trajectories)
         plan = CalibrationConfig(
-            trajectories, min(batch_size or images_at_once(model, latent), trajectories), samples, selection, clusters,
-            time_scale, computed_steps_only, hessians, calibration_seed if noise is None else noise.seed, memory_gb,
-            tokens, held_out, settings.count, max(settings.rows()),
-        )  # fmt: skip
+            trajectories,
+            min(batch_size or images_at_once(model, latent), trajectories),
+            samples,
+            selection,
+            clusters,
+            time_scale,
+            computed_steps_only,
+            hessians,
+            calibration_seed if noise is None else noise.seed,
+            memory_gb,
+            tokens,
+            held_out,
+            settings.count,
+            max(settings.rows()),
+        )
         inputs = digest_of(model, settings, latent, plan)
         made = made_before(filename_prefix, inputs.hex) if file == NEW else None
         if made is not None:
@@ -162,7 +257,7 @@ class TAPCalibrate(io.ComfyNode):
             return io.NodeOutput(loaded(made, model))
         check_writable()
         partial = partial_path(filename_prefix, inputs.hex) if inputs.known else None
-        begun, notes = time.perf_counter(), describe(model, settings, plan)
+        watch, notes = Stopwatch(), describe(model, settings, plan)
         work = f"{plan.images} trajectories of {notes['steps']} steps"
         found = calibrate(model, settings, latent, plan, partial, Remaining(work, teller(cls)))
         kept = {key: found.notes[key] for key in ("distances", "batch_size")}
@@ -172,53 +267,9 @@ class TAPCalibrate(io.ComfyNode):
             partial.unlink(missing_ok=True)
         log.info("Calibration saved: %s", path)
         chosen = len(found.notes["samples"])
-        seconds = time.perf_counter() - begun
-        show(node_id(cls), done("samples", chosen, notes["prompts"], plan, kept["batch_size"], seconds, path.name))
+        at_once, seconds = kept["batch_size"], watch.seconds()
+        show(node_id(cls), done("samples", chosen, notes["prompts"], plan, at_once, seconds, path.name))
         return io.NodeOutput(calibration)
-
-
-def node_id(cls) -> str | None:
-    return getattr(getattr(cls, "hidden", None), "unique_id", None)
-
-
-def teller(cls):
-    """Says something in the log and on the node."""
-
-    def tell(text: str) -> None:
-        log.info("Q&C: %s", text)
-        show(node_id(cls), text)
-
-    return tell
-
-
-def done(what: str, count: int, prompts: int, plan: CalibrationConfig, at_once: int, seconds: float, name: str) -> str:
-    of = f" of {prompts} prompts" if prompts > 1 else ""
-    fewer = f", {at_once} at once because more did not fit" if at_once < plan.batch_size else ""
-    return f"{count} {what}{of}, {duration(seconds)}{fewer}, saved as {name}"
-
-
-def guided_model(guider, wired):
-    """The MODEL of a guider, which goes before a wired one. Raises ValueError where that is another network."""
-    model = model_of(guider)
-    if wired is not None and not model.is_clone(wired) and fingerprint_of(model) != fingerprint_of(wired):
-        raise ValueError(
-            "`model` and the guider's model are different ones; disconnect `model`, the guider has its own."
-        )
-    if wired is not None and details(wired) != details(model):
-        log.warning("Q&C: what is attached to `model` is not used, the guider's model counts.")
-    return model
-
-
-def distinct_trajectories(settings: Settings, latent, wanted: int) -> int:
-    """As many trajectories as differ: without new noise they repeat with the latent's images and the prompts."""
-    noise = settings.noise_of(latent, settings.noise.seed if settings.noise is not None else 0)
-    parts = noise.unbind() if noise.is_nested else [noise]
-    if any(part.any() for part in parts) or declares_noise(settings.sampler_object()):
-        return wanted
-    distinct = math.lcm(batch_of(latent["samples"]), settings.count * math.lcm(*settings.rows()))
-    if distinct < wanted:
-        log.info("Q&C: without new noise only %d trajectories differ; a latent with more images gives more.", distinct)
-    return min(wanted, distinct)
 
 
 def loaded(path: Path, model) -> Calibration:
@@ -241,22 +292,3 @@ def describe(model, settings: Settings, plan: CalibrationConfig) -> dict:
         "prompts": sum(settings.rows()),
         "samples": plan.samples,
     }
-
-
-def require_sampling(file: str, guider, model, positive, negative, latent_image, prompts=None) -> None:
-    """Raises ValueError naming what is not wired: conditioning comes from the guider where there is one."""
-    if guider is not None:
-        return require_wires(file, latent_image=latent_image)
-    positive = prompts if positive is None else positive
-    return require_wires(file, model=model, positive=positive, negative=negative, latent_image=latent_image)
-
-
-def require_wires(file: str, **inputs) -> None:
-    """Raises ValueError naming the inputs that making a new file needs."""
-    absent = [name for name, value in inputs.items() if value is None]
-    if not absent:
-        return
-    reason = (
-        "To calibrate anew" if file == NEW else f"The file {Path(file).name} is not in output/qandc here; to make it"
-    )
-    raise ValueError(f"{reason}, connect {', '.join(absent)}, or pick another file.")

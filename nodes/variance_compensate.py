@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from pathlib import Path
 
 from comfy_api.v0_0_2 import io
@@ -9,6 +8,7 @@ from comfy_api.v0_0_2 import io
 from ..qandc_core.calibration.choice import CalibrationConfig
 from ..qandc_core.calibration.file import Calibration, load_calibration
 from ..qandc_core.compensation.factors import METHODS
+from ..qandc_core.sampling.clock import Stopwatch
 from ..qandc_core.sampling.remaining import Remaining
 from . import schema
 from .comfyui.cache.attach import steps_vary
@@ -24,12 +24,12 @@ from .comfyui.files import (
     made_before,
     save_new,
 )
+from .comfyui.making import done, node_id, require_sampling, teller
 from .comfyui.quantize.weights import fingerprint_of
 from .comfyui.sampling import prepared
 from .comfyui.settings import LAST_STEP, Settings
 from .comfyui.status import show
 from .comfyui.wrappers import details, labels
-from .tap_calibrate import done, node_id, require_sampling, teller
 
 log = logging.getLogger(__name__)
 
@@ -41,53 +41,78 @@ class VarianceCompensate(io.ComfyNode):
             node_id="QandC_VarianceCompensate",
             display_name="Variance Compensate",
             category=schema.CATEGORY,
-            description="Corrects the drift in variance that quantization and caching cause together: samples the "
-            "same noise "
-            "with both models and fits one factor for each step and channel (Q&C, Eq. 9-12). Saved in output/qandc.",
+            description="Corrects the variance drift that quantization and caching cause together: samples both "
+            "models from the same noise and fits one factor per step and channel (Q&C, Eq. 9-12). Saved in "
+            "output/qandc.",
             search_aliases=["variance", "vc", "drift", "correction"],
             inputs=[
                 io.Model.Input("model", tooltip="The accelerated model: quantized, cached, or both."),
                 io.Model.Input("reference", tooltip="The untouched full-precision model."),
                 *schema.conditioning(optional=True),
                 schema.latent(
-                    "The latent of the sampler node, mostly an empty one of the size to fit for. Its images are where "
-                    "pairs start from, in turn.", True,
+                    "The latent of the sampler node, usually an empty one of the size to fit for. Pairs start "
+                    "from its images in turn.",
+                    True,
                 ),
                 io.Combo.Input(
-                    "file", options=calibration_files("variance"), default=NEW,
-                    tooltip="new fits; or take a compensation fitted before, from output/qandc.",
+                    "file",
+                    options=calibration_files("variance"),
+                    default=NEW,
+                    tooltip="new: fit. Or pick a compensation from output/qandc.",
                 ),
                 io.Int.Input(
-                    "pairs", default=AUTO_COUNT, min=0, max=4096,
-                    tooltip="Images sampled by both models. More are steadier and take longer. 0: what suits the size, "
-                    "4 to 64.",
+                    "pairs",
+                    default=AUTO_COUNT,
+                    min=0,
+                    max=4096,
+                    tooltip="Images sampled with both models. More give a steadier fit and take longer. 0 = chosen "
+                    "for the size, 4 to 64.",
                 ),
                 *schema.sampler_settings("of the fit, the same as in the Sample node"),
                 io.Int.Input(
-                    "calibration_seed", default=502, min=0, max=schema.MAX_SEED, tooltip="Noise of the pairs."
+                    "calibration_seed",
+                    default=502,
+                    min=0,
+                    max=schema.MAX_SEED,
+                    tooltip="Seed of the noise of the pairs.",
                 ),
                 io.Combo.Input(
-                    "method", options=list(METHODS), default=METHODS[0], advanced=True,
+                    "method",
+                    options=list(METHODS),
+                    default=METHODS[0],
+                    advanced=True,
                     tooltip="variance_match: match the standard deviation. paper: the paper's objective. "
-                    "least_squares: least error.",
+                    "least_squares: least squared error.",
                 ),
                 io.Float.Input(
-                    "start_percent", default=0.0, min=0.0, max=1.0, step=0.01, advanced=True,
-                    tooltip="Correct from this part of the run on.",
+                    "start_percent",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    advanced=True,
+                    tooltip="Fraction of the run at which the correction begins.",
                 ),
                 io.Float.Input(
-                    "end_percent", default=1.0, min=0.0, max=1.0, step=0.01, advanced=True,
-                    tooltip="Correct up to this part of the run.",
+                    "end_percent",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    advanced=True,
+                    tooltip="Fraction of the run at which the correction ends.",
                 ),
                 io.String.Input(
-                    "filename_prefix", default="compensation", advanced=True,
-                    tooltip="New files are named with this, the model, the date and a number.",
+                    "filename_prefix",
+                    default="compensation",
+                    advanced=True,
+                    tooltip="Prefix of new files; the model, the date and a number are appended.",
                 ),
                 *schema.wired_sampling(),
             ],
             hidden=[io.Hidden.unique_id],
             outputs=[io.Model.Output(tooltip="The accelerated model, corrected at every step.")],
-        )  # fmt: skip
+        )
 
     @classmethod
     def validate_inputs(cls, file) -> bool:
@@ -99,12 +124,34 @@ class VarianceCompensate(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model: io.Model.Type, reference: io.Model.Type, file: str, pairs: int, steps: int, cfg: float,
-        sampler_name: str, scheduler: str, calibration_seed: int, method: str, start_percent: float, end_percent: float,
-        filename_prefix: str, positive=None, negative=None, latent_image=None, prompts=None, guider=None, sampler=None,
-        sigmas=None, noise=None, start_at_step: int = 0, end_at_step: int = LAST_STEP,
-        return_with_leftover_noise: bool = False, add_noise: bool = True, denoise: float = 1.0,
-    ) -> io.NodeOutput:  # fmt: skip
+        cls,
+        model: io.Model.Type,
+        reference: io.Model.Type,
+        file: str,
+        pairs: int,
+        steps: int,
+        cfg: float,
+        sampler_name: str,
+        scheduler: str,
+        calibration_seed: int,
+        method: str,
+        start_percent: float,
+        end_percent: float,
+        filename_prefix: str,
+        positive=None,
+        negative=None,
+        latent_image=None,
+        prompts=None,
+        guider=None,
+        sampler=None,
+        sigmas=None,
+        noise=None,
+        start_at_step: int = 0,
+        end_at_step: int = LAST_STEP,
+        return_with_leftover_noise: bool = False,
+        add_noise: bool = True,
+        denoise: float = 1.0,
+    ) -> io.NodeOutput:
         if file != NEW and calibration_path(file).is_file():
             return io.NodeOutput(loaded(calibration_path(file), model, reference))
         require_sampling(file, guider, model, positive, negative, latent_image, prompts)
@@ -116,16 +163,34 @@ class VarianceCompensate(io.ComfyNode):
         check_alike(model, reference)
         settings = completed(
             Settings(
-                positive, negative, steps, cfg, sampler_name, scheduler, denoise, start_at_step, end_at_step,
-                return_with_leftover_noise, add_noise, guider, sampler, sigmas, noise, prompts,
+                positive,
+                negative,
+                steps,
+                cfg,
+                sampler_name,
+                scheduler,
+                denoise,
+                start_at_step,
+                end_at_step,
+                return_with_leftover_noise,
+                add_noise,
+                guider,
+                sampler,
+                sigmas,
+                noise,
+                prompts,
             ),
             reference,
-        )  # fmt: skip
+        )
         latent = prepared(reference, latent_image)
         plan = CalibrationConfig(
-            pairs or pairs_of(latent), images_at_once(reference, latent, LARGEST_PAIRING), held_out=0,
-            seed=calibration_seed if noise is None else noise.seed, prompts=settings.count, rows=max(settings.rows()),
-        )  # fmt: skip
+            pairs or pairs_of(latent),
+            images_at_once(reference, latent, LARGEST_PAIRING),
+            held_out=0,
+            seed=calibration_seed if noise is None else noise.seed,
+            prompts=settings.count,
+            rows=max(settings.rows()),
+        )
         inputs = digest_of_inputs(
             model, reference, settings.schedule(reference), settings, latent, plan, method, start_percent, end_percent
         ).hex
@@ -135,7 +200,7 @@ class VarianceCompensate(io.ComfyNode):
             show(node_id(cls), f"Fitted before with the same inputs: {saved.name}")
             return io.NodeOutput(loaded(saved, model, reference))
         check_writable()
-        begun, notes = time.perf_counter(), settings.describe(reference)
+        watch, notes = Stopwatch(), settings.describe(reference)
         estimate = Remaining(f"{plan.images} pairs of {notes['steps']} steps", teller(cls))
         variance, fitted, at_once = fit_compensation(
             reference, model, settings, latent, plan, estimate, method=method, start=start_percent, end=end_percent
@@ -145,10 +210,8 @@ class VarianceCompensate(io.ComfyNode):
         calibration = Calibration(fingerprint_of(reference), variance=variance, notes={**made, "inputs": inputs})
         path = save_new(calibration.save, filename_prefix, file, reference)
         log.info("Variance compensation saved: %s", path)
-        show(
-            node_id(cls),
-            done("pairs", plan.images, notes["prompts"], plan, at_once, time.perf_counter() - begun, path.name),
-        )
+        seconds = watch.seconds()
+        show(node_id(cls), done("pairs", plan.images, notes["prompts"], plan, at_once, seconds, path.name))
         return io.NodeOutput(attach_compensation(model, variance, fitted))
 
 
@@ -159,7 +222,7 @@ def loaded(path: Path, model, reference):
 
 
 def attach_saved(model, calibration: Calibration, name: str):
-    """The model with the compensation of a file that was fitted for what is attached to it."""
+    """The model with the compensation of a file that was fitted for its cache and quantization."""
     if calibration.variance is None:
         raise ValueError(f"{name} holds no variance compensation; pick one that this node made, or {NEW!r}.")
     if calibration.notes.get("attached") != details(model):

@@ -4,7 +4,7 @@
 
 BASE is a ComfyUI base directory with the pack in custom_nodes. A feature is what the last block returns, as in Spectrum
 (arXiv 2603.01623), or what all blocks add to their stream; the layers after it see the present input either way. A
-forecast is the pack's of order 1 or 2, or Spectrum's: a ridge regression (0.1) of Chebyshev polynomials up to degree 4
+forecast is the pack's of order 1, or Spectrum's: a ridge regression (0.1) of Chebyshev polynomials up to degree 4
 over all computed steps, blended half and half with the line through the last two. Writes results/caching-features.json
 and .md.
 """
@@ -22,7 +22,7 @@ import torch
 RESULTS = Path(__file__).parents[1] / "results"
 IMAGES, DEGREE, RIDGE = 6, 4, 0.1
 KINDS = {"prediction": "whole prediction", "sum of the blocks": "blocks", "last block": "blocks"}
-FORECASTS = {"order 1": 1, "order 2": 2, "Chebyshev": 1}
+FORECASTS = {"order 1": 1, "Chebyshev": 1}
 SHARES = (1.5, 2, 3)
 
 

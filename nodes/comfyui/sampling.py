@@ -42,13 +42,16 @@ class Progress:
 
     def timed(self, patcher):
         """The MODEL; the estimate leaves out what it does before it samples, such as loading its weights."""
-        if self.estimate is not None:
-            replace_wrapper(patcher, WRAPPERS.SAMPLER_SAMPLE, "qandc_estimate", self.sampling)
-        return patcher
+        estimate = self.estimate
+        if estimate is None:
+            return patcher
 
-    def sampling(self, executor, *args, **kwargs):
-        self.estimate.resume()
-        return executor(*args, **kwargs)
+        def sampling(executor, *args, **kwargs):
+            estimate.resume()
+            return executor(*args, **kwargs)
+
+        replace_wrapper(patcher, WRAPPERS.SAMPLER_SAMPLE, "qandc_estimate", sampling)
+        return patcher
 
     def advance(self, picture=None) -> None:
         """One unit of work that is no sampling step."""
@@ -92,9 +95,15 @@ def sample(
 ) -> Tensor:
     """What KSampler, KSampler (Advanced), SamplerCustom or SamplerCustomAdvanced does with the same settings."""
     samples = settings.guider_on(patcher, prompt, first).sample(
-        noise, latent, settings.sampler_object(), settings.schedule(patcher), denoise_mask=mask, callback=callback,
-        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=seed,
-    )  # fmt: skip
+        noise,
+        latent,
+        settings.sampler_object(),
+        settings.schedule(patcher),
+        denoise_mask=mask,
+        callback=callback,
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        seed=seed,
+    )
     samples = samples.to(comfy.model_management.intermediate_device())
     return samples if settings.guider is not None else samples.to(dtype=comfy.model_management.intermediate_dtype())
 

@@ -69,9 +69,13 @@ class Settings:
         if self.sigmas is not None:
             return self.sigmas.cpu()
         name = "euler" if self.sampler is not None else self.sampler_name  # KSampler leaves a level out for some
-        sigmas = comfy.samplers.KSampler(
-            patcher, self.steps, patcher.load_device, name, self.scheduler, self.denoise, patcher.model_options
-        ).sigmas.cpu().clone()  # fmt: skip
+        sigmas = (
+            comfy.samplers.KSampler(
+                patcher, self.steps, patcher.load_device, name, self.scheduler, self.denoise, patcher.model_options
+            )
+            .sigmas.cpu()
+            .clone()
+        )
         if self.end_at_step < len(sigmas) - 1:
             sigmas = sigmas[: self.end_at_step + 1]
             if not self.leftover_noise:
@@ -202,7 +206,7 @@ def from_image(conds: Conds, first: int) -> Conds:
     """
     rotated = []
     for cond in conds:
-        context = cond.get("cross_attn")
+        context: Any = cond.get("cross_attn")
         prompts = len(context) if isinstance(context, Tensor) and context.ndim else 1
         kept = {key: rolled(value, prompts, first) for key, value in cond.items()}
         if is_classes(context):

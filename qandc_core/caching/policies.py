@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from math import ceil, isfinite
 
 from .plans import BudgetPlan, CountedPlan, Place, Plan, SpeedupPlan
 from .runs import RunFacts, StepDistances
-from .schedule import CacheConfig, Spacing, check_order, spread
+from .schedule import SPACING, CacheConfig, check_order, spread
 
 
 @dataclass(frozen=True)
@@ -152,9 +152,6 @@ class ChosenSteps(CachePolicy):
         return self.line(steps=sorted(self.steps))
 
 
-CURVED = Spacing(exponent=0.8, leading=2)  # order 2 needs two steps side by side before the others
-
-
 @dataclass(frozen=True)
 class Placed(CachePolicy):
     """A policy whose number of computed steps is known, so that `distances` of a calibration can say which.
@@ -164,16 +161,16 @@ class Placed(CachePolicy):
 
     distances: StepDistances | None = field(default=None, compare=False, kw_only=True)
 
-    def place(self, run: RunFacts, order: int, spacing: Spacing) -> Place:
+    def place(self, run: RunFacts, order: int, exponent: float = SPACING) -> Place:
         """Lays computed steps where a calibration of this run says, for forecasts of this order, or by the spacing."""
-        found = None if self.distances is None or self.distances.mismatch(run) else self.distances
+        found = self.fitting(run)
         if found is None:
-            return partial(spread, spacing=spacing)
-        return partial(spread, distances=found.values, order=order, lengths=found.lengths)
+            return partial(spread, exponent=exponent)
+        return partial(calibrated_steps, found, order)
 
-    @property
-    def spacing(self) -> Spacing:
-        return Spacing() if self.order < 2 else CURVED
+    def fitting(self, run: RunFacts) -> StepDistances | None:
+        """The distances, where they are of such a run."""
+        return None if self.distances is None or self.distances.mismatch(run) else self.distances
 
     def executed(self, run: RunFacts) -> int:
         """The order of the forecasts of whole predictions: they are held where the sampler adds noise."""
@@ -189,6 +186,14 @@ class Placed(CachePolicy):
         return f" optimum {float(self.distances.values.sum()):.6g}" + (" of forecasts" if self.order else "")
 
 
+@lru_cache(maxsize=32)
+def calibrated_steps(
+    distances: StepDistances, order: int, total: int, num_computed: int, inside: range
+) -> frozenset[int]:
+    """The best steps for forecasts of this order; the same runs again, and planning takes part of a second."""
+    return frozenset(spread(total, num_computed, inside, distances.values, order, distances.lengths))
+
+
 @dataclass(frozen=True)
 class StepCount(Placed):
     """`num_computed` steps of the run compute, those outside start..end counted."""
@@ -199,7 +204,7 @@ class StepCount(Placed):
         return [("num_computed", 1, float("inf")), *super().limits()]
 
     def planned(self, run: RunFacts, inside: range) -> Plan:
-        place = self.place(run, self.executed(run), self.spacing)
+        place = self.place(run, self.executed(run))
         return CountedPlan(run.total, self.order, inside, self.num_computed, place)
 
     def phrase(self) -> str:
@@ -219,7 +224,7 @@ class Speedup(Placed):
         return [("speedup", 1, float("inf")), *super().limits()]
 
     def planned(self, run: RunFacts, inside: range) -> Plan:
-        place = self.place(run, self.executed(run), self.spacing)
+        place = self.place(run, self.executed(run))
         return SpeedupPlan(run.total, self.order, inside, self.speedup, place, run.cost)
 
     def phrase(self) -> str:

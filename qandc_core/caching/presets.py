@@ -8,18 +8,21 @@ from .plans import Plan, PresetPlan
 from .policies import Placed
 from .runs import RunFacts
 from .samplers import SamplerFacts
-from .schedule import Spacing, affordable
+from .schedule import SPACING, affordable
 
 LEVELS = {"auto": 2.0, "safe": 1.5, "balanced": 2.0, "fast": 3.0}  # target speedups
 DISTILLED = 12  # steps up to which a run without guidance is that of a distilled model
-EVEN, FEW_COMPUTED = Spacing(exponent=0.8), 12  # for so few computed steps, which are too far apart for dense ends
+EVEN, FEW_COMPUTED = (
+    0.8,
+    12,
+)  # exponent of the spacing of so few computed steps, which are too far apart for a dense end
 
 
 @dataclass(frozen=True)
 class Preset(Placed):
     """A target speedup that chooses order and steps by itself, and computes more where so few would be no better than
     a run of fewer steps. `level` is one of LEVELS; "auto" also leaves runs of few steps without guidance as they are,
-    which are those of distilled models. The order follows from sampler and steps, whatever `order` says.
+    which are those of distilled models. The order follows from the sampler and the calibration, whatever `order` says.
     """
 
     level: str = "auto"
@@ -37,8 +40,10 @@ class Preset(Placed):
             plan.idle = True
             return plan
         num_computed = max(affordable(run.total, speedup, 0.0), sampler.fewest)
-        order, spacing = (0, Spacing()) if sampler.noisy else (1, Spacing() if num_computed > FEW_COMPUTED else EVEN)
-        place = self.place(run, order, spacing)
+        exponent = SPACING if sampler.noisy or num_computed > FEW_COMPUTED else EVEN
+        # Curvature helps where the steps were chosen for it, and not at the default spacing.
+        order = 0 if sampler.noisy else 2 if self.fitting(run) else 1
+        place = self.place(run, order, exponent)
         return PresetPlan(run.total, order, inside, speedup, place, run.cost, sampler)
 
     def phrase(self) -> str:

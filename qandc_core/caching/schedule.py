@@ -53,40 +53,21 @@ class CacheConfig:
         return self.order > 0 or not self.computes(step + 1)
 
 
-SPACING = 0.7  # exponent of the spacing for orders 0 and 1, which saved compensations were fitted with
+SPACING = 0.7  # exponent of the default spacing, which saved compensations were fitted with
 
 
-@dataclass(frozen=True)
-class Spacing:
-    """Where computed steps lie when no calibration says it: `leading` and `trailing` ones side by side at both ends,
-    the others between them, denser towards the end, where images sharpen.
+def spaced_steps(total: int, num_computed: int, exponent: float = SPACING) -> tuple[int, ...]:
+    """`num_computed` of `total` steps, the first and the last among them, denser towards the end, where images sharpen.
 
-    Step k of n between the ends lies at (k / n)^exponent of the way, rounded, and earlier where two would coincide.
+    Step k lies at (total - 1) (k / (num_computed - 1))^exponent, rounded, and earlier where two would coincide.
+    Raises ValueError unless 1 <= num_computed <= total.
     """
-
-    exponent: float = SPACING
-    leading: int = 1
-    trailing: int = 1
-
-    def steps(self, total: int, num_computed: int) -> tuple[int, ...]:
-        """`num_computed` of `total` steps, the first and the last among them.
-
-        Raises ValueError unless 1 <= num_computed <= total.
-        """
-        if not 1 <= num_computed <= total:
-            raise ValueError(f"The number of computed steps must be between 1 and {total}, got {num_computed}.")
-        last = max(min(self.trailing, num_computed - 1), 1) - 1
-        first = max(min(self.leading, num_computed - 1 - last), 1) - 1
-        count, way = num_computed - first - last, total - 1 - first - last
-        steps = [round(way * (k / max(count - 1, 1)) ** self.exponent) for k in range(count)]
-        for k in reversed(range(count - 1)):
-            steps[k] = min(steps[k], steps[k + 1] - 1)
-        return (*range(first), *(first + step for step in steps), *range(total - last, total))
-
-
-def spaced_steps(total: int, num_computed: int) -> tuple[int, ...]:
-    """`num_computed` of `total` steps by the default spacing."""
-    return Spacing().steps(total, num_computed)
+    if not 1 <= num_computed <= total:
+        raise ValueError(f"The number of computed steps must be between 1 and {total}, got {num_computed}.")
+    steps = [round((total - 1) * (k / max(num_computed - 1, 1)) ** exponent) for k in range(num_computed)]
+    for k in reversed(range(num_computed - 1)):
+        steps[k] = min(steps[k], steps[k + 1] - 1)
+    return tuple(steps)
 
 
 def spread(
@@ -96,7 +77,7 @@ def spread(
     distances: Tensor | None = None,
     order: int = 0,
     lengths: Tensor | None = None,
-    spacing: Spacing | None = None,
+    exponent: float = SPACING,
 ) -> set[int]:
     """All steps outside `inside`, and within it as many as make up `num_computed`, at least one.
 
@@ -108,7 +89,7 @@ def spread(
         return outside
     count = min(max(num_computed - len(outside), 1), len(inside))
     if distances is None:
-        steps = (spacing or Spacing()).steps(len(inside), count)
+        steps = spaced_steps(len(inside), count, exponent)
     elif order and count > 1:
         forced = {0, total - 1, *outside}
         number = max(len(outside) + count, len(forced))

@@ -16,6 +16,7 @@ records anew where they differ, because a replay would read memory that belongs 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -246,6 +247,8 @@ def device_loop(
     """The loop of the model's latest run where it fits this one; its graphs and buffers are the costly part."""
     if cache is not None:
         cache = cache.for_run(len(config.schedule()), model.reuse_cost(cache.reuse), config.sampler)
+        if cache.reuse != "prediction":
+            cache = replace(cache, order=0)  # a preset chooses its order late, and features are not extrapolated here
     key = images, config, compensated, cache, model.pos_embed.device
     if key not in model.loops:
         model.loops = {key: DeviceLoop(model, images, config, cache, compensated)}

@@ -23,7 +23,8 @@ class PlainPredictor:
     def __init__(self, loop: DeviceLoop):
         if loop.cache.reuse != "prediction":
             raise ValueError(
-                "On the device a DiT reuses predictions only; use reuse='prediction', or fuse_dit() the model."
+                "On the device a DiT reuses predictions only; use reuse='prediction', or make it a FusedDiT with "
+                "fuse_dit()."
             )
         self.model, self.rows = loop.model, loop.rows
         self.timesteps = torch.tensor(loop.schedule.timesteps, device=loop.device)

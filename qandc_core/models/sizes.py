@@ -12,10 +12,10 @@ def unlike_size(config: DiTConfig, height: int, width: int) -> str:
     trained, scale = config.input_size, PIXELS.get(config.in_channels, 1)
     if (height, width) == (trained, trained):
         return ""
-    work = height * width / trained**2
-    costs = f" and at least {work:.0f} times the work" if work >= 2 else ""
+    size, work = trained * scale, height * width / trained**2
+    costs = f", which takes at least {work:.0f} times the work" if work >= 2 else ""
+    # A node shows some 60 characters, so what to do comes first.
     return (
-        f"this model was trained for images of {trained * scale} x {trained * scale}, and {width * scale} x "
-        f"{height * scale} are sampled: expect poor images{costs}. Set the width and height of Empty Latent Image to "
-        f"{trained * scale}."
+        f"Wrong size: this model is for {size} x {size}. Set Empty Latent Image to that; it was not trained for "
+        f"{width * scale} x {height * scale}{costs}."
     )

@@ -68,9 +68,13 @@ class NativeLayer:
 
 @torch.no_grad()
 def quantize_weight(
-    name: str, weight: Tensor, bias: Tensor | None, config: NativeConfig, statistics: LayerStatistics | None = None,
+    name: str,
+    weight: Tensor,
+    bias: Tensor | None,
+    config: NativeConfig,
+    statistics: LayerStatistics | None = None,
     moments: Moments | None = None,
-) -> NativeLayer | None:  # fmt: skip
+) -> NativeLayer | None:
     """The layer with weight (N, K) and bias (N,) or None; None where it has to stay float.
 
     Raises ValueError on values that are not finite, statistics that the config needs and the file lacks, and a layer
@@ -86,9 +90,13 @@ def quantize_weight(
 
 @torch.no_grad()
 def rounded_layer(
-    name: str, weight: Tensor, bias: Tensor | None, config: NativeConfig, statistics: LayerStatistics | None = None,
+    name: str,
+    weight: Tensor,
+    bias: Tensor | None,
+    config: NativeConfig,
+    statistics: LayerStatistics | None = None,
     moments: Moments | None = None,
-) -> NativeLayer | None:  # fmt: skip
+) -> NativeLayer | None:
     """quantize_weight without its limit on the error; `moments` are shared with the layers before."""
     wanted, (outputs, inputs) = BY_NAME[config.format], weight.shape
     check_available(wanted)

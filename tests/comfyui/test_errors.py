@@ -294,7 +294,9 @@ def test_a_size_that_the_model_was_not_trained_for_is_said_at_once(server):
     graph.picture(graph.load())
     start = len(server.log)
     server.succeed(graph)
-    assert server.log[start:].count("trained for images of 32 x 32, and 64 x 64 are sampled") == 1
+    assert (
+        server.log[start:].count("is for 32 x 32. Set Empty Latent Image to that; it was not trained for 64 x 64") == 1
+    )
 
 
 def test_the_null_class_is_a_class(server):

@@ -39,6 +39,12 @@ def test_a_packed_source_is_quantized_on_or_refused(found, checkout, subtests):
                 assert result["against the original"] == pytest.approx(expected, rel=0.35)
 
 
+def test_a_gguf_model_is_refused_with_the_file_to_take(found):
+    sentence = found["unreadable"]
+    assert sentence.startswith("The weight of single_blocks.0.linear1 is a ") and "torch.uint8" in sentence
+    assert sentence.endswith("load the model with Load Diffusion Model from a file of 16 bits.")
+
+
 def test_attention_preferences_survive(found):
     for format, result in found["preferences"].items():
         assert result == {"rebuilt": True, "saved": True}, format

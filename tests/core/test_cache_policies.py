@@ -37,7 +37,7 @@ from qandc_core.caching.policies import (
     StepCount,
 )
 from qandc_core.caching.runs import TOLERANCE, StepDistances
-from qandc_core.caching.schedule import CacheConfig, Spacing, affordable, optimal_schedule, spaced_steps, spread
+from qandc_core.caching.schedule import CacheConfig, affordable, optimal_schedule, spaced_steps, spread
 from qandc_core.sampling.clock import CallTimes
 
 parts = st.tuples(st.floats(0, 1), st.floats(0, 1))
@@ -74,16 +74,6 @@ def test_spaced_steps_lie_closer_together_towards_the_end(total, data):
     assert all(later <= earlier + 1 for earlier, later in zip(gaps, gaps[1:]))
     half = len(gaps) // 2
     assert sum(gaps[:half]) >= sum(gaps[len(gaps) - half :])
-
-
-@given(st.integers(1, 60), st.data())
-@settings(deadline=None)
-def test_spacings_hold_their_ends_side_by_side_as_far_as_the_steps_reach(total, data):
-    computed, leading, trailing = (data.draw(st.integers(1, top)) for top in (total, 4, 4))
-    steps = Spacing(data.draw(st.sampled_from([0.6, 0.7, 0.8, 1.0])), leading, trailing).steps(total, computed)
-    assert len(steps) == computed and list(steps) == sorted(set(steps)) and steps[0] == 0
-    if computed >= leading + trailing:
-        assert set(range(leading)) | set(range(total - trailing, total)) <= set(steps)
 
 
 @pytest.mark.parametrize("computed", [0, 11])

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qandc_core import apply_cache_to_dit, fuse_dit, generate, load_dit
 from qandc_core.caching.forecast import CURVATURE, coefficients, forecast_rows
 from qandc_core.caching.optimum import LONGEST, lengths_of, missed, optimal_schedule, squared_norm
 from qandc_core.caching.policies import Speedup, StepCount
@@ -189,8 +190,21 @@ def test_presets_take_a_calibration_of_their_run():
     values, lengths = trajectory(20, 5)
     distances = StepDistances(distances_of(values, lengths))
     plan = Preset(level="safe", distances=distances).plan(20, sampler="euler", noisy=False)
-    assert plan.steps == set(optimal_schedule(distances.values, 13, order=1))
+    assert plan.order == 2 and plan.steps == set(optimal_schedule(distances.values, 13, order=2))
     assert Preset(level="safe", distances=distances).detail() != Preset(level="safe").detail()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("reuse", ["branch", "prediction"])
+def test_presets_run_in_every_loop_of_the_engine(fused, reuse):
+    if reuse == "prediction" and not fused:
+        pytest.skip("only a FusedDiT reuses predictions")
+    model = load_dit("demo")
+    cached = apply_cache_to_dit(fuse_dit(model) if fused else model, Preset("fast"), reuse=reuse)
+    dear = reuse == "branch"  # a reused step costs something, so one more is reused
+    for sampler, steps, computed in (("ddim", 21, 7 - dear), ("ddpm", 9, 4), ("ddim", 5, 5)):
+        found, report = generate(cached, [3], steps, 1.5, sampler, seed=1)
+        assert sum(report.computed) == computed and bool(found.isfinite().all())
 
 
 def test_an_unknown_preset_is_refused():

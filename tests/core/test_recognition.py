@@ -112,11 +112,17 @@ def test_only_the_list_of_tensors_is_read(tmp_path):
     "channels, side, height, width, said",
     [
         (3, 32, 32, 32, None),
-        (3, 32, 512, 512, "32 x 32, and 512 x 512 are sampled: expect poor images and at least 256 times the work"),
-        (3, 32, 32, 40, "32 x 32, and 40 x 32 are sampled: expect poor images. Set"),
+        (
+            3,
+            32,
+            512,
+            512,
+            "is for 32 x 32. Set Empty Latent Image to that; it was not trained for 512 x 512, which takes",
+        ),
+        (3, 32, 32, 40, "it was not trained for 40 x 32."),
         (4, 32, 32, 32, None),
-        (4, 32, 64, 32, "256 x 256, and 256 x 512 are sampled: expect poor images and at least 2 times"),
-        (4, 64, 32, 32, "512 x 512, and 256 x 256 are sampled: expect poor images. Set"),
+        (4, 32, 64, 32, "is for 256 x 256. Set Empty Latent Image to that; it was not trained for 256 x 512, which"),
+        (4, 64, 32, 32, "it was not trained for 256 x 256."),
     ],
 )
 def test_a_size_that_the_model_was_not_trained_for_is_said(channels, side, height, width, said):

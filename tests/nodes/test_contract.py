@@ -125,8 +125,9 @@ def test_chinese_help_page_names_every_input_and_output(node):
 @pytest.mark.parametrize("node", NODES)
 def test_help_page_fits_the_panel(node, language):
     # The panel can be 218 pixels wide: it cut the third column of tables off, and does not break code blocks.
-    page = help_page(node, language)
+    page = (ROOT / "web" / "docs" / node / f"{language}.md").read_text(encoding="utf-8")
     assert "\n|" not in page and "```" not in page
+    assert not re.findall(r"`[\w./-]{21,}`", page, re.ASCII), "write <code>long_<wbr>name</code>, so that it can break"
     assert not re.search(r"\*[^*\n]*[\uff1a\u3002]\*(?=\w)", page), (
         "emphasis that ends in a full-width mark is not closed"
     )

@@ -24,19 +24,37 @@ OURS = "qandc"  # begins the names under which the pack keeps state and reports 
 # Attributes that sampling changes, and changes back or finds anew in every run.
 OF_A_RUN = {
     comfy.controlnet.ControlBase: {
-        "cond_hint", "extra_concat", "timestep_range", "model_sampling_current", "multigpu_clones", "control_input"
+        "cond_hint",
+        "extra_concat",
+        "timestep_range",
+        "model_sampling_current",
+        "multigpu_clones",
+        "control_input",
     },
     comfy.hooks.Hook: {"hook_ref", "_skip_adding"},
     comfy.hooks.HookKeyframe: {"start_t"},
     comfy.hooks.HookKeyframeGroup: {
-        "_current_keyframe", "_current_used_steps", "_current_index", "_current_strength", "_curr_t", "curr_t"
+        "_current_keyframe",
+        "_current_used_steps",
+        "_current_index",
+        "_current_strength",
+        "_curr_t",
+        "curr_t",
     },
     # the MODEL of a guider is told apart as such, with what the guider changes in its options
     comfy.samplers.CFGGuider: {
-        "model_patcher", "model_options", "inner_model", "conds", "loaded_models", "uncond_inner", "uncond_loaded",
-        "_uncond_neg", "_uncond_conds", "_v_numel"
+        "model_patcher",
+        "model_options",
+        "inner_model",
+        "conds",
+        "loaded_models",
+        "uncond_inner",
+        "uncond_loaded",
+        "_uncond_neg",
+        "_uncond_conds",
+        "_v_numel",
     },
-}  # fmt: skip
+}
 
 
 def digest_of_inputs(*values: Any) -> Digest:
@@ -75,13 +93,25 @@ class Standing:
             self.named(f"model {len(self.models)}", patcher)
         network = getattr(patcher.model, "diffusion_model", None)
         return [
-            type(patcher.model), type(network), vars_of_config(patcher.model),
+            type(patcher.model),
+            type(network),
+            vars_of_config(patcher.model),
             weights(patcher) if network is not None else plain_weights(patcher.model),
-            patcher.patches, patcher.object_patches, patcher.hook_patches, patcher.weight_wrapper_patches,
-            options_of(patcher.model_options), without_cache(patcher.wrappers), patcher.callbacks,
-            patcher.attachments, patcher.injections, patcher.additional_models, patcher.hook_mode,
-            getattr(patcher, "forced_hooks", None), details(patcher), hooks_of(patcher.model),
-        ]  # fmt: skip
+            patcher.patches,
+            patcher.object_patches,
+            patcher.hook_patches,
+            patcher.weight_wrapper_patches,
+            options_of(patcher.model_options),
+            without_cache(patcher.wrappers),
+            patcher.callbacks,
+            patcher.attachments,
+            patcher.injections,
+            patcher.additional_models,
+            patcher.hook_mode,
+            getattr(patcher, "forced_hooks", None),
+            details(patcher),
+            hooks_of(patcher.model),
+        ]
 
     def named(self, name: str, patcher) -> None:
         """Parts of a network that others refer to go by their names; what is patched into it just now does not."""

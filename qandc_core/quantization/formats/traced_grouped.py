@@ -83,6 +83,10 @@ def runs(weight: Any, transposed: bool) -> bool:
     )
 
 
+def grid_of(params: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    return params.scale, params.s_channel, params.codebook
+
+
 @cache
 def register() -> None:
     """Adds the layout and what it does for F.linear, mm, addmm and t to comfy-kitchen's tables."""
@@ -96,15 +100,7 @@ def register() -> None:
         def dequantize(cls, qdata, params):
             if params.correction is not None or getattr(params, "mma_packed", False):
                 return super().dequantize(qdata, params)
-            return decoded(
-                qdata,
-                params.scale,
-                params.s_channel,
-                params.codebook,
-                params.group_size,
-                params.convrot_groupsize,
-                params.orig_dtype,
-            )
+            return decoded(qdata, *grid_of(params), params.group_size, params.convrot_groupsize, params.orig_dtype)
 
         @classmethod
         def linear_input_act(cls, weight, x, bias=None, input_act=None, *args, **kwargs):
@@ -113,18 +109,8 @@ def register() -> None:
 
     def product(x: Tensor, weight: Any, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
         params, x = weight._params, kitchen.dequantize_args(x)
-        return linear(
-            x,
-            weight._qdata,
-            params.scale,
-            params.s_channel,
-            params.codebook,
-            bias,
-            params.group_size,
-            params.convrot_groupsize,
-            getattr(params, "mma_packed", False),
-            dtype or params.orig_dtype,
-        )
+        layout = params.group_size, params.convrot_groupsize, getattr(params, "mma_packed", False)
+        return linear(x, weight._qdata, *grid_of(params), bias, *layout, dtype or params.orig_dtype)
 
     @kitchen.register_layout_op(aten.linear.default, TracedGrouped)
     def _(_, args, kwargs):

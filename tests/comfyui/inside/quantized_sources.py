@@ -76,6 +76,25 @@ def sources(host: Host) -> dict[str, Any]:
     return found
 
 
+class GGMLTensor(torch.Tensor):
+    """Bytes that only another pack's layers can read, as the weights of its GGUF loader are."""
+
+
+def unreadable(host: Host) -> str:
+    """What is said of a layer with such a weight."""
+    full = load(host, FAMILY)
+    module = full.model.diffusion_model.single_blocks[0].linear1
+    kept, packed = module.weight, torch.zeros(8, 8, dtype=torch.uint8).as_subclass(GGMLTensor)
+    module.weight = torch.nn.Parameter(packed, requires_grad=False)
+    try:
+        quantize(host, full, "W8A8")
+        return ""
+    except ValueError as refusal:
+        return str(refusal)
+    finally:
+        module.weight = kept
+
+
 class Preference(torch.nn.Module):
     """Loads and saves an entry of its own, as the child that later versions of ComfyUI give their attention does."""
 
@@ -126,4 +145,4 @@ def preferences(host: Host) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main({"sources": sources, "preferences": preferences})
+    main({"sources": sources, "unreadable": unreadable, "preferences": preferences})
