@@ -23,7 +23,7 @@ from torch import Tensor
 from ...qandc_core.sampling.report import RunReport, joined, peak_memory, reset_peak_memory
 from .queue import Prompt, downstream, executing
 from .sampling import Progress, Settings, parts_of, sample
-from .status import show
+from .status import sentences, show
 from .timing import CLOCK, RunClock, time_prediction, time_sampler
 from .wrappers import (
     QUANTIZATION,
@@ -244,4 +244,4 @@ def words_of(report: RunReport) -> str:
         if report.peak_memory and "cpu" not in report.device
         else "",
     ]
-    return "\n".join(filter(None, lines))
+    return sentences(lines)

@@ -17,6 +17,7 @@ import comfy.model_patcher
 import comfy.sample
 import comfy.sampler_helpers
 import comfy.samplers
+import torch
 from torch import Tensor
 
 from ...qandc_core.calibration.choice import Batch
@@ -99,7 +100,7 @@ class Settings:
         if self.noise is not None:
             return reseeded(self.noise, seed - self.noise.seed).generate_noise(latent)
         if not self.add_noise:
-            return comfy.sample.prepare_empty_noise(latent["samples"])
+            return no_noise(latent["samples"])
         return comfy.sample.prepare_noise(latent["samples"], seed, latent.get("batch_index"))
 
     @property
@@ -190,6 +191,13 @@ def reseeded(noise, by: int) -> Any:
         elif name == "seed":
             made.seed = (value + by) % SEEDS
     return made
+
+
+def no_noise(samples) -> Any:
+    """Zeros in the place of noise, nested where the samples are; older versions of ComfyUI have no function for it."""
+    if samples.is_nested:
+        return type(samples)([torch.zeros_like(part, device="cpu") for part in samples.unbind()])
+    return torch.zeros_like(samples, device="cpu")
 
 
 def prompts_of(cond: dict[str, Any]) -> int:

@@ -15,7 +15,7 @@ Place = Callable[
 ]  # the computed steps: of how many, how many, which of them may reuse
 
 WARM_UP = 3  # steps that an error budget computes first: a curvature needs three
-LEAST_GAIN = 1.2  # speedup below which reuse is not worth its error
+LEAST_GAIN = 1.25  # speedup below which reuse is not worth its error
 KEPT = 0.95  # of a promised speedup: what falls short by less is neither corrected nor told
 FEW_STEPS = 8  # up to here reuse measured hardly better than a run of as many steps as are computed
 

@@ -18,7 +18,7 @@ from family_list import FAMILIES
 from host import Host
 
 STEPS, CFG, SEED = 9, 2.0, 11
-MODULES = ("custom_sampler", "flux", "ideogram4", "lt")  # of comfy_extras, with the nodes below
+MODULES = ("custom_sampler", "flux", "ideogram4", "lt", "model_advanced")  # of comfy_extras, with the nodes below
 SAMPLERS = ("KSampler", "KSamplerAdvanced", "SamplerCustom", "SamplerCustomAdvanced")
 
 
