@@ -45,11 +45,11 @@ class Wire:
 PICTURES: dict[str, tuple[list[Box], list[Wire]]] = {
     "QandC_LoadDiT": (
         [Box("Load DiT", 0, HALF_LEFT), Box("Class Label", 0, HALF_RIGHT), Box("KSampler", 1), Box("VAE Decode", 2)],
-        [Wire(0, 1, "model"), Wire(0, 1, "positive, negative", CONDITIONING, RIGHT), Wire(1, 2, "samples", LATENT)],
+        [Wire(0, 1, "model"), Wire(0, 1, "positive,\nnegative", CONDITIONING, RIGHT), Wire(1, 2, "samples", LATENT)],
     ),
     "QandC_ClassLabel": (
         [Box("Load DiT", 0, HALF_LEFT), Box("Class Label", 0, HALF_RIGHT), Box("KSampler", 1)],
-        [Wire(0, 1, "model"), Wire(0, 1, "positive, negative", CONDITIONING, RIGHT)],
+        [Wire(0, 1, "model"), Wire(0, 1, "positive,\nnegative", CONDITIONING, RIGHT)],
     ),
     "QandC_ApplyCache": (
         [Box("Load Diffusion Model", 0), Box("Apply Cache", 1), Box("KSampler", 2)],
@@ -102,7 +102,7 @@ PICTURES: dict[str, tuple[list[Box], list[Wire]]] = {
             Box("VAE Decode", 2, HALF_LEFT), Box("Compare", 2, HALF_RIGHT),
         ],
         [
-            Wire(0, 1, "model"), Wire(0, 1, "positive, negative", CONDITIONING, RIGHT),
+            Wire(0, 1, "model"), Wire(0, 1, "positive,\nnegative", CONDITIONING, RIGHT),
             Wire(1, 2, "samples", LATENT), Wire(1, 2, "reports", OURS, RIGHT),
         ],
     ),
@@ -139,37 +139,36 @@ def svg(width: int, height: int, *parts: str) -> str:
 
 def wiring(boxes: list[Box], wires: list[Wire], own: str, names: dict[str, str]) -> str:
     """Boxes in rows and their wires; the node `own` stands out."""
-    height = (max(box.row for box in boxes) + 1) * ROW - (ROW - BOX) + 20
+    height = max(box.row for box in boxes) * ROW + BOX + 20
     parts = [rect(0, 0, WIDTH, height, "#202225", 8)]
     for wire in wires:
-        top, bottom = wire.top * ROW + BOX + 10, wire.bottom * ROW + 10
-        parts.append(f'<path d="M{wire.x} {top}V{bottom}" stroke="{wire.color}" stroke-width="2"/>')
-        parts += [f'<circle cx="{wire.x}" cy="{y}" r="3.5" fill="{wire.color}"/>' for y in (top, bottom)]
-        narrow = any(other is not wire and abs(other.x - wire.x) < 50 for other in wires)
-        label = wire.label if not wire.label.startswith("positive") else "positive,\nnegative"
-        for i, line in enumerate(label.split("\n")):
-            x, y = (
-                wire.x + (3 if narrow else 6),
-                (bottom - ROW + BOX + bottom) / 2 + 3.5 + 11 * (i - label.count("\n") / 2),
-            )
-            parts.append(text(x, y, line, 9 if narrow else 10, "#b8bcc4", "start"))
+        crowded = any(other is not wire and abs(other.x - wire.x) < 50 for other in wires)
+        parts += drawn_wire(wire, *((3, 9) if crowded else (6, 10)))
     for box in boxes:
-        left, right = box.sides
-        mine = box.name == own
-        parts.append(rect(left, box.row * ROW + 10, right - left, BOX, "#2f5d8a" if mine else "#3a3d42", 6, "#5b6068"))
-        name = names.get(box.name, box.name)
-        size = min(12, 1.75 * (right - left - 8) / max(1, sum(1 if ord(c) < 0x2E80 else 1.75 for c in name)))
-        parts.append(
-            text(
-                (left + right) / 2,
-                box.row * ROW + BOX / 2 + 14,
-                name,
-                round(size, 1),
-                "#fff",
-                weight=600 if mine else 400,
-            )
-        )
+        parts += drawn_box(box, names.get(box.name, box.name), box.name == own)
     return svg(WIDTH, height, *parts)
+
+
+def drawn_wire(wire: Wire, gap: int, size: int) -> list[str]:
+    """The line, a dot at each end, and the label `gap` pixels to the right of its lower end."""
+    top, bottom = wire.top * ROW + BOX + 10, wire.bottom * ROW + 10
+    parts = [f'<path d="M{wire.x} {top}V{bottom}" stroke="{wire.color}" stroke-width="2"/>']
+    parts += [f'<circle cx="{wire.x}" cy="{y}" r="3.5" fill="{wire.color}"/>' for y in (top, bottom)]
+    lines = wire.label.split("\n")
+    first = bottom - (ROW - BOX) / 2 + 3.5 - 11 * (len(lines) - 1) / 2
+    return parts + [text(wire.x + gap, first + 11 * i, line, size, "#b8bcc4", "start") for i, line in enumerate(lines)]
+
+
+def drawn_box(box: Box, name: str, mine: bool) -> list[str]:
+    """A node; its name shrinks to the box, and a Chinese sign is 1.75 times as wide as a letter."""
+    left, right = box.sides
+    letters = sum(1 if ord(char) < 0x2E80 else 1.75 for char in name)
+    size = round(min(12, 1.75 * (right - left - 8) / letters), 1)
+    weight = 600 if mine else 400
+    return [
+        rect(left, box.row * ROW + 10, right - left, BOX, "#2f5d8a" if mine else "#3a3d42", 6, "#5b6068"),
+        text((left + right) / 2, box.row * ROW + BOX / 2 + 14, name, size, "#fff", weight=weight),
+    ]
 
 
 def mark(x: float, y: float, side: float) -> list[str]:

@@ -222,7 +222,8 @@ class ApplyCache(io.ComfyNode):
                 ]
         when = policy_of(policy, order, start_percent, end_percent, distances)
         settings = CacheSettings(when, reuse, offload, tuple(warnings), node_of(cls))
-        show(settings.node, "\n".join(f"Warning: {text}" for text in warnings))
+        off = ["With these settings the cache is off: every step is computed."] if when.off else []
+        show(settings.node, "\n".join([*off, *(f"Warning: {text}" for text in warnings)]))
         return io.NodeOutput(apply_cache(model, settings))
 
 

@@ -10,7 +10,7 @@ from ..qandc_core.calibration.growth import check_recording
 from ..qandc_core.calibration.recorder import RecordingConfig
 from ..qandc_core.calibration.recording import describe
 from . import schema
-from .comfyui.calibrate.recording import RunRecorder, record_runs, without_recording
+from .comfyui.calibrate.recording import RunRecorder, record_runs, settle, without_recording
 from .comfyui.files import check_writable, file_state, named_path
 from .comfyui.quantize.weights import fingerprint_of
 from .comfyui.status import show
@@ -101,7 +101,10 @@ class CalibrateFromRuns(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, name, record, **kwargs):
-        return "" if record else file_state(named_path(name).name)
+        if record:
+            return ""
+        settle()
+        return file_state(named_path(name).name)
 
     @classmethod
     def execute(
@@ -130,6 +133,7 @@ class CalibrateFromRuns(io.ComfyNode):
 
 def recorded(path: Path, model, node_id: str | None):
     """The calibration that runs of this model made, or what blocks nodes that need it."""
+    settle()
     if not path.is_file():
         return ExecutionBlocker(f"There is no {path.name} in output/qandc yet; set record to on and sample.")
     calibration = load_calibration(path)

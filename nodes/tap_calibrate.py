@@ -1,15 +1,14 @@
 from __future__ import annotations
 
 import logging
-import math
-import time
 from dataclasses import replace
 from pathlib import Path
 
 from comfy_api.v0_0_2 import io
 
 from ..qandc_core.calibration.file import Calibration, load_calibration
-from ..qandc_core.sampling.remaining import Remaining, duration
+from ..qandc_core.sampling.clock import Stopwatch
+from ..qandc_core.sampling.remaining import Remaining
 from . import schema
 from .comfyui.calibrate.run import SELECTIONS, CalibrationConfig, calibrate, digest_of
 from .comfyui.defaults import AUTO_COUNT, completed, images_at_once
@@ -23,11 +22,12 @@ from .comfyui.files import (
     partial_path,
     save_new,
 )
+from .comfyui.making import distinct_trajectories, done, guided_model, node_id, require_sampling, teller
 from .comfyui.quantize.weights import fingerprint_of
 from .comfyui.sampling import prepared
-from .comfyui.settings import LAST_STEP, Settings, batch_of, model_of
+from .comfyui.settings import LAST_STEP, Settings
 from .comfyui.status import show
-from .comfyui.wrappers import declares_noise, details, sampler_function_name
+from .comfyui.wrappers import details, sampler_function_name
 
 log = logging.getLogger(__name__)
 
@@ -257,7 +257,7 @@ class TAPCalibrate(io.ComfyNode):
             return io.NodeOutput(loaded(made, model))
         check_writable()
         partial = partial_path(filename_prefix, inputs.hex) if inputs.known else None
-        begun, notes = time.perf_counter(), describe(model, settings, plan)
+        watch, notes = Stopwatch(), describe(model, settings, plan)
         work = f"{plan.images} trajectories of {notes['steps']} steps"
         found = calibrate(model, settings, latent, plan, partial, Remaining(work, teller(cls)))
         kept = {key: found.notes[key] for key in ("distances", "batch_size")}
@@ -267,53 +267,9 @@ class TAPCalibrate(io.ComfyNode):
             partial.unlink(missing_ok=True)
         log.info("Calibration saved: %s", path)
         chosen = len(found.notes["samples"])
-        seconds = time.perf_counter() - begun
-        show(node_id(cls), done("samples", chosen, notes["prompts"], plan, kept["batch_size"], seconds, path.name))
+        at_once, seconds = kept["batch_size"], watch.seconds()
+        show(node_id(cls), done("samples", chosen, notes["prompts"], plan, at_once, seconds, path.name))
         return io.NodeOutput(calibration)
-
-
-def node_id(cls) -> str | None:
-    return getattr(getattr(cls, "hidden", None), "unique_id", None)
-
-
-def teller(cls):
-    """Says something in the log and on the node."""
-
-    def tell(text: str) -> None:
-        log.info("Q&C: %s", text)
-        show(node_id(cls), text)
-
-    return tell
-
-
-def done(what: str, count: int, prompts: int, plan: CalibrationConfig, at_once: int, seconds: float, name: str) -> str:
-    of = f" of {prompts} prompts" if prompts > 1 else ""
-    fewer = f", {at_once} at once because more did not fit" if at_once < plan.batch_size else ""
-    return f"{count} {what}{of}, {duration(seconds)}{fewer}, saved as {name}"
-
-
-def guided_model(guider, wired):
-    """The MODEL of a guider, which goes before a wired one. Raises ValueError where that is another network."""
-    model = model_of(guider)
-    if wired is not None and not model.is_clone(wired) and fingerprint_of(model) != fingerprint_of(wired):
-        raise ValueError(
-            "`model` and the guider's model are different ones; disconnect `model`, the guider has its own."
-        )
-    if wired is not None and details(wired) != details(model):
-        log.warning("Q&C: what is attached to `model` is not used, the guider's model counts.")
-    return model
-
-
-def distinct_trajectories(settings: Settings, latent, wanted: int) -> int:
-    """As many trajectories as differ: without new noise they repeat with the latent's images and the prompts."""
-    noise = settings.noise_of(latent, settings.noise.seed if settings.noise is not None else 0)
-    parts = noise.unbind() if noise.is_nested else [noise]
-    if any(part.any() for part in parts) or declares_noise(settings.sampler_object()):
-        return wanted
-    distinct = math.lcm(batch_of(latent["samples"]), settings.count * math.lcm(*settings.rows()))
-    if distinct < wanted:
-        log.info("Q&C: without new noise only %d trajectories differ; a latent with more images gives more.", distinct)
-    return min(wanted, distinct)
 
 
 def loaded(path: Path, model) -> Calibration:
@@ -336,22 +292,3 @@ def describe(model, settings: Settings, plan: CalibrationConfig) -> dict:
         "prompts": sum(settings.rows()),
         "samples": plan.samples,
     }
-
-
-def require_sampling(file: str, guider, model, positive, negative, latent_image, prompts=None) -> None:
-    """Raises ValueError naming what is not wired: conditioning comes from the guider where there is one."""
-    if guider is not None:
-        return require_wires(file, latent_image=latent_image)
-    positive = prompts if positive is None else positive
-    return require_wires(file, model=model, positive=positive, negative=negative, latent_image=latent_image)
-
-
-def require_wires(file: str, **inputs) -> None:
-    """Raises ValueError naming the inputs that making a new file needs."""
-    absent = [name for name, value in inputs.items() if value is None]
-    if not absent:
-        return
-    reason = (
-        "To calibrate anew" if file == NEW else f"The file {Path(file).name} is not in output/qandc here; to make it"
-    )
-    raise ValueError(f"{reason}, connect {', '.join(absent)}, or pick another file.")

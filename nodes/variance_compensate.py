@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from pathlib import Path
 
 from comfy_api.v0_0_2 import io
@@ -9,6 +8,7 @@ from comfy_api.v0_0_2 import io
 from ..qandc_core.calibration.choice import CalibrationConfig
 from ..qandc_core.calibration.file import Calibration, load_calibration
 from ..qandc_core.compensation.factors import METHODS
+from ..qandc_core.sampling.clock import Stopwatch
 from ..qandc_core.sampling.remaining import Remaining
 from . import schema
 from .comfyui.cache.attach import steps_vary
@@ -24,12 +24,12 @@ from .comfyui.files import (
     made_before,
     save_new,
 )
+from .comfyui.making import done, node_id, require_sampling, teller
 from .comfyui.quantize.weights import fingerprint_of
 from .comfyui.sampling import prepared
 from .comfyui.settings import LAST_STEP, Settings
 from .comfyui.status import show
 from .comfyui.wrappers import details, labels
-from .tap_calibrate import done, node_id, require_sampling, teller
 
 log = logging.getLogger(__name__)
 
@@ -200,7 +200,7 @@ class VarianceCompensate(io.ComfyNode):
             show(node_id(cls), f"Fitted before with the same inputs: {saved.name}")
             return io.NodeOutput(loaded(saved, model, reference))
         check_writable()
-        begun, notes = time.perf_counter(), settings.describe(reference)
+        watch, notes = Stopwatch(), settings.describe(reference)
         estimate = Remaining(f"{plan.images} pairs of {notes['steps']} steps", teller(cls))
         variance, fitted, at_once = fit_compensation(
             reference, model, settings, latent, plan, estimate, method=method, start=start_percent, end=end_percent
@@ -210,10 +210,8 @@ class VarianceCompensate(io.ComfyNode):
         calibration = Calibration(fingerprint_of(reference), variance=variance, notes={**made, "inputs": inputs})
         path = save_new(calibration.save, filename_prefix, file, reference)
         log.info("Variance compensation saved: %s", path)
-        show(
-            node_id(cls),
-            done("pairs", plan.images, notes["prompts"], plan, at_once, time.perf_counter() - begun, path.name),
-        )
+        seconds = watch.seconds()
+        show(node_id(cls), done("pairs", plan.images, notes["prompts"], plan, at_once, seconds, path.name))
         return io.NodeOutput(attach_compensation(model, variance, fitted))
 
 
@@ -224,7 +222,7 @@ def loaded(path: Path, model, reference):
 
 
 def attach_saved(model, calibration: Calibration, name: str):
-    """The model with the compensation of a file that was fitted for what is attached to it."""
+    """The model with the compensation of a file that was fitted for its cache and quantization."""
     if calibration.variance is None:
         raise ValueError(f"{name} holds no variance compensation; pick one that this node made, or {NEW!r}.")
     if calibration.notes.get("attached") != details(model):

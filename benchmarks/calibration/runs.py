@@ -33,7 +33,8 @@ from qandc_core.evaluation.metrics import standard_error
 from qandc_core.evaluation.variants import balanced_labels
 from qandc_core.files import save_text
 from qandc_core.models.dit import DiT
-from qandc_core.models.layers import NATIVE_SKIP, named_linears
+from qandc_core.models.layers import named_linears
+from qandc_core.quantization.model import NATIVE_SKIP
 from qandc_core.quantization.native import NativeConfig, rounded_layer
 
 from .pool import CandidatePool, collect_pool
@@ -201,6 +202,8 @@ def markdown(result: dict[str, Any]) -> str:
         lines.append(
             f"| {samples} | {method} | " + " | ".join(f"{c['error']:.5f} +- {c['se']:.5f}" for c in cells) + " |"
         )
+    if not result["growth"]:
+        return "\n".join(lines) + "\n"
     lines += ["", result["growth_setting"], ""]
     lines += [
         "| runs | W4A8 layer error | squared error above that of all runs | estimated from the runs |",
@@ -217,8 +220,8 @@ def main() -> None:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--cfg", type=float, default=1.5)
     parser.add_argument("--runs", type=int, default=64)
-    parser.add_argument("--draws", type=int, default=8)
-    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--draws", type=int, default=8, help="of each choice; 0 leaves the comparison out")
+    parser.add_argument("--seeds", type=int, default=4, help="orders of growing runs; 0 leaves them out")
     parser.add_argument("--name", default="calibration-runs")
     parser.add_argument("--out", type=Path, default=Path("out/calibration"))
     args = parser.parse_args()
@@ -227,8 +230,8 @@ def main() -> None:
     pool = collect_pool(model, balanced_labels(args.runs, classes), config, batch_size=args.runs, seed=POOL_SEED)
     apart = collect_pool(model, balanced_labels(16, classes), config, batch_size=16, seed=TEST_SEED)
     rows, test = Rows.of(pool), held_out(model, Rows.of(apart))
-    choices = compare_choices(model, rows, test, [args.runs, 4 * args.runs], args.draws)
-    growth = growth_table(grow(model, rows, test, 25, args.seeds, "W4A8"))
+    choices = compare_choices(model, rows, test, [args.runs, 4 * args.runs], args.draws) if args.draws else []
+    growth = growth_table(grow(model, rows, test, 25, args.seeds, "W4A8")) if args.seeds else []
     result = {
         "command": shlex.join(["python", "-m", "benchmarks.calibration.runs", *sys.argv[1:]]),
         "hardware": hardware(),

@@ -23,7 +23,7 @@ SINGLE = ("W6A8", "W8A8")
 TEXT = """# A ladder of formats against single widths
 
 Relative L2 error of the whole model's prediction on {calls} calls that neither the calibration nor the choice of
-formats has seen; mean and standard error over {seeds} seeds of calibration. Codes by GPTQ on 128 samples of 32
+formats has seen; mean and standard error over seeds of calibration. Codes by GPTQ on 128 samples of 32
 trajectories. The ladder starts every layer at W4A8 and gives W6A8, W8A8 or float to those that take most of the model's
 error away for their bytes, by shares of that error measured on 3 of 8 other held-out calls; "without shares" it looks
 at each layer's own error alone. "MiB" are of all quantized layers. ComfyUI {comfyui}, comfy-kitchen {kitchen}, eager
@@ -74,11 +74,21 @@ def differences(methods: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def report(data: dict[str, Any]) -> str:
-    parts = [TEXT.format(**data, seeds=max(run["seed"] for run in data["runs"]) + 1)]
+    parts = [TEXT.format(**data)]
     for subject in SUBJECTS:
         methods = groups(data, subject)
         if methods:
-            parts += [f"## {subject}", "", table(methods), "", "Paired by seed:", "", differences(methods), ""]
+            seeds = len({run["seed"] for run in data["runs"] if run["subject"] == subject})
+            parts += [
+                f"## {subject}, {seeds} seeds",
+                "",
+                table(methods),
+                "",
+                "Paired by seed:",
+                "",
+                differences(methods),
+                "",
+            ]
     return "\n".join(parts)
 
 

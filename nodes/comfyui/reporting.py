@@ -23,7 +23,7 @@ from torch import Tensor
 from ...qandc_core.sampling.report import RunReport, joined, peak_memory, reset_peak_memory
 from .queue import Prompt, downstream, executing
 from .sampling import Progress, Settings, parts_of, sample
-from .status import show
+from .status import sentences, show
 from .timing import CLOCK, RunClock, time_prediction, time_sampler
 from .wrappers import (
     QUANTIZATION,
@@ -37,6 +37,7 @@ from .wrappers import (
 )
 
 OURS, SAMPLE = "QandC_", "QandC_Sample"
+PLAIN = "full precision, no cache"  # label of a model with nothing of ours on it
 Key = tuple[str, int, int]  # sampler node, place in its list of inputs, number of the run within
 
 
@@ -101,7 +102,7 @@ class ReportRecorder:
         report.sampler, report.sigmas = report.solver, [float(sigma) for sigma in sigmas.tolist()]
         report.seed, report.denoise, report.finished = given.get("seed"), None, False
         report.size = [list(shape[1:]) for shape in shapes]
-        report.label = self.label or labels(patcher) or "full precision, no cache"
+        report.label = self.label or labels(patcher) or PLAIN
         report.quantization = patcher.model_options["transformer_options"].get(QUANTIZATION)
         return report
 
@@ -131,7 +132,8 @@ class ReportRecorder:
         """Leaves out samplers that do not sample what this node gives them any more."""
         if self.node is not None and self.node in prompt.graph:
             follow = downstream(prompt.graph, self.node)
-            self.runs = {key: run for key, run in self.runs.items() if key[0] in follow}
+            # Nodes that another expanded into are named after it, with points between.
+            self.runs = {key: run for key, run in self.runs.items() if key[0].split(".")[0] in follow}
 
     def report(self) -> RunReport | None:
         """All that its samplers did last, as one report; None before any ran."""
@@ -182,7 +184,8 @@ def measured_sample(
     samples = sample(recorder.attach(patcher), settings, latent, noise, seed, progress.step, mask)
     report = recorder.report()
     if report is None:  # no step: nothing was sampled
-        report = RunReport("", 0, latent.shape[0], settings.cfg, str(patcher.load_device), label=label)
+        report = RunReport("", 0, latent.shape[0], settings.cfg, str(patcher.load_device))
+        report.label = label or labels(patcher) or PLAIN
         report.size = [list(part.shape[1:]) for part in parts_of(latent)]
     report.sampler, report.cfg_scale = f"{settings.sampler_name}, {settings.scheduler}", settings.cfg
     report.seed, report.denoise = seed, settings.denoise
@@ -224,7 +227,7 @@ def paged_weights(patcher) -> int:
 
 
 def words_of(report: RunReport) -> str:
-    """The report in the lines that a node shows."""
+    """The report in the lines that a node shows, two of which it shows without being made larger."""
     steps = f"{report.computed_steps} of {report.computed_steps + report.reused_steps} steps computed"
     runs = f" in {report.parts} runs" if report.parts > 1 else ""
     per_step = f", {1000 * report.total_seconds / len(report.seconds):.0f} ms a step" if report.seconds else ""
@@ -232,12 +235,13 @@ def words_of(report: RunReport) -> str:
     about = [f"{report.images} x {size}", report.sampler, "" if report.seed is None else f"seed {report.seed}"]
     lines = [
         "" if report.finished else "The run did not end.",
-        f"{report.total_seconds:.2f} s{per_step}, {steps}{runs}",
+        f"{report.total_seconds:.2f} s{per_step}",
+        f"{steps}{runs}",
+        *(f"Warning: {text}" for text in report.warnings),
         ", ".join(filter(None, about)),
         f"cache {report.cache_bytes / 2**20:.1f} MiB" if report.cache_bytes else "",
         f"peak memory {report.peak_memory / 2**20:.0f} MiB"
         if report.peak_memory and "cpu" not in report.device
         else "",
-        *(f"Warning: {text}" for text in report.warnings),
     ]
-    return "\n".join(filter(None, lines))
+    return sentences(lines)

@@ -42,13 +42,16 @@ class Progress:
 
     def timed(self, patcher):
         """The MODEL; the estimate leaves out what it does before it samples, such as loading its weights."""
-        if self.estimate is not None:
-            replace_wrapper(patcher, WRAPPERS.SAMPLER_SAMPLE, "qandc_estimate", self.sampling)
-        return patcher
+        estimate = self.estimate
+        if estimate is None:
+            return patcher
 
-    def sampling(self, executor, *args, **kwargs):
-        self.estimate.resume()
-        return executor(*args, **kwargs)
+        def sampling(executor, *args, **kwargs):
+            estimate.resume()
+            return executor(*args, **kwargs)
+
+        replace_wrapper(patcher, WRAPPERS.SAMPLER_SAMPLE, "qandc_estimate", sampling)
+        return patcher
 
     def advance(self, picture=None) -> None:
         """One unit of work that is no sampling step."""

@@ -17,6 +17,7 @@ import comfy.model_patcher
 import comfy.sample
 import comfy.sampler_helpers
 import comfy.samplers
+import torch
 from torch import Tensor
 
 from ...qandc_core.calibration.choice import Batch
@@ -99,7 +100,7 @@ class Settings:
         if self.noise is not None:
             return reseeded(self.noise, seed - self.noise.seed).generate_noise(latent)
         if not self.add_noise:
-            return comfy.sample.prepare_empty_noise(latent["samples"])
+            return no_noise(latent["samples"])
         return comfy.sample.prepare_noise(latent["samples"], seed, latent.get("batch_index"))
 
     @property
@@ -192,6 +193,13 @@ def reseeded(noise, by: int) -> Any:
     return made
 
 
+def no_noise(samples) -> Any:
+    """Zeros in the place of noise, nested where the samples are; older versions of ComfyUI have no function for it."""
+    if samples.is_nested:
+        return type(samples)([torch.zeros_like(part, device="cpu") for part in samples.unbind()])
+    return torch.zeros_like(samples, device="cpu")
+
+
 def prompts_of(cond: dict[str, Any]) -> int:
     """How many images one entry has prompts for before it starts over."""
     context = cond.get("cross_attn")
@@ -206,7 +214,7 @@ def from_image(conds: Conds, first: int) -> Conds:
     """
     rotated = []
     for cond in conds:
-        context = cond.get("cross_attn")
+        context: Any = cond.get("cross_attn")
         prompts = len(context) if isinstance(context, Tensor) and context.ndim else 1
         kept = {key: rolled(value, prompts, first) for key, value in cond.items()}
         if is_classes(context):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+from collections.abc import Iterable
 from typing import Any
 
 from .queue import Prompt, executing, running_prompts, running_server, workflow_of
@@ -35,6 +36,11 @@ def show(node_id: str | None, text: str) -> None:
         BOARD.keep(server)
     except Exception as error:  # words must never end a run
         log.debug("Q&C: no text on node %s: %r", node_id, error)
+
+
+def sentences(lines: Iterable[str]) -> str:
+    """The lines that are not empty, each ended by a full stop: Nodes 2.0 draws line breaks as spaces."""
+    return "\n".join(f"{line.rstrip('.')}." for line in lines if line)
 
 
 def node_of(cls: Any) -> str | None:

@@ -10,10 +10,12 @@ from torch import Tensor
 from .samplers import SamplerFacts
 from .schedule import affordable, spread
 
-Place = Callable[[int, int, range], "set[int]"]  # the computed steps: of how many, how many, which of them may reuse
+Place = Callable[
+    [int, int, range], Collection[int]
+]  # the computed steps: of how many, how many, which of them may reuse
 
 WARM_UP = 3  # steps that an error budget computes first: a curvature needs three
-LEAST_GAIN = 1.2  # speedup below which reuse is not worth its error
+LEAST_GAIN = 1.25  # speedup below which reuse is not worth its error
 KEPT = 0.95  # of a promised speedup: what falls short by less is neither corrected nor told
 FEW_STEPS = 8  # up to here reuse measured hardly better than a run of as many steps as are computed
 
@@ -76,7 +78,7 @@ class CountedPlan(Plan):
     """A number of computed steps, which `place` lays into the part of the run that may reuse."""
 
     def __init__(self, total: int, order: int, inside: range, num_computed: int, place: Place = spread):
-        super().__init__(total, order, place(total, num_computed, inside))
+        super().__init__(total, order, set(place(total, num_computed, inside)))
         self.asked = num_computed
 
     def review(self, steps: Collection[int]) -> list[str]:
@@ -98,7 +100,7 @@ class SpeedupPlan(Plan):
 
     def __init__(self, total: int, order: int, inside: range, speedup: float, place: Place = spread, cost: float = 0.0):
         super().__init__(total, order, set())
-        self.inside, self.speedup, self.place = inside, speedup, place
+        self.inside, self.speedup, self.place, self.count = inside, speedup, place, 0
         self.charge(cost)
 
     def charge(self, cost: float) -> None:
@@ -106,7 +108,9 @@ class SpeedupPlan(Plan):
         count = affordable(self.total, self.speedup, 0.0)
         if cost < 1 / self.speedup and self.reached(count) < KEPT * self.speedup:
             count = affordable(self.total, self.speedup, cost)
-        self.steps = self.place(self.total, self.enough(count), self.inside) | {0}
+        count = self.enough(count)
+        if count != self.count:
+            self.count, self.steps = count, {0, *self.place(self.total, count, self.inside)}
 
     def enough(self, num_computed: int) -> int:
         """As many computed steps, or more where so few are known to fail."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from math import ceil, isfinite
 
 from .plans import BudgetPlan, CountedPlan, Place, Plan, SpeedupPlan
@@ -166,7 +166,7 @@ class Placed(CachePolicy):
         found = self.fitting(run)
         if found is None:
             return partial(spread, exponent=exponent)
-        return partial(spread, distances=found.values, order=order, lengths=found.lengths)
+        return partial(calibrated_steps, found, order)
 
     def fitting(self, run: RunFacts) -> StepDistances | None:
         """The distances, where they are of such a run."""
@@ -184,6 +184,14 @@ class Placed(CachePolicy):
         if self.distances is None:
             return ""
         return f" optimum {float(self.distances.values.sum()):.6g}" + (" of forecasts" if self.order else "")
+
+
+@lru_cache(maxsize=32)
+def calibrated_steps(
+    distances: StepDistances, order: int, total: int, num_computed: int, inside: range
+) -> frozenset[int]:
+    """The best steps for forecasts of this order; the same runs again, and planning takes part of a second."""
+    return frozenset(spread(total, num_computed, inside, distances.values, order, distances.lengths))
 
 
 @dataclass(frozen=True)

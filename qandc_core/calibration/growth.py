@@ -89,7 +89,13 @@ def placed(model: str, recording: Recording, latest: RunSchedule) -> Calibration
     if most is None:
         notes |= {"distances": "steps" if latest.whole else "cache", "sampler": latest.sampler}
         return Calibration(model, notes=notes, recording=recording)
-    notes |= {"distances": "", "sampler": most.sampler, "sigmas": most.sigmas, "steps": len(most.sigmas) - 1}
+    notes |= {
+        "distances": "",
+        "sampler": most.sampler,
+        "sigmas": most.sigmas,
+        "steps": len(most.sigmas) - 1,
+        "noisy": most.noisy,
+    }
     return Calibration(model, distances=most.distances(), notes=notes, recording=recording)
 
 
@@ -136,7 +142,7 @@ def measured(before: LayerRecord, run: LayerRecord, device: torch.device | str) 
         return []
     try:
         return [lowered(old.to(device), new.to(device), probe.rows.to(device))]
-    except torch.linalg.LinAlgError:
+    except RuntimeError:  # no factor, or no memory for one: the run is added all the same
         return []
 
 
@@ -151,7 +157,9 @@ def finished(record: LayerRecord) -> LayerStatistics:
 
 def distances_of(run: RunRecord, schedule: RunSchedule) -> Schedule | None:
     """The distances between the run's steps; None where a step was not computed, or its predictions are not finite."""
-    steps = len(schedule.sigmas) - 1
+    sigmas, steps = schedule.sigmas, len(schedule.sigmas) - 1
+    if any(after >= before for before, after in zip(sigmas, sigmas[1:])):
+        return None  # a schedule that rises, as of unsampling
     by_step: dict[int, Tensor] = {}
     for level, values in run.predictions:
         begun = [i for i, start in enumerate(schedule.sigmas[:-1]) if start >= level * (1 - 1e-4)]

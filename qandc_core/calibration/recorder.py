@@ -3,8 +3,9 @@ and the prediction of every step.
 
 Nothing is sampled twice and nothing is computed anew: statistics are gathered in the very calls that the sampler
 makes. What that costs is bounded in advance. At most one row in ten of the model calls is looked into, and of a sample
-at most TOKENS inputs of a layer, drawn at random, enter its sums; bounds are those of all its inputs. Nothing waits for
-a device before the run has ended, but for the calls that are held out.
+a quarter of a layer's inputs, drawn at random, enters its sums; bounds are those of all its inputs. X^T X of a layer
+may cost more than the layer itself, and inputs of one image at one step resemble each other. Nothing waits for a
+device before the run has ended, but for the calls that are held out.
 
 The host hands every model call to `called`, with the key of the network that it runs on. Clones of a model on several
 devices work in threads of their own: each has its own statistics, which add up at the end, and only the choice, a few
@@ -26,11 +27,12 @@ from .calls import ModelCall
 from .choice import reduced
 from .layer_inputs import HELD_OUT_TOKENS, call_of, of_samples
 from .memory import StatisticsPlan, plan_statistics
+from .run import width_of
 from .statistics import LayerStatistics, observed
 from .stream import Reservoir, Strata
 
 SPARSEST = 10  # at most one row in ten is observed
-TOKENS = 1024  # inputs of a layer that one sample adds to its sums
+SHARE, FEWEST, MOST = 4, 64, 1024  # one token in four enters a layer's sums, within these limits per sample
 HELD_OUT_A_RUN = 2
 PROBES, PROBE_TOKENS, PROBE_WIDTH = 4, 256, 4096  # layers on which it is measured what a run adds
 Layers = Sequence[tuple[str, nn.Module]]
@@ -98,6 +100,13 @@ class RunRecord:
     predictions: list[tuple[float, Tensor]] = field(default_factory=list)
     samples: int = 0
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the layers' sums and inputs."""
+        sums = [record.statistics.hessian for record in self.layers.values()]
+        kept = [kept.memory for record in self.layers.values() for kept in record.kept.values()]
+        return sum(tensor.nbytes for tensor in (*sums, *kept) if tensor is not None)
+
 
 class Draws:
     """Which inputs of a model call are kept, at random: layers with as many inputs keep the same ones."""
@@ -156,7 +165,7 @@ class Place:
             record = self.record(name, inputs.shape[-1])
             if len(chosen):
                 x = of_samples(inputs, batch, chosen)
-                some, keys = draws(x, TOKENS * len(chosen))
+                some, keys = draws(x, len(chosen) * min(max(len(x) // len(chosen) // SHARE, FEWEST), MOST))
                 record.statistics.update(some, x)
                 for kind in record.kept.keys() - {"held_out"}:
                     record.kept[kind].add(some, keys)
@@ -242,8 +251,12 @@ class Recorder:
                     layers[name].merge(record)
                 else:
                     layers[name] = record
-        levels = torch.cat([sigma.cpu() for sigma, _ in self.predictions]).tolist() if self.predictions else []
-        predictions = [(level, values.cpu()) for level, (_, values) in zip(levels, self.predictions)]
+        predictions: list[tuple[float, Tensor]] = []
+        if self.predictions:
+            levels, values = zip(*self.predictions)
+            alike = len({part.shape for part in values}) == 1  # brought to the CPU in one piece
+            parts = list(torch.stack(values).cpu()) if alike else [part.cpu() for part in values]
+            predictions = list(zip(torch.cat(levels).tolist(), parts))
         found = RunRecord(layers, self.calls, predictions, self.samples)
         self.close()
         return found
@@ -253,12 +266,8 @@ class Recorder:
         self.places, self.calls, self.predictions, self.samples = {}, [], [], 0
 
 
-def width_of(layer: nn.Module) -> int:
-    width: int = layer.in_features  # type: ignore[assignment]
-    return width
-
-
 def probes(widths: Mapping[str, int]) -> set[str]:
     """Layers, evenly over the network, on which it is measured what a run adds; wide ones would take too long."""
-    narrow = [name for name, width in widths.items() if width <= PROBE_WIDTH]
+    middle = sorted(widths.values())[len(widths) // 2] if widths else 0
+    narrow = [name for name, width in widths.items() if width <= min(middle, PROBE_WIDTH)]
     return {narrow[(2 * i + 1) * len(narrow) // (2 * PROBES)] for i in range(PROBES)} if narrow else set()

@@ -91,13 +91,17 @@ class Frontend:
         """What the search box that a double click opens lists for each of the words, best first."""
         self.page.evaluate("() => app.graph.clear()")
         self.page.mouse.move(400, 300)
-        self.page.mouse.dblclick(640, 420)
         box, found = self.page.locator("input[role=combobox]"), {}
+        for _ in range(5):  # on a busy machine the two clicks may be taken for two single ones
+            self.page.mouse.dblclick(640, 420)
+            self.page.wait_for_timeout(2500)
+            if box.count():
+                break
         for word in words:
             box.fill("")
-            self.page.wait_for_timeout(150)
-            box.fill(word)
             self.page.wait_for_timeout(400)
+            box.fill(word)
+            self.page.wait_for_timeout(1200)
             found[word] = [text.strip() for text in self.page.get_by_test_id("result-item").all_text_contents()]
         self.page.keyboard.press("Escape")
         return found
@@ -116,7 +120,7 @@ class Frontend:
         self.page.wait_for_timeout(1500)
         return content.evaluate(
             """e => ({title: e.querySelector("h1")?.innerText, picture: e.querySelector("img")?.naturalWidth ?? 0,
-            width: e.clientWidth, needed: Math.max(...[e, ...e.querySelectorAll("*")].map(
+            width: e.getBoundingClientRect().width, needed: Math.max(...[e, ...e.querySelectorAll("*")].map(
                 x => x.getBoundingClientRect().right - e.getBoundingClientRect().left))})"""
         )
 

@@ -11,11 +11,13 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+import uuid
 from pathlib import Path
 
 import tomllib
 
 from tests.browser.frontend import Frontend, open_frontend
+from tests.browser.stock_templates import BLUEPRINTS, STOCK
 from tests.browser.templates import TEMPLATES, Template
 from tests.comfyui.checkouts import checkouts
 from tests.comfyui.server import Server
@@ -25,7 +27,7 @@ WORKFLOWS = ROOT / "workflows"
 NOTES = ("MarkdownNote", "Note")
 
 # Nodes that show a picture while they work need room for it.
-BUILD = """async ({columns, nodes, groups}) => {
+BUILD = """async ({columns, nodes, groups, subgraph}) => {
   const PREVIEWS = ['QandC_TAPCalibrate', 'QandC_Quantize', 'QandC_VarianceCompensate', 'QandC_Sample'];
   app.graph.clear();
   const made = {};
@@ -54,6 +56,30 @@ BUILD = """async ({columns, nodes, groups}) => {
     }
   }
   await new Promise(r => setTimeout(r, 300));
+  if (subgraph) {
+    const inner = subgraph.members.map(key => made[key]);
+    let [left, top, widest] = [0, 0, 0];
+    for (const [i, node] of inner.entries()) {
+      node.setSize(node.computeSize());
+      node.properties.key = subgraph.members[i];
+      if (top > 700) [left, top, widest] = [left + widest + 70, 0, 0];
+      node.pos = [left, top + 40];
+      top += node.size[1] + 80;
+      widest = Math.max(widest, node.size[0]);
+    }
+    const converted = app.graph.convertToSubgraph(new Set(inner));
+    made.subgraph = converted.node;
+    nodes.subgraph = {type: 'subgraph', size: [400, 0]};
+    converted.subgraph.name = made.subgraph.title = subgraph.title;
+    for (const [key, name] of subgraph.promoted) {
+      const node = converted.subgraph._nodes.find(n => n.properties.key === key);
+      const slot = node.inputs.find(i => i.widget?.name === name);
+      converted.subgraph.addInput(key === 'positive' ? 'prompt' : name, slot.type).connect(slot, node);
+    }
+    for (const node of converted.subgraph._nodes) delete node.properties.key;
+    if (subgraph.alone) for (const node of app.graph._nodes.filter(n => n !== made.subgraph)) app.graph.remove(node);
+    await new Promise(r => setTimeout(r, 300));
+  }
   let x = 0;
   for (const column of columns) {
     let y = 0, width = 0;
@@ -62,6 +88,7 @@ BUILD = """async ({columns, nodes, groups}) => {
       const preview = PREVIEWS.includes(nodes[key].type) ? 230 : 0;
       node.setSize([Math.max(least[0], wanted[0]), Math.max(least[1] + preview, wanted[1])]);
       if (column.indexOf(key) > 0 && nodes[column[column.indexOf(key) - 1]].type === 'MarkdownNote') y += 50;
+      y += nodes[key].down ?? 0;
       node.pos = [x, y + 40];
       y += node.size[1] + 80;
       width = Math.max(width, node.size[0]);
@@ -88,21 +115,36 @@ def version() -> str:
 
 def finished(workflow: dict, template: Template) -> dict:
     """The workflow with what tells a frontend which pack and which model files it needs."""
-    for node in workflow["nodes"]:
+    inner = (workflow.get("definitions") or {}).get("subgraphs") or []
+    for node in [node for graph in (workflow, *inner) for node in graph["nodes"]]:
         properties = node.setdefault("properties", {})
         if node["type"].startswith("QandC_"):
             properties |= {"cnr_id": "qandc", "ver": version(), "Node name for S&R": node["type"]}
-        elif node["type"] not in NOTES:
+        elif node["type"] not in (*NOTES, *(graph["id"] for graph in inner)):
             properties |= {"cnr_id": "comfy-core", "ver": "0.18.1", "Node name for S&R": node["type"]}
-        if node["type"] in template.models:
-            properties["models"] = [template.models[node["type"]]]
-    workflow["extra"] = {"ds": {"scale": 0.6, "offset": [120, 160]}}
-    return workflow
+        files = [model for model in template.models.values() if model["name"] in (node.get("widgets_values") or [])]
+        if files:
+            properties["models"] = files
+        for slot in node.get("outputs") or []:
+            if slot.get("slot_index", 0) is None:  # newer frontends call it invalid
+                del slot["slot_index"]
+    workflow["extra"] = {"ds": {"scale": 0.75 if template.subgraph else 0.6, "offset": [120, 160]}}
+    return named(workflow, template)
+
+
+def named(workflow: dict, template: Template) -> dict:
+    """The frontend gives a new subgraph a random id, which would change with every run of this program."""
+    text = json.dumps(workflow)
+    for graph in (workflow.get("definitions") or {}).get("subgraphs") or []:
+        text = text.replace(graph["id"], str(uuid.uuid5(uuid.NAMESPACE_URL, f"qandc/{template.name}")))
+    return json.loads(text)
 
 
 def make(frontend: Frontend, template: Template, picture: bool) -> None:
     frontend.page.evaluate(BUILD, template.spec())
     workflow = finished(frontend.serialize(), template)
+    if template in BLUEPRINTS:
+        return write(ROOT / "subgraphs" / f"{template.name}.json", workflow)
     write(WORKFLOWS / f"{template.name}.json", workflow)
     frontend.load(workflow, template.name)
     write(WORKFLOWS / "api" / f"{template.name}.json", frontend.prompt())
@@ -122,7 +164,7 @@ def write(path: Path, content: dict) -> None:
 
 def main() -> None:
     names = [name for name in sys.argv[1:] if not name.startswith("--")]
-    chosen = [t for t in TEMPLATES if not names or t.name in names]
+    chosen = [t for t in (*TEMPLATES, *STOCK, *BLUEPRINTS) if not names or t.name in names]
     with tempfile.TemporaryDirectory() as base, Server(checkouts()[0], Path(base)) as server:
         for template in chosen:
             for folder, name in template.files():

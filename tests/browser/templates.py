@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 BLUE, GREEN, AMBER, VIOLET = "#3f789e", "#4a8a5a", "#b08a3c", "#7a5a9e"
@@ -10,8 +10,24 @@ Node = dict[str, Any]
 
 
 @dataclass(frozen=True)
+class Subgraph:
+    """`members` become one node; `promoted` are their widgets, of a node and a name, that it shows.
+
+    `alone`: the other nodes only say what comes in and goes out, and are taken off again.
+    """
+
+    title: str
+    members: list[str]
+    promoted: list[tuple[str, str]]
+    alone: bool = False
+
+
+@dataclass(frozen=True)
 class Template:
-    """`columns` lists node keys from left to right, top to bottom; `models` says where a loader's file comes from."""
+    """`columns` lists node keys from left to right, top to bottom, "subgraph" among them where there is one.
+
+    `models` says where the files of loaders come from.
+    """
 
     name: str
     nodes: dict[str, Node]
@@ -19,9 +35,11 @@ class Template:
     groups: list[dict[str, Any]]
     models: dict[str, dict[str, str]] = field(default_factory=dict)
     runs_here: bool = True
+    subgraph: Subgraph | None = None
 
     def spec(self) -> dict[str, Any]:
-        return {"nodes": self.nodes, "columns": self.columns, "groups": self.groups}
+        inner = asdict(self.subgraph) if self.subgraph else None
+        return {"nodes": self.nodes, "columns": self.columns, "groups": self.groups, "subgraph": inner}
 
     def files(self) -> list[tuple[str, str]]:
         return [(model["directory"], model["name"]) for model in self.models.values()]
@@ -94,7 +112,7 @@ SOURCES = ("load", "label", "latent", "vae")
 DEMO_SOURCES = sources("built-in demo", "0-9", 32, 10, "pixel_space")
 
 QUICKSTART = Template(
-    "quickstart",
+    "1 Quickstart",
     {
         "note": note(
             "## Q&C quickstart\n\nPress **Run**. Nothing is downloaded: the demo model draws the digits 0 to 9.\n\n"
@@ -130,7 +148,7 @@ QUICKSTART = Template(
 )  # fmt: skip
 
 ABLATION = Template(
-    "ablation",
+    "Paper, ablation",
     {
         "note": note(
             "## What each part does\n\nSix runs from the same noise: full precision, quantized only, cached only, both "
@@ -172,7 +190,7 @@ ABLATION = Template(
 
 XL_FILE, VAE_FILE = "DiT-XL-2-256x256-fp16.safetensors", "vae-ft-mse-840000-ema-pruned.safetensors"
 DIT_XL = Template(
-    "dit_xl2_256",
+    "Paper, DiT-XL 256",
     {
         "note": note(
             "## DiT-XL/2, 256 x 256, ImageNet\n\nNeeds two files; the frontend offers to download them:\n\n"
@@ -214,13 +232,13 @@ DIT_XL = Template(
 )  # fmt: skip
 
 QUANTIZE = Template(
-    "quantize_your_model",
+    "8 Quantize your model",
     {
         "note": note(
             "## Quantize your model\n\nSamples with the cache on, chooses weights by what every layer then sees, and "
             "saves the quantized model with the stock node **ModelSave**.\n\nThe file lands in "
             "output/diffusion_models. Press **R**, and **Load DiT** lists it. In place of Load DiT any loader and any "
-            "model may stand; see the template quantize_wan. Then ComfyUI's own loader loads the file, with or "
+            "model may stand; see the template 9 Quantize Wan 2.1. Then ComfyUI's own loader loads the file, with or "
             "without this pack.\n\nQuantize shows the error of every layer and of the whole model.",
             320,
         ),
@@ -266,7 +284,7 @@ def wan_sample(label: str, model: tuple[str, int]) -> Node:
 
 
 WAN = Template(
-    "quantize_wan",
+    "9 Quantize Wan 2.1",
     {
         "note": note(
             "## Quantize a model of a stock loader\n\nWan 2.1 (1.3B) as the example; Flux, Qwen-Image, Z-Image and "

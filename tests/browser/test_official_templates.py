@@ -78,6 +78,6 @@ def test_template_with_the_node(frontend, object_info, name):
     for node in samplers:
         ours = prompt[node["inputs"][TARGETS[node["class_type"]]][0]]
         assert ours["class_type"] == NODE and prompt[ours["inputs"]["model"][0]]
-        assert ours["inputs"]["policy"] == "speedup" and ours["inputs"]["policy.speedup"] == 2
+        assert ours["inputs"]["policy"] == default_widgets(object_info[NODE])[0]
     assert expressions(prompt) == expressions(plain)
     assert frontend.errors == []

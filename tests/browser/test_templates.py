@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 from tests.browser.frontend import Frontend, chromium, open_frontend
+from tests.browser.stock_templates import STOCK
 from tests.browser.templates import TEMPLATES
 from tests.comfyui.checkouts import Checkout, parameters
 from tests.comfyui.server import Server
 
 WORKFLOWS = Path(__file__).parents[2] / "workflows"
-BY_NAME = {template.name: template for template in TEMPLATES}
+BY_NAME = {template.name: template for template in (*TEMPLATES, *STOCK)}
 SMALL = {"steps": 4, "trajectories": 4, "samples": 16, "clusters": 4, "pairs": 4, "batch_size": 4}
 
 pytestmark = pytest.mark.skipif(chromium() is None, reason="no Chromium: install it, or set CHROMIUM to its path")
@@ -25,7 +26,7 @@ def server(request, tmp_path_factory) -> Iterator[Server]:
     """The newest ComfyUI, with empty files in the place of downloads."""
     checkout: Checkout = request.param
     with Server(checkout, tmp_path_factory.mktemp("browser")) as running:
-        for template in TEMPLATES:
+        for template in BY_NAME.values():
             for folder, name in template.files():
                 path = running.base / "models" / folder / name
                 path.parent.mkdir(parents=True, exist_ok=True)

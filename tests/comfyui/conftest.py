@@ -11,7 +11,7 @@ from .inside_programs import install_pack, run_program
 from .models import write_dit
 from .server import Server
 
-LONG = {"families", "cache_matrix", "cache_runs", "cache_compile", "sample_node"}
+LONG = {"families", "cache_matrix", "cache_runs", "cache_compile", "sample_node", "topology_checks"}
 
 
 @pytest.fixture(scope="session", params=parameters())

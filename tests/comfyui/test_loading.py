@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from urllib.parse import quote
 
 from .server import FOLDER, ROOT
 
@@ -114,4 +115,4 @@ def test_templates_and_their_pictures_are_served(server, subtests):
     for template in TEMPLATES:
         with subtests.test(template):
             for ending in ("json", "jpg"):
-                assert server.status_of(f"/api/workflow_templates/{FOLDER}/{template}.{ending}") == 200, ending
+                assert server.status_of(f"/api/workflow_templates/{FOLDER}/{quote(template)}.{ending}") == 200, ending

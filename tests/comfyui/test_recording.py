@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from qandc_core import load_calibration
+
+from .prompts import Graph
+
 HALVES = "KSamplerAdvanced halves"
 RUNS = ["KSampler", "KSampler, ancestral", HALVES, "SamplerCustom", "BasicGuider", "CFGGuider", "DualCFGGuider"]
 CACHES = [
@@ -55,7 +59,7 @@ def test_runs_of_many_kinds_make_one_calibration_that_other_nodes_take(run):
     assert found["runs"] == found["again"] == found["tap"] == 7 and found["history"] == 6
     assert found["listed"] and found["held-out calls"] in (4, None)
     assert found["steps"] == 20 and [20, 5] in found["schedules"] and [10, 1] in found["schedules"]
-    assert found["warnings"] == [] and found["detached"]
+    assert found["warnings"] == [] and found["noisy"] is False and found["detached"]
     assert found["text"].startswith("7 runs, ") and "more runs would lower the layer error by about" in found["text"]
 
 
@@ -88,6 +92,30 @@ def test_a_second_model_of_a_guider_is_not_mixed_in(run):
     assert len(found["said"]) == 1 and not found["none"]
 
 
+def test_large_statistics_are_added_beside_what_comes_next(run):
+    assert run("recording")["beside"] == {"same": True, "runs": 4}
+
+
 def test_the_built_in_model_is_recorded_with_its_last_layers(run):
     found = run("recording")["built-in"]
     assert found["same"] and found["sampler"] == "ddpm" and found["layers"] > 20
+
+
+def test_queues_add_runs_until_record_is_off_and_the_calibration_quantizes(server):
+    """While it records, what needs the calibration waits; the same seed again is no new run."""
+
+    def queue(seed, record=True):
+        graph = Graph()
+        model = graph.load()
+        inputs = {"samples": 8, "hessians": True, "memory_gb": 1.0, "tokens": 256, "held_out": 4, "reset": 0}
+        recorder = graph.add("QandC_CalibrateFromRuns", model=model, name="queued", record=record, **inputs)
+        image = graph.save(graph.stock_sample(recorder, seed=seed))
+        quantized = graph.picture(graph.quantize(model, [recorder[0], 1]), seed=seed)
+        return server.succeed(graph), image, quantized
+
+    for seed in (1, 2, 2, 3):
+        run, image, quantized = queue(seed)
+        assert image in run.outputs and quantized not in run.outputs
+    run, image, quantized = queue(4, record=False)
+    assert image in run.outputs and quantized in run.outputs
+    assert load_calibration(server.calibrations / "queued.safetensors").recording.runs == 3

@@ -70,12 +70,16 @@ def test_another_size_than_the_model_s_own_is_in_the_report(run):
             assert warnings == []
         else:
             (text,) = warnings
-            assert f"trained for images of 32 x 32, and {size} are sampled" in text
+            assert "32 x 32" in text and f"not trained for {size}" in text
 
 
 def test_a_repetition_is_no_run_to_calibrate_from(run):
     first, again = run("run_report")["calibrated"]
     assert first == again
+
+
+def test_a_calibration_does_not_depend_on_it(run):
+    assert run("run_report")["digests"]
 
 
 # A real server
@@ -151,3 +155,14 @@ def test_repeats_give_a_range(server: Server, graph):
     text = table(found, names["text"])
     assert "range of the rounds" in text.split("| run |")[0] and "median of 2 rounds" in text
     assert found.progress[compare][-1][0] == found.progress[compare][-1][1]
+
+
+def test_two_nodes_with_the_same_inputs_are_two(server: Server):
+    graph = Graph()
+    model = graph.load()
+    reports = [graph.add("QandC_RunReport", model=model, label="alike") for _ in range(2)]
+    latents = [graph.stock_sample(report, steps=steps) for report, steps in zip(reports, (3, 5))]
+    text = compared(graph, *((latent, [report[0], 1]) for latent, report in zip(latents, reports)))
+    found = server.succeed(graph)
+    assert "steps 3, 5" in table(found, text)
+    assert ["3 of 3" in found.texts[reports[0][0]], "5 of 5" in found.texts[reports[1][0]]] == [True, True]

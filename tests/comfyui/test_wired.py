@@ -85,7 +85,7 @@ def test_prompts_of_a_compensation_are_fitted_together_also_in_small_batches(run
 
 def test_a_digest_covers_everything_that_is_wired(run):
     found = run("wired")["digests"]
-    assert found["unequal"] == [] and found["different"] == found["of"] >= 26
+    assert found["unequal"] == [] and found["different"] == found["of"] > 20  # more where a version has more guiders
 
 
 def test_a_cancelled_calibration_with_a_guider_goes_on(run):

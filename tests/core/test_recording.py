@@ -14,6 +14,8 @@ from qandc_core.calibration.distances import prediction_distances
 from qandc_core.calibration.file import Calibration, fingerprint
 from qandc_core.calibration.gain import LATEST, is_enough, left_to_gain, lowered, rounding_error
 from qandc_core.calibration.growth import RunSchedule, add_run, check_recording, with_run
+from qandc_core.calibration.layer_inputs import HELD_OUT_TOKENS
+from qandc_core.calibration.memory import plan_statistics
 from qandc_core.calibration.recorder import LayerRecord, Recorder, RecordingConfig, RunRecord
 from qandc_core.calibration.statistics import LayerStatistics
 from qandc_core.calibration.stream import Reservoir, Strata
@@ -48,7 +50,7 @@ def test_every_stratum_has_one_chosen_however_calls_are_cut(size, apart, calls, 
 
 
 def test_every_row_is_chosen_and_held_out_equally_often():
-    size, apart, total, seeds = 7, 3, 40, 6000
+    size, apart, total, seeds = 7, 3, 40, 3000
     chosen, held = torch.zeros(total), torch.zeros(total)
     for seed in range(seeds):
         for counts, places in zip((chosen, held), Strata(size, apart, generator(seed)).take(total)):
@@ -213,7 +215,8 @@ def test_statistics_are_those_of_hooks_written_by_hand(together, hessians):
 
 
 def test_a_sample_of_many_inputs_adds_some_of_them_and_all_bounds(monkeypatch):
-    monkeypatch.setattr(recorder_module, "TOKENS", 5)
+    monkeypatch.setattr(recorder_module, "FEWEST", 5)
+    monkeypatch.setattr(recorder_module, "SHARE", 3)
     sampled, run = recorded(dit(), 3)
     name = "blocks.1.mlp.fc1"
     x, layer = sampled.inputs(name), run.layers[name]
@@ -288,6 +291,7 @@ def test_runs_of_other_schedules_share_layers_and_have_their_own_distances(tmp_p
 
 @pytest.mark.parametrize(("schedule", "missing"), [
     (run_schedule(whole=False), "with a cache"), (run_schedule(sigmas=[*SIGMAS, -1.0]), "every step"),
+    (run_schedule(sigmas=SIGMAS[::-1]), "every step"),
 ])  # fmt: skip
 def test_a_run_without_all_steps_has_no_distances(schedule, missing, tmp_path):
     path = tmp_path / "runs.safetensors"
@@ -389,3 +393,28 @@ def test_few_runs_are_not_said_to_be_enough():
     assert left_to_gain([0.0] * (LATEST - 1)) is None and not is_enough([0.0] * (LATEST - 1))
     assert is_enough([0.5, *[0.01] * LATEST]) and not is_enough([0.01] * LATEST + [0.5])
     assert left_to_gain([-1.0] * LATEST) == 0.0
+
+
+def test_memory_stays_within_what_is_allowed():
+    """Halfway between the least and all: what a run keeps, and what the file keeps after two."""
+    widths = [layer.in_features for _, layer in named_linears(dit())]
+    aside = recorder_module.PROBES * recorder_module.PROBE_TOKENS * 2 * max(widths)
+    least, most = (plan_statistics(widths, 2**40, tokens, HELD_OUT_TOKENS).bytes for tokens in (64, 4096))
+    budget = (least + most) // 2 + aside
+    config = RecordingConfig(samples=100, memory_gb=budget / 2**30, held_out=4)
+    runs = [recorded(dit(), seed, config)[1] for seed in (0, 1)]
+    for run in runs:
+        kept = [kept.memory.nbytes for record in run.layers.values() for kept in record.kept.values()]
+        sums = [record.statistics for record in run.layers.values()]
+        assert sum(kept) + sum(bytes_of(layer) for layer in sums) <= budget
+        assert any(layer.hessian is None for layer in sums)
+    first = with_run(None, "m", runs[0], run_schedule(), config)
+    both = with_run(first, "m", runs[1], run_schedule(), config)
+    assert sum(bytes_of(layer) for layer in both.statistics.values()) <= budget
+    with pytest.raises(ValueError, match="allow more memory"):
+        recorded(dit(), 0, RecordingConfig(memory_gb=1e-5))
+
+
+def bytes_of(layer):
+    tensors = [getattr(layer, key) for key in SUMS]
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)

@@ -128,6 +128,26 @@ class Checks:
         again = self.h.module("nodes.comfyui.model.dit").load_dit_patcher(str(save(model, "device")))
         return host.relative(self.run(again)[0], self.run(model)[0])
 
+    def recorded(self, plain) -> dict:
+        """Runs that Calibrate from Runs adds to a file: the image, what the file holds, waits for a prediction."""
+        import torch
+
+        recorder = (
+            self.h.node("QandC_CalibrateFromRuns").execute(plain, "device", True, 8, True, 1.0, 400, 4, 0).args[0]
+        )
+        same = torch.equal(self.run(recorder)[0], self.run(plain)[0])
+        waits = self.waits_for_a_prediction(recorder)
+        self.h.module("nodes.comfyui.calibrate.recording").settle()
+        file = self.h.module("nodes.comfyui.files").named_path("device")
+        made = self.h.module("qandc_core").load_calibration(file)
+        layers = made.statistics.values()
+        kinds = [kind for kind in ("hessian", "inputs") if any(getattr(s, kind) is not None for s in layers)]
+        return {
+            "same": same, "runs": made.recording.runs, "waits": waits, "layers": len(made.statistics),
+            "kinds": kinds, "finite": all(bool(s.finite()) for s in layers),
+            "measured": len(made.recording.history), "distances": made.distances is not None,
+        }  # fmt: skip
+
     def found(self) -> dict:
         import comfy.model_management as mm
 
@@ -152,6 +172,7 @@ class Checks:
             "weights": models["plain"].model_size(),
         }
         found["requests"] = dict(pages.Pages.requests)
+        found["recorded"] = self.recorded(models["plain"])
         found["offloaded"] = offloaded(self.h.node, lambda model: self.run(model)[0], models["plain"])
         return found
 

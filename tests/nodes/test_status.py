@@ -168,3 +168,7 @@ def test_what_executes_is_known_with_its_graph(package, server, monkeypatch):
 @pytest.mark.parametrize("node, follow", [("1", {"2", "3"}), ("0", {"1", "2", "3", "4"}), ("3", set()), ("x", set())])
 def test_what_follows_a_node(package, node, follow):
     assert package.queue.downstream(GRAPH, node) == follow
+
+
+def test_lines_read_well_where_their_breaks_are_not_drawn(status):
+    assert status.sentences(["10 of 20 steps computed", "", "It ended."]) == "10 of 20 steps computed.\nIt ended."

@@ -10,8 +10,11 @@ ROOT = Path(__file__).parents[2]
 CONTRACT = json.loads(Path(__file__).with_name("object_info.json").read_text(encoding="utf-8"))
 NOTES = {"MarkdownNote", "Note"}
 CORE = {
-    "CLIPLoader", "CLIPTextEncode", "EmptyHunyuanLatentVideo", "EmptyLatentImage", "KSampler", "ModelSamplingSD3",
-    "ModelSave", "PreviewAny", "PreviewImage", "SaveImage", "UNETLoader", "VAEDecode", "VAELoader",
+    "CLIPLoader", "CLIPTextEncode", "CheckpointLoaderSimple", "ConditioningZeroOut", "CreateVideo", "DualCLIPLoader",
+    "EmptyHunyuanLatentVideo", "EmptyLTXVLatentVideo", "EmptyLatentImage", "EmptySD3LatentImage", "FluxGuidance",
+    "KSampler", "KSamplerAdvanced", "KSamplerSelect", "LTXVConditioning", "LTXVScheduler", "ModelSamplingAuraFlow",
+    "ModelSamplingSD3", "ModelSave", "PreviewAny", "PreviewImage", "SamplerCustom", "SaveImage", "SaveVideo",
+    "UNETLoader", "VAEDecode", "VAELoader",
 }  # fmt: skip
 # Choices that depend on what lies in the folders of a machine.
 FILES = {("QandC_LoadDiT", "model_name"), ("QandC_TAPCalibrate", "file"), ("QandC_VarianceCompensate", "file")}
@@ -185,6 +188,15 @@ def test_nodes_that_load_a_file_say_where_it_is_from(path):
             assert models, "properties.models is missing"
             assert all(model.get(key) for model in models for key in ("name", "url", "directory"))
             assert node["widgets_values"][0] in [model["name"] for model in models]
+
+
+@each_workflow
+def test_no_output_slot_is_null(path):
+    """Frontend 1.58.1 calls `"slot_index": null` invalid."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    graphs = (content, *((content.get("definitions") or {}).get("subgraphs") or []))
+    slots = [slot for graph in graphs for node in graph["nodes"] for slot in node.get("outputs") or []]
+    assert all(isinstance(slot.get("slot_index", 0), int) for slot in slots)
 
 
 @each_workflow

@@ -16,7 +16,8 @@ def placing(patcher, calibration: Calibration) -> tuple[StepDistances | None, li
         return None, [f"the calibration does not place the steps because {calibration.missing_distances}"]
     sampling = calibration.sampling
     sampler = calibration.notes.get("sampler") if sampling is None else sampling.sampler
-    return StepDistances(calibration.distances, noise_levels(patcher, calibration), noisy(sampler)), []
+    adds_noise = calibration.notes.get("noisy", noisy(sampler))  # recorded runs say it themselves
+    return StepDistances(calibration.distances, noise_levels(patcher, calibration), adds_noise), []
 
 
 def noise_levels(patcher, calibration: Calibration) -> tuple[float, ...] | None:

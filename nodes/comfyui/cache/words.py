@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..status import sentences
 from .run import ModelRun
 
 
@@ -25,4 +26,4 @@ def words_of(run: ModelRun, ended: str = "") -> str:
         )
     if run.reuse:
         lines.append(f"reuses {run.reuse}, {run.reason}; {run.peak_bytes / 2**20:.1f} MiB")
-    return "\n".join(filter(None, lines))
+    return sentences(lines)

@@ -3,15 +3,19 @@
 What a node attaches is configuration: the file, what is kept, the model's fingerprint. A run's recorder is made in
 OUTER_SAMPLE and found in the options of that run alone, so several samplers and both experts of a model each have their
 own; it is freed however the run ends, and only a run that ended well is added.
+
+Reading, merging and writing gigabytes of statistics takes seconds, so a thread does it while the image is decoded and
+the next run begins. That run waits for it before it keeps anything of its own: memory holds one run's statistics. What
+is small is added at once.
 """
 
 from __future__ import annotations
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import comfy.model_management as mm
@@ -20,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ....qandc_core.calibration.growth import RunSchedule, add_run, check_recording
-from ....qandc_core.calibration.recorder import Recorder, RecordingConfig
+from ....qandc_core.calibration.recorder import Recorder, RecordingConfig, RunRecord
 from ..cache.attach import KEY as CACHE
 from ..cache.calls import COMPILE
 from ..cache.others import other_caches
@@ -31,7 +35,8 @@ from ..wrappers import WRAPPERS, declares_noise, options_of_run, repeated, repla
 KEY = "qandc_recording"
 PRE_RUN = comfy.patcher_extension.CallbacksMP.ON_PRE_RUN
 log = logging.getLogger(__name__)
-saving = Lock()  # one run at a time is added to a file
+AT_ONCE = 2**28  # bytes of statistics that are added before the run returns
+adding = ThreadPoolExecutor(1, "qandc-recording")  # one run after the other
 recorded: ContextVar[tuple[RunRecorder, ...]] = ContextVar("recorded", default=())  # runs that have begun
 
 
@@ -58,6 +63,8 @@ class RunRecorder:
                 "This model has no linear layer of ComfyUI's within blocks, so there is nothing to calibrate."
             )
         self.config.plan([layer.in_features for _, layer in layers])
+        if not self.path.is_file():
+            settle()  # it may be about to appear
         check_recording(self.path, self.fingerprint, self.config)
 
     def __call__(self, executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
@@ -69,7 +76,7 @@ class RunRecorder:
         caches = CACHE in options.get("wrappers", {}).get(WRAPPERS.OUTER_SAMPLE, {}) or bool(
             other_caches(guider.model_patcher, guider.model_options)
         )
-        facts = RunSchedule(
+        schedule = RunSchedule(
             sigmas.tolist(), sampler_function_name(sampler).removeprefix("sample_"), declares_noise(sampler), not caches
         )
         run = RecordedRun(Recorder(self.config, len(sigmas) - 1), guider.model_patcher)
@@ -78,26 +85,40 @@ class RunRecorder:
         begun = recorded.set((*recorded.get(), self))
         try:
             out = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
-            self.add(run, facts, guider.model_patcher)
+            self.end(run.recorder, schedule, guider.model_patcher.load_device)
             return out
         finally:
             recorded.reset(begun)
             run.recorder.close()
             guider.model_options = saved
 
-    def add(self, run: RecordedRun, facts: RunSchedule, patcher) -> None:
-        """Adds a run that ended well. Where that fails, the image is still there and the file is as it was."""
+    def end(self, recorder: Recorder, schedule: RunSchedule, device: torch.device) -> None:
+        """Has a run added that ended well; what it adds is measured on the device."""
         try:
-            with saving:
-                recording = add_run(
-                    self.path, self.fingerprint, run.recorder.result(), facts, self.config, patcher.load_device
-                )
-            text = f"{self.path.name}: {recording.describe()}"
-            log.info("Q&C calibration: %s", text)
+            record = recorder.result()
+        except (ValueError, RuntimeError) as error:
+            self.say(f"this run was not added, {error}", logging.WARNING)
+        else:
+            small = record.num_bytes <= AT_ONCE
+            done = adding.submit(self.add, record, schedule, device)
+            if small:
+                done.result()
+
+    def add(self, record: RunRecord, schedule: RunSchedule, device: torch.device) -> None:
+        """Where adding fails, the image is still there and the file is as it was."""
+        try:
+            self.say(add_run(self.path, self.fingerprint, record, schedule, self.config, device).describe())
         except (ValueError, OSError, RuntimeError) as error:
-            text = f"{self.path.name}: this run was not added, {error}"
-            log.warning("Q&C calibration: %s", text)
-        show(self.node_id, text)
+            self.say(f"this run was not added, {error}", logging.WARNING)
+
+    def say(self, text: str, level: int = logging.INFO) -> None:
+        log.log(level, "Q&C calibration: %s: %s", self.path.name, text)
+        show(self.node_id, f"{self.path.name}: {text}")
+
+
+def settle() -> None:
+    """Waits until every run that has ended is added."""
+    adding.submit(lambda: None).result()
 
 
 class RecordedRun:
@@ -118,6 +139,12 @@ def is_reusing(options: dict[str, Any], model, device: torch.device) -> bool:
     run = options.get(CACHE)
     cache = None if run is None else run.caches.get((device, id(model)))
     return cache is not None and cache.run.reusing
+
+
+def layers_of(model) -> list[tuple[str, nn.Module]]:
+    """The layers to observe, once the run before is added and its memory is free."""
+    settle()
+    return calibrated(model.diffusion_model)
 
 
 def room(model, x: Tensor) -> int:
@@ -153,9 +180,7 @@ def apply_model(executor, x, t, c_concat, c_crossattn, control, transformer_opti
     if run is None or not run.takes(model, transformer_options, x.device):
         return call()
     conditions = {"c_concat": c_concat, "c_crossattn": c_crossattn, "control": control, **kwargs}
-    return run.recorder.called(
-        id(model), lambda: calibrated(model.diffusion_model), lambda: room(model, x), call, x, t, conditions
-    )
+    return run.recorder.called(id(model), lambda: layers_of(model), lambda: room(model, x), call, x, t, conditions)
 
 
 def keep_innermost(options: dict[str, Any]) -> None:
@@ -181,9 +206,7 @@ def before_run(patcher) -> None:
     """ON_PRE_RUN: tells of a model that its guider does not wrap, such as the second one of a guider with two."""
     for wrapper in patcher.get_wrappers(WRAPPERS.OUTER_SAMPLE, KEY):
         if wrapper not in recorded.get() and repeated.get() is None:
-            text = f"{wrapper.path.name}: a run is not recorded, this model is not the main one of its guider"
-            log.warning("Q&C calibration: %s", text)
-            show(wrapper.node_id, text)
+            wrapper.say("a run is not recorded, this model is not the main one of its guider", logging.WARNING)
 
 
 def record_runs(patcher, recorder: RunRecorder):

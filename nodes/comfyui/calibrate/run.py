@@ -44,7 +44,7 @@ def calibrate(
 
 
 class SamplingHost:
-    """Trajectories of a MODEL, as a stock sampler node samples them, with everything that is attached to it."""
+    """Trajectories of a MODEL, as a stock sampler node samples them, with all its wrappers and patches."""
 
     def __init__(self, patcher, settings: Settings, latent: dict[str, Any], estimate: Remaining | None = None):
         patcher = settings.guider_on(patcher).model_patcher  # hooks may need one that is not dynamic

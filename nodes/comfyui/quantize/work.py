@@ -17,16 +17,16 @@ class Work(Progress):
 
     def __init__(self, patcher, rounding: float, calls: int, node_id: str | None = None):
         super().__init__(patcher, UNITS)
-        self.estimate = Estimate({"rounding": rounding, "calls": calls})
+        self.work = Estimate({"rounding": rounding, "calls": calls})
         self.node_id, self.told = node_id, 0.0
 
     def did(self, kind: str, amount: float, text: str, picture=None) -> None:
-        self.estimate.did(kind, amount)
-        self.done = max(self.done, round((UNITS - 1) * self.estimate.fraction)) - 1  # advance adds one
+        self.work.did(kind, amount)
+        self.done = max(self.done, round((UNITS - 1) * self.work.fraction)) - 1  # advance adds one
         self.advance(picture)
         if time.monotonic() - self.told >= TELL:
             self.told = time.monotonic()
-            show(self.node_id, f"{text}, {self.estimate.words()}")
+            show(self.node_id, f"{text}, {self.work.words()}")
 
     def called(self) -> None:
         """An answer of the model."""

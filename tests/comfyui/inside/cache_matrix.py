@@ -216,7 +216,7 @@ def never_reuses(host: Host, name: str, reuse: str) -> dict[str, list]:
     patcher, family = patcher_of(name), family_of(name)
     plain, found = sample(patcher, family), {}
     for kind, choices in {
-        "interval 1": {"interval": 1}, "all steps": {"computed": STEPS}, "no error": {"max_error": 1e-9},
+        "interval 1": {"interval": 1}, "all steps": {"num_computed": STEPS}, "no error": {"max_error": 1e-9},
         "no part of the run": {"start": 0.5, "end": 0.5}, "none in a row": {"max_error": 1.0, "max_reused": 0},
     }.items():  # fmt: skip
         fast, report = cached(host, patcher, reuse, **choices)

@@ -263,7 +263,7 @@ def with_report(host: Host, patcher, reuse: str, **choices):
 
 def never_reuses(host: Host, patcher, family: Family, reuse: str, plain: torch.Tensor) -> bool:
     """A cache that is on and computes every step, whether it keeps features for the next step or not."""
-    for choices in ({"computed": STEPS}, {"max_error": 1e-12}):
+    for choices in ({"num_computed": STEPS}, {"max_error": 1e-12}):
         fast, report = with_report(host, patcher, reuse, **choices)
         if not torch.equal(sample(fast, family), plain) or sum(report.computed) != STEPS:
             return False

@@ -240,6 +240,14 @@ def calibrated(host: Host) -> list[int]:
     return counts
 
 
+def digests(host: Host) -> bool:
+    """What a calibration depends on is the same with and without Run Report on the model."""
+    digest = host.module("nodes.comfyui.calibrate.inputs").digest_of_inputs
+    plain = demo(host)
+    found = [digest(patcher) for patcher in (plain, recorded(host, plain)[0], recorded(host, cached(host, plain))[0])]
+    return found[0].hex == found[1].hex and found[0].known and found[2].known
+
+
 def sizes(host: Host) -> dict[str, list]:
     """Warnings of the built-in model at its own size and at others."""
     positive, negative = labels(host)
@@ -253,13 +261,8 @@ def sizes(host: Host) -> dict[str, list]:
 
 
 if __name__ == "__main__":
-    main(
-        {
-            "samplers": every_sampler,
-            "jobs": jobs,
-            "interrupted": interrupted,
-            "nested": nested,
-            "sizes": sizes,
-            "calibrated": calibrated,
-        }
-    )
+    checks = {
+        "samplers": every_sampler, "jobs": jobs, "interrupted": interrupted, "nested": nested, "sizes": sizes,
+        "calibrated": calibrated, "digests": digests,
+    }  # fmt: skip
+    main(checks)

@@ -1,0 +1,110 @@
+"""The templates of stock models in full on a server: their nodes, their loaders, tiny files of the real classes.
+
+Prompts come without a text encoder, and what is saved is the latent. SDXL has no tiny file that ComfyUI would take for
+it, and the two loaders of Wan 2.2 would be one; test_topologies samples both.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+
+from .checkouts import parameters
+from .inside_programs import PROGRAMS
+from .server import ROOT, Server
+
+FAMILIES = {
+    "2 Flux.1 dev": "Flux",
+    "3 Qwen-Image": "Qwen-Image",
+    "4 Z-Image": "Z-Image",
+    "7 LTX-Video": "LTXV",
+}
+LIMITS = {"width": 64, "height": 64, "length": 9, "steps": 12}
+LOADERS = {"UNETLoader": "unet_name", "CheckpointLoaderSimple": "ckpt_name"}
+LEFT_OUT = ("CLIPLoader", "DualCLIPLoader", "VAELoader", "VAEDecode", "CreateVideo", "SaveVideo", "SaveImage")
+WRITE = """
+import sys
+programs, comfyui, folder, *names = sys.argv[1:]
+sys.path[:0], sys.argv = [programs, comfyui], ["main.py", "--cpu"]
+import comfy.options
+import safetensors.torch
+comfy.options.enable_args_parsing()
+import stock_models
+for name in names:
+    safetensors.torch.save_file(stock_models.checkpoint(name), f"{folder}/{name}.safetensors")
+"""
+
+
+@pytest.fixture(scope="module", params=parameters()[:1])
+def server(request, tmp_path_factory) -> Iterator[Server]:
+    """The newest ComfyUI with tiny models and the pack of prompts."""
+    running = Server(request.param, tmp_path_factory.mktemp("stock"))
+    shutil.copytree(Path(__file__).with_name("tiny_text"), running.base / "custom_nodes" / "tiny_text")
+    command = [
+        running.checkout.python, "-c", WRITE, str(PROGRAMS), str(running.checkout.path), str(running.models),
+        *set(FAMILIES.values()),
+    ]  # fmt: skip
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    os.environ["QANDC_TINY"] = str(PROGRAMS)
+    try:
+        with running:
+            yield running
+    finally:
+        del os.environ["QANDC_TINY"]
+
+
+def small(prompt: dict, family: str) -> dict:
+    """The prompt with tiny files and sizes, prompts of TinyText, and the last sampler's latent saved."""
+    found = {}
+    for key, node in prompt.items():
+        inputs = {name: min(value, LIMITS[name]) if name in LIMITS and isinstance(value, int) else value
+                  for name, value in node["inputs"].items()}  # fmt: skip
+        kind = node["class_type"]
+        if kind == "CLIPTextEncode":
+            kind, inputs = "TinyText", {"text": inputs["text"], "family": family}
+        elif kind in LOADERS:
+            kind, inputs = "UNETLoader", {"unet_name": f"{family}.safetensors", "weight_dtype": "default"}
+        if kind == "VAEDecode":
+            found["latent"] = {
+                "class_type": "SaveLatent", "inputs": {"samples": inputs["samples"], "filename_prefix": "latent"}
+            }  # fmt: skip
+        if kind not in LEFT_OUT:
+            found[key] = {"class_type": kind, "inputs": inputs}
+    return found
+
+
+def bypassed(prompt: dict) -> dict:
+    """What Ctrl+B on every Apply Cache makes of it."""
+    caches = {key: node["inputs"]["model"] for key, node in prompt.items() if node["class_type"] == "QandC_ApplyCache"}
+
+    def source(value):
+        return caches.get(value[0], value) if isinstance(value, list) else value
+
+    return {
+        key: {**node, "inputs": {name: source(value) for name, value in node["inputs"].items()}}
+        for key, node in prompt.items()
+        if key not in caches
+    }
+
+
+def sampled(server: Server, prompt: dict):
+    run = server.succeed(prompt)
+    assert run.executed | set(run.cached) == set(prompt)
+    (place,) = run.outputs["latent"]["latents"]
+    file = server.base / place["type"] / place["subfolder"] / place["filename"]
+    return safetensors.torch.load_file(file)["latent_tensor"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_template_runs_in_full(server, name):
+    prompt = small(json.loads((ROOT / "workflows" / "api" / f"{name}.json").read_text()), FAMILIES[name])
+    cached, full = sampled(server, prompt), sampled(server, bypassed(prompt))
+    assert cached.isfinite().all() and full.std() > 0
+    assert 1e-4 < float((cached - full).norm() / full.norm()) < 0.5

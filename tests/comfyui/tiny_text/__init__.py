@@ -1,0 +1,34 @@
+"""A custom node pack for tests: prompts without a text encoder, and ComfyUI's networks in tiny sizes.
+
+The text encoders of the official graphs take gigabytes and are not what is tested. $QANDC_TINY names the folder of the
+programs that define the tiny models.
+"""
+
+import os
+import sys
+from contextlib import ExitStack
+
+sys.path.append(os.environ["QANDC_TINY"])
+
+import families  # noqa: E402
+import stock_models  # noqa: E402
+
+sizes = ExitStack()  # for as long as the server runs
+for name in ("Qwen-Image", "Z-Image"):
+    sizes.enter_context(stock_models.STOCK[name].sizes())
+
+
+class TinyText:
+    """Random conditioning of the shapes that a family's text encoder gives, from the text as the seed."""
+
+    CATEGORY, FUNCTION, RETURN_TYPES = "test", "encode", ("CONDITIONING",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"text": ("STRING", {}), "family": ("STRING", {})}}
+
+    def encode(self, text, family):
+        return (families.conditioning(stock_models.STOCK[family].family, len(text)),)
+
+
+NODE_CLASS_MAPPINGS = {"TinyText": TinyText}
