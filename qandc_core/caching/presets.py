@@ -12,10 +12,9 @@ from .schedule import SPACING, affordable
 
 LEVELS = {"auto": 2.0, "safe": 1.5, "balanced": 2.0, "fast": 3.0}  # target speedups
 DISTILLED = 12  # steps up to which a run without guidance is that of a distilled model
-EVEN, FEW_COMPUTED = (
-    0.8,
-    12,
-)  # exponent of the spacing of so few computed steps, which are too far apart for a dense end
+# So few computed steps are too far apart for a dense end: they have this exponent of the spacing instead.
+FEW_COMPUTED = 12
+EVEN = 0.8
 
 
 @dataclass(frozen=True)
