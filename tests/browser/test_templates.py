@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 from tests.browser.frontend import Frontend, chromium, open_frontend
-from tests.browser.stock_templates import STOCK
+from tests.browser.stock_templates import BLUEPRINTS, STOCK
 from tests.browser.templates import TEMPLATES
 from tests.comfyui.checkouts import Checkout, parameters
 from tests.comfyui.server import Server
 
 WORKFLOWS = Path(__file__).parents[2] / "workflows"
+SUBGRAPHS = Path(__file__).parents[2] / "subgraphs"
 BY_NAME = {template.name: template for template in (*TEMPLATES, *STOCK)}
 SMALL = {"steps": 4, "trajectories": 4, "samples": 16, "clusters": 4, "pairs": 4, "batch_size": 4}
 
@@ -65,6 +66,37 @@ def test_run_shows_the_comparison(frontend, name):
         "() => app.graph._nodes.filter(n => n.type === 'QandC_Compare').map(n => n.imgs?.[0]?.naturalWidth ?? 0)"
     )
     assert shown and min(shown) > 500
+
+
+WINDOW = (1880, 950)  # of a browser at 1920 x 1080, without its bars
+RECTANGLES = "() => app.graph._nodes.map(n => [n.title, ...(n.boundingRect ?? n._bounding)])"
+
+
+@pytest.mark.parametrize("name", [template.name for template in STOCK])
+def test_stock_template_fits_the_window_with_text_that_can_be_read(frontend, name):
+    frontend.load(read(WORKFLOWS / f"{name}.json"), name)
+    boxes = frontend.page.evaluate(RECTANGLES)
+    width = max(x + w for _, x, _, w, _ in boxes) - min(x for _, x, *_ in boxes)
+    height = max(y + h for _, _, y, _, h in boxes) - min(y for _, _, y, *_ in boxes)
+    assert min(WINDOW[0] / width, WINDOW[1] / height) >= 0.6
+    assert frontend.page.evaluate("() => app.canvas.ds.scale") >= 0.6
+    assert len(boxes) <= 8
+    for i, (one, x, y, w, h) in enumerate(boxes):
+        for other, x2, y2, w2, h2 in boxes[:i]:
+            assert x >= x2 + w2 or x2 >= x + w or y >= y2 + h2 or y2 >= y + h, f"{one} lies on {other}"
+
+
+@pytest.mark.parametrize("blueprint", BLUEPRINTS, ids=lambda blueprint: blueprint.name)
+def test_blueprint_is_offered_and_opens(frontend, server, blueprint):
+    offered = server.get_json("/global_subgraphs").values()
+    (ours,) = [entry for entry in offered if entry["name"] == blueprint.name]
+    assert ours["info"]["node_pack"] == "custom_nodes.ComfyUI-QandC"
+    frontend.load(read(SUBGRAPHS / f"{blueprint.name}.json"), blueprint.name)
+    assert frontend.missing_nodes() == []
+    (node,) = frontend.serialize()["nodes"]
+    assert [slot["type"] for slot in node["outputs"]] == ["MODEL"]
+    assert [slot["type"] for slot in node["inputs"] if not slot.get("widget")] == ["MODEL"]
+    assert len([slot for slot in node["inputs"] if slot.get("widget")]) == len(blueprint.subgraph.promoted)
 
 
 def test_help_of_every_node_is_found(frontend, server):
