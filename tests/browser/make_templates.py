@@ -26,9 +26,11 @@ ROOT = Path(__file__).parents[2]
 WORKFLOWS = ROOT / "workflows"
 NOTES = ("MarkdownNote", "Note")
 
-# Nodes that show a picture while they work need room for it.
+# Nodes that show a picture or words while they work need room for them.
 BUILD = """async ({columns, nodes, groups, subgraph}) => {
-  const PREVIEWS = ['QandC_TAPCalibrate', 'QandC_Quantize', 'QandC_VarianceCompensate', 'QandC_Sample'];
+  const ROOM = {
+    QandC_ApplyCache: 70, QandC_TAPCalibrate: 290, QandC_Quantize: 290, QandC_VarianceCompensate: 290, QandC_Sample: 230,
+  };
   app.graph.clear();
   const made = {};
   for (const [key, spec] of Object.entries(nodes)) {
@@ -85,8 +87,8 @@ BUILD = """async ({columns, nodes, groups, subgraph}) => {
     let y = 0, width = 0;
     for (const key of column) {
       const node = made[key], least = node.computeSize(), wanted = nodes[key].size ?? [300, 0];
-      const preview = PREVIEWS.includes(nodes[key].type) ? 230 : 0;
-      node.setSize([Math.max(least[0], wanted[0]), Math.max(least[1] + preview, wanted[1])]);
+      const room = ROOM[nodes[key].type] ?? 0;
+      node.setSize([Math.max(least[0], wanted[0]), Math.max(least[1] + room, wanted[1])]);
       if (column.indexOf(key) > 0 && nodes[column[column.indexOf(key) - 1]].type === 'MarkdownNote') y += 50;
       y += nodes[key].down ?? 0;
       node.pos = [x, y + 40];
