@@ -29,7 +29,8 @@ NOTES = ("MarkdownNote", "Note")
 # Nodes that show a picture or words while they work need room for them.
 BUILD = """async ({columns, nodes, groups, subgraph}) => {
   const ROOM = {
-    QandC_ApplyCache: 70, QandC_TAPCalibrate: 290, QandC_Quantize: 290, QandC_VarianceCompensate: 290, QandC_Sample: 230,
+    QandC_ApplyCache: 70, QandC_TAPCalibrate: 290, QandC_Quantize: 290, QandC_VarianceCompensate: 290,
+    QandC_Sample: 230,
   };
   app.graph.clear();
   const made = {};
