@@ -67,8 +67,10 @@ class Board:
 
     def write(self, server: Any, node_id: str, text: str) -> None:
         now = executing()
+        # A thread of a node's own executes nothing, as far as ComfyUI knows.
+        prompt = now[0] if now else next(iter(running_prompts()), None)
         with self.lock:
-            self.workflow = now[0].workflow if now else ""
+            self.workflow = prompt.workflow if prompt else ""
             self.texts[self.workflow, node_id] = text, server.client_id
 
     def say(self, server: Any, node_id: str, workflow: str | None = None, client: str | None = None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import sys
+import threading
 import types
 from pathlib import Path
 
@@ -102,6 +103,22 @@ def test_text_inside_subgraphs_is_said_of_every_subgraph_around_with_that_of_its
     server.sent.clear()
     status.show("12:8", "second")
     assert server.sent == [("second", "12:8", "browser"), ("first\nsecond", "12", "browser")]
+
+
+def test_words_of_a_thread_are_those_of_the_job_that_runs(status, server, monkeypatch):
+    """They take the place of what the node said before in this workflow, also when all is said again."""
+    server.begin("p", GRAPH)
+    execute_as(monkeypatch, "p", "1")
+    status.show("1", "no runs yet")
+    monkeypatch.delitem(sys.modules, "comfy_execution.utils")
+    thread = threading.Thread(target=status.show, args=("1", "2 runs"))
+    thread.start()
+    thread.join()
+    server.work()
+    server.sent.clear()
+    server.prompt_queue.currently_running.clear()
+    server.work()
+    assert server.sent and {text for text, _, _ in server.sent} == {"2 runs"}
 
 
 def test_without_a_node_nothing_is_sent(status, server):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from concurrent.futures import ThreadPoolExecutor
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,7 +100,8 @@ class RunRecorder:
             self.say(f"this run was not added, {error}", logging.WARNING)
         else:
             small = record.num_bytes <= AT_ONCE
-            done = adding.submit(self.add, record, schedule, device)
+            # With the context of the run, which says whose words the node shows if the job has ended by then.
+            done = adding.submit(copy_context().run, self.add, record, schedule, device)
             if small:
                 done.result()
 
