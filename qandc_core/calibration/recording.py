@@ -31,7 +31,7 @@ class Schedule:
     @classmethod
     def of(cls, sigmas: list[float], sampler: str, noisy: bool, predictions: list[Tensor]) -> Schedule:
         values = torch.stack(predictions).double()
-        differences = torch.triu(torch.cdist(values, values).square(), diagonal=1)
+        differences = torch.cdist(values, values).square().fill_diagonal_(0.0)
         return cls(sigmas, sampler, noisy, 1, differences, values.square().sum(1))
 
     def like(self, other: Schedule) -> bool:

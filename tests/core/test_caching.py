@@ -678,7 +678,7 @@ def test_bypass_nests_and_survives_exceptions(model):
     [
         ({"cache_interval": 0}, "cache_interval must be 1"),
         ({"reuse": "layer"}, "reuse must be one of branch, block, prediction, got 'layer'"),
-        ({"order": 2}, "order must be 0 or 1, got 2"),
+        ({"order": 3}, "order must be 0, 1 or 2, got 3"),
     ],
 )
 def test_bad_settings_are_refused(model, kwargs, message):

@@ -421,7 +421,11 @@ def test_report_is_json(model):
         (LABELS, {"cfg_scale": float("nan")}, "cfg_scale is 'nan', expected a number between"),
         (LABELS, {"cfg_scale": float("inf")}, "cfg_scale is 'inf', expected a number between"),
         (LABELS, {"cfg_scale": "4"}, "cfg_scale is '4', expected a number between"),
-        (LABELS, {"noise": torch.full((len(LABELS), 4, 8, 8), float("nan"))}, "noise holds values that are not finite"),
+        (
+            LABELS,
+            {"noise": torch.full((len(LABELS), 4, 8, 8), float("nan"))},
+            "noise contains values that are not finite",
+        ),
         (LABELS, {"steps": 1001}, "steps must be between 1 and 1000, got 1001"),
         (LABELS, {"sigmas": [1.0, 2.0, 0.0]}, "sigmas must be a falling sequence"),
         (LABELS, {"sigmas": [1.0]}, "sigmas must be a falling sequence of at least two"),

@@ -96,7 +96,7 @@ def test_going_on_gives_the_same_bits():
             statistics.keep_inputs(x)
         if number == 2:
             resumed.fetch()
-    for name in ("low", "high", "mean", "histogram", "hessian", "rows"):
+    for name in ("low", "high", "mean", "histogram", "hessian", "inputs"):
         assert torch.equal(getattr(whole, name), getattr(resumed, name))
     assert whole.reach == resumed.reach
 

@@ -102,7 +102,7 @@ def test_calibrations_are_shared_by_variants_with_the_same_trajectories(bench):
 
 
 def test_seeds_of_calibration_fit_and_judged_images_share_no_noise():
-    calibrating = [seed for seed, _, _ in CalibrationConfig(64, 1, seed=CALIBRATION_SEED).batches()]
+    calibrating = [batch.seed for batch in CalibrationConfig(64, 1, seed=CALIBRATION_SEED).batches()]
     seeds = [*calibrating, FIT_SEED, *experiment.Evaluation().seeds]
     drawn = [image_seed(i, seed) for seed in seeds for i in range(1000)]
     assert len(set(drawn)) == len(drawn)

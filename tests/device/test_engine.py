@@ -19,6 +19,7 @@ from qandc_core.caching.run import SamplingRun
 from qandc_core.fused.loop import DeviceLoop
 from qandc_core.models.dit import DiT, DiTConfig
 from qandc_core.models.layers import DIT_SKIP
+from qandc_core.numerics import _has_float64
 from qandc_core.quantization.linear import QuantizedLinear
 from qandc_core.quantization.matmul import int_mm, kitchen_is_available, simulated_matmul
 from qandc_core.quantization.model import QuantizationConfig, quantized_layers
@@ -303,8 +304,16 @@ def static_layer():
     return QuantizedLinear.from_codes(linear, codes, weights, LinearFormat(static=True), inputs, "auto")
 
 
+@pytest.fixture
+def not_asked_before():
+    """Whether a device has float64 is asked once a process, and another device comes here under the same name."""
+    _has_float64.cache_clear()
+    yield
+    _has_float64.cache_clear()
+
+
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_device_without_float64(fused):
+def test_a_device_without_float64(fused, not_asked_before):
     with fake.device(float64=False):
         with pytest.raises(TypeError, match="float64"):
             torch.zeros(2, dtype=torch.float64, device="cuda:0")

@@ -157,7 +157,8 @@ def calibrated(host: Host) -> dict[str, Any] | None:
 
 def quantized(host: Host) -> dict[str, Any] | None:
     """Quantize before the second device is added, and after: no part of a run is computed in full precision."""
-    if not supported():
+    loads = host.module("nodes.comfyui.quantize.formats").loads
+    if not supported() or not loads("W8A8"):
         return None
     quantize = host.module("nodes.comfyui.quantize.native")
 
