@@ -52,6 +52,13 @@ def test_patterns_that_match_nothing_are_named(found):
     assert "include: no layer's name contains 'imgin'; close names: img_in" in more["text"]
 
 
+def test_cancelling_stops_at_the_next_layer_and_leaves_the_source_as_it_was(found):
+    result = found("cancelled")
+    assert result["ended"] == "interrupted"
+    assert result["shown"] == 4 < result["layers"]
+    assert result["same"]
+
+
 def test_as_small_as_possible_within_the_models_error(found):
     result = found("model errors")
     if "W4A8" not in result:

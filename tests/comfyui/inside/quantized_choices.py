@@ -101,6 +101,33 @@ def model_errors(host: Host) -> dict[str, dict]:
     return found
 
 
+def cancelled(host: Host) -> dict:
+    """Cancel is pressed when the fourth layer is done -> how often progress was shown until the end."""
+    import comfy.model_management as mm
+    import comfy.utils
+
+    full, shown = load(host, "Flux"), []
+    before = {name: value.clone() for name, value in full.model.state_dict().items()}
+
+    def press(value, total, *args, **kwargs):
+        shown.append(value)
+        if len(shown) == 4:
+            mm.interrupt_current_processing()
+
+    comfy.utils.set_progress_bar_global_hook(press)
+    try:
+        node(host, full)
+        ended = "finished"
+    except mm.InterruptProcessingException:
+        ended = "interrupted"
+    finally:
+        comfy.utils.set_progress_bar_global_hook(None)
+        mm.interrupt_current_processing(False)
+    after = full.model.state_dict()
+    same = after.keys() == before.keys() and all(torch.equal(after[name], value) for name, value in before.items())
+    return {"ended": ended, "shown": len(shown), "same": same, "layers": len(node(host, full)[1])}
+
+
 def another_calibration(host: Host) -> str:
     Calibration = host.module("qandc_core.calibration.file").Calibration
     try:
@@ -183,5 +210,5 @@ def compiled_elsewhere(host: Host) -> dict[str, bool]:
 if __name__ == "__main__":
     main({
         "chosen": chosen, "patterns": patterns, "limits": limits, "another calibration": another_calibration,
-        "far off": far_off, "model errors": model_errors, "memory": memory, "untouched": compiled_elsewhere,
+        "cancelled": cancelled, "far off": far_off, "model errors": model_errors, "memory": memory, "untouched": compiled_elsewhere,
     })  # fmt: skip
