@@ -14,6 +14,8 @@ NODES = (
     "QandC_TAPCalibrate",
     "QandC_CalibrateFromRuns",
     "QandC_Quantize",
+    "QandC_QuantizeTextEncoder",
+    "QandC_SaveTextEncoder",
     "QandC_VarianceCompensate",
     "QandC_Sample",
     "QandC_RunReport",
