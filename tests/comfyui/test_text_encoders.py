@@ -56,13 +56,13 @@ def test_the_report_says_sizes_errors_and_what_stays(found):
 def test_files_of_16_and_8_bits(found, source):
     result = found("half precision")[source]
     assert result["same after loading"] and 0 < result["error"] < 0.03
-    assert ("168 float8_e4m3fn" in result["text"]) == (source in ("torch.float8_e4m3fn", "scaled"))
+    assert ("28 float8_e4m3fn" in result["text"]) == (source in ("torch.float8_e4m3fn", "scaled"))
 
 
 def test_loras_before_and_after(found):
     result = found("loras")
     assert result["effect"] > 0.1 and result["baked"] < 0.1 * result["effect"]
-    assert result["pooled"] and result["same t5 after loading"] and result["source as it was"] and not result["left"]
+    assert result["pooled"] and result["same llama after loading"] and result["source as it was"] and not result["left"]
     for format in WORST:
         if format in result:
             one = result[format]
@@ -71,15 +71,15 @@ def test_loras_before_and_after(found):
 
 def test_choices_and_refusals(found):
     result = found("choices")
-    assert result["all"][0] == 168 and result["skip"][0] == 161
+    assert result["all"][0] == 28 and result["skip"][0] == 21
     assert "skip: no layer's name contains 'nonsense'" in result["skip"][1]
-    assert 0 < result["limit"][0] < 168
-    assert result["skip all"].startswith("This CLIP has no linear layer left to quantize with skip = t5xxl")
+    assert 0 < result["limit"][0] < 28
+    assert result["skip all"].startswith("This CLIP has no linear layer left to quantize with skip = llama")
     assert result["none"].startswith("Nothing would be quantized")
     assert result["clip_l"].startswith("ComfyUI's loaders take no quantized clip_l")
-    assert result["again"].startswith("t5xxl is quantized already")
+    assert result["again"].startswith("llama is quantized already")
     assert result["save"].startswith("No encoder of this CLIP is quantized")
-    assert [name.split("_0")[0] for name in result["save all"]] == ["both_clip_l", "both_t5xxl"]
+    assert [name.split("_0")[0] for name in result["save all"]] == ["both_clip_l", "both_llama"]
 
 
 def test_cancelling_leaves_the_clip_as_it_was(found):

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import comfy.model_management as mm
 import comfy.utils
 import folder_paths
 from torch import Tensor
@@ -49,6 +50,15 @@ def new_paths(encoders: list[Encoder], prefix: str, output: str) -> list[Path]:
     return found
 
 
+def tensors_of(clip) -> dict[str, Any]:
+    """All tensors of a CLIP with its LoRAs in them, as CLIPSave of this ComfyUI gets them."""
+    patcher = clip.load_model()
+    if hasattr(clip, "state_dict_for_saving"):
+        return clip.state_dict_for_saving()
+    mm.load_models_gpu([patcher], force_patch_weights=True)
+    return clip.get_sd()
+
+
 def file_tensors(clip, encoder: Encoder, tensors: Mapping[str, Any]) -> dict[str, Any]:
     """The encoder's part of a CLIP's `tensors`, with its tokenizer where a file carries one."""
     prefix = f"{encoder.root}."
@@ -75,8 +85,7 @@ def with_full_names(tensors: dict[str, Any]) -> dict[str, Any]:
 
 def save_encoders(clip, encoders: list[Encoder], paths: list[Path], metadata: dict[str, str]) -> None:
     """Writes one file for each encoder, LoRAs on it included; a failed write leaves no file behind."""
-    clip.load_model()
-    tensors = clip.state_dict_for_saving()
+    tensors = tensors_of(clip)
     for encoder, path in zip(encoders, paths, strict=True):
         with written_whole(path) as temporary:
             comfy.utils.save_torch_file(file_tensors(clip, encoder, tensors), str(temporary), metadata=metadata)
