@@ -82,6 +82,16 @@ def test_choices_and_refusals(found):
     assert [name.split("_0")[0] for name in result["save all"]] == ["both_clip_l", "both_llama"]
 
 
+def test_names_that_the_loader_shortens_are_written_in_full(found):
+    result = found("names")
+    assert result["Qwen 3.5"] == [
+        "lm_head.weight", "model.language_model.layers.0.input_layernorm.weight",
+        "model.language_model.layers.0.linear_attn.A_log", "model.visual.blocks.0.norm1.weight",
+    ]  # fmt: skip
+    assert result["taken for"] == "QWEN35_4B"
+    assert result["Qwen 3"] == ["model.layers.0.self_attn.q_norm.weight", "model.norm.weight"]
+
+
 def test_cancelling_leaves_the_clip_as_it_was(found):
     for one in found("cancelled").values():
         assert one == {"ended": "interrupted", "same": True, "hooks": 0}

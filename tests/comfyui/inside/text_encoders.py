@@ -211,6 +211,20 @@ def choices(host: Host) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def names(host: Host) -> dict[str, Any]:
+    """Names in files of encoders that the loader renames as it reads them, and what it takes them for."""
+    import comfy.sd
+
+    saving = host.module("nodes.comfyui.encoders.saving")
+    norm = torch.empty(2560, device="meta")
+    qwen35 = saving.with_full_names({
+        "model.layers.0.linear_attn.A_log": norm, "model.layers.0.input_layernorm.weight": norm,
+        "visual.blocks.0.norm1.weight": norm, "model.lm_head.weight": norm,
+    })  # fmt: skip
+    qwen3 = saving.with_full_names({"model.layers.0.self_attn.q_norm.weight": norm, "model.norm.weight": norm})
+    return {"Qwen 3.5": sorted(qwen35), "Qwen 3": sorted(qwen3), "taken for": comfy.sd.detect_te_model(qwen35).name}
+
+
 def cancelled(host: Host) -> dict[str, Any]:
     """Cancel is pressed while the prompts are read, and while layers are rounded."""
     import comfy.model_management as mm
@@ -262,6 +276,6 @@ def sampled(host: Host) -> dict[str, float]:
 
 if __name__ == "__main__":
     main({
-        "families": families, "half precision": half_precision, "loras": loras, "choices": choices,
+        "families": families, "half precision": half_precision, "loras": loras, "choices": choices, "names": names,
         "cancelled": cancelled, "sampled": sampled,
     })  # fmt: skip
