@@ -13,11 +13,12 @@ from tests.comfyui.checkouts import parameters
 from tests.comfyui.server import Server
 
 ROOT = Path(__file__).parents[2]
-CACHE, QUANTIZE = "QandC_ApplyCache", "QandC_Quantize"
+CACHE, QUANTIZE, ENCODER = "QandC_ApplyCache", "QandC_Quantize", "QandC_QuantizeTextEncoder"
 WORDS = {
     "cache": CACHE, "faster": CACHE, "speed up": CACHE, "accelerate": CACHE, "skip steps": CACHE, "teacache": CACHE,
     "spectrum": CACHE, "\u52a0\u901f": CACHE, "int8": QUANTIZE, "fp8": QUANTIZE, "int4": QUANTIZE,
     "quantize": QUANTIZE, "smaller": QUANTIZE, "VRAM": QUANTIZE, "\u91cf\u5316": QUANTIZE,
+    "t5xxl": ENCODER, "quantize clip": ENCODER, "umt5": ENCODER,
 }  # fmt: skip
 # Stock nodes have these in their names: EasyCache, LazyCache, Flux KV Cache.
 IN_STOCK_NAMES = {"cache"}

@@ -105,10 +105,15 @@ def quantize_encoders(
     costs = sum(rounding_cost(layer) for layers in encoders.values() for layer in layers.values())
     calls = (len(used) + len(held_out)) * (1 + len(encoders)) + 2 * len(held_out) * len(encoders)
     work = Work(clip.patcher, costs, calls, node_id)
-    tokens = tokens_of(clip, list(encoders), [*used, *held_out], lambda: work.did("calls", 1, "reading the prompts"))
+
+    def tokens(prompts: Sequence[str]) -> dict[str, list[Any]]:
+        return tokens_of(clip, list(encoders), prompts, lambda: work.did("calls", 1, "reading the prompts"))
+
+    texts, others = tokens(used), tokens(held_out)
     tasks = {
-        encoder.name: Task(clip, encoder, layers, tokens[encoder.name], len(used), settings, work)
+        encoder.name: Task(clip, encoder, layers, texts[encoder.name], others[encoder.name], settings, work)
         for encoder, layers in encoders.items()
+        if others[encoder.name]  # some run only where a prompt asks for them
     }
     exact = {name: task.outputs(clip) for name, task in tasks.items()}
     layers = {name: task.quantized() for name, task in tasks.items()}
@@ -162,11 +167,11 @@ def ignored_parts(clip, settings: TextSettings) -> list[str]:
 
 
 class Task:
-    """Quantizing one encoder of a CLIP, on tokens of which the first `calibrates` are for statistics."""
+    """Quantizing one encoder of a CLIP: statistics on the tokens `texts`, errors on those held out."""
 
-    def __init__(self, clip, encoder: Encoder, layers, tokens, calibrates: int, settings: TextSettings, work: Work):
+    def __init__(self, clip, encoder: Encoder, layers, texts, held_out, settings: TextSettings, work: Work):
         self.clip, self.encoder, self.layers, self.settings, self.work = clip, encoder, layers, settings, work
-        self.texts, self.held_out = tokens[:calibrates], tokens[calibrates:]
+        self.texts, self.held_out = texts, held_out
         stored = HALF if encoder.network.dtype.itemsize == 1 else None
         self.weights = SourceWeights(clip.patcher, True, stored, encoder.root)
         self.answers = Answers(clip, encoder)
