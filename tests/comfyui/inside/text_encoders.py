@@ -28,7 +28,7 @@ MINE = "\n".join(f"a {color} {thing}, studio light" for color in ("red", "green"
 
 def files(host: Host, name: str, dtype: torch.dtype = torch.float32) -> list[str]:
     folder = host.base / "models" / "text_encoders"
-    return [write_encoder(host, encoder, folder, dtype) for encoder in CLIPS[name][0]]
+    return [write_encoder(encoder, folder, dtype) for encoder in CLIPS[name][0]]
 
 
 def load(host: Host, name: str, paths: list[str]):

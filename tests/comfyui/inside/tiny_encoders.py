@@ -8,13 +8,12 @@ import pkgutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from host import Host
 from safetensors.torch import save_file
 
 WIDTH, RANK = 64, 24
@@ -63,6 +62,7 @@ VISION = "comfy.text_encoders.qwen_vl.Qwen2VLVisionTransformer"
 def tiny_encoders() -> Iterator[None]:
     """Within it ComfyUI builds and detects these encoders in tiny sizes."""
     import comfy.sd
+    import comfy.text_encoders.hunyuan_video as llama
 
     with ExitStack() as stack:
         networks = {encoder.network: encoder.narrow for encoder in ENCODERS.values()}
@@ -72,6 +72,7 @@ def tiny_encoders() -> Iterator[None]:
         vision = pkgutil.resolve_name(VISION)
         sizes = {"hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "num_layers": 1}
         stack.enter_context(patch.object(vision, "__init__", with_sizes(vision.__init__, sizes)))
+        stack.enter_context(patch.object(llama, "LlamaTokenizerFast", SmallTokenizer))
         shown = partial(detected, comfy.sd.detect_te_model)
         stack.enter_context(patch.object(comfy.sd, "detect_te_model", shown))
         yield
@@ -103,7 +104,17 @@ def detected(detect, state: dict):
     return detect(shown)
 
 
-def write_encoder(host: Host, name: str, folder: Path, dtype: torch.dtype = torch.float32) -> str:
+class SmallTokenizer:
+    """In place of Llama's, which takes seconds to read and is not in every checkout."""
+
+    @staticmethod
+    def from_pretrained(path, **given):
+        from comfy.text_encoders.spiece_tokenizer import SPieceTokenizer
+
+        return SPieceTokenizer(spiece_model(), add_bos=True, add_eos=False)
+
+
+def write_encoder(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> str:
     """A file of random weights, with embeddings of low rank so that inputs are correlated as a text's are."""
     import comfy.ops
 
@@ -129,17 +140,18 @@ def write_encoder(host: Host, name: str, folder: Path, dtype: torch.dtype = torc
                 made = random(*value.shape) / value.flatten(1).shape[1] ** 0.5
             tensors[key] = (0.3 * made if "SelfAttention.q" in key else made).to(dtype)
     if encoder.tokenizer:
-        tensors["spiece_model"] = spiece_model(host)
+        tensors["spiece_model"] = spiece_model()
     folder.mkdir(parents=True, exist_ok=True)
     save_file({key: value.contiguous() for key, value in tensors.items()}, path)
     return str(path)
 
 
-def spiece_model(host: Host) -> torch.Tensor:
+@cache
+def spiece_model() -> torch.Tensor:
     """A SentencePiece tokenizer of the pack's general prompts."""
     import sentencepiece
 
-    text = Path(host.pack, "nodes", "prompts.txt").read_text().splitlines()
+    text = Path(__file__).parents[3].joinpath("nodes", "prompts.txt").read_text().splitlines()
     written = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(text), model_writer=written, vocab_size=500, hard_vocab_limit=False, minloglevel=2,
