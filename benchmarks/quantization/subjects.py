@@ -34,7 +34,7 @@ class Study:
         settings = sampling.Settings(s.positive, s.negative, s.steps, s.cfg, s.sampler, s.scheduler)
         wanted = {"trajectories": TRAJECTORIES, "samples": SAMPLES, "hessians": True, "held_out": 0, **plan}
         chosen = module.CalibrationConfig(seed=seed, batch_size=fidelity.IMAGES, **wanted)
-        return module.calibrate(patcher, settings, s.latent[:1], chosen)
+        return module.calibrate(patcher, settings, {"samples": s.latent[:1]}, chosen)
 
     def held_out(self) -> tuple[dict[str, torch.Tensor], tuple]:
         """Inputs of every layer, and calls of the model, of images with other labels."""
