@@ -5,17 +5,15 @@ argv: checkout, base directory with the pack, options as JSON.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from typing import Any
 
 import fidelity
 import torch
 from host import Host
-from subjects import Study, studies
+from subjects import Study, over_seeds
 from torch import Tensor, nn
 
 CALIBRATION_SEED, IMAGE_SEED = 1100, 40000
@@ -111,7 +109,7 @@ def check_kernels(layers: dict[str, Rounding]) -> int:
     return same
 
 
-def rows(study: Study, seed: int) -> tuple[list[dict[str, Any]], int]:
+def rows(study: Study, seed: int) -> list[dict[str, Any]]:
     native, judging = (study.host.module(f"nodes.comfyui.quantize.{name}") for name in ("native", "judge"))
     source = study.subject.patcher
     calibration = study.calibration(source, CALIBRATION_SEED + 10 * seed)
@@ -140,18 +138,9 @@ def rows(study: Study, seed: int) -> tuple[list[dict[str, Any]], int]:
         row(f"the same weights with 8-bit inputs, {rounding}", "", lambda layer, g=gptq: layer.rotated(4, 8, g))
         row(f"awq_w4a16 of modulations, {rounding}", MODULATIONS, lambda layer, g=gptq: layer.awq(g))
         row(f"W8A8 of modulations, {rounding}", MODULATIONS, lambda layer, g=gptq: layer.rotated(8, 8, g))
-    return found, check_kernels(layers)
-
-
-def main() -> None:
-    checkout, base, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-    host = Host(checkout, base)
-    with torch.inference_mode():
-        study = studies(host, options["flow"], only=options["subject"])[options["subject"]]
-        found, kernels = rows(study, options["seed"])
-    shared = {"calls": JUDGED, "images": fidelity.IMAGES, "kitchen": version("comfy-kitchen")}
-    print("RESULTS " + json.dumps({**shared, "kernels": kernels, "rows": found}))
+    assert check_kernels(layers) > 0
+    return found
 
 
 if __name__ == "__main__":
-    main()
+    over_seeds(rows, {"calls": JUDGED})

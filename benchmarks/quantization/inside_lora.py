@@ -5,18 +5,15 @@ argv: checkout, base directory with the pack, options as JSON.
 
 from __future__ import annotations
 
-import json
 import sys
-from importlib.metadata import version
 from typing import Any
 
 import fidelity
 import torch
-from host import Host
-from subjects import Study, studies
+from subjects import Study, over_seeds
 
 IMAGE_SEED, JUDGED = 50000, 16
-RANK, SIZES = 8, (0.3, 0.05)  # |delta| / |W|
+RANK, SIZES = 8, (0.3,)  # |delta| / |W|
 
 
 def lora_file(patcher, layers: list[str], size: float, seed: int, whole: bool) -> dict[str, torch.Tensor]:
@@ -77,15 +74,5 @@ def quantized(native, patcher, format: str):
     return native.quantize_native(patcher, native.NativeSettings(format, "nearest"))[0]
 
 
-def main() -> None:
-    checkout, base, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-    host = Host(checkout, base)
-    with torch.inference_mode():
-        study = studies(host, options["flow"], only=options["subject"])[options["subject"]]
-        found = rows(study, options["seed"])
-    shared = {"calls": JUDGED, "images": fidelity.IMAGES, "rank": RANK, "kitchen": version("comfy-kitchen")}
-    print("RESULTS " + json.dumps({**shared, "rows": found}))
-
-
 if __name__ == "__main__":
-    main()
+    over_seeds(rows, {"calls": JUDGED, "rank": RANK})

@@ -5,16 +5,12 @@ argv: checkout, base directory with the pack, options as JSON.
 
 from __future__ import annotations
 
-import json
 import sys
 from functools import partial
-from importlib.metadata import version
 from typing import Any
 
 import fidelity
-import torch
-from host import Host
-from subjects import Study, studies
+from subjects import Study, over_seeds
 
 FORMATS = ("W8A8", "W4A8")
 CALIBRATION_SEED, IMAGE_SEED = 900, 30000
@@ -55,17 +51,5 @@ def rows(study: Study, seed: int) -> list[dict[str, Any]]:
     return found
 
 
-def main() -> None:
-    checkout, base, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-    host = Host(checkout, base)
-    with torch.inference_mode():
-        study = studies(host, options["flow"], only=options["subject"])[options["subject"]]
-        found = rows(study, options["seed"])
-    print(
-        "RESULTS "
-        + json.dumps({"calls": JUDGED, "images": fidelity.IMAGES, "kitchen": version("comfy-kitchen"), "rows": found})
-    )
-
-
 if __name__ == "__main__":
-    main()
+    over_seeds(rows, {"calls": JUDGED})

@@ -18,8 +18,8 @@ COLUMNS = ("model", "images")
 TEXT = """# LoRAs after Quantize against LoRAs baked in before
 
 Relative L2 errors against full precision with the same LoRA: of the model's predictions on {calls} held-out calls, and
-of {images} images. Every seed is another random LoRA of rank {rank} on all quantized layers, of 0.3 or 0.05 of each
-weight's norm, and other noise. Weights are rounded to nearest. "Ratio" is to the row "{baked}", paired by seed; mean
+of {images} images. Every seed is another random LoRA of rank {rank} on all quantized layers, of 0.3 of each weight's
+norm, and other noise. Weights are rounded to nearest. "Ratio" is to the row "{baked}", paired by seed; mean
 and standard error. "As a whole matrix" is the same change without its factors, as of merged models; "core alone" is
 ComfyUI's own patcher on the same layers, which decodes the weight, adds the LoRA and rounds the sum again. ComfyUI
 {comfyui}, comfy-kitchen {kitchen}, eager kernels on CPU ({machine}). The models are those of
