@@ -127,7 +127,8 @@ READERS: dict[str, Callable[[tuple, tuple[int, ...]], Term | None]] = {
 
 
 def matrix(value: Tensor) -> Tensor:
-    return value.detach().float().flatten(1)
+    """In float32 and on the CPU: core's bypass loader moves a LoRA's tensors, one at a time."""
+    return value.detach().to("cpu", torch.float32).flatten(1)
 
 
 def scaled(term: Term, factor: float, dtype: torch.dtype = torch.float32) -> Term:

@@ -155,15 +155,16 @@ class NativePatcher:
         gone: set[str] = set()
         for name, module in model.named_modules():
             key = f"{prefix}{name}.weight"
-            if hasattr(module, "weight") and is_quantized(weight := self.unpatched(key)):
+            weight = self.unpatched(key) if key in self.besides() else getattr(module, "weight", None)
+            if is_quantized(weight):
                 gone.update(weight.state_dict(f"{name}.weight"))
-                replaced |= self.saved_parts(name, module, key, prefix)
+                replaced |= self.saved_parts(name, module, weight, prefix)
         rest = super().model_state_dict_for_saving(WithoutTensors(model, gone | replaced.keys()), prefix)  # type: ignore[misc]
         return {**rest, **replaced}
 
-    def saved_parts(self, name: str, module: Any, key: str, prefix: str) -> dict[str, Any]:
+    def saved_parts(self, name: str, module: Any, weight: Any, prefix: str) -> dict[str, Any]:
         """A quantized layer's weight under its names in a file, and its mark where it is patched."""
-        weight, mark = self.unpatched(key), {}
+        key, mark = f"{prefix}{name}.weight", {}
         parts, patched = weight.state_dict(f"{name}.weight"), key in self.besides()
         if patched:
             finer = finer_format(weight)
