@@ -66,7 +66,7 @@ def test_loras_before_and_after(found):
     for format in WORST:
         if format in result:
             one = result[format]
-            assert one["gone"] and one["with"] < 2 * max(one["without"], 0.01) and one["saved"] < 0.02
+            assert one["gone"] and one["with"] < 2 * max(one["without"], 0.01) and one["saved"] < 0.1
 
 
 def test_choices_and_refusals(found):

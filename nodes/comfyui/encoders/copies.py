@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ....qandc_core.quantization.native import NativeLayer
+from ..quantize.beside import BesideLayer, with_besides
 from ..quantize.patcher import as_native
 from ..quantize.weights import is_quantized
 
@@ -27,7 +28,7 @@ OF_A_PATCHER = {
     "weight_function", "bias_function", "weight_lowvram_function", "bias_lowvram_function", "comfy_patched_weights",
     "comfy_force_cast_weights", "prev_comfy_cast_weights", "seed_key", "model_loaded_weight_memory",
     "lowvram_patch_counter", "model_lowvram", "current_weight_patches_uuid", "model_offload_buffer_memory",
-    "current_patcher", "_v", "_comfy_graph",
+    "current_patcher", "_v", "_comfy_graph", "beside", "hooked", "qandc_besides",
 }  # fmt: skip
 OF_DYNAMIC_MEMORY = ("_v_", "_pin", "_prefetch", "dynamic_")
 
@@ -40,6 +41,7 @@ def copied_clip(clip, layers: Mapping[str, Mapping[str, NativeLayer]]):
     model = copied(clip.patcher)
     for name, quantized in layers.items():
         take_quantized(model.get_submodule(name).transformer, quantized)
+    with_besides(model)
     fresh = patcher_of(model, clip.patcher, clip.patcher.is_dynamic())
     fresh.cached_patcher_init = (again, (fresh,))
     found = clip.clone()
@@ -89,6 +91,9 @@ def copied(patcher) -> nn.Module:
             shell["comfy_cast_weights"] = module.prev_comfy_cast_weights
         shell["_parameters"] = {name: parameter(weight(prefix + name, p)) for name, p in module._parameters.items()}
         shell["_buffers"] = {name: weight(prefix + name, value) for name, value in module._buffers.items()}
+    for shell in shells.values():
+        if isinstance(shell, BesideLayer):
+            shell.relabel()  # as it is without LoRAs
     return shells[id(patcher.model)]
 
 
