@@ -148,9 +148,6 @@ def finished(workflow: dict, template: Template) -> dict:
         files = [model for model in template.models.values() if model["name"] in (node.get("widgets_values") or [])]
         if files:
             properties["models"] = files
-        for slot in node.get("outputs") or []:
-            if slot.get("slot_index", 0) is None:  # newer frontends call it invalid
-                del slot["slot_index"]
     workflow["extra"] = {"ds": {"scale": 0.6 if template in TEMPLATES else 0.75, "offset": [105, 120]}}
     return named(workflow, template)
 
