@@ -50,14 +50,14 @@ def errors(images, reference) -> list[float]:
     return [float(f"{error:.4g}") for error in relative_l2(images, reference)]
 
 
-def measured(host: Host, name: str, subject: Subject, sampler: str, converged, method: str) -> list[dict]:
+def measured(host: Host, name: str, subject: Subject, sampler: str, converged, method: str, steps_of=()) -> list[dict]:
     """Rows of one sampler on one model: its plain runs, and every preset at every number of steps."""
     subject.sampler = sampler
     noisy = host.module("nodes.comfyui.wrappers").declares_noise(sampler_object(sampler))
     common = {"subject": name, "sampler": sampler, "noisy": noisy}
     runs = Runs(subject)
     rows: list[dict] = []
-    for steps in STEPS:
+    for steps in steps_of or STEPS:
         full, calls_of_all = runs.plain(steps)
         for level in LEVELS:
             found, calls = runs.cached(host, METHODS[method](host, subject.patcher, level), steps, level)
@@ -230,6 +230,7 @@ def main() -> None:
     parser.add_argument("flow", nargs="?", type=Path)
     parser.add_argument("--seconds", type=float, default=float("inf"))
     parser.add_argument("--out", type=Path, default=RESULTS / "caching-samplers.json")
+    parser.add_argument("--steps", type=lambda text: [int(n) for n in text.split(",")], default=[], help="only these")
     parser.add_argument("--method", default="preset", choices=METHODS)
     parser.add_argument("--report", action="store_true")
     args = parser.parse_args()
@@ -264,7 +265,7 @@ def main() -> None:
             for sampler in left:
                 if time.perf_counter() - begun > args.seconds:
                     break
-                rows += measured(host, name, subject, sampler, converged, args.method)
+                rows += measured(host, name, subject, sampler, converged, args.method, args.steps)
                 args.out.write_text("[" + ",\n".join(map(json.dumps, rows)) + "]\n", encoding="utf-8")
                 print(name, sampler, f"{time.perf_counter() - begun:.0f} s", file=sys.stderr, flush=True)
 
