@@ -138,7 +138,7 @@ def chain(name: str, bench: Bench, measures) -> dict:
     return {"subject": name, "chain": rows}
 
 
-def mean(values: list[float], digits: int = 4) -> str:
+def mean(values: list[float], digits: int = 5) -> str:
     error = statistics.stdev(values) / len(values) ** 0.5
     return f"{statistics.mean(values):.{digits}f} +- {error:.{digits}f}"
 
@@ -181,7 +181,7 @@ def report(rows: list[dict]) -> str:
         for row in (row for row in found if row["subject"] == subject):
             key = row["subject"], row["policy"], row["format"]
             mark = "**" if key in resolved else ""
-            text = f"{mark}{known[key].mean:+.4f} +- {known[key].error:.4f}{mark}"
+            text = f"{mark}{known[key].mean:+.5f} +- {known[key].error:.5f}{mark}"
             own = f"{mean(row['without']['errors'])} | {mean(row['with']['errors'])}"
             lines.append(f"| {row['policy']}, {row['format']} | {row['calls']} of {row['steps']} | {own} | {text} |")
     chained = []

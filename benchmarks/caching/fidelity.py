@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 COMFYUI/.venv/bin/python benchmarks/caching/fidelity.py COMFYUI BASE out/digits_flow.safetensors
 
 Called by `python -m benchmarks.caching`. BASE is a ComfyUI base directory with the pack in custom_nodes. Writes
-results/caching.json after each method and goes on where it stands, so that --seconds may cut it into pieces.
+results/caching.json after each setting and goes on where it stands, so that --seconds may cut it into pieces.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -275,19 +275,16 @@ def subjects(host: Host, weights: str) -> dict[str, Callable[[], Subject]]:
     }
 
 
-def rows_of(name: str, subject: Subject, method: str, settings: dict[float, Callable], full, measures) -> list[dict]:
-    """Every setting of a method, between two full runs that its time is compared with."""
+def rows_of(name: str, subject: Subject, method: str, settings: dict, full, measures) -> Iterator[dict]:
+    """Every setting of a method, after a full run that its time is compared with."""
     seconds, _ = seconds_of(lambda seed: subject.images(subject.patcher, seed), list(full))
-    rows = []
     for setting, run in settings.items():
         taken, results = seconds_of(run, list(full))
         row = {"subject": name, "steps": subject.steps, "method": method, "setting": setting}
+        row |= {"seconds": round(taken, 4), "full seconds": round(seconds, 4)}
         row["calls"] = [calls for _, calls in results for _ in range(IMAGES)]
         images, reference = torch.cat([r for r, _ in results]), torch.cat([*full.values()])
-        rows.append({**row, "seconds": round(taken, 4), **measures(images, reference)})
-        print(name, method, setting, results[0][1], max(rows[-1]["errors"]), file=sys.stderr, flush=True)
-    after, _ = seconds_of(lambda seed: subject.images(subject.patcher, seed), list(full))
-    return [{**row, "full seconds": round((seconds + after) / 2, 4)} for row in rows]
+        yield {**row, **measures(images, reference)}
 
 
 def main() -> None:
@@ -305,7 +302,7 @@ def main() -> None:
     only, chosen, folders = (list(filter(None, t.split(";"))) for t in (args.only, args.methods, args.packs))
     begun = time.perf_counter()
     rows = json.loads(args.out.read_text(encoding="utf-8")) if args.out.is_file() else []
-    done = {(row["subject"], row["method"]) for row in rows}
+    done = {(row["subject"], row["method"], row["setting"]) for row in rows}
     sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "comfyui" / "inside"))
     from host import Host
 
@@ -330,12 +327,15 @@ def main() -> None:
             full = {seed: subject.images(subject.patcher, seed)[0] for seed in range(args.seeds)}
             wanted = [method for part in chosen for method in found if part in method] if chosen else list(found)
             for method in dict.fromkeys(wanted):
-                if (name, method) in done:
-                    continue
-                if time.perf_counter() - begun > args.seconds:
-                    return
-                rows += rows_of(name, subject, method, found[method], full, measures)
-                args.out.write_text("[" + ",\n".join(map(json.dumps, rows)) + "]\n", encoding="utf-8")
+                left = {key: run for key, run in found[method].items() if (name, method, key) not in done}
+                for row in rows_of(name, subject, method, left, full, measures) if left else ():
+                    rows.append(row)
+                    args.out.write_text("[" + ",\n".join(map(json.dumps, rows)) + "]\n", encoding="utf-8")
+                    print(
+                        name, method, row["setting"], row["calls"][0], max(row["errors"]), file=sys.stderr, flush=True
+                    )
+                    if time.perf_counter() - begun > args.seconds:
+                        return
 
 
 if __name__ == "__main__":
