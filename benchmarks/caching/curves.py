@@ -141,7 +141,7 @@ def draw(rows: list[dict], out: Path) -> None:
     from matplotlib import pyplot
 
     subjects = list(dict.fromkeys(row["subject"] for row in rows))
-    figure, panels = pyplot.subplots(1, len(subjects), figsize=(4.4 * len(subjects), 4.6), squeeze=False)
+    figure, panels = pyplot.subplots(1, len(subjects), figsize=(4.4 * len(subjects), 5.0), squeeze=False)
     for panel, subject in zip(panels[0], subjects):
         found = curves(rows, subject)
         found["core EasyCache"] = found.pop(COPIED, found["core EasyCache"])
@@ -162,5 +162,5 @@ def draw(rows: list[dict], out: Path) -> None:
     panels[0][0].set_ylabel("relative L2 to the full run")
     handles = {label: handle for panel in panels[0] for handle, label in zip(*panel.get_legend_handles_labels())}
     figure.legend(handles.values(), handles.keys(), loc="lower center", ncol=5, frameon=False)
-    figure.tight_layout(rect=(0, 0.12, 1, 1))
+    figure.tight_layout(rect=(0, 0.18, 1, 1))
     figure.savefig(out, dpi=90)
