@@ -35,9 +35,10 @@ IMAGES, CONVERGED = 6, 300  # images of a batch, and steps of dpmpp_2m that coun
 
 
 def preset(host: Host, patcher: Any, level: str) -> Any:
-    """The model with a preset of Apply Cache; how many steps it computes is counted in the run."""
-    policies, caching = host.module("qandc_core.caching.presets"), host.module("nodes.comfyui.cache.attach")
-    return caching.apply_cache(patcher, caching.CacheSettings(policies.Preset(level=level), "automatic"))
+    """How many steps it computes is counted in the run."""
+    import fidelity
+
+    return fidelity.preset(host, patcher, level)
 
 
 METHODS: dict[str, Callable[[Any, Any, str], Any]] = {"preset": preset}
