@@ -203,7 +203,8 @@ def choices(host: Host) -> dict[str, Any]:
     small = load(host, QUICK, files(host, QUICK)[:1])
     narrow, *_ = quantize(host, clip, prompts="")
     return {
-        "all": layers(), "skip": layers(skip="layers.0.,nonsense"), "limit": layers(error=0.03, format=available(host)[-1]),
+        "all": layers(), "skip": layers(skip="layers.0.,nonsense"),
+        "limit": layers(error=0.03, format=available(host)[-1]),
         "skip all": refusal(quantize, host, clip, skip="llama"), "none": refusal(quantize, host, clip, error=1e-6),
         "clip_l": refusal(quantize, host, small), "again": refusal(quantize, host, narrow),
         "save": refusal(save, host, clip, "clip/none"),
