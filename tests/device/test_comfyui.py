@@ -75,10 +75,10 @@ def test_dynamic_vram_pages_weights(found):
 
 
 def test_a_cache_costs_one_wait_for_a_prediction(found):
-    """To find its step; core waits as well."""
+    """To find its step; core waits as well. The times of calls, here every second, are read once the run has ended."""
     if found["mode"] in ("low", "refused"):
         pytest.skip("weights that are copied at every call")
-    assert found["waits"]["cached"] <= found["waits"]["plain"] + 1
+    assert found["waits"]["cached"] <= found["waits"]["plain"] + 1.5
     assert found["waits"]["plain"] <= 4
 
 
