@@ -13,6 +13,7 @@ from ..gptq import Hessian, gptq_codes
 from ..grids import Grid, quantize, symmetric_grid
 from ..grids import dequantize as grid_values
 from .base import Format
+from .plain_int8 import LAYOUT, STOCK_LAYOUT
 
 # Rounding costs a row K (absmax / 127)^2 / 12: cutting its one outlier pays up to K / (12 * 127^2), 6 % at K = 12288.
 CLIPS = tuple(1 - step / 100 for step in range(1, 11))
@@ -79,6 +80,6 @@ W8A8 = Int8(
     weight_bits=8,
     since="0.27",
     kernel="int8_linear",
-    layouts=("TensorWiseINT8Layout",),
+    layouts=(STOCK_LAYOUT, LAYOUT),
     parts=("weight", "weight_scale"),
 )
