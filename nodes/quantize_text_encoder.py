@@ -9,7 +9,7 @@ from . import schema
 from .comfyui.encoders.quantize import TextSettings, divided, ignored_parts, quantize_encoders
 from .comfyui.encoders.saving import encoders_to_save, file_prefix
 from .comfyui.pictures import report_picture, to_image
-from .comfyui.status import node_of, show
+from .comfyui.status import node_of, sentences, show
 from .quantize import parts
 
 GENERAL = Path(__file__).with_name("prompts.txt")
@@ -123,8 +123,8 @@ class QuantizeTextEncoder(io.ComfyNode):
         used, held_out = divided(own, GENERAL.read_text(encoding="utf-8").splitlines())
         warnings = ignored_parts(clip, settings)
         quantized, report = quantize_encoders(clip, settings, used, held_out, node_of(cls))
-        said = "\n".join([*report.said(), *(f"Warning: {sentence}." for sentence in warnings)])
-        show(node_of(cls), f"{report.layers.headline()}\n{said}")
+        said = sentences([*report.said(), *(f"Warning: {sentence}" for sentence in warnings)])
+        show(node_of(cls), f"{sentences(report.layers.headline().splitlines())}\n{said}")
         text = f"{report.layers.summary()}\n\n{said}\n\n{report.layers.table()}"
         shown = ui.PreviewImage(to_image(report_picture(report.layers)), cls=cls).as_dict()
         prefix = file_prefix(encoders_to_save(quantized, False), format)

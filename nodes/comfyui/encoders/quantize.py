@@ -25,7 +25,7 @@ from ....qandc_core.quantization.formats import BY_NAME
 from ....qandc_core.quantization.native import COLLAPSE, NativeConfig, NativeLayer
 from ....qandc_core.quantization.report import LayerReport, QuantizationReport, percent, sizes
 from ....qandc_core.sampling.clock import Stopwatch
-from ..pictures import error_bars
+from ..pictures import error_bars, report_picture
 from ..quantize.formats import check_supported
 from ..quantize.layers import all_linears, check_loras, narrower
 from ..quantize.native import check_decodable, packed_sources, rounding_cost, unmatched_parts, working_memory
@@ -73,7 +73,9 @@ class TextReport:
 
     def said(self) -> list[str]:
         """Sentences about the files, the encoders that stay, and the prompts."""
-        found = [f"{p.name}: {sizes(p.before, p.after)} with all that stays, {percent(p.error[0])}" for p in self.parts]
+        found = [
+            f"{p.name}: {sizes(p.before, p.after)} with all that stays, {percent(p.error[0])} error" for p in self.parts
+        ]
         if self.stay:
             found.append(
                 "as they are: " + ", ".join(f"{name} {size / 2**20:.0f} MiB" for name, size in self.stay.items())
@@ -131,6 +133,7 @@ def quantize_encoders(
     }
     report = reported(clip, quantized, settings, tasks, layers, errors, watch.seconds(), len(used))
     check_near(report, settings)
+    work.show(report_picture(report.layers))
     log.info("Q&C quantization: %s; %s", report.layers.summary(), "; ".join(report.said()))
     return quantized, report
 
