@@ -30,14 +30,14 @@ def report(data: dict[str, Any]) -> str:
     parts = [TEXT.format(**data, baked=BAKED)]
     for subject in dict.fromkeys(run["subject"] for run in data["runs"]):
         methods = groups(data, subject)
-        lines = [f"## {subject}, {len(next(iter(methods.values())))} seeds", ""]
-        lines += ["| | error | ratio |", "|---|---:|---:|"]
+        lines = [f"## {subject}", ""]
+        lines += ["| | seeds | error | ratio |", "|---|---:|---:|---:|"]
         for name, rows in methods.items():
             baked = methods[f"{name.split(', ')[0]}, {BAKED}"]
             error = "{:.5f} +- {:.5f}".format(*mean_and_error([row["model"] for row in rows]))
             ratios = [row["model"] / other["model"] for row, other in zip(rows, baked)]
             ratio = "" if rows is baked else "{:.3f} +- {:.3f}".format(*mean_and_error(ratios))
-            lines.append(f"| {name} | {error} | {ratio} |")
+            lines.append(f"| {name} | {len(rows)} | {error} | {ratio} |")
         parts += ["\n".join(lines), ""]
     return "\n".join(parts)
 
