@@ -104,7 +104,8 @@ class Quantize(io.ComfyNode):
                     options=list(LORAS),
                     default="bake in",
                     advanced=True,
-                    tooltip="Merge LoRAs into the weights before quantizing (better), or keep them as patches on top.",
+                    tooltip="Merge LoRAs into the weights before quantizing, or keep them beside the layers, where "
+                    "their strength can still change.",
                 ),
                 io.Combo.Input(
                     "rounding",

@@ -1,19 +1,21 @@
 """Images of the two small models under every cache against the full run: runs in ComfyUI's Python, prints JSON.
 
-Called by `python -m benchmarks.caching`; argv: checkout, base directory with the pack, flow model, seeds, and
-parts of the names of subjects, separated by semicolons.
+Called by `python -m benchmarks.caching`; argv: checkout, base directory with the pack, flow model, seeds, parts of the
+names of subjects, and folders of other packs, both separated by semicolons.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import flow_model
+import packs
 import rivals
 import torch
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from host import Host
 
 IMAGES = 16
+MOST_PSNR = 150.0  # dB, of equal images
 
 
 @dataclass
@@ -114,6 +117,12 @@ def ours(host: Host, patcher, reuse: str, order: int, interval: int = 1, **choic
     return caching.apply_cache(patcher, caching.CacheSettings(policy, reuse))
 
 
+def preset(host: Host, patcher: Any, level: str) -> Any:
+    """The model with a preset of Apply Cache."""
+    presets, caching = host.module("qandc_core.caching.presets"), host.module("nodes.comfyui.cache.attach")
+    return caching.apply_cache(patcher, caching.CacheSettings(presets.Preset(level=level), "automatic"))
+
+
 def calibrated(host: Host, subject: Subject) -> torch.Tensor:
     """What TAP Calibrate would note of the steps: distances between predictions, on noise of its own."""
     seen: list[torch.Tensor] = []
@@ -200,6 +209,7 @@ def methods(host: Host, subject: Subject, order: int) -> dict[str, dict[float, C
         found["Q&C prediction, calibrated, order 2"] = {
             n: run(ours(host, patcher, "whole prediction", 2, num_computed=n, distances=distances)) for n in counts
         }
+    found["Q&C presets"] = {level: run(preset(host, patcher, level)) for level in ("safe", "balanced", "fast")}
     found["Q&C error budget"] = {
         e: run(ours(host, patcher, "whole prediction", order, max_error=e)) for e in (0.003, 0.01, 0.02, 0.05, 0.1)
     }
@@ -210,42 +220,89 @@ def relative_l2(images: torch.Tensor, reference: torch.Tensor) -> list[float]:
     return ((images - reference).flatten(1).norm(dim=1) / reference.flatten(1).norm(dim=1)).tolist()
 
 
+class Measures:
+    """How far images are from others, by image: relative L2, PSNR in dB, and a perceptual distance.
+
+    The latter is that of LPIPS (arXiv 1801.03924, Eq. 1) with all its weights 1 and the convolutions of the digits'
+    classifier in the place of AlexNet's: squared differences of features of unit length, mean over the places of a
+    layer, summed over the four layers.
+    """
+
+    def __init__(self, host: Host):
+        self.psnr = host.module("qandc_core.evaluation.metrics").psnr
+        (classifier, _) = host.module("qandc_core.demo.classifier").load_classifier()
+        self.layers = classifier.body[:10]
+
+    def features(self, images: torch.Tensor) -> list[torch.Tensor]:
+        found, x = [], images
+        for layer in self.layers:
+            x = layer(x)
+            if isinstance(layer, torch.nn.ReLU):
+                found.append(torch.nn.functional.normalize(x, dim=1))
+        return found
+
+    def perceptual(self, images: torch.Tensor, reference: torch.Tensor) -> list[float]:
+        pairs = zip(self.features(images), self.features(reference))
+        return sum((a - b).square().sum(dim=1).mean(dim=(1, 2)) for a, b in pairs).tolist()
+
+    def __call__(self, images: torch.Tensor, reference: torch.Tensor) -> dict[str, list[float]]:
+        found = {
+            "errors": relative_l2(images, reference),
+            "psnr": self.psnr(images, reference).clamp(max=MOST_PSNR).tolist(),
+            "perceptual": self.perceptual(images, reference),
+        }
+        return {name: [float(f"{value:.4g}") for value in values] for name, values in found.items()}
+
+
+def seconds_of(run: Callable, seeds: list[int]) -> tuple[float, list]:
+    """CPU seconds, which other programs on the machine hardly change."""
+    begun = time.process_time()
+    results = [run(seed) for seed in seeds]
+    return time.process_time() - begun, results
+
+
 def main() -> None:
     checkout, base, weights, seeds = sys.argv[1:5]
-    only = sys.argv[5].split(";") if len(sys.argv) > 5 else None
+    only, folders = (list(filter(None, text.split(";"))) for text in (*sys.argv[5:7], "", "")[:2])
     sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "comfyui" / "inside"))
     from host import Host
 
     host = Host(checkout, base)
-    run = host.module("nodes.comfyui.cache.run").ModelRun
-    run.look = lambda self, x: None  # measures also the forecasts that Apply Cache ends
+    model_run = host.module("nodes.comfyui.cache.run").ModelRun
+    watches = model_run.look
     from comfy.samplers import sampler_object
 
     declares_noise = host.module("nodes.comfyui.wrappers").declares_noise
-    subjects = {
-        "built-in, ddim, 50 steps": built_in(host, "ddim"),
-        "built-in, ddpm, 50 steps": built_in(host, "ddpm"),
-        "flow, euler, 50 steps": flow(host, weights, "euler", 50),
-        "flow, euler, 20 steps": flow(host, weights, "euler", 20),
-        "flow, dpmpp_2m, 30 steps": flow(host, weights, "dpmpp_2m", 30),
+    subjects: dict[str, Callable[[], Subject]] = {
+        "built-in, ddim, 50 steps": lambda: built_in(host, "ddim"),
+        "built-in, ddpm, 50 steps": lambda: built_in(host, "ddpm"),
+        "flow, euler, 50 steps": lambda: flow(host, weights, "euler", 50),
+        "flow, euler, 20 steps": lambda: flow(host, weights, "euler", 20),
+        "flow, dpmpp_2m, 30 steps": lambda: flow(host, weights, "dpmpp_2m", 30),
     }
-    rows = []
+    rows, drawn = [], list(range(int(seeds)))
     with torch.inference_mode():
-        for name, subject in subjects.items():
+        measures = Measures(host)
+        for name, make in subjects.items():
             if only and not any(part in name for part in only):
                 continue
-            references = {seed: subject.images(subject.patcher, seed)[0] for seed in range(int(seeds))}
-            order = 0 if declares_noise(sampler_object(subject.sampler)) else 1
-            for method, settings in methods(host, subject, order).items():
+            subject = make()
+            references = {seed: subject.images(subject.patcher, seed)[0] for seed in drawn}
+            noisy = declares_noise(sampler_object(subject.sampler))
+            # Measures also the forecasts that Apply Cache ends.
+            model_run.look = (lambda self, x: None) if noisy else watches
+            found = methods(host, subject, order=0 if noisy else 1)
+            for folder in folders if name.startswith("flow") else ():
+                found |= packs.methods(host, folder, make)
+            for method, settings in found.items():
+                full, _ = seconds_of(lambda seed, s=subject: s.images(s.patcher, seed), drawn)
                 for setting, run in settings.items():
-                    results = [run(seed) for seed in references]
-                    rows.append({
-                        "subject": name, "steps": subject.steps, "method": method, "setting": setting,
-                        "calls": [calls for _, calls in results for _ in range(IMAGES)],
-                        "errors": [
-                            round(e, 7) for s, (r, _) in enumerate(results) for e in relative_l2(r, references[s])
-                        ],
-                    })  # fmt: skip
+                    seconds, results = seconds_of(run, drawn)
+                    row = {"subject": name, "steps": subject.steps, "method": method, "setting": setting}
+                    row |= {"seconds": round(seconds, 4), "full seconds": round(full, 4)}
+                    row["calls"] = [calls for _, calls in results for _ in range(IMAGES)]
+                    images, reference = torch.cat([r for r, _ in results]), torch.cat([*references.values()])
+                    rows.append({**row, **measures(images, reference)})
                     print(name, method, setting, results[0][1], max(rows[-1]["errors"]), file=sys.stderr, flush=True)
     print("RESULTS " + json.dumps(rows))
 

@@ -14,7 +14,7 @@ from qandc_core import (
     generate,
     quantize_model,
 )
-from qandc_core.caching.policies import Plan
+from qandc_core.caching.policies import ErrorBudget, Plan
 from qandc_core.caching.run import SamplingRun
 from qandc_core.fused.loop import DeviceLoop
 from qandc_core.models.dit import DiT, DiTConfig
@@ -256,6 +256,20 @@ def test_a_callback_costs_one_wait_a_step(device):
     generate(model, **RUN, callback=seen.append)
     assert len(seen) == STEPS and all(info.seconds > 0 for info in seen)
     assert sum(device.waits.values()) <= STEPS + 3  # labels, noise, the end
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_an_error_budget_waits_once_for_its_estimate(device, order):
+    plans = {name: ErrorBudget(10.0, order=order).plan(12, flow=True) for name in ("cpu", "cuda:0")}
+    values = torch.randn(7, 2, 3, 4, 4)
+    for name, plan in plans.items():
+        for step in range(7):
+            plan.observe(float(step), values[step].to(name))
+    device.waits.clear()
+    plans["cuda:0"].begin(7, 7.0, 0.5, 0.4)
+    assert sum(device.waits.values()) == 1
+    plans["cpu"].begin(7, 7.0, 0.5, 0.4)
+    assert plans["cuda:0"].spent == pytest.approx(plans["cpu"].spent) and plans["cpu"].spent > 0
 
 
 def test_positions_of_another_size_are_copied_once(device):

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from ....qandc_core.calibration.file import FINGERPRINT, fingerprint_tensors
+from ....qandc_core.quantization.formats import packed_format
+from .finer import file_mark
 
 
 class SourceWeights:
@@ -91,8 +93,13 @@ def base_tensors(patcher) -> dict[str, Tensor]:
     for name in list(tensors):
         backup = patcher.backup.get(f"diffusion_model.{name}")
         if backup is not None:
-            # A quantized weight is several tensors of a file, and the patched one may be in another format.
+            # A quantized weight is several tensors of a file, and the patched one may be in another format or in none.
             now = patcher.model.diffusion_model.get_parameter(name)
+            format = packed_format(backup.weight)
+            if format is not None and not is_quantized(now):
+                owner = name.rpartition(".")[0]
+                module = patcher.model.diffusion_model.get_submodule(owner)
+                tensors[f"{owner}.comfy_quant"] = file_mark(module, backup.weight, format)
             for key in now.state_dict(name) if is_quantized(now) else ():
                 del tensors[key]
             parts = {name: backup.weight} if not is_quantized(backup.weight) else backup.weight.state_dict(name)

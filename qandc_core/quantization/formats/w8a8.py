@@ -12,6 +12,7 @@ from ...numerics import widest_float
 from ..gptq import Hessian, gptq_codes
 from ..grids import Grid, quantize, symmetric_grid
 from .base import Format
+from .plain_int8 import LAYOUT, STOCK_LAYOUT
 
 # Rounding costs a row K (absmax / 127)^2 / 12: cutting its one outlier pays up to K / (12 * 127^2), 6 % at K = 12288.
 CPU_BLOCK = 2**18  # values
@@ -89,6 +90,6 @@ W8A8 = Int8(
     weight_bits=8,
     since="0.27",
     kernel="int8_linear",
-    layouts=("TensorWiseINT8Layout",),
+    layouts=(STOCK_LAYOUT, LAYOUT),
     parts=("weight", "weight_scale"),
 )

@@ -63,7 +63,7 @@ def with_loras(host: Host, format: str, full, lossy, out: torch.Tensor, amount: 
         "bypass": relative(beside["q"], beside["full"]),
         "core's bypass": relative(beside["full"], wanted),
         "effect": relative(wanted, run(full, model)),
-        "saved": relative(run(again, model), kept),
+        "saved": relative(run(again, model), wanted),
         "restored": torch.equal(run(lossy, model), out),
     }
 

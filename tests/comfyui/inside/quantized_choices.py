@@ -210,5 +210,6 @@ def compiled_elsewhere(host: Host) -> dict[str, bool]:
 if __name__ == "__main__":
     main({
         "chosen": chosen, "patterns": patterns, "limits": limits, "another calibration": another_calibration,
-        "cancelled": cancelled, "far off": far_off, "model errors": model_errors, "memory": memory, "untouched": compiled_elsewhere,
+        "cancelled": cancelled, "far off": far_off, "model errors": model_errors, "memory": memory,
+        "untouched": compiled_elsewhere,
     })  # fmt: skip
