@@ -19,10 +19,10 @@ convrot_w4a4 rounds weights and inputs to four bits, one scale for each row of r
 ComfyUI loads it since 0.28. awq_w4a16 keeps inputs as they are and is meant for modulation layers, groups of 64 inputs
 (or the largest half of that which divides them); comfy-kitchen has its kernel, no ComfyUI up to 0.33 loads it. Relative
 L2 errors against full precision: of the model's predictions on {calls} held-out calls, and of {images} images; mean and
-standard error over seeds of calibration (128 samples of 32 trajectories) and of images. The arithmetic of the kernels
-is done in float32; for layers of the sizes that it takes, comfy-kitchen's convrot_w4a4 answers the same. ComfyUI
-{comfyui}, comfy-kitchen {kitchen}, {machine}. The models are those of [quantization.md](quantization.md), W4A8 and W8A8
-of all layers are in [quantization-rival.md](quantization-rival.md). Made by
+standard error over seeds of calibration ({samples} samples of {trajectories} trajectories) and of images. The
+arithmetic of the kernels is done in float32; for layers of the sizes that it takes, comfy-kitchen's convrot_w4a4
+answers the same. ComfyUI {comfyui}, comfy-kitchen {kitchen}, {machine}. The models are those of
+[quantization.md](quantization.md), where W4A8 and W8A8 of all layers are. Made by
 `python -m benchmarks.quantization.four_bits`.
 """
 

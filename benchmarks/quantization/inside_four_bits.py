@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 CALIBRATION_SEED, IMAGE_SEED = 1100, 40000
 JUDGED, DAMPING = 16, 0.07  # as Quantize's with as many samples as inputs
+PLAN = {"trajectories": 8, "samples": 64}
 GROUP = 64  # of awq_w4a16, or the largest half of it that divides a layer's inputs
 MODULATIONS = "adaLN"
 Answer = Callable[[Tensor], Tensor]
@@ -112,7 +113,7 @@ def check_kernels(layers: dict[str, Rounding]) -> int:
 def rows(study: Study, seed: int) -> list[dict[str, Any]]:
     native, judging = (study.host.module(f"nodes.comfyui.quantize.{name}") for name in ("native", "judge"))
     source = study.subject.patcher
-    calibration = study.calibration(source, CALIBRATION_SEED + 10 * seed)
+    calibration = study.calibration(source, CALIBRATION_SEED + 10 * seed, **PLAN)
     judge = judging.Judge(source, study.calls[:: len(study.calls) // JUDGED], lambda: None)
     reference, _ = study.subject.images(source, IMAGE_SEED + seed)
     network, found = source.model.diffusion_model, []
@@ -143,4 +144,4 @@ def rows(study: Study, seed: int) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    over_seeds(rows, {"calls": JUDGED})
+    over_seeds(rows, {"calls": JUDGED, **PLAN})

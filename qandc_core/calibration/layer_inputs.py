@@ -46,7 +46,7 @@ class Draw:
         """At most `count` tokens of x (M, K)."""
         if len(x) not in self.orders:
             self.orders[len(x)] = torch.randperm(len(x), generator=self.generator)
-        return x[self.orders[len(x)][:count].to(x.device)]
+        return x[self.orders[len(x)][:count].to(x.device, non_blocking=True)]
 
 
 class Watch(Protocol):
@@ -169,7 +169,7 @@ class Observer:
         if not len(samples) and not len(held_out):
             return call()
         self.keep_calls(held_out.tolist(), x, t, conditions)
-        with observed(self.layers, self.observer(len(x), samples.to(x.device), held_out.to(x.device))):
+        with observed(self.layers, self.observer(len(x), samples.tolist(), held_out.tolist())):
             return call()
 
     def places(self, batch: int, conditions: int) -> tuple[Tensor, Tensor]:
@@ -181,33 +181,34 @@ class Observer:
         here = (condition >= 0) & (condition < conditions)
         return samples, (image + condition * images)[here]
 
-    def observer(self, batch: int, samples: Tensor, held_out: Tensor):
+    def observer(self, batch: int, samples: list[int], held_out: list[int]):
         """observe(name, inputs) of one model call: the inputs of `samples` are added, those of `held_out` kept."""
         draw, wanted = Draw(self.generator), self.tokens.take(len(samples))
         draw_held_out = Draw(self.generator)
-        wanted_held_out = self.held_out_tokens.take(len(held_out)) if len(held_out) else 0
+        wanted_held_out = self.held_out_tokens.take(len(held_out)) if held_out else 0
 
         def observe(name: str, inputs: Tensor) -> None:
             if not inputs.numel():
                 return  # an expert to which no token went
             layer = self.statistics[name]
-            if len(samples):
+            if samples:
                 x = of_samples(inputs, batch, samples)
                 layer.update(x)
                 if layer.inputs is not None:
                     layer.keep_inputs(draw(x, wanted))
-            if len(held_out):
+            if held_out:
                 layer.keep_held_out(draw_held_out(of_samples(inputs, batch, held_out), wanted_held_out))
 
         return observe
 
     def keep_calls(self, samples: list[int], x: Tensor, t: Tensor, conditions: Mapping[str, Any]) -> None:
-        """Keeps these samples of the batch as calls of their own."""
-        self.calls += [call for row in samples if (call := call_of(row, x, t, conditions)) is not None]
+        """Keeps these samples of the batch as calls of their own, on the CPU."""
+        calls = (call_of(row, x, t, conditions) for row in samples)
+        self.calls += [call.copied("cpu") for call in calls if call is not None]
 
 
 def call_of(row: int, x: Tensor, t: Tensor, conditions: Mapping[str, Any]) -> ModelCall | None:
-    """One sample of a batch as a call of its own; None, with a message, where a condition cannot be stored."""
+    """One sample of a batch as a call of its own, a view; None, with a message, where a condition cannot be stored."""
     given = {key: part_of(value, row, len(x)) for key, value in conditions.items() if value is not None}
     unfit = [key for key, value in given.items() if not storable(value)]
     if unfit:
@@ -216,18 +217,20 @@ def call_of(row: int, x: Tensor, t: Tensor, conditions: Mapping[str, Any]) -> Mo
     return ModelCall(part_of(x, row, len(x)), part_of(t, row, len(x)), given)
 
 
-def of_samples(inputs: Tensor, batch: int, samples: Tensor) -> Tensor:
+def of_samples(inputs: Tensor, batch: int, samples: Sequence[int]) -> Tensor:
     """The inputs (M, K) that belong to some samples of the batch; all of them in layers that do not keep it first."""
     if len(inputs) % batch:
         return merge_tokens(inputs)
-    return merge_tokens(inputs.reshape(batch, -1, inputs.shape[-1])[samples])
+    rows = inputs.reshape(batch, -1, inputs.shape[-1])
+    parts = [rows[i] for i in samples]  # by number: a tensor of them would have to be sent to the device
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def part_of(value: Any, row: int, batch: int) -> Any:
-    """One sample's part of a batched argument, on CPU."""
+    """One sample's part of a batched argument."""
     if isinstance(value, Tensor):
         batched = value.ndim and len(value) == batch
-        return (value[row : row + 1] if batched else value).detach().cpu().clone()
+        return value[row : row + 1] if batched else value
     if isinstance(value, (list, tuple)):
         parts = [part_of(item, row, batch) for item in value]
         return parts if isinstance(value, list) else tuple(parts)

@@ -36,13 +36,22 @@ class LayerStatistics:
     held_out: Tensor | None = None
 
     @classmethod
-    def empty(cls, width: int, hessian: bool = False, inputs: int = 0, held_out: int = 0) -> LayerStatistics:
-        """Statistics that keep up to `inputs` and `held_out` inputs of this width, none where 0."""
-        low, high = torch.full((width,), float("inf")), torch.full((width,), float("-inf"))
+    def empty(
+        cls,
+        width: int,
+        hessian: bool = False,
+        inputs: int = 0,
+        held_out: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> LayerStatistics:
+        """Statistics that keep up to `inputs` and `held_out` inputs of this width, none where 0. What takes memory is
+        made on the CPU, the rest on the device of the inputs to come.
+        """
+        low, high, mean = (torch.full((width,), value, device=device) for value in (float("inf"), float("-inf"), 0.0))
         second = torch.zeros(width, width) if hessian else None
-        bins = torch.zeros(BINS, dtype=torch.float64)
+        bins = torch.zeros(BINS, dtype=widest_float(torch.device(device)), device=device)
         kept = reserved(inputs, width), reserved(held_out, width)
-        return cls(0, low, high, torch.zeros(width), bins, torch.tensor(2.0**-20), second, *kept)
+        return cls(0, low, high, mean, bins, torch.full((), 2.0**-20, device=device), second, *kept)
 
     def __post_init__(self) -> None:
         self.span = torch.as_tensor(self.span, dtype=torch.float32)

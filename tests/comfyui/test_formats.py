@@ -59,7 +59,7 @@ def test_loras_on_top(found, format, size):
     assert 0.95 < result["share"] < 1.05 and result["restored"] is True
     # Beside the layers, as by core's bypass loader, nothing is rounded again; in a file the sum is.
     least = max(result["baked"], found[format]["error"])
-    assert result["kept"] < 1.2 * least and result["bypass"] < 1.2 * least and result["saved"] < 2 * least
+    assert max(result[way] for way in ("kept", "whole matrix", "bypass")) < 1.2 * least and result["saved"] < 2 * least
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -1,9 +1,10 @@
 """Quantized layers whose whole matrix a patch changes: how the changed weight is held, and how it is saved.
 
 Most LoRAs are computed beside the layer (beside.py). A merge, a full difference or DoRA changes every weight: a layer
-of few bits holds the sum in int8, whose steps are a tenth of its own, with one scale for each row; int8 holds it in
-floating point. In a file the sum is rounded without bias (stochastically, as ComfyUI does), since a change is a small
-part of a step. comfy-kitchen picks the kernel by the weight's layout, so the module that holds it needs no change.
+of 4 bits holds the sum in int8, whose steps are a tenth of its own, with one scale for each row; one of 6 or 8 bits
+holds it in floating point, since rounding to int8 would cost it a tenth of its error and more. In a file the sum is
+rounded without bias (stochastically, as ComfyUI does), since a change is a small part of a step. comfy-kitchen picks
+the kernel by the weight's layout, so the module that holds it needs no change.
 """
 
 from __future__ import annotations
@@ -21,11 +22,19 @@ from ....qandc_core.quantization.formats.plain_int8 import to_stock
 from ....qandc_core.quantization.native import mark
 from .beside import growth_as_float
 
+COARSE = 4  # bits of weights that int8 is fine enough for
+
 
 def finer_format(weight: object) -> Format | None:
-    """The format that a weight takes while a patch changes all of it; None where that is no format of integers."""
+    """The format in which a file has a weight with patches in it; None where that is its own."""
     format = packed_format(weight)
     return None if format is None else format.patched
+
+
+def held_format(weight: object) -> Format | None:
+    """The format in which a layer holds a weight that a patch changes wholly; None where that is floating point."""
+    format = packed_format(weight)
+    return None if format is None or format.weight_bits > COARSE else format.patched
 
 
 @contextmanager
@@ -48,8 +57,8 @@ def holds_patched(module: Any, weight: Any) -> Iterator[None]:
 
 
 def stored_patched(weight: Any, changed: Tensor, seed: int) -> Any:
-    """`changed` (N, K), a changed decoded `weight`, as a layer holds it: in the finer format or in floating point."""
-    return changed.to(weight.dtype) if finer_format(weight) is None else stored_finer(weight, changed, seed)
+    """`changed` (N, K), a changed decoded `weight`, as a layer holds it: in its held format or in floating point."""
+    return changed.to(weight.dtype) if held_format(weight) is None else stored_finer(weight, changed, seed)
 
 
 def for_file(weight: Any, changed: Tensor, seed: int) -> Any:
@@ -84,7 +93,7 @@ def growth(module: Any, weight: Any) -> int:
     """Extra bytes of a module whose packed weight is held as `stored_patched` has it."""
     format = packed_format(weight)
     assert format is not None
-    if format.patched is None:
+    if held_format(weight) is None:
         return growth_as_float(weight) - file_mark(module, weight, format).nbytes  # which only packed weights have
     now = sum(part.nbytes for part in weight.state_dict("").values())
     return sum(part.nbytes for part in finer_parts(weight).values()) - now
