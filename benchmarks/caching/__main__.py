@@ -6,8 +6,9 @@
     python -m benchmarks.caching --redraw             tables and plots of the JSON files again
 
 Trains the flow model first where out/digits_flow.safetensors is absent (15 minutes). All parts together take an hour or
-two on one core; `samplers` and `compensation` go on where an earlier call stopped. `packs` are folders of other packs
-(packs.py). Writes caching*.json, .md and .png into benchmarks/results.
+two on one core; `fidelity`, `samplers` and `compensation` go on where an earlier call stopped, and begin anew where
+their JSON files are absent. `packs` are folders of other packs (packs.py). Writes caching*.json, .md and .png into
+benchmarks/results.
 """
 
 from __future__ import annotations
@@ -43,26 +44,18 @@ PARTS = ("fidelity", *SCRIPTS)
 REPORTED = ("samplers", "compensation")  # scripts whose tables are made by a further call
 
 
-def run(checkout: Checkout, program: str, *options: Any, capture: bool = False) -> str:
-    """A program of this folder in ComfyUI's Python on one thread; what it printed."""
+def run(checkout: Checkout, program: str, *options: Any) -> None:
+    """A program of this folder in ComfyUI's Python on one thread."""
     command = [str(part) for part in (checkout.python, HERE / program, *options)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, stdout=subprocess.PIPE if capture else None, text=True, check=True, env=environment)
-    return done.stdout or ""
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def fidelity(args: argparse.Namespace, checkout: Checkout, base: Path) -> None:
-    """Measures anew the subjects that --only names, and draws all."""
-    rows = json.loads(DATA.read_text(encoding="utf-8")) if DATA.is_file() else []
     if not args.redraw:
         folders = ";".join(str(Path(folder).resolve()) for folder in args.packs.split(";") if folder)
-        options = (args.flow.resolve(), args.seeds, args.only, folders)
-        printed = run(checkout, "fidelity.py", checkout.path, base, *options, capture=True)
-        (line,) = (line for line in printed.splitlines() if line.startswith("RESULTS "))
-        found = json.loads(line.removeprefix("RESULTS "))
-        anew = {row["subject"] for row in found}
-        rows = [*(row for row in rows if row["subject"] not in anew), *found]
-        DATA.write_text("[" + ",\n".join(map(json.dumps, rows)) + "]\n", encoding="utf-8")
+        options = ("--seeds", args.seeds, "--only", args.only, "--packs", folders)
+        run(checkout, "fidelity.py", checkout.path, base, args.flow.resolve(), *options)
+    rows = json.loads(DATA.read_text(encoding="utf-8"))
     DATA.with_suffix(".md").write_text(report(rows, checkout.name), encoding="utf-8")
     draw(rows, DATA.with_suffix(".png"))
 

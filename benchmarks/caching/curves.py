@@ -23,17 +23,20 @@ DRAWN = {
     "Q&C prediction, order 0": ("tab:pink", "x-"),
     "Q&C prediction, order 1": ("tab:blue", "o-"),
     "Q&C prediction, calibrated": ("navy", "P:"),
+    "Q&C prediction, calibrated, order 2": ("black", "*:"),
     "TaylorSeer, order 2": ("tab:olive", ">-"),
     "Spectrum": ("tab:gray", "<-"),
     "MagCache": ("salmon", "p-"),
+    "ComfyUI-Spectrum, the pack": ("tab:gray", "<--"),
+    "ComfyUI-TeaCache, the pack": ("tab:red", "h--"),
 }
 
 
 TEXT = """# Fidelity against computed steps
 
-Distance of the images to those of the full run with the same noise, mean and standard error over {count} images with
-their own noise, guidance 1.5, ComfyUI {version}, float32 on CPU ({machine}). A column is a speedup
-by the count of computed steps (in brackets); between two settings of a method the error is interpolated geometrically.
+Distance of the images to those of the full run with the same noise, guidance 1.5, ComfyUI {version}, float32 on CPU
+({machine}). A column is a speedup by the count of computed steps (in brackets); between two
+settings of a method the error is interpolated geometrically.
 "In equal time" is the same by CPU seconds of one thread, everything in them, against those of the full run. The
 perceptual distance is that of LPIPS with all weights 1 on the convolutions of the digits' classifier (fidelity.py);
 less is better, and of PSNR more. A dash: no setting that was tried lies there.
@@ -109,6 +112,8 @@ def other_table(rows: list[dict], subject: str) -> str:
     heads += [f"perceptual: {s:g}x" for s in IN_TIME[1:]]
     lines = ["| method | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
     for method, settings in found.items():
+        if "psnr" not in settings[0]:
+            continue
         cells = [cell(settings, steps / s, "errors", seconds) for s in IN_TIME]
         for measure in ("psnr", "perceptual"):
             cells += [cell(settings, steps / s, measure, computed_steps) for s in IN_TIME[1:]]
@@ -118,10 +123,13 @@ def other_table(rows: list[dict], subject: str) -> str:
 
 def report(rows: list[dict], version: str) -> str:
     subjects = list(dict.fromkeys(row["subject"] for row in rows))
-    parts = [TEXT.format(count=len(rows[0]["errors"]), version=version, machine=cpu_name())]
+    parts = [TEXT.format(version=version, machine=cpu_name())]
     for subject in subjects:
-        parts += [f"## {subject}", "", table(rows, subject), ""]
-        if "psnr" in rows[0]:
+        own = [row for row in rows if row["subject"] == subject]
+        count = len(own[0]["errors"])
+        drawn = f"{count} images with their own noise" if count % 16 == 0 else f"{count} seeds of 16 images each"
+        parts += [f"## {subject}", "", f"Mean and standard error over {drawn}.", "", table(rows, subject), ""]
+        if any("psnr" in row for row in own):
             parts += [other_table(rows, subject), ""]
     return "\n".join(parts)
 
@@ -133,7 +141,7 @@ def draw(rows: list[dict], out: Path) -> None:
     from matplotlib import pyplot
 
     subjects = list(dict.fromkeys(row["subject"] for row in rows))
-    figure, panels = pyplot.subplots(1, len(subjects), figsize=(4.4 * len(subjects), 4.6), squeeze=False)
+    figure, panels = pyplot.subplots(1, len(subjects), figsize=(4.4 * len(subjects), 5.0), squeeze=False)
     for panel, subject in zip(panels[0], subjects):
         found = curves(rows, subject)
         found["core EasyCache"] = found.pop(COPIED, found["core EasyCache"])
@@ -154,5 +162,5 @@ def draw(rows: list[dict], out: Path) -> None:
     panels[0][0].set_ylabel("relative L2 to the full run")
     handles = {label: handle for panel in panels[0] for handle, label in zip(*panel.get_legend_handles_labels())}
     figure.legend(handles.values(), handles.keys(), loc="lower center", ncol=5, frameon=False)
-    figure.tight_layout(rect=(0, 0.12, 1, 1))
+    figure.tight_layout(rect=(0, 0.18, 1, 1))
     figure.savefig(out, dpi=90)

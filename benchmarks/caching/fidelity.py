@@ -1,15 +1,18 @@
-"""Images of the two small models under every cache against the full run: runs in ComfyUI's Python, prints JSON.
+"""Images of the two small models under every cache against the full run: runs in ComfyUI's Python.
 
-Called by `python -m benchmarks.caching`; argv: checkout, base directory with the pack, flow model, seeds, parts of the
-names of subjects, and folders of other packs, both separated by semicolons.
+    OMP_NUM_THREADS=1 COMFYUI/.venv/bin/python benchmarks/caching/fidelity.py COMFYUI BASE out/digits_flow.safetensors
+
+Called by `python -m benchmarks.caching`. BASE is a ComfyUI base directory with the pack in custom_nodes. Writes
+results/caching.json after each setting and goes on where it stands, so that --seconds may cut it into pieces.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +25,7 @@ import torch
 if TYPE_CHECKING:
     from host import Host
 
+RESULTS = Path(__file__).parents[1] / "results"
 IMAGES = 16
 MOST_PSNR = 150.0  # dB, of equal images
 
@@ -261,50 +265,77 @@ def seconds_of(run: Callable, seeds: list[int]) -> tuple[float, list]:
     return time.process_time() - begun, results
 
 
-def main() -> None:
-    checkout, base, weights, seeds = sys.argv[1:5]
-    only, folders = (list(filter(None, text.split(";"))) for text in (*sys.argv[5:7], "", "")[:2])
-    sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "comfyui" / "inside"))
-    from host import Host
-
-    host = Host(checkout, base)
-    model_run = host.module("nodes.comfyui.cache.run").ModelRun
-    watches = model_run.look
-    from comfy.samplers import sampler_object
-
-    declares_noise = host.module("nodes.comfyui.wrappers").declares_noise
-    subjects: dict[str, Callable[[], Subject]] = {
+def subjects(host: Host, weights: str) -> dict[str, Callable[[], Subject]]:
+    return {
         "built-in, ddim, 50 steps": lambda: built_in(host, "ddim"),
         "built-in, ddpm, 50 steps": lambda: built_in(host, "ddpm"),
         "flow, euler, 50 steps": lambda: flow(host, weights, "euler", 50),
         "flow, euler, 20 steps": lambda: flow(host, weights, "euler", 20),
         "flow, dpmpp_2m, 30 steps": lambda: flow(host, weights, "dpmpp_2m", 30),
     }
-    rows, drawn = [], list(range(int(seeds)))
+
+
+def rows_of(name: str, subject: Subject, method: str, settings: dict, full, measures) -> Iterator[dict]:
+    """Every setting of a method, after a full run that its time is compared with."""
+    seconds, _ = seconds_of(lambda seed: subject.images(subject.patcher, seed), list(full))
+    for setting, run in settings.items():
+        taken, results = seconds_of(run, list(full))
+        row = {"subject": name, "steps": subject.steps, "method": method, "setting": setting}
+        row |= {"seconds": round(taken, 4), "full seconds": round(seconds, 4)}
+        row["calls"] = [calls for _, calls in results for _ in range(IMAGES)]
+        images, reference = torch.cat([r for r, _ in results]), torch.cat([*full.values()])
+        yield {**row, **measures(images, reference)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("comfyui")
+    parser.add_argument("base")
+    parser.add_argument("flow")
+    parser.add_argument("--seeds", type=int, default=1, help=f"of {IMAGES} images each")
+    parser.add_argument("--only", default="", help="parts of the subjects' names, separated by semicolons")
+    parser.add_argument("--methods", default="", help="the same of the methods, in this order")
+    parser.add_argument("--packs", default="", help="folders of other packs (packs.py), separated by semicolons")
+    parser.add_argument("--seconds", type=float, default=float("inf"))
+    parser.add_argument("--out", type=Path, default=RESULTS / "caching.json")
+    args = parser.parse_args()
+    only, chosen, folders = (list(filter(None, t.split(";"))) for t in (args.only, args.methods, args.packs))
+    begun = time.perf_counter()
+    rows = json.loads(args.out.read_text(encoding="utf-8")) if args.out.is_file() else []
+    done = {(row["subject"], row["method"], row["setting"]) for row in rows}
+    sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "comfyui" / "inside"))
+    from host import Host
+
+    host = Host(args.comfyui, args.base)
+    model_run = host.module("nodes.comfyui.cache.run").ModelRun
+    watches = model_run.look
+    from comfy.samplers import sampler_object
+
+    declares_noise = host.module("nodes.comfyui.wrappers").declares_noise
     with torch.inference_mode():
         measures = Measures(host)
-        for name, make in subjects.items():
+        for name, make in subjects(host, args.flow).items():
             if only and not any(part in name for part in only):
                 continue
             subject = make()
-            references = {seed: subject.images(subject.patcher, seed)[0] for seed in drawn}
             noisy = declares_noise(sampler_object(subject.sampler))
             # Measures also the forecasts that Apply Cache ends.
             model_run.look = (lambda self, x: None) if noisy else watches
             found = methods(host, subject, order=0 if noisy else 1)
             for folder in folders if name.startswith("flow") else ():
                 found |= packs.methods(host, folder, make)
-            for method, settings in found.items():
-                full, _ = seconds_of(lambda seed, s=subject: s.images(s.patcher, seed), drawn)
-                for setting, run in settings.items():
-                    seconds, results = seconds_of(run, drawn)
-                    row = {"subject": name, "steps": subject.steps, "method": method, "setting": setting}
-                    row |= {"seconds": round(seconds, 4), "full seconds": round(full, 4)}
-                    row["calls"] = [calls for _, calls in results for _ in range(IMAGES)]
-                    images, reference = torch.cat([r for r, _ in results]), torch.cat([*references.values()])
-                    rows.append({**row, **measures(images, reference)})
-                    print(name, method, setting, results[0][1], max(rows[-1]["errors"]), file=sys.stderr, flush=True)
-    print("RESULTS " + json.dumps(rows))
+            full = {seed: subject.images(subject.patcher, seed)[0] for seed in range(args.seeds)}
+            wanted = [method for part in chosen for method in found if part in method] if chosen else list(found)
+            for method in dict.fromkeys(wanted):
+                left = {key: run for key, run in found[method].items() if (name, method, key) not in done}
+                for row in rows_of(name, subject, method, left, full, measures) if left else ():
+                    rows.append(row)
+                    args.out.write_text("[" + ",\n".join(map(json.dumps, rows)) + "]\n", encoding="utf-8")
+                    print(
+                        name, method, row["setting"], row["calls"][0], max(row["errors"]), file=sys.stderr, flush=True
+                    )
+                    if time.perf_counter() - begun > args.seconds:
+                        return
 
 
 if __name__ == "__main__":

@@ -35,9 +35,10 @@ IMAGES, CONVERGED = 6, 300  # images of a batch, and steps of dpmpp_2m that coun
 
 
 def preset(host: Host, patcher: Any, level: str) -> Any:
-    """The model with a preset of Apply Cache; how many steps it computes is counted in the run."""
-    policies, caching = host.module("qandc_core.caching.presets"), host.module("nodes.comfyui.cache.attach")
-    return caching.apply_cache(patcher, caching.CacheSettings(policies.Preset(level=level), "automatic"))
+    """How many steps it computes is counted in the run."""
+    import fidelity
+
+    return fidelity.preset(host, patcher, level)
 
 
 METHODS: dict[str, Callable[[Any, Any, str], Any]] = {"preset": preset}
@@ -50,14 +51,14 @@ def errors(images, reference) -> list[float]:
     return [float(f"{error:.4g}") for error in relative_l2(images, reference)]
 
 
-def measured(host: Host, name: str, subject: Subject, sampler: str, converged, method: str) -> list[dict]:
+def measured(host: Host, name: str, subject: Subject, sampler: str, converged, method: str, steps_of=()) -> list[dict]:
     """Rows of one sampler on one model: its plain runs, and every preset at every number of steps."""
     subject.sampler = sampler
     noisy = host.module("nodes.comfyui.wrappers").declares_noise(sampler_object(sampler))
     common = {"subject": name, "sampler": sampler, "noisy": noisy}
     runs = Runs(subject)
     rows: list[dict] = []
-    for steps in STEPS:
+    for steps in steps_of or STEPS:
         full, calls_of_all = runs.plain(steps)
         for level in LEVELS:
             found, calls = runs.cached(host, METHODS[method](host, subject.patcher, level), steps, level)
@@ -230,6 +231,7 @@ def main() -> None:
     parser.add_argument("flow", nargs="?", type=Path)
     parser.add_argument("--seconds", type=float, default=float("inf"))
     parser.add_argument("--out", type=Path, default=RESULTS / "caching-samplers.json")
+    parser.add_argument("--steps", type=lambda text: [int(n) for n in text.split(",")], default=[], help="only these")
     parser.add_argument("--method", default="preset", choices=METHODS)
     parser.add_argument("--report", action="store_true")
     args = parser.parse_args()
@@ -264,7 +266,7 @@ def main() -> None:
             for sampler in left:
                 if time.perf_counter() - begun > args.seconds:
                     break
-                rows += measured(host, name, subject, sampler, converged, args.method)
+                rows += measured(host, name, subject, sampler, converged, args.method, args.steps)
                 args.out.write_text("[" + ",\n".join(map(json.dumps, rows)) + "]\n", encoding="utf-8")
                 print(name, sampler, f"{time.perf_counter() - begun:.0f} s", file=sys.stderr, flush=True)
 

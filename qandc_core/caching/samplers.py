@@ -20,7 +20,7 @@ HIGHER_ORDER = ("deis", "lms", "ipndm", "ipndm_v", "gradient_estimation")
 NEVER = 10**9
 # Computed steps below which reuse was no better than a run of as many steps, or was not seen to be: chosen on the
 # built-in model, where it pays least, by eight samplers at 12, 20 and 30 steps; the others take the number of their
-# kind. On the flow model reuse was better with all eight from 8 steps on. benchmarks/caching/samplers.py measures all.
+# kind. On the flow model reuse was better with all that were tried. benchmarks/caching/samplers.py measures all.
 FEWEST = {
     **dict.fromkeys(ONE_CALL, 5),
     **dict.fromkeys(SECOND_ORDER, 7),

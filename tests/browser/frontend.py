@@ -52,7 +52,8 @@ class Frontend:
         return self.page.evaluate("async () => (await app.graphToPrompt()).output")
 
     def serialize(self) -> dict:
-        return self.page.evaluate("() => app.graph.serialize()")
+        """The graph as it is saved: what is undefined is left out, which would arrive here as null."""
+        return json.loads(self.page.evaluate("() => JSON.stringify(app.graph.serialize())"))
 
     def set_widgets(self, values: dict[str, Any]) -> None:
         """Sets every widget of these names, inside subgraphs too."""

@@ -99,6 +99,29 @@ BUILD = """async ({columns, nodes, groups, subgraphs}) => {
       const slot = node.inputs.find(i => i.widget?.name === name);
       converted.subgraph.addInput(key === 'positive' ? 'prompt' : name, slot.type).connect(slot, node);
     }
+    // Converting breaks wires to inputs that grow with what is wired, a moment later.
+    await new Promise(r => setTimeout(r, 1500));
+    const innerOf = key => converted.subgraph._nodes.find(n => n.properties.key === key);
+    for (const [key, spec] of Object.entries(nodes)) {
+      if (subgraph.members.includes(key) || !made[key]?.graph) continue;
+      for (const [input, [from, slot]] of Object.entries(spec.inputs ?? {})) {
+        if (!subgraph.members.includes(from)) continue;
+        const inner = innerOf(from), {outputs} = converted.subgraph;
+        let output = outputs.findIndex(o => o.linkIds.map(id => converted.subgraph.getLink(id))
+          .some(l => l.origin_id === inner.id && l.origin_slot === slot));
+        if (output < 0) {
+          const label = `${from.split('_').at(-1)} ${inner.outputs[slot].name}`;
+          converted.subgraph.addOutput(label, inner.outputs[slot].type).connect(inner.outputs[slot], inner);
+          output = outputs.length - 1;
+        }
+        const at = made[key].inputs.findIndex(i => i.name === input);
+        if (at < 0) throw new Error(`${spec.type} has no input ${input}: ${made[key].inputs.map(i => i.name)}`);
+        const link = app.graph.getLink?.(made[key].inputs[at].link) ?? app.graph.links.get(made[key].inputs[at].link);
+        if (link?.origin_id === outer.id && link.origin_slot === output) continue;
+        outer.connect(output, made[key], at);
+        await new Promise(r => setTimeout(r, 300));
+      }
+    }
     for (const node of converted.subgraph._nodes) delete node.properties.key;
     if (subgraph.alone) for (const node of app.graph._nodes.filter(n => n !== outer)) app.graph.remove(node);
     await new Promise(r => setTimeout(r, 300));
@@ -148,9 +171,6 @@ def finished(workflow: dict, template: Template) -> dict:
         files = [model for model in template.models.values() if model["name"] in (node.get("widgets_values") or [])]
         if files:
             properties["models"] = files
-        for slot in node.get("outputs") or []:
-            if slot.get("slot_index", 0) is None:  # newer frontends call it invalid
-                del slot["slot_index"]
     workflow["extra"] = {"ds": {"scale": 0.6 if template in TEMPLATES else 0.75, "offset": [105, 120]}}
     return named(workflow, template)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -47,6 +47,18 @@ def read(path: Path) -> dict:
 
 def test_every_template_is_written_down():
     assert {path.stem for path in WORKFLOWS.glob("*.json")} == set(BY_NAME)
+
+
+def wired(nodes: Iterable[tuple[str, dict]]) -> list[tuple[str, list[str]]]:
+    """Type of every node, and its inputs that have a wire."""
+    return sorted((kind, sorted(k for k, v in inputs.items() if isinstance(v, list | tuple))) for kind, inputs in nodes)
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_api_twin_has_every_wire_that_is_written_down(name):
+    written = [(n["type"], n["inputs"]) for n in BY_NAME[name].nodes.values() if n["type"] != "MarkdownNote"]
+    twin = read(WORKFLOWS / "api" / f"{name}.json").values()
+    assert wired((node["class_type"], node["inputs"]) for node in twin) == wired(written)
 
 
 @pytest.mark.parametrize("name", BY_NAME)

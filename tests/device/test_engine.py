@@ -16,9 +16,10 @@ from qandc_core import (
 )
 from qandc_core.caching.policies import ErrorBudget, Plan
 from qandc_core.caching.run import SamplingRun
+from qandc_core.calibration.recorder import Recorder, RecordingConfig
 from qandc_core.fused.loop import DeviceLoop
 from qandc_core.models.dit import DiT, DiTConfig
-from qandc_core.models.layers import DIT_SKIP
+from qandc_core.models.layers import DIT_SKIP, named_linears
 from qandc_core.numerics import _has_float64
 from qandc_core.quantization.linear import QuantizedLinear
 from qandc_core.quantization.matmul import int_mm, kitchen_is_available, simulated_matmul
@@ -336,3 +337,27 @@ def test_a_device_without_float64(fused, not_asked_before):
         compensation = VarianceCompensation(torch.tensor([10.0, 1.0]), torch.zeros(2, 3), torch.full((2, 3), 1.01))
         images, _ = generate(model, [1], cfg_scale=1.5, sigmas=[10.0, 1.0, 0.0], compensation=compensation)
         assert images.cpu().isfinite().all()
+
+
+def test_a_recorded_run_waits_once_it_has_ended(device):
+    """Whatever is chosen and held out, and however much of it."""
+    model = small_dit("cuda:0")
+    t, labels = torch.tensor([900.0, 900.0], device="cuda:0"), torch.tensor([3, 1], device="cuda:0")
+
+    def waits(room):
+        recorder = Recorder(RecordingConfig(samples=9, memory_gb=0.01, tokens=300, held_out=4), 40, seed=1)
+        x = torch.randn(2, 3, 8, 8).to("cuda:0")
+        device.waits.clear()
+        for _ in range(40):
+            made = recorder.called(
+                0, lambda: list(named_linears(model)), lambda: room, lambda: model(x, t, labels), x, t, {"y": labels}
+            )
+            recorder.predicted(t, made)
+        during = sum(device.waits.values())
+        record = recorder.result()
+        assert record.samples == 8 and len(record.calls) == 2
+        assert all(tensor.device.type == "cpu" for _, call in record.calls for tensor in (call.x, call.conditions["y"]))
+        return during
+
+    waits(2**30)  # what all runs share is copied once
+    assert waits(2**30) == 0 < waits(0)
