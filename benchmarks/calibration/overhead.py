@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
-STEPS, WIDTH, SIDE = 20, 512, 32
+STEPS, WIDTH, HEADS, SIDE = 20, 384, 12, 32
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "comfyui" / "inside")]
@@ -35,7 +35,7 @@ def measure(checkout: str, base: str, pairs: int) -> dict[str, Any]:
 
     torch.manual_seed(0)
     family = FAMILIES["Flux"]
-    sizes = {"hidden_size": WIDTH, "num_heads": 16, "mlp_ratio": 4.0, "depth": 2, "depth_single_blocks": 4}
+    sizes = {"hidden_size": WIDTH, "num_heads": HEADS, "mlp_ratio": 4.0, "depth": 2, "depth_single_blocks": 4}
     patcher = build(type(family)("Flux", flux(image_model="flux", **sizes), family.latent, conds=family.conds))
     node, files = host.module("nodes.calibrate_from_runs"), host.module("nodes.comfyui.files")
     recording = host.module("nodes.comfyui.calibrate.recording")

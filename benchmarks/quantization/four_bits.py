@@ -27,22 +27,24 @@ answers the same. ComfyUI {comfyui}, comfy-kitchen {kitchen}, {machine}. The mod
 """
 
 
+def shown(values: list[float]) -> str:
+    mean, error = mean_and_error(values)
+    return f"{mean:.4f}" if len(values) < 2 else f"{mean:.4f} +- {error:.4f}"
+
+
 def report(data: dict[str, Any]) -> str:
     parts = [TEXT.format(**data)]
     for subject in dict.fromkeys(run["subject"] for run in data["runs"]):
         methods = groups(data, subject)
         seeds = len(next(iter(methods.values())))
         lines = [
-            f"## {subject}, {seeds} seeds",
+            f"## {subject}, seeds: {seeds}",
             "",
             "| | layers | model, held-out calls | images |",
             "|---|---:|---:|---:|",
         ]
         for name, rows in methods.items():
-            cells = [
-                "{:.5f} +- {:.5f}".format(*mean_and_error([row[column] for row in rows]))
-                for column in ("model", "images")
-            ]
+            cells = [shown([row[column] for row in rows]) for column in ("model", "images")]
             lines.append(f"| {name} | {rows[0]['layers']} | {' | '.join(cells)} |")
         parts += ["\n".join(lines), ""]
     return "\n".join(parts)

@@ -1,18 +1,22 @@
-"""The second pass of calibration: the inputs of layers on the chosen samples, and held-out model calls."""
+"""The inputs of layers: in the second pass of calibration those of the chosen samples and held-out model calls, or in
+the first pass those of all samples.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from .calls import ModelCall, storable
 from .choice import Choice
-from .statistics import LayerStatistics, merge_tokens, observed
+from .statistics import LayerStatistics, merge_tokens, observed, with_room
+from .stream import Reservoir
 
 HELD_OUT_TOKENS = 256  # of a layer's held-out inputs
 log = logging.getLogger(__name__)
@@ -45,11 +49,87 @@ class Draw:
         return x[self.orders[len(x)][:count].to(x.device, non_blocking=True)]
 
 
-class Observer:
-    """Gathers the inputs of the layers that run on one run's chosen samples.
+class Watch(Protocol):
+    """Looks into the model calls of a sampling run; the host tells it where each prediction begins."""
 
-    The host tells it where each prediction begins (`next_prediction`) and hands every model call through `called`.
+    def next_prediction(self) -> None: ...
+
+    def called(
+        self,
+        call: Callable[[], Any],
+        x: Tensor,
+        t: Tensor,
+        conditions: Mapping[str, Any],
+        count: int,
+        reused: Callable[[], bool],
+    ) -> Any:
+        """The result of call(), a model call on x (N, ...) whose batch holds `count` conditions side by side; reused()
+        tells, while it runs, if it is made of cached features.
+        """
+
+
+class Gathering:
+    """Gathers the inputs of all samples of a run, as long as `wanted` says that all of them may be taken; then it
+    forgets what it has.
     """
+
+    def __init__(
+        self,
+        layers: Sequence[tuple[str, nn.Module]],
+        statistics: dict[str, LayerStatistics],
+        seed: int,
+        wanted: Callable[[], bool],
+        computed_only: bool = True,
+    ):
+        self.layers, self.statistics, self.wanted = layers, statistics, wanted
+        self.computed_only = computed_only
+        self.generator = torch.Generator().manual_seed(seed % 2**63)
+        self.kept = {
+            name: Reservoir(with_room(layer.inputs), torch.empty(0, dtype=torch.float64))
+            for name, layer in statistics.items()
+            if layer.inputs is not None
+        }
+
+    def next_prediction(self) -> None:
+        """All are alike."""
+
+    def called(
+        self,
+        call: Callable[[], Any],
+        x: Tensor,
+        t: Tensor,
+        conditions: Mapping[str, Any],
+        count: int,
+        reused: Callable[[], bool],
+    ) -> Any:
+        if self.statistics and not self.wanted():
+            self.forget()
+        if not self.statistics:
+            return call()
+        keys = cache(lambda count: torch.rand(count, dtype=torch.float64, generator=self.generator))
+
+        def observe(name: str, inputs: Tensor) -> None:
+            if not inputs.numel() or (self.computed_only and reused()):
+                return
+            tokens = merge_tokens(inputs)
+            self.statistics[name].update(tokens)
+            if name in self.kept:
+                self.kept[name].add(tokens, keys(len(tokens)))
+
+        with observed(self.layers, observe):
+            return call()
+
+    def result(self) -> dict[str, LayerStatistics]:
+        for name, kept in self.kept.items():
+            self.statistics[name].inputs = kept.rows
+        return self.statistics
+
+    def forget(self) -> None:
+        self.statistics, self.kept = {}, {}
+
+
+class Observer:
+    """Gathers the inputs of the layers that run on one run's chosen samples."""
 
     def __init__(
         self,
@@ -64,7 +144,7 @@ class Observer:
         self.layers, self.statistics = layers, statistics
         self.chosen, self.held_out = chosen[chosen[:, 0] == run], held_out[held_out[:, 0] == run]
         earlier = int(chosen[chosen[:, 0] < run, 3].sum()), int((held_out[:, 0] < run).sum())
-        self.tokens = Share(tokens, int(chosen[:, 3].sum()), earlier[0])
+        self.tokens = Share(tokens, max(1, int(chosen[:, 3].sum())), earlier[0])
         self.held_out_tokens = Share(HELD_OUT_TOKENS, len(held_out), earlier[1])
         self.generator = torch.Generator().manual_seed((seed + run) % 2**63)
         self.calls: list[ModelCall] = []
@@ -76,8 +156,15 @@ class Observer:
         self.held_out_now = self.held_out[self.held_out[:, 1] == self.call]
         self.call, self.condition = self.call + 1, 0
 
-    def called(self, call: Callable[[], Any], x: Tensor, t: Tensor, conditions: Mapping[str, Any], count: int) -> Any:
-        """The result of call(), a model call on x (N, ...) whose batch holds `count` conditions side by side."""
+    def called(
+        self,
+        call: Callable[[], Any],
+        x: Tensor,
+        t: Tensor,
+        conditions: Mapping[str, Any],
+        count: int,
+        reused: Callable[[], bool] = lambda: False,
+    ) -> Any:
         samples, held_out = self.places(len(x), count)
         if not len(samples) and not len(held_out):
             return call()

@@ -99,7 +99,8 @@ BUILD = """async ({columns, nodes, groups, subgraphs}) => {
       const slot = node.inputs.find(i => i.widget?.name === name);
       converted.subgraph.addInput(key === 'positive' ? 'prompt' : name, slot.type).connect(slot, node);
     }
-    // Converting breaks wires to inputs that grow with what is wired.
+    // Converting breaks wires to inputs that grow with what is wired, a moment later.
+    await new Promise(r => setTimeout(r, 1500));
     const innerOf = key => converted.subgraph._nodes.find(n => n.properties.key === key);
     for (const [key, spec] of Object.entries(nodes)) {
       if (subgraph.members.includes(key) || !made[key]?.graph) continue;
@@ -118,7 +119,7 @@ BUILD = """async ({columns, nodes, groups, subgraphs}) => {
         const link = app.graph.getLink?.(made[key].inputs[at].link) ?? app.graph.links.get(made[key].inputs[at].link);
         if (link?.origin_id === outer.id && link.origin_slot === output) continue;
         outer.connect(output, made[key], at);
-        await new Promise(r => setTimeout(r, 60));
+        await new Promise(r => setTimeout(r, 300));
       }
     }
     for (const node of converted.subgraph._nodes) delete node.properties.key;
