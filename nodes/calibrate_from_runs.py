@@ -2,11 +2,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import comfy.model_management as mm
+import torch
 from comfy_api.v0_0_2 import io
 from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..qandc_core.calibration.file import load_calibration
 from ..qandc_core.calibration.growth import check_recording
+from ..qandc_core.calibration.presets import CUSTOM
+from ..qandc_core.calibration.presets import recorded as recorded_by
 from ..qandc_core.calibration.recorder import RecordingConfig
 from ..qandc_core.calibration.recording import describe
 from . import schema
@@ -87,6 +91,10 @@ class CalibrateFromRuns(io.ComfyNode):
                     advanced=True,
                     tooltip="Change this number to start the calibration over with the next run.",
                 ),
+                schema.preset(
+                    "quick, standard and thorough choose samples, hessians, memory_gb and tokens for the memory of "
+                    "this machine. custom = as set."
+                ),
             ],
             outputs=[
                 io.Model.Output(tooltip="The model; wire it to any sampler or guider."),
@@ -118,9 +126,11 @@ class CalibrateFromRuns(io.ComfyNode):
         tokens: int,
         held_out: int,
         reset: int,
+        preset: str = CUSTOM,
     ) -> io.NodeOutput:
         path, node_id = named_path(name), getattr(cls.hidden, "unique_id", None)
         config = RecordingConfig(samples, hessians, memory_gb, tokens, held_out, reset)
+        config = recorded_by(preset, config, mm.get_total_memory(torch.device("cpu")))
         if not record:
             return io.NodeOutput(without_recording(model), recorded(path, model, node_id))
         recorder = RunRecorder(path, config, fingerprint_of(model), node_id)

@@ -9,8 +9,10 @@ from .class_label import ClassLabel
 from .compare import Compare
 from .load_dit import LoadDiT
 from .quantize import Quantize
+from .quantize_text_encoder import QuantizeTextEncoder
 from .run_report import RunReport
 from .sample import Sample
+from .save_text_encoder import SaveTextEncoder
 from .tap_calibrate import TAPCalibrate
 from .variance_compensate import VarianceCompensate
 
@@ -25,6 +27,8 @@ class QandCExtension(ComfyExtension):
             TAPCalibrate,
             CalibrateFromRuns,
             Quantize,
+            QuantizeTextEncoder,
+            SaveTextEncoder,
             VarianceCompensate,
             Sample,
             RunReport,

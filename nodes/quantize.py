@@ -3,6 +3,7 @@ from __future__ import annotations
 from comfy_api.v0_0_2 import io, ui
 
 from ..qandc_core.calibration.file import Calibration
+from ..qandc_core.calibration.presets import CUSTOM
 from ..qandc_core.quantization.budget import Budget
 from ..qandc_core.quantization.formats import ALL
 from ..qandc_core.quantization.model import QuantizationConfig
@@ -14,6 +15,7 @@ from .comfyui.quantize.paper import quantized_patcher
 from .comfyui.status import show
 
 BITS = {format.name: (format.weight_bits, 8) for format in ALL}
+PRESETS = {"quick": ("nearest", 0.1), "standard": ("auto", 0.1), "thorough": ("auto", 0.05)}
 METHODS = ("native", "paper")
 LORAS = {"bake in": "bake", "keep on top": "keep"}
 
@@ -102,7 +104,8 @@ class Quantize(io.ComfyNode):
                     options=list(LORAS),
                     default="bake in",
                     advanced=True,
-                    tooltip="Merge LoRAs into the weights before quantizing (better), or keep them as patches on top.",
+                    tooltip="Merge LoRAs into the weights before quantizing, or keep them beside the layers, where "
+                    "their strength can still change.",
                 ),
                 io.Combo.Input(
                     "rounding",
@@ -133,6 +136,11 @@ class Quantize(io.ComfyNode):
                     "as 0.02: layers start in the format above, and those that cost most get finer ones. "
                     "Measured on the calibration's held-out samples. 0 = no limit.",
                 ),
+                schema.preset(
+                    "quick rounds to nearest; standard rounds with gptq where the calibration has Hessians; thorough "
+                    "also gives layers above a relative error of 0.05 the next finer format. They take the place of "
+                    "rounding and max_layer_error. custom = as set."
+                ),
             ],
             outputs=[
                 io.Model.Output(tooltip="The quantized model."),
@@ -159,8 +167,10 @@ class Quantize(io.ComfyNode):
         calibration: Calibration | None = None,
         include: str = "",
         max_model_error: float = 0.0,
+        preset: str = CUSTOM,
     ) -> io.NodeOutput:
         node_id = cls.hidden.unique_id if cls.hidden else None
+        rounding, max_layer_error = PRESETS.get(preset, (rounding, max_layer_error))
         if method == "paper":
             config = QuantizationConfig(rounding="nearest" if rounding == "auto" else rounding)
             quantized, text = quantized_patcher(model, *BITS[format], calibration, config)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import comfy.samplers
 from comfy_api.v0_0_2 import io
 
+from ..qandc_core.calibration.presets import PRESETS
 from .comfyui.defaults import AUTO, AUTO_CFG, AUTO_STEPS
 from .comfyui.settings import LAST_STEP
 
@@ -141,6 +142,10 @@ def wired_sampling() -> list[io.Input]:
             tooltip="As in KSampler: below 1, part of the input image is kept.",
         ),
     ]
+
+
+def preset(sets: str) -> io.Input:
+    return io.Combo.Input("preset", options=list(PRESETS), default=PRESETS[0], optional=True, tooltip=sets)
 
 
 def parse_numbers(text: str, names: Mapping[str, int] | None = None, example: str = "0-4, 8") -> tuple[int, ...]:

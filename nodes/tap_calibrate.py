@@ -7,11 +7,12 @@ from pathlib import Path
 from comfy_api.v0_0_2 import io
 
 from ..qandc_core.calibration.file import Calibration, load_calibration
+from ..qandc_core.calibration.presets import CUSTOM
 from ..qandc_core.sampling.clock import Stopwatch
 from ..qandc_core.sampling.remaining import Remaining
 from . import schema
 from .comfyui.calibrate.run import SELECTIONS, CalibrationConfig, calibrate, digest_of
-from .comfyui.defaults import AUTO_COUNT, completed, images_at_once
+from .comfyui.defaults import AUTO_COUNT, completed, suited_plan
 from .comfyui.files import (
     NEW,
     calibration_files,
@@ -22,7 +23,7 @@ from .comfyui.files import (
     partial_path,
     save_new,
 )
-from .comfyui.making import distinct_trajectories, done, guided_model, node_id, require_sampling, teller
+from .comfyui.making import done, guided_model, node_id, require_sampling, teller
 from .comfyui.quantize.weights import fingerprint_of
 from .comfyui.sampling import prepared
 from .comfyui.settings import LAST_STEP, Settings
@@ -30,6 +31,7 @@ from .comfyui.status import show
 from .comfyui.wrappers import details, sampler_function_name
 
 log = logging.getLogger(__name__)
+SURPLUS = 2.0  # with that many candidates, their statistics still cost less than sampling anew
 
 
 class TAPCalibrate(io.ComfyNode):
@@ -153,6 +155,10 @@ class TAPCalibrate(io.ComfyNode):
                     tooltip="Model calls of the last images, held out for Quantize to measure its error on. 0 = none.",
                 ),
                 *schema.wired_sampling(),
+                schema.preset(
+                    "quick, standard and thorough choose trajectories, samples, batch_size, hessians, memory_gb and "
+                    "tokens for the model, the size and the memory. custom = as set."
+                ),
             ],
             hidden=[io.Hidden.unique_id],
             outputs=[
@@ -205,6 +211,7 @@ class TAPCalibrate(io.ComfyNode):
         return_with_leftover_noise: bool = False,
         add_noise: bool = True,
         denoise: float = 1.0,
+        preset: str = CUSTOM,
     ) -> io.NodeOutput:
         model = model if guider is None else guided_model(guider, model)
         if file != NEW and model is not None and calibration_path(file).is_file():
@@ -232,10 +239,9 @@ class TAPCalibrate(io.ComfyNode):
             model,
         )
         latent = prepared(model, latent_image)
-        trajectories = distinct_trajectories(settings, latent, trajectories)
         plan = CalibrationConfig(
             trajectories,
-            min(batch_size or images_at_once(model, latent), trajectories),
+            batch_size,
             samples,
             selection,
             clusters,
@@ -248,7 +254,9 @@ class TAPCalibrate(io.ComfyNode):
             held_out,
             settings.count,
             max(settings.rows()),
+            SURPLUS,
         )
+        plan = suited_plan(preset, plan, model, latent, settings)
         inputs = digest_of(model, settings, latent, plan)
         made = made_before(filename_prefix, inputs.hex) if file == NEW else None
         if made is not None:
@@ -258,7 +266,7 @@ class TAPCalibrate(io.ComfyNode):
         check_writable()
         partial = partial_path(filename_prefix, inputs.hex) if inputs.known else None
         watch, notes = Stopwatch(), describe(model, settings, plan)
-        work = f"{plan.images} trajectories of {notes['steps']} steps"
+        work = f"{'' if preset == CUSTOM else f'{preset}: '}{plan.images} trajectories of {notes['steps']} steps"
         found = calibrate(model, settings, latent, plan, partial, Remaining(work, teller(cls)))
         kept = {key: found.notes[key] for key in ("distances", "batch_size")}
         calibration = replace(found, notes={**notes, "inputs": inputs.hex, **kept})

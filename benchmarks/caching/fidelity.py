@@ -1,26 +1,33 @@
-"""Images of the two small models under every cache against the full run: runs in ComfyUI's Python, prints JSON.
+"""Images of the two small models under every cache against the full run: runs in ComfyUI's Python.
 
-Called by `python -m benchmarks.caching`; argv: checkout, base directory with the pack, flow model, seeds, and
-parts of the names of subjects, separated by semicolons.
+    OMP_NUM_THREADS=1 COMFYUI/.venv/bin/python benchmarks/caching/fidelity.py COMFYUI BASE out/digits_flow.safetensors
+
+Called by `python -m benchmarks.caching`. BASE is a ComfyUI base directory with the pack in custom_nodes. Writes
+results/caching.json after each setting and goes on where it stands, so that --seconds may cut it into pieces.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import flow_model
+import packs
 import rivals
 import torch
 
 if TYPE_CHECKING:
     from host import Host
 
+RESULTS = Path(__file__).parents[1] / "results"
 IMAGES = 16
+MOST_PSNR = 150.0  # dB, of equal images
 
 
 @dataclass
@@ -114,6 +121,12 @@ def ours(host: Host, patcher, reuse: str, order: int, interval: int = 1, **choic
     return caching.apply_cache(patcher, caching.CacheSettings(policy, reuse))
 
 
+def preset(host: Host, patcher: Any, level: str) -> Any:
+    """The model with a preset of Apply Cache."""
+    presets, caching = host.module("qandc_core.caching.presets"), host.module("nodes.comfyui.cache.attach")
+    return caching.apply_cache(patcher, caching.CacheSettings(presets.Preset(level=level), "automatic"))
+
+
 def calibrated(host: Host, subject: Subject) -> torch.Tensor:
     """What TAP Calibrate would note of the steps: distances between predictions, on noise of its own."""
     seen: list[torch.Tensor] = []
@@ -200,6 +213,7 @@ def methods(host: Host, subject: Subject, order: int) -> dict[str, dict[float, C
         found["Q&C prediction, calibrated, order 2"] = {
             n: run(ours(host, patcher, "whole prediction", 2, num_computed=n, distances=distances)) for n in counts
         }
+    found["Q&C presets"] = {level: run(preset(host, patcher, level)) for level in ("safe", "balanced", "fast")}
     found["Q&C error budget"] = {
         e: run(ours(host, patcher, "whole prediction", order, max_error=e)) for e in (0.003, 0.01, 0.02, 0.05, 0.1)
     }
@@ -210,44 +224,118 @@ def relative_l2(images: torch.Tensor, reference: torch.Tensor) -> list[float]:
     return ((images - reference).flatten(1).norm(dim=1) / reference.flatten(1).norm(dim=1)).tolist()
 
 
+class Measures:
+    """How far images are from others, by image: relative L2, PSNR in dB, and a perceptual distance.
+
+    The latter is that of LPIPS (arXiv 1801.03924, Eq. 1) with all its weights 1 and the convolutions of the digits'
+    classifier in the place of AlexNet's: squared differences of features of unit length, mean over the places of a
+    layer, summed over the four layers.
+    """
+
+    def __init__(self, host: Host):
+        self.psnr = host.module("qandc_core.evaluation.metrics").psnr
+        (classifier, _) = host.module("qandc_core.demo.classifier").load_classifier()
+        self.layers = classifier.body[:10]
+
+    def features(self, images: torch.Tensor) -> list[torch.Tensor]:
+        found, x = [], images
+        for layer in self.layers:
+            x = layer(x)
+            if isinstance(layer, torch.nn.ReLU):
+                found.append(torch.nn.functional.normalize(x, dim=1))
+        return found
+
+    def perceptual(self, images: torch.Tensor, reference: torch.Tensor) -> list[float]:
+        pairs = zip(self.features(images), self.features(reference))
+        return sum((a - b).square().sum(dim=1).mean(dim=(1, 2)) for a, b in pairs).tolist()
+
+    def __call__(self, images: torch.Tensor, reference: torch.Tensor) -> dict[str, list[float]]:
+        found = {
+            "errors": relative_l2(images, reference),
+            "psnr": self.psnr(images, reference).clamp(max=MOST_PSNR).tolist(),
+            "perceptual": self.perceptual(images, reference),
+        }
+        return {name: [float(f"{value:.4g}") for value in values] for name, values in found.items()}
+
+
+def seconds_of(run: Callable, seeds: list[int]) -> tuple[float, list]:
+    """CPU seconds, which other programs on the machine hardly change."""
+    begun = time.process_time()
+    results = [run(seed) for seed in seeds]
+    return time.process_time() - begun, results
+
+
+def subjects(host: Host, weights: str) -> dict[str, Callable[[], Subject]]:
+    return {
+        "built-in, ddim, 50 steps": lambda: built_in(host, "ddim"),
+        "built-in, ddpm, 50 steps": lambda: built_in(host, "ddpm"),
+        "flow, euler, 50 steps": lambda: flow(host, weights, "euler", 50),
+        "flow, euler, 20 steps": lambda: flow(host, weights, "euler", 20),
+        "flow, dpmpp_2m, 30 steps": lambda: flow(host, weights, "dpmpp_2m", 30),
+    }
+
+
+def rows_of(name: str, subject: Subject, method: str, settings: dict, full, measures) -> Iterator[dict]:
+    """Every setting of a method, after a full run that its time is compared with."""
+    seconds, _ = seconds_of(lambda seed: subject.images(subject.patcher, seed), list(full))
+    for setting, run in settings.items():
+        taken, results = seconds_of(run, list(full))
+        row = {"subject": name, "steps": subject.steps, "method": method, "setting": setting}
+        row |= {"seconds": round(taken, 4), "full seconds": round(seconds, 4)}
+        row["calls"] = [calls for _, calls in results for _ in range(IMAGES)]
+        images, reference = torch.cat([r for r, _ in results]), torch.cat([*full.values()])
+        yield {**row, **measures(images, reference)}
+
+
 def main() -> None:
-    checkout, base, weights, seeds = sys.argv[1:5]
-    only = sys.argv[5].split(";") if len(sys.argv) > 5 else None
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("comfyui")
+    parser.add_argument("base")
+    parser.add_argument("flow")
+    parser.add_argument("--seeds", type=int, default=1, help=f"of {IMAGES} images each")
+    parser.add_argument("--only", default="", help="parts of the subjects' names, separated by semicolons")
+    parser.add_argument("--methods", default="", help="the same of the methods, in this order")
+    parser.add_argument("--packs", default="", help="folders of other packs (packs.py), separated by semicolons")
+    parser.add_argument("--seconds", type=float, default=float("inf"))
+    parser.add_argument("--out", type=Path, default=RESULTS / "caching.json")
+    args = parser.parse_args()
+    only, chosen, folders = (list(filter(None, t.split(";"))) for t in (args.only, args.methods, args.packs))
+    begun = time.perf_counter()
+    rows = json.loads(args.out.read_text(encoding="utf-8")) if args.out.is_file() else []
+    done = {(row["subject"], row["method"], row["setting"]) for row in rows}
     sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "comfyui" / "inside"))
     from host import Host
 
-    host = Host(checkout, base)
-    run = host.module("nodes.comfyui.cache.run").ModelRun
-    run.look = lambda self, x: None  # measures also the forecasts that Apply Cache ends
+    host = Host(args.comfyui, args.base)
+    model_run = host.module("nodes.comfyui.cache.run").ModelRun
+    watches = model_run.look
     from comfy.samplers import sampler_object
 
     declares_noise = host.module("nodes.comfyui.wrappers").declares_noise
-    subjects = {
-        "built-in, ddim, 50 steps": built_in(host, "ddim"),
-        "built-in, ddpm, 50 steps": built_in(host, "ddpm"),
-        "flow, euler, 50 steps": flow(host, weights, "euler", 50),
-        "flow, euler, 20 steps": flow(host, weights, "euler", 20),
-        "flow, dpmpp_2m, 30 steps": flow(host, weights, "dpmpp_2m", 30),
-    }
-    rows = []
     with torch.inference_mode():
-        for name, subject in subjects.items():
+        measures = Measures(host)
+        for name, make in subjects(host, args.flow).items():
             if only and not any(part in name for part in only):
                 continue
-            references = {seed: subject.images(subject.patcher, seed)[0] for seed in range(int(seeds))}
-            order = 0 if declares_noise(sampler_object(subject.sampler)) else 1
-            for method, settings in methods(host, subject, order).items():
-                for setting, run in settings.items():
-                    results = [run(seed) for seed in references]
-                    rows.append({
-                        "subject": name, "steps": subject.steps, "method": method, "setting": setting,
-                        "calls": [calls for _, calls in results for _ in range(IMAGES)],
-                        "errors": [
-                            round(e, 7) for s, (r, _) in enumerate(results) for e in relative_l2(r, references[s])
-                        ],
-                    })  # fmt: skip
-                    print(name, method, setting, results[0][1], max(rows[-1]["errors"]), file=sys.stderr, flush=True)
-    print("RESULTS " + json.dumps(rows))
+            subject = make()
+            noisy = declares_noise(sampler_object(subject.sampler))
+            # Measures also the forecasts that Apply Cache ends.
+            model_run.look = (lambda self, x: None) if noisy else watches
+            found = methods(host, subject, order=0 if noisy else 1)
+            for folder in folders if name.startswith("flow") else ():
+                found |= packs.methods(host, folder, make)
+            full = {seed: subject.images(subject.patcher, seed)[0] for seed in range(args.seeds)}
+            wanted = [method for part in chosen for method in found if part in method] if chosen else list(found)
+            for method in dict.fromkeys(wanted):
+                left = {key: run for key, run in found[method].items() if (name, method, key) not in done}
+                for row in rows_of(name, subject, method, left, full, measures) if left else ():
+                    rows.append(row)
+                    args.out.write_text("[" + ",\n".join(map(json.dumps, rows)) + "]\n", encoding="utf-8")
+                    print(
+                        name, method, row["setting"], row["calls"][0], max(row["errors"]), file=sys.stderr, flush=True
+                    )
+                    if time.perf_counter() - begun > args.seconds:
+                        return
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from comparisons import Difference, significant
+
 if TYPE_CHECKING:
     from fidelity import Subject
     from host import Host
@@ -33,9 +35,10 @@ IMAGES, CONVERGED = 6, 300  # images of a batch, and steps of dpmpp_2m that coun
 
 
 def preset(host: Host, patcher: Any, level: str) -> Any:
-    """The model with a preset of Apply Cache; how many steps it computes is counted in the run."""
-    policies, caching = host.module("qandc_core.caching.presets"), host.module("nodes.comfyui.cache.attach")
-    return caching.apply_cache(patcher, caching.CacheSettings(policies.Preset(level=level), "automatic"))
+    """How many steps it computes is counted in the run."""
+    import fidelity
+
+    return fidelity.preset(host, patcher, level)
 
 
 METHODS: dict[str, Callable[[Any, Any, str], Any]] = {"preset": preset}
@@ -48,31 +51,61 @@ def errors(images, reference) -> list[float]:
     return [float(f"{error:.4g}") for error in relative_l2(images, reference)]
 
 
-def measured(host: Host, name: str, subject: Subject, sampler: str, converged, method: str) -> list[dict]:
+def measured(host: Host, name: str, subject: Subject, sampler: str, converged, method: str, steps_of=()) -> list[dict]:
     """Rows of one sampler on one model: its plain runs, and every preset at every number of steps."""
     subject.sampler = sampler
-    plain: dict[int, Any] = {}
-
-    def images(steps: int):
-        if steps not in plain:
-            plain[steps] = subject.images(subject.patcher, 0, steps)
-        return plain[steps][0]
-
     noisy = host.module("nodes.comfyui.wrappers").declares_noise(sampler_object(sampler))
+    common = {"subject": name, "sampler": sampler, "noisy": noisy}
+    runs = Runs(subject)
     rows: list[dict] = []
-    for steps in STEPS:
-        full = images(steps)
+    for steps in steps_of or STEPS:
+        full, calls_of_all = runs.plain(steps)
         for level in LEVELS:
-            found, calls = subject.images(METHODS[method](host, subject.patcher, level), 0, steps)
-            computed = round(steps * calls / plain[steps][1])
-            row = {"subject": name, "sampler": sampler, "noisy": noisy, "steps": steps, "level": level}
-            rows.append({**row, "method": method, "computed": computed, "error": errors(found, full)})
+            found, calls = runs.cached(host, METHODS[method](host, subject.patcher, level), steps, level)
+            computed = round(steps * calls / calls_of_all)
+            rows.append({**common, "steps": steps, "level": level, "method": method})
+            rows[-1] |= {"computed": computed, "calls": calls, "error": errors(found, full)}
             if computed < steps:
-                rows[-1]["fewer"] = errors(images(computed), full)
+                rows[-1]["fewer"] = errors(runs.plain(computed)[0], full)
             if not noisy:
                 rows[-1]["converged"] = errors(found, converged)
-                rows[-1]["fewer converged"] = errors(images(computed), converged)
+                rows[-1]["fewer converged"] = errors(runs.plain(computed)[0], converged)
+    if not noisy:
+        for steps, (images, calls) in runs.known.items():
+            rows.append({**common, "steps": steps, "level": "plain", "method": method, "computed": steps})
+            rows[-1] |= {"calls": calls, "converged": errors(images, converged)}
     return rows
+
+
+class Runs:
+    """Images and model calls of one sampler; what is the same run again is not run again."""
+
+    def __init__(self, subject: Subject):
+        self.subject = subject
+        self.known: dict[int, tuple[Any, int]] = {}
+        self.planned: dict[tuple, tuple[Any, int]] = {}
+
+    def plain(self, steps: int) -> tuple[Any, int]:
+        if steps not in self.known:
+            self.known[steps] = self.subject.images(self.subject.patcher, 0, steps)
+        return self.known[steps]
+
+    def cached(self, host: Host, patcher: Any, steps: int, level: str) -> tuple[Any, int]:
+        """A run with a preset. Presets with the same plan make the same images; one that computes all runs too, once
+        at the fewest and once at the most steps, and is taken for the plain run between."""
+        plan = self.plan(host, steps, level)
+        key = steps, frozenset(plan.steps), plan.order
+        if key not in self.planned:
+            idle = len(plan.steps) == steps and steps not in (STEPS[0], STEPS[-1])
+            self.planned[key] = self.plain(steps) if idle else self.subject.images(patcher, 0, steps)
+        return self.planned[key]
+
+    def plan(self, host: Host, steps: int, level: str) -> Any:
+        wrappers, presets = host.module("nodes.comfyui.wrappers"), host.module("qandc_core.caching.presets")
+        sampler = sampler_object(self.subject.sampler)
+        name = wrappers.sampler_function_name(sampler).removeprefix("sample_")
+        facts = {"sampler": name, "noisy": wrappers.declares_noise(sampler), "guided": True}
+        return presets.Preset(level=level).plan(steps, **facts)
 
 
 def sampler_object(name: str):
@@ -81,75 +114,113 @@ def sampler_object(name: str):
     return comfy.samplers.sampler_object(name)
 
 
-def difference(row: dict, ours: str = "error", theirs: str = "fewer") -> tuple[float, float]:
-    """Mean and standard error over the images of how much less we err."""
-    pairs = [b - a for a, b in zip(row[ours], row[theirs])]
-    return statistics.mean(pairs), statistics.stdev(pairs) / len(pairs) ** 0.5
+def reused(rows: list[dict]) -> list[dict]:
+    """The cells in which a preset reuses anything, once where two presets made the same run."""
+    found = {}
+    for row in rows:
+        if "fewer" in row:
+            found[row["subject"], row["sampler"], row["steps"], row["computed"]] = row
+    return list(found.values())
 
 
-def judged(rows: list[dict], ours: str = "error", theirs: str = "fewer") -> str:
-    """How many cells are better and how many worse than fewer steps, each by more than twice the standard error."""
-    found = [difference(row, ours, theirs) for row in rows if theirs in row and row["computed"] < row["steps"]]
-    better, worse = sum(mean > 2 * error for mean, error in found), sum(mean < -2 * error for mean, error in found)
-    return f"{better} / {len(found) - better - worse} / {worse}"
+def differences(rows: list[dict], ours: str, theirs: str) -> list[tuple[dict, Difference]]:
+    return [(row, Difference.of(row[ours], row[theirs])) for row in rows if theirs in row]
+
+
+def judged(found: list[tuple[dict, Difference]]) -> str:
+    """How many are better, equal and worse, each by more than twice the standard error."""
+    signs = [difference.beyond for _, difference in found]
+    return f"{signs.count(1)} / {signs.count(0)} / {signs.count(-1)}" if signs else "-"
 
 
 def ratio(rows: list[dict]) -> str:
     """Geometric mean of our error over that of fewer steps."""
-    logs = [
-        math.log(statistics.mean(row["error"]) / statistics.mean(row["fewer"])) for row in rows if "fewer" in row
-    ]  # fmt: skip
+    logs = [math.log(statistics.mean(row["error"]) / statistics.mean(row["fewer"])) for row in rows]
     return f"{math.exp(statistics.mean(logs)):.2f}" if logs else "-"
 
 
-TEXT = """# Every sampler against as many steps of it
+def with_best(rows: list[dict]) -> list[dict]:
+    """The cells that have a solution, each with the plain run of any sampler that is nearest to it and calls the model
+    no more often."""
+    plain = [row for row in rows if row["level"] == "plain" and comparable(row)]
+    found = []
+    for row in reused(rows):
+        affordable = [p for p in plain if p["subject"] == row["subject"] and p["calls"] <= row["calls"]]
+        if comparable(row) and affordable:
+            best = min(affordable, key=lambda p: statistics.mean(p["converged"]))
+            found.append({**row, "best": best["converged"], "best sampler": best["sampler"]})
+    return found
+
+
+def comparable(row: dict) -> bool:
+    return "converged" in row and "cfg_pp" not in row["sampler"]
+
+
+TEXT = """# Every sampler against as many steps of it, and of the best one
 
 Presets of Apply Cache on ComfyUI 0.33.0, float32 on CPU, guidance 1.5, {images} images with their own noise each. A
-cell is a sampler, a number of steps and a preset; its error is the relative L2 distance to the run that computes all
-steps, and to the solution (dpmpp_2m, {converged} steps) for samplers that add no noise. "Better / equal / worse"
-compares with a run of as many steps of the same sampler as were computed, by paired differences and twice their
-standard error; cells in which a preset computes all steps are not counted. "Ratio" is the geometric mean of our error
-over that of fewer steps, to the full run. CFG++ has another solution. Rows that are missing were not run. Made by
+cell is a sampler, a number of steps and a preset that computes fewer; presets with the same steps are one cell. Its
+error is the relative L2 distance to the run that computes all steps, and for samplers that add no noise also to the
+solution (dpmpp_2m, {converged} steps; CFG++ has another one). It is compared, paired by image, with a run of as many
+steps of the same sampler as were computed, and with the best plain run of any sampler with as many model calls or
+fewer, which is chosen afterwards. "Better / equal / worse" goes by twice the standard error, which one cell in ten
+passes by chance with so few images; what stands after Holm's correction for all cells ({cells}) is said below each
+model. "Ratio" is the geometric mean of our error over that of fewer steps, to the full run. Made by
 `benchmarks/caching/samplers.py`.
 """
 
 
 def report(rows: list[dict]) -> str:
-    parts = [TEXT.format(images=len(rows[0]["error"]), converged=CONVERGED)]
+    cells = reused(rows)
+    known = {cell_of(row): difference for row, difference in differences(cells, "error", "fewer")}
+    firm = significant(known)
+    parts = [TEXT.format(images=len(rows[0]["converged"]), converged=CONVERGED, cells=len(known))]
     for subject in dict.fromkeys(row["subject"] for row in rows):
         own = [row for row in rows if row["subject"] == subject]
         parts += [f"## {subject}, by steps", "", *by(own, "steps", STEPS), ""]
-        parts += [
-            f"## {subject}, by sampler",
-            "",
-            *by(own, "sampler", dict.fromkeys(row["sampler"] for row in own)),
-            "",
-        ]
-        worse = [
-            row for row in own if "fewer" in row and difference(row)[0] < -2 * difference(row)[1]
-        ]  # fmt: skip
+        better = sum(key in firm and known[key].mean > 0 for key in known if key[0] == subject)
+        worse = [row for row in reused(own) if known[cell_of(row)].beyond < 0]
+        stands = [row for row in worse if cell_of(row) in firm]
+        parts += [f"After the correction {better} cells are better and {len(stands)} worse.", ""]
         if worse:
-            parts += ["Worse than as many steps:", ""]
-            parts += [
-                f"- {row['sampler']}, {row['steps']} steps, {row['level']} ({row['computed']} computed): "
-                f"{statistics.mean(row['error']):.4f} against {statistics.mean(row['fewer']):.4f}"
-                for row in worse
-            ]
-            parts.append("")
+            parts += ["Worse by more than twice the standard error:", "", *map(line_of, worse), ""]
+        samplers = dict.fromkeys(row["sampler"] for row in own)
+        parts += [f"## {subject}, by sampler", "", *by(own, "sampler", samplers), ""]
     return "\n".join(parts)
+
+
+def cell_of(row: dict) -> tuple:
+    return row["subject"], row["sampler"], row["steps"], row["computed"]
+
+
+def line_of(row: dict) -> str:
+    difference = Difference.of(row["error"], row["fewer"])
+    return (
+        f"- {row['sampler']}, {row['steps']} steps, {row['computed']} computed: {statistics.mean(row['error']):.4f} "
+        f"against {statistics.mean(row['fewer']):.4f} (p = {difference.p:.2g})"
+    )
 
 
 def by(rows: list[dict], key: str, values) -> list[str]:
     lines = [
-        f"| {key} | ratio | to the full run: better / equal / worse | to the solution | all computed |",
-        "|---|---|---|---|---|",
+        f"| {key} | ratio | to the full run: better / equal / worse than fewer steps | to the solution: than fewer "
+        "steps | than the best plain sampler | all computed |",
+        "|---|---|---|---|---|---|",
     ]
+    best = with_best(rows)
     for value in values:
-        own = [row for row in rows if row[key] == value]
-        known = [row for row in own if "converged" in row and "cfg_pp" not in row["sampler"]]
-        idle = sum(row["computed"] == row["steps"] for row in own)
-        to_solution = judged(known, "converged", "fewer converged") if known else "-"
-        lines.append(f"| {value} | {ratio(own)} | {judged(own)} | {to_solution} | {idle} of {len(own)} |")
+        own = [row for row in rows if row[key] == value and row["level"] != "plain"]
+        if not own:
+            continue
+        cells = reused(own)
+        solved = [row for row in cells if comparable(row)]
+        texts = [
+            judged(differences(cells, "error", "fewer")),
+            judged(differences(solved, "converged", "fewer converged")),
+            judged(differences([row for row in best if row[key] == value], "converged", "best")),
+        ]
+        idle = sum("fewer" not in row for row in own)
+        lines.append(f"| {value} | {ratio(cells)} | {' | '.join(texts)} | {idle} of {len(own)} |")
     return lines
 
 
@@ -160,6 +231,7 @@ def main() -> None:
     parser.add_argument("flow", nargs="?", type=Path)
     parser.add_argument("--seconds", type=float, default=float("inf"))
     parser.add_argument("--out", type=Path, default=RESULTS / "caching-samplers.json")
+    parser.add_argument("--steps", type=lambda text: [int(n) for n in text.split(",")], default=[], help="only these")
     parser.add_argument("--method", default="preset", choices=METHODS)
     parser.add_argument("--report", action="store_true")
     args = parser.parse_args()
@@ -194,7 +266,7 @@ def main() -> None:
             for sampler in left:
                 if time.perf_counter() - begun > args.seconds:
                     break
-                rows += measured(host, name, subject, sampler, converged, args.method)
+                rows += measured(host, name, subject, sampler, converged, args.method, args.steps)
                 args.out.write_text("[" + ",\n".join(map(json.dumps, rows)) + "]\n", encoding="utf-8")
                 print(name, sampler, f"{time.perf_counter() - begun:.0f} s", file=sys.stderr, flush=True)
 

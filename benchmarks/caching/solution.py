@@ -3,12 +3,13 @@
     COMFYUI/.venv/bin/python benchmarks/caching/solution.py COMFYUI BASE out/digits_flow.safetensors
 
 BASE is a ComfyUI base directory with the pack in custom_nodes. The solution is dpmpp_2m with 400 steps. Writes
-results/caching-solution.json and .md.
+results/caching-solution.json and .md; --report alone writes the .md again.
 """
 
 from __future__ import annotations
 
 import json
+import random
 import statistics
 import sys
 from pathlib import Path
@@ -17,7 +18,8 @@ import fidelity
 import torch
 
 RESULTS = Path(__file__).parents[1] / "results"
-IMAGES, STEPS, SOLUTION = 6, 50, 400
+IMAGES, STEPS, SOLUTION = 12, 50, 400
+DRAWS = 4000  # of the bootstrap
 CALLS = (15, 20, 25)
 PLAIN = (
     "euler", "heun", "dpm_2", "lms", "dpmpp_2m", "ipndm", "ipndm_v", "deis", "res_multistep", "gradient_estimation",
@@ -28,6 +30,10 @@ CACHED = ("dpmpp_2m", "res_multistep")
 
 
 def main() -> None:
+    if sys.argv[1:] == ["--report"]:
+        rows = json.loads((RESULTS / "caching-solution.json").read_text(encoding="utf-8"))
+        (RESULTS / "caching-solution.md").write_text(report(rows), encoding="utf-8")
+        return
     checkout, base, weights = sys.argv[1:4]
     sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "comfyui" / "inside"))
     from host import Host
@@ -73,10 +79,11 @@ def main() -> None:
 
 
 def report(rows: list[dict]) -> str:
+    count = len(rows[0]["errors"])
     lines = [
         "# A good solver with Apply Cache against plain samplers",
         "",
-        f"Relative L2 to the solution (dpmpp_2m, {SOLUTION} steps), mean and standard error over {IMAGES} images with",
+        f"Relative L2 to the solution (dpmpp_2m, {SOLUTION} steps), mean and standard error over {count} images with",
         "their own noise, cfg 1.5. A column is a number of model calls; heun and dpm_2 make two a step. Made by",
         "`benchmarks/caching/solution.py`.",
         "",
@@ -89,8 +96,39 @@ def report(rows: list[dict]) -> str:
         for method in dict.fromkeys(method for method, _ in own):
             cells = [own.get((method, calls)) for calls in columns]
             lines.append(f"| {method} | " + " | ".join(map(cell, cells)) + " |")
-        lines.append("")
+        lines += ["", *halves(own), ""]
     return "\n".join(lines)
+
+
+def halves(own: dict[tuple[str, int], list[float]]) -> list[str]:
+    """Where half of the best plain sampler's error is reached: our error over its, with its 95 % interval."""
+    lines = [
+        "Error over that of the best plain sampler, which is chosen afterwards, with the 95 % interval of a bootstrap "
+        "over the images; is it half or less?",
+        "",
+        "| | " + " | ".join(f"{n} calls" for n in CALLS) + " |",
+        "|---|" + "---|" * len(CALLS),
+    ]
+    plain = [method for method, _ in own if method.endswith(", plain")]
+    for method in dict.fromkeys(method for method, _ in own if "Apply Cache" in method):
+        texts = []
+        for calls in CALLS:
+            best = min((own[name, calls] for name in plain if (name, calls) in own), key=statistics.mean)
+            low, middle, high = ratio(own[method, calls], best)
+            half = "yes" if high <= 0.5 else "not resolved" if low <= 0.5 else "no"
+            texts.append(f"{middle:.2f} ({low:.2f}-{high:.2f}): {half}")
+        lines.append(f"| {method} | {' | '.join(texts)} |")
+    return lines
+
+
+def ratio(ours: list[float], theirs: list[float]) -> tuple[float, float, float]:
+    draw = random.Random(0)
+    ratios = []
+    for _ in range(DRAWS):
+        chosen = draw.choices(range(len(ours)), k=len(ours))
+        ratios.append(sum(ours[i] for i in chosen) / sum(theirs[i] for i in chosen))
+    ratios.sort()
+    return ratios[DRAWS // 40], statistics.mean(ours) / statistics.mean(theirs), ratios[-1 - DRAWS // 40]
 
 
 def cell(errors: list[float] | None) -> str:

@@ -2,27 +2,32 @@
 
     COMFYUI/python benchmarks/calibration/overhead.py CHECKOUT BASE [pairs]
 
-BASE is a ComfyUI base directory with the pack in it. Prints one JSON object: median seconds of a run, the ratio of each
-pair, and what adding a run to the file takes, in its thread, before the next run is timed.
+BASE is a ComfyUI base directory with the pack in it. A recorded run's time ends when its file is written. Both the
+clock and the time that the process had a core are noted: the latter hardly depends on what else a machine does. Adds
+the pairs to results/calibration-overhead.json and writes calibration-overhead.md from all of them.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
-from statistics import median
+from statistics import mean, median, stdev
+from typing import Any
 
-STEPS, WIDTH = 20, 384
-sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "comfyui" / "inside"))
+STEPS, WIDTH, HEADS, SIDE = 20, 384, 12, 32
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "comfyui" / "inside")]
+STUDENT = {7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228, 11: 2.201, 12: 2.179, 15: 2.131, 17: 2.110, 19: 2.093}  # 95 %
 
 
-def main() -> None:
+def measure(checkout: str, base: str, pairs: int) -> dict[str, Any]:
     from host import Host
 
-    checkout, base, *more = sys.argv[1:]  # ComfyUI reads sys.argv later
-    host, pairs = Host(checkout, base), int(more[0]) if more else 6
+    host = Host(checkout, base)
     import torch
     from families import build, conditioning
     from family_configs import flux
@@ -30,11 +35,12 @@ def main() -> None:
 
     torch.manual_seed(0)
     family = FAMILIES["Flux"]
-    sizes = {"hidden_size": WIDTH, "num_heads": 12, "mlp_ratio": 4.0, "depth": 2, "depth_single_blocks": 4}
+    sizes = {"hidden_size": WIDTH, "num_heads": HEADS, "mlp_ratio": 4.0, "depth": 2, "depth_single_blocks": 4}
     patcher = build(type(family)("Flux", flux(image_model="flux", **sizes), family.latent, conds=family.conds))
     node, files = host.module("nodes.calibrate_from_runs"), host.module("nodes.comfyui.files")
-    growth = host.module("nodes.comfyui.calibrate.recording")
-    added, add_run = [], growth.add_run
+    recording = host.module("nodes.comfyui.calibrate.recording")
+    recorded = node.CalibrateFromRuns.execute(patcher, "overhead", True, 8, True, 4.0, 4096, 8, 0).args[0]
+    added, add_run = [], recording.add_run
 
     def timed(*args):
         begun = time.perf_counter()
@@ -43,29 +49,74 @@ def main() -> None:
         finally:
             added.append(time.perf_counter() - begun)
 
-    growth.add_run = timed
-    recorded = node.CalibrateFromRuns.execute(patcher, "overhead", True, 8, True, 4.0, 4096, 8, 0).args[0]
+    recording.add_run = timed
 
-    def run(model, seed: int) -> float:
-        growth.settle()
-        latent = {"samples": torch.zeros(1, 16, 32, 32)}
-        begun = time.perf_counter()
+    def run(model, seed: int) -> list[float]:
+        """Seconds of the clock, and of a core."""
+        latent = {"samples": torch.zeros(1, 16, SIDE, SIDE)}
+        begun = time.perf_counter(), time.process_time()
         host.nodes.common_ksampler(
             model, seed, STEPS, 2.0, "euler", "simple", conditioning(family, 1), conditioning(family, 2), latent
         )
-        return time.perf_counter() - begun
+        recording.settle()
+        return [time.perf_counter() - begun[0], time.process_time() - begun[1]]
 
     with torch.inference_mode():
         run(patcher, 0), run(recorded, 0)
-        times = [(run(patcher, seed), run(recorded, seed)) for seed in range(pairs)]
-    growth.settle()
-    plain, slow = zip(*times)
-    ratios = sorted(b / a for a, b in times)
-    print(json.dumps({  # noqa: T201
-        "plain": median(plain), "recorded": median(slow), "ratios": ratios, "median ratio": median(ratios),
-        "adding": median(added[1:]), "file MiB": files.named_path("overhead").stat().st_size / 2**20,
-        "threads": torch.get_num_threads(), "steps": STEPS, "pairs": pairs,
-    }))  # fmt: skip
+        times = []
+        for seed in range(pairs):  # each first in turn
+            order = (patcher, recorded) if seed % 2 else (recorded, patcher)
+            found = {model is recorded: run(model, seed) for model in order}
+            times.append([found[False], found[True]])
+    size = files.named_path("overhead").stat().st_size / 2**20
+    return {"pairs": times, "adding": added[1:], "file MiB": size, "threads": torch.get_num_threads()}
+
+
+def interval(ratios: list[float]) -> tuple[float, float]:
+    """95 % of the geometric mean, by Student's distribution of the logarithms."""
+    logs = [math.log(ratio) for ratio in ratios]
+    near = min(STUDENT, key=lambda degrees: (degrees > len(logs) - 1, abs(degrees - len(logs) + 1)))
+    half = STUDENT[near] * stdev(logs) / math.sqrt(len(logs))
+    return math.exp(mean(logs) - half), math.exp(mean(logs) + half)
+
+
+def row(name: str, pairs: list[tuple[float, float]]) -> str:
+    plain, slow = zip(*pairs)
+    ratios = sorted(b / a for a, b in pairs)
+    low, high = interval(ratios)
+    geometric = math.exp(mean(map(math.log, ratios)))
+    times = " | ".join(f"{median(part):.2f} s ({min(part):.2f}-{max(part):.2f})" for part in (plain, slow))
+    return f"| {name} | {times} | {geometric:.3f}x ({low:.3f}-{high:.3f}) | {ratios[0]:.3f}-{ratios[-1]:.3f} |"
+
+
+def report(result: dict[str, Any]) -> str:
+    rows = [row(name, [(a[i], b[i]) for a, b in result["pairs"]]) for i, name in enumerate(("clock", "time of a core"))]
+    return f"""# What recording a run costs
+
+KSampler on a Flux of width {WIDTH} (2 double and 4 single blocks, {STEPS} steps, guidance 2, a {SIDE} x {SIDE} latent)
+with and without Calibrate from Runs, {len(result["pairs"])} pairs in turns; ComfyUI 0.33.0, float32,
+{result["machine"]}, {result["threads"]} thread. Other work ran on the machine, which the clock sees and the time of
+a core hardly does. A recorded run ends when its file of {result["file MiB"]:.0f} MiB is written, which took
+{median(result["adding"]):.2f} s of the clock (median).
+
+| | plain, median (range) | recorded, median (range) | ratio, geometric mean (95 % interval) | range of pairs |
+|---|---|---|---|---|
+{chr(10).join(rows)}
+
+Made by `benchmarks/calibration/overhead.py`.
+"""
+
+
+def main() -> None:
+    checkout, base, *more = sys.argv[1:]  # ComfyUI reads sys.argv later
+    found = measure(checkout, base, int(more[0]) if more else 8)
+    from qandc_core.evaluation.experiment import cpu_name
+
+    path = RESULTS / "calibration-overhead.json"
+    before = json.loads(path.read_text()) if path.is_file() else {"pairs": [], "adding": []}
+    result = {**found, "machine": cpu_name()} | {key: before[key] + found[key] for key in ("pairs", "adding")}
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    path.with_suffix(".md").write_text(report(result))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ COLUMNS = {
     "same_cache": "images, same cache",
     "no_cache": "images, no cache",
 }
-OTHERS = ("GPTQ, random", "GPTQ, TAP, no cache", "GPTQ, noise", "GPTQ, TAP, biases as they are")
+OTHERS = ("nearest", "GPTQ, random", "GPTQ, TAP, no cache", "GPTQ, noise", "GPTQ, TAP, biases as they are")
 PAIRS = [*(("GPTQ, TAP", other) for other in OTHERS), ("nearest, corrected biases", "nearest")]
 TEXT = """# Errors of quantized models by what chose their integers
 
@@ -39,6 +39,9 @@ Mean and standard error over {seeds} seeds of calibration and of images, {images
 GPTQ is calibrated on {samples} samples of {trajectories} trajectories with the cache on, drawn from the steps that
 it computes. Exceptions: "no cache" is calibrated without it, on samples of all steps; "noise" is {noise} standard
 normal inputs for each layer, as converters use them. GPTQ corrects biases by the mean inputs that it was calibrated on.
+"Nearest" is what nodes do that quantize in the graph without a calibration: the same layers, formats, ConvRot and
+bytes, with comfy-kitchen's own quantizer in W4A8; in W8A8 the scales of rows were searched, which makes the error of
+the weights no larger.
 "Paper" has static activation scales, calibrated like "GPTQ, TAP", and rounds to nearest. No layer is kept in a finer
 format. The built-in model draws 32 x 32 digits; the flow model is of ComfyUI's Lumina 2 class, trained on the same
 digits by benchmarks/caching/flow_model.py. Made by `python -m benchmarks.quantization`.

@@ -83,7 +83,7 @@ def measured(host: Host, options: dict[str, Any]) -> dict[str, Any]:
     seconds, peak = time.perf_counter() - begun, resident("VmHWM")
     found = {"seconds": seconds, "model": size, "before": before, "peak": peak, "beyond": peak - before - size}
     if kept is not None:
-        found["report"] = kept.ui.as_dict()["text"][0].splitlines()[0]
+        found["report"] = kept.ui["text"][0].splitlines()[0]
     return found
 
 

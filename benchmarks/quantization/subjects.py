@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import fidelity
@@ -23,6 +28,7 @@ class Study:
     host: Host
     subject: fidelity.Subject
     cached: Any
+    held_out_runs: int = HELD_OUT_RUNS
 
     def __post_init__(self) -> None:
         self.layers, self.calls = self.held_out()
@@ -34,13 +40,13 @@ class Study:
         settings = sampling.Settings(s.positive, s.negative, s.steps, s.cfg, s.sampler, s.scheduler)
         wanted = {"trajectories": TRAJECTORIES, "samples": SAMPLES, "hessians": True, "held_out": 0, **plan}
         chosen = module.CalibrationConfig(seed=seed, batch_size=fidelity.IMAGES, **wanted)
-        return module.calibrate(patcher, settings, s.latent[:1], chosen)
+        return module.calibrate(patcher, settings, {"samples": s.latent[:1]}, chosen)
 
     def held_out(self) -> tuple[dict[str, torch.Tensor], tuple]:
         """Inputs of every layer, and calls of the model, of images with other labels."""
         found = [
             self.calibration(self.cached, HELD_OUT_SEED + 10 * run, trajectories=run + 2, held_out=HELD_OUT)
-            for run in range(HELD_OUT_RUNS)
+            for run in range(self.held_out_runs)
         ]
         names = found[0].statistics
         layers = {name: torch.cat([part.statistics[name].held_out for part in found]) for name in names}
@@ -54,7 +60,7 @@ class Study:
         return replace(calibration, statistics=statistics, held_out=self.calls)
 
 
-def studies(host: Host, flow: str, reuse: str = "automatic", only: str = "") -> dict[str, Study]:
+def studies(host: Host, flow: str, reuse: str = "automatic", only: str = "", **held_out) -> dict[str, Study]:
     import comfy.utils
 
     comfy.utils.PROGRESS_BAR_ENABLED = False
@@ -64,6 +70,31 @@ def studies(host: Host, flow: str, reuse: str = "automatic", only: str = "") -> 
     }
     found = {name: make() for name, make in subjects.items() if only in name}
     return {
-        name: Study(host, subject, fidelity.ours(host, subject.patcher, reuse, 1, INTERVAL))
+        name: Study(host, subject, fidelity.ours(host, subject.patcher, reuse, 1, INTERVAL), **held_out)
         for name, subject in found.items()
     }
+
+
+def over_seeds(rows: Callable[[Study, int], list[dict[str, Any]]], shared: dict[str, Any], **held_out) -> None:
+    """Prints what `rows` finds of a model for each of the seeds, until the time is up.
+
+    argv: checkout, base directory with the pack, options as JSON: subject, seeds, images, seconds, flow.
+    """
+    from host import Host
+
+    checkout, base, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+    host, fidelity.IMAGES = Host(checkout, base), options["images"]
+    begun, runs = time.perf_counter(), []
+    with torch.inference_mode():
+        study = studies(host, options["flow"], only=options["subject"], **held_out)[options["subject"]]
+        for seed in options["seeds"]:
+            started = time.perf_counter()
+            runs.append({"subject": options["subject"], "seed": seed, "rows": rows(study, seed)})
+            print(f"{options['subject']}, seed {seed}", file=sys.stderr, flush=True)
+            now = time.perf_counter()
+            if 2 * now - started - begun > options["seconds"]:
+                break
+    print(
+        "RESULTS "
+        + json.dumps({**shared, "calls": len(study.calls), "kitchen": version("comfy-kitchen"), "runs": runs})
+    )

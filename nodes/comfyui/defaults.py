@@ -9,13 +9,21 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import comfy.model_management as mm
+import torch
+
+from ...qandc_core.calibration.choice import CalibrationConfig
+from ...qandc_core.calibration.presets import CUSTOM, planned
+from ...qandc_core.calibration.presets import images_at_once as fitting
+from .making import distinct_trajectories
 from .model.dit import is_dit
+from .quantize.layers import calibrated
 from .settings import Settings
 from .wrappers import samples_flow
 
 AUTO = "auto"
 AUTO_STEPS, AUTO_CFG, AUTO_COUNT = 0, -1.0, 0
-ACTIVATIONS = 2 * 2**30  # bytes that the images sampled at once may take beside the weights
+PATCH = 4  # positions of a latent that make a token, in most families
 LARGEST_BATCH, LARGEST_PAIRING = 16, 64
 
 
@@ -68,11 +76,26 @@ def completed(settings: Settings, patcher) -> Settings:
 
 
 def images_at_once(patcher, latent: dict[str, Any], most: int = LARGEST_BATCH) -> int:
-    """1, 2, 4, ...: as many images of a LATENT, with both conditions, as take 2 GiB by ComfyUI's own estimate."""
+    """1, 2, 4, ...: as many images of a LATENT, with both conditions, as take 2 GiB, or an eighth of a smaller card's
+    memory, by ComfyUI's own estimate.
+    """
     parts = latent["samples"].unbind() if latent["samples"].is_nested else [latent["samples"]]
     needed = sum(patcher.model.memory_required([2, *part.shape[1:]]) for part in parts)
-    fitting = min(most, max(1, int(ACTIVATIONS // max(1, needed))))
-    return 1 << (fitting.bit_length() - 1)
+    return fitting(needed, mm.get_total_memory(patcher.load_device), most)
+
+
+def suited_plan(preset: str, plan: CalibrationConfig, patcher, latent: dict[str, Any], settings: Settings):
+    """The plan with the numbers of a preset, no more trajectories than differ, and a batch size that fits."""
+    if preset != CUSTOM:
+        widths = sorted(layer.in_features for _, layer in calibrated(patcher.model.diffusion_model))
+        parts = latent["samples"].unbind() if latent["samples"].is_nested else [latent["samples"]]
+        tokens = max(1, sum(part[0, 0].numel() for part in parts) // PATCH)
+        width = widths[len(widths) // 2] if widths else 1
+        memory = mm.get_total_memory(torch.device("cpu"))
+        plan = replace(planned(preset, plan, width, tokens, settings.steps_on(patcher), memory), batch_size=AUTO_COUNT)
+    trajectories = distinct_trajectories(settings, latent, plan.trajectories)
+    at_once = plan.batch_size or images_at_once(patcher, latent)
+    return replace(plan, trajectories=trajectories, batch_size=min(at_once, trajectories))
 
 
 def pairs_of(latent: dict[str, Any]) -> int:

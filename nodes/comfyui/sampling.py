@@ -27,7 +27,8 @@ class Progress:
         self.estimate = estimate
         self.bar = comfy.utils.ProgressBar(total)
         self.total, self.done = total, 0
-        self.previewer = latent_preview.get_previewer(patcher.load_device, patcher.model.latent_format)
+        latent_format = getattr(patcher.model, "latent_format", None)  # a text encoder has none
+        self.previewer = latent_format and latent_preview.get_previewer(patcher.load_device, latent_format)
 
     def step(self, index: int, denoised: Tensor, x: Tensor, steps: int) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()

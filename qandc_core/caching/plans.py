@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from math import hypot, prod
 
+import torch
 from torch import Tensor
 
 from .samplers import SamplerFacts
@@ -147,7 +148,7 @@ class PresetPlan(SpeedupPlan):
         super().__init__(total, order, inside, speedup, place, cost)
 
     def enough(self, num_computed: int) -> int:
-        least = max(num_computed, self.sampler.fewest)
+        least = self.sampler.enough(self.total, num_computed)
         self.idle = self.total < LEAST_GAIN * least
         return self.total if self.idle else least
 
@@ -202,17 +203,16 @@ class BudgetPlan(Plan):
         """Relative error of the final image if this step reuses; infinite while too few predictions are known."""
         if len(self.history) < self.order + 2:
             return float("inf")
-        remainder = sum(
-            root_mean_square(newton_term(self.history[-points:], position))
-            for points in range(self.order + 2, len(self.history) + 1)
-        )
-        signal = root_mean_square(self.history[-1][1])
+        terms = [newton_term(self.history[-n:], position) for n in range(self.order + 2, len(self.history) + 1)]
+        *remainders, signal = root_mean_squares([*terms, self.history[-1][1]])
+        remainder = sum(remainders)
         image = (1 - following) if self.flow else 1.0
         return remainder * (1 - following / sigma) / hypot(image * signal, following)
 
 
-def root_mean_square(values: Tensor) -> float:
-    return float(values.square().mean().sqrt())
+def root_mean_squares(tensors: Sequence[Tensor]) -> list[float]:
+    """Of each, read in one wait for the device."""
+    return torch.stack([values.square().mean().sqrt() for values in tensors]).tolist()
 
 
 def newton_term(points: list[tuple[float, Tensor]], position: float) -> Tensor:

@@ -38,7 +38,7 @@ class Preset(Placed):
             plan.warnings.append(f"{run.total} steps without guidance are left as they are, as of a distilled model")
             plan.idle = True
             return plan
-        num_computed = max(affordable(run.total, speedup, 0.0), sampler.fewest)
+        num_computed = sampler.enough(run.total, affordable(run.total, speedup, 0.0))
         exponent = SPACING if sampler.noisy or num_computed > FEW_COMPUTED else EVEN
         # Curvature helps where the steps were chosen for it, and not at the default spacing.
         order = 0 if sampler.noisy else 2 if self.fitting(run) else 1

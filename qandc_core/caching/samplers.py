@@ -9,6 +9,7 @@ cache has to beat more. CFG++ steps along the unconditional prediction, whose er
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil, inf
 
 ONE_CALL = ("euler", "ddim", "exp_heun_2_x0", "ddpm", "euler_ancestral", "lcm")
 TWO_CALLS = ("heun", "heunpp2", "dpm_2")
@@ -19,7 +20,7 @@ HIGHER_ORDER = ("deis", "lms", "ipndm", "ipndm_v", "gradient_estimation")
 NEVER = 10**9
 # Computed steps below which reuse was no better than a run of as many steps, or was not seen to be: chosen on the
 # built-in model, where it pays least, by eight samplers at 12, 20 and 30 steps; the others take the number of their
-# kind. On the flow model reuse was better with all eight from 8 steps on. benchmarks/caching/samplers.py measures all.
+# kind. On the flow model reuse was better with all that were tried. benchmarks/caching/samplers.py measures all.
 FEWEST = {
     **dict.fromkeys(ONE_CALL, 5),
     **dict.fromkeys(SECOND_ORDER, 7),
@@ -29,23 +30,34 @@ FEWEST = {
     **dict.fromkeys(("dpm_fast_function", "dpm_adaptive_function"), NEVER),  # they do not follow the schedule
 }
 CFG_PP, NOISY, UNKNOWN = 10, 4, 20
+# With noise, three predictions deep: 4 of 8 steps were worse than 4 steps.
+NOISY_MULTISTEP = {"dpmpp_3m_sde": 6}
+# At 2.5 (20 of 50 steps) ipndm and ipndm_v were worse than as many steps, at 2 better.
+LARGEST = dict.fromkeys(HIGHER_ORDER, 2.0)
 
 
 @dataclass(frozen=True)
 class SamplerFacts:
-    """A sampler's name, whether it adds noise, and below how many computed steps fewer steps are as good as reuse."""
+    """A sampler's name, whether it adds noise, below how many computed steps fewer steps are as good as reuse, and the
+    speedup beyond which they are."""
 
     name: str = "this sampler"
     noisy: bool = False
     fewest: int = UNKNOWN
+    largest: float = inf
 
     @classmethod
     def named(cls, name: str, noisy: bool | None = None) -> SamplerFacts:
         """By its name in k-diffusion and ComfyUI, without "sample_"; "" where that is not known."""
         shown = name.replace("unipc", "uni_pc").removesuffix("_function") or "this sampler"
         noisy = name == "ddpm" if noisy is None else noisy
+        known = name.removesuffix("_gpu")
         if noisy:
-            return cls(shown, noisy, NOISY)
-        return cls(
-            shown, noisy, max(FEWEST.get(name.removesuffix("_cfg_pp"), UNKNOWN), CFG_PP * name.endswith("cfg_pp"))
-        )
+            return cls(shown, noisy, NOISY_MULTISTEP.get(known, NOISY))
+        kind = known.removesuffix("_cfg_pp")
+        fewest = max(FEWEST.get(kind, UNKNOWN), CFG_PP * known.endswith("cfg_pp"))
+        return cls(shown, noisy, fewest, LARGEST.get(kind, inf))
+
+    def enough(self, total: int, num_computed: int) -> int:
+        """As many computed steps of so many, or more where fewer steps are as good as that."""
+        return max(num_computed, self.fewest, ceil(total / self.largest))

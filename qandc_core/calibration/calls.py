@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 TENSOR, SEQUENCES = "tensor", {"list": list, "tuple": tuple}
@@ -20,6 +21,35 @@ class ModelCall:
     x: Tensor
     sigma: Tensor
     conditions: dict[str, Any]
+
+    @property
+    def num_bytes(self) -> int:
+        sizes: list[int] = []
+        self.mapped(lambda tensor: sizes.append(tensor.nbytes))
+        return sum(sizes)
+
+    def copied(self, device: torch.device | str) -> ModelCall:
+        """A copy that shares no memory, on a device but for what lies on the host."""
+
+        def copy(tensor: Tensor) -> Tensor:
+            return tensor.detach().to(tensor.device if tensor.device.type == "cpu" else device, copy=True)
+
+        return self.mapped(copy)
+
+    def fetched(self) -> ModelCall:
+        """On the CPU; itself where it is there."""
+        return self.mapped(lambda tensor: tensor.cpu())
+
+    def mapped(self, change: Callable[[Tensor], Any]) -> ModelCall:
+        """The call with change(tensor) in place of every tensor."""
+        conditions = {name: mapped(value, change) for name, value in self.conditions.items()}
+        return ModelCall(change(self.x), change(self.sigma), conditions)
+
+
+def mapped(value: Any, change: Callable[[Tensor], Any]) -> Any:
+    if isinstance(value, (list, tuple)):
+        return type(value)([mapped(part, change) for part in value])
+    return change(value) if isinstance(value, Tensor) else value
 
 
 def storable(value: Any) -> bool:

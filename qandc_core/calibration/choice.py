@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -33,6 +33,9 @@ class CalibrationConfig:
 
     Images take the `prompts` in turn; those of a run share one, because prompts may differ in length. Where a prompt
     is a batch of several itself, its images take its `rows` in turn.
+
+    Nothing is chosen where there are at most `surplus` times as many candidates as `samples`: all are taken, in the
+    pass that samples them. Statistics of more samples cost less than sampling all trajectories a second time.
     """
 
     trajectories: int = 32
@@ -49,6 +52,12 @@ class CalibrationConfig:
     held_out: int = 8
     prompts: int = 1
     rows: int = 1
+    surplus: float = 1.0
+
+    @property
+    def most(self) -> int:
+        """Number of candidates up to which all of them are taken; of a single image some are left to hold out."""
+        return int(self.surplus * self.samples) if self.apart or not self.held_out else self.samples
 
     @property
     def images(self) -> int:
@@ -61,6 +70,11 @@ class CalibrationConfig:
         if not self.held_out or self.images == 1:
             return 0
         return max(1, min(self.prompts * self.rows, self.held_out, self.images // 8))
+
+    @property
+    def shared_runs(self) -> int:
+        """Number of sampling runs before those of trajectories that are held out."""
+        return len(list(self.batches())) - self.apart
 
     def batches(self) -> Iterator[Batch]:
         """Every sampling run; a trajectory held out has its own."""
@@ -117,6 +131,20 @@ class Candidates:
         self.computed.append(torch.full((count,), computed))
         self.origin.append(torch.tensor([[run, call, image, conditions] for image in range(count)]))
 
+    @classmethod
+    def joined(cls, parts: Sequence[Candidates]) -> Candidates:
+        """One pool of candidates of different runs, in the order of the parts."""
+        whole = cls()
+        for part in parts:
+            for name in ("features", "steps", "computed", "origin"):
+                getattr(whole, name).extend(getattr(part, name))
+            missing = len(part.predictions) - len(whole.predictions)
+            whole.predictions += [{} for _ in range(missing)]
+            for run, predictions in enumerate(part.predictions):
+                whole.predictions[run] |= predictions
+            whole.sigmas = part.sigmas if whole.sigmas is None else whole.sigmas
+        return whole
+
     def missing(self) -> str:
         """Why there are no distances between steps: a "cache" left some out, or the sampler skips "steps"; or ""."""
         if not all(bool(part.all()) for part in self.computed):
@@ -134,14 +162,38 @@ class Candidates:
 
     def choose(self, plan: CalibrationConfig) -> Choice:
         """The samples that the plan's selection takes, and computed ones that it could not or did not take."""
-        origin, computed = torch.cat(self.origin), torch.cat(self.computed)
-        allowed, spare = computed if plan.computed_only else torch.ones_like(computed), computed.clone()
+        origin, spare, allowed = torch.cat(self.origin), torch.cat(self.computed), self.allowed(plan)
         if plan.apart:
-            last = origin[:, 0] >= len(self.predictions) - plan.apart
-            allowed, spare = allowed & ~last, spare & last
-        chosen = self.select(allowed.nonzero().flatten(), plan)
+            spare &= origin[:, 0] >= len(self.predictions) - plan.apart
+        kept = allowed.nonzero().flatten()
+        chosen = kept if len(kept) <= plan.most else self.select(kept, plan)
         spare[chosen] = False
         return Choice(origin[chosen], spread_over_runs(origin[spare], plan.held_out))
+
+    def __len__(self) -> int:
+        return sum(map(len, self.computed))
+
+    def least_share(self, plan: CalibrationConfig) -> float:
+        """The fraction of the candidates so far that are on steps from which samples are chosen, but for one step."""
+        if not plan.computed_only:
+            return 1.0
+        taken = sum(int(part.sum()) for part in self.computed) - (len(self.computed[0]) if self.computed else 0)
+        return taken / max(len(self), 1)
+
+    def allowed(self, plan: CalibrationConfig) -> Tensor:
+        """(N,) which candidates may be chosen: not those of runs that are held out, nor of reused steps if so asked."""
+        origin, computed = torch.cat(self.origin), torch.cat(self.computed)
+        allowed = computed if plan.computed_only else torch.ones_like(computed)
+        return allowed & (origin[:, 0] < len(self.predictions) - plan.apart)
+
+    def foreseen(self, plan: CalibrationConfig) -> Tensor:
+        """What is held out (h, 4) if the runs that are held out go as the first one has gone."""
+        origin, computed = torch.cat(self.origin), torch.cat(self.computed)
+        first = origin[computed & (origin[:, 0] == origin[0, 0]) & (origin[:, 2] == 0)]
+        runs = torch.arange(plan.shared_runs, plan.shared_runs + plan.apart)
+        likely = first.repeat(len(runs), 1)
+        likely[:, 0] = runs.repeat_interleave(len(first))
+        return spread_over_runs(likely, plan.held_out)
 
     def select(self, kept: Tensor, plan: CalibrationConfig) -> Tensor:
         """Indices of the samples that are taken from those at `kept`."""

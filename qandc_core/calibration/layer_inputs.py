@@ -1,18 +1,22 @@
-"""The second pass of calibration: the inputs of layers on the chosen samples, and held-out model calls."""
+"""The inputs of layers: in the second pass of calibration those of the chosen samples and held-out model calls, or in
+the first pass those of all samples.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from .calls import ModelCall, storable
 from .choice import Choice
-from .statistics import LayerStatistics, merge_tokens, observed
+from .statistics import LayerStatistics, merge_tokens, observed, with_room
+from .stream import Reservoir
 
 HELD_OUT_TOKENS = 256  # of a layer's held-out inputs
 log = logging.getLogger(__name__)
@@ -42,14 +46,90 @@ class Draw:
         """At most `count` tokens of x (M, K)."""
         if len(x) not in self.orders:
             self.orders[len(x)] = torch.randperm(len(x), generator=self.generator)
-        return x[self.orders[len(x)][:count].to(x.device)]
+        return x[self.orders[len(x)][:count].to(x.device, non_blocking=True)]
+
+
+class Watch(Protocol):
+    """Looks into the model calls of a sampling run; the host tells it where each prediction begins."""
+
+    def next_prediction(self) -> None: ...
+
+    def called(
+        self,
+        call: Callable[[], Any],
+        x: Tensor,
+        t: Tensor,
+        conditions: Mapping[str, Any],
+        count: int,
+        reused: Callable[[], bool],
+    ) -> Any:
+        """The result of call(), a model call on x (N, ...) whose batch holds `count` conditions side by side; reused()
+        tells, while it runs, if it is made of cached features.
+        """
+
+
+class Gathering:
+    """Gathers the inputs of all samples of a run, as long as `wanted` says that all of them may be taken; then it
+    forgets what it has.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[tuple[str, nn.Module]],
+        statistics: dict[str, LayerStatistics],
+        seed: int,
+        wanted: Callable[[], bool],
+        computed_only: bool = True,
+    ):
+        self.layers, self.statistics, self.wanted = layers, statistics, wanted
+        self.computed_only = computed_only
+        self.generator = torch.Generator().manual_seed(seed % 2**63)
+        self.kept = {
+            name: Reservoir(with_room(layer.inputs), torch.empty(0, dtype=torch.float64))
+            for name, layer in statistics.items()
+            if layer.inputs is not None
+        }
+
+    def next_prediction(self) -> None:
+        """All are alike."""
+
+    def called(
+        self,
+        call: Callable[[], Any],
+        x: Tensor,
+        t: Tensor,
+        conditions: Mapping[str, Any],
+        count: int,
+        reused: Callable[[], bool],
+    ) -> Any:
+        if self.statistics and not self.wanted():
+            self.forget()
+        if not self.statistics:
+            return call()
+        keys = cache(lambda count: torch.rand(count, dtype=torch.float64, generator=self.generator))
+
+        def observe(name: str, inputs: Tensor) -> None:
+            if not inputs.numel() or (self.computed_only and reused()):
+                return
+            tokens = merge_tokens(inputs)
+            self.statistics[name].update(tokens)
+            if name in self.kept:
+                self.kept[name].add(tokens, keys(len(tokens)))
+
+        with observed(self.layers, observe):
+            return call()
+
+    def result(self) -> dict[str, LayerStatistics]:
+        for name, kept in self.kept.items():
+            self.statistics[name].inputs = kept.rows
+        return self.statistics
+
+    def forget(self) -> None:
+        self.statistics, self.kept = {}, {}
 
 
 class Observer:
-    """Gathers the inputs of the layers that run on one run's chosen samples.
-
-    The host tells it where each prediction begins (`next_prediction`) and hands every model call through `called`.
-    """
+    """Gathers the inputs of the layers that run on one run's chosen samples."""
 
     def __init__(
         self,
@@ -64,7 +144,7 @@ class Observer:
         self.layers, self.statistics = layers, statistics
         self.chosen, self.held_out = chosen[chosen[:, 0] == run], held_out[held_out[:, 0] == run]
         earlier = int(chosen[chosen[:, 0] < run, 3].sum()), int((held_out[:, 0] < run).sum())
-        self.tokens = Share(tokens, int(chosen[:, 3].sum()), earlier[0])
+        self.tokens = Share(tokens, max(1, int(chosen[:, 3].sum())), earlier[0])
         self.held_out_tokens = Share(HELD_OUT_TOKENS, len(held_out), earlier[1])
         self.generator = torch.Generator().manual_seed((seed + run) % 2**63)
         self.calls: list[ModelCall] = []
@@ -76,13 +156,20 @@ class Observer:
         self.held_out_now = self.held_out[self.held_out[:, 1] == self.call]
         self.call, self.condition = self.call + 1, 0
 
-    def called(self, call: Callable[[], Any], x: Tensor, t: Tensor, conditions: Mapping[str, Any], count: int) -> Any:
-        """The result of call(), a model call on x (N, ...) whose batch holds `count` conditions side by side."""
+    def called(
+        self,
+        call: Callable[[], Any],
+        x: Tensor,
+        t: Tensor,
+        conditions: Mapping[str, Any],
+        count: int,
+        reused: Callable[[], bool] = lambda: False,
+    ) -> Any:
         samples, held_out = self.places(len(x), count)
         if not len(samples) and not len(held_out):
             return call()
         self.keep_calls(held_out.tolist(), x, t, conditions)
-        with observed(self.layers, self.observer(len(x), samples.to(x.device), held_out.to(x.device))):
+        with observed(self.layers, self.observer(len(x), samples.tolist(), held_out.tolist())):
             return call()
 
     def places(self, batch: int, conditions: int) -> tuple[Tensor, Tensor]:
@@ -94,33 +181,34 @@ class Observer:
         here = (condition >= 0) & (condition < conditions)
         return samples, (image + condition * images)[here]
 
-    def observer(self, batch: int, samples: Tensor, held_out: Tensor):
+    def observer(self, batch: int, samples: list[int], held_out: list[int]):
         """observe(name, inputs) of one model call: the inputs of `samples` are added, those of `held_out` kept."""
         draw, wanted = Draw(self.generator), self.tokens.take(len(samples))
         draw_held_out = Draw(self.generator)
-        wanted_held_out = self.held_out_tokens.take(len(held_out)) if len(held_out) else 0
+        wanted_held_out = self.held_out_tokens.take(len(held_out)) if held_out else 0
 
         def observe(name: str, inputs: Tensor) -> None:
             if not inputs.numel():
                 return  # an expert to which no token went
             layer = self.statistics[name]
-            if len(samples):
+            if samples:
                 x = of_samples(inputs, batch, samples)
                 layer.update(x)
                 if layer.inputs is not None:
                     layer.keep_inputs(draw(x, wanted))
-            if len(held_out):
+            if held_out:
                 layer.keep_held_out(draw_held_out(of_samples(inputs, batch, held_out), wanted_held_out))
 
         return observe
 
     def keep_calls(self, samples: list[int], x: Tensor, t: Tensor, conditions: Mapping[str, Any]) -> None:
-        """Keeps these samples of the batch as calls of their own."""
-        self.calls += [call for row in samples if (call := call_of(row, x, t, conditions)) is not None]
+        """Keeps these samples of the batch as calls of their own, on the CPU."""
+        calls = (call_of(row, x, t, conditions) for row in samples)
+        self.calls += [call.copied("cpu") for call in calls if call is not None]
 
 
 def call_of(row: int, x: Tensor, t: Tensor, conditions: Mapping[str, Any]) -> ModelCall | None:
-    """One sample of a batch as a call of its own; None, with a message, where a condition cannot be stored."""
+    """One sample of a batch as a call of its own, a view; None, with a message, where a condition cannot be stored."""
     given = {key: part_of(value, row, len(x)) for key, value in conditions.items() if value is not None}
     unfit = [key for key, value in given.items() if not storable(value)]
     if unfit:
@@ -129,18 +217,20 @@ def call_of(row: int, x: Tensor, t: Tensor, conditions: Mapping[str, Any]) -> Mo
     return ModelCall(part_of(x, row, len(x)), part_of(t, row, len(x)), given)
 
 
-def of_samples(inputs: Tensor, batch: int, samples: Tensor) -> Tensor:
+def of_samples(inputs: Tensor, batch: int, samples: Sequence[int]) -> Tensor:
     """The inputs (M, K) that belong to some samples of the batch; all of them in layers that do not keep it first."""
     if len(inputs) % batch:
         return merge_tokens(inputs)
-    return merge_tokens(inputs.reshape(batch, -1, inputs.shape[-1])[samples])
+    rows = inputs.reshape(batch, -1, inputs.shape[-1])
+    parts = [rows[i] for i in samples]  # by number: a tensor of them would have to be sent to the device
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def part_of(value: Any, row: int, batch: int) -> Any:
-    """One sample's part of a batched argument, on CPU."""
+    """One sample's part of a batched argument."""
     if isinstance(value, Tensor):
         batched = value.ndim and len(value) == batch
-        return (value[row : row + 1] if batched else value).detach().cpu().clone()
+        return value[row : row + 1] if batched else value
     if isinstance(value, (list, tuple)):
         parts = [part_of(item, row, batch) for item in value]
         return parts if isinstance(value, list) else tuple(parts)

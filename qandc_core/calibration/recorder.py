@@ -4,8 +4,8 @@ and the prediction of every step.
 Nothing is sampled twice and nothing is computed anew: statistics are gathered in the very calls that the sampler
 makes. What that costs is bounded in advance. At most one row in ten of the model calls is looked into, and of a sample
 a quarter of a layer's inputs, drawn at random, enters its sums; bounds are those of all its inputs. X^T X of a layer
-may cost more than the layer itself, and inputs of one image at one step resemble each other. Nothing waits for a
-device before the run has ended, but for the calls that are held out.
+may cost more than the layer itself, and inputs of one image at one step resemble each other. Where the statistics fit
+beside the model, everything stays on its device until the run has ended, and nothing waits for it before.
 
 The host hands every model call to `called`, with the key of the network that it runs on. Clones of a model on several
 devices work in threads of their own: each has its own statistics, which add up at the end, and only the choice, a few
@@ -14,7 +14,8 @@ integers, is shared.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any
@@ -63,6 +64,21 @@ class RecordingConfig:
 
 
 @dataclass
+class Room:
+    """Bytes of a device that may be taken; what does not fit goes to the CPU."""
+
+    device: torch.device
+    left: int
+
+    def take(self, size: int) -> torch.device:
+        """Where `size` bytes go."""
+        if size > self.left:
+            return torch.device("cpu")
+        self.left -= size
+        return self.device
+
+
+@dataclass
 class LayerRecord:
     """Statistics of one layer: sums, and inputs by purpose."""
 
@@ -70,10 +86,15 @@ class LayerRecord:
     kept: dict[str, Reservoir]
 
     @classmethod
-    def empty(cls, width: int, space: StatisticsPlan, probe: bool, device: torch.device | str = "cpu") -> LayerRecord:
+    def empty(cls, width: int, space: StatisticsPlan, probe: bool, room: Room) -> LayerRecord:
+        statistics = LayerStatistics.empty(width, device=room.device)
+        if space.hessian(width):
+            statistics.hessian = torch.zeros(width, width, device=room.take(4 * width**2))
         capacities = {"inputs": space.inputs(width), "held_out": space.held_out, "probe": PROBE_TOKENS * probe}
-        kept = {kind: Reservoir.empty(rows, width, device) for kind, rows in capacities.items() if rows}
-        return cls(LayerStatistics.empty(width, space.hessian(width)), kept)
+        kept = {
+            kind: Reservoir.empty(rows, width, room.take(2 * rows * width)) for kind, rows in capacities.items() if rows
+        }
+        return cls(statistics, kept)
 
     def fetch(self) -> None:
         """Brings everything to the CPU."""
@@ -120,7 +141,7 @@ class Draws:
         if (len(x), count) not in self.made:
             order = torch.randperm(len(x), generator=self.generator)[:count]
             keys = torch.rand(len(order), dtype=torch.float64, generator=self.generator)
-            self.made[len(x), count] = order.to(x.device), keys
+            self.made[len(x), count] = order.to(x.device, non_blocking=True), keys
         order, keys = self.made[len(x), count]
         return x[order], keys
 
@@ -128,8 +149,8 @@ class Draws:
 class Place:
     """One network, on its device, and the records of its layers; only the thread of that device comes here."""
 
-    def __init__(self, layers: Layers, space: StatisticsPlan, device: torch.device, room: int, seed: int):
-        self.layers, self.space, self.device, self.room = layers, space, device, room
+    def __init__(self, layers: Layers, space: StatisticsPlan, room: Room, seed: int):
+        self.layers, self.space, self.room = layers, space, room
         self.generator = torch.Generator().manual_seed(seed)
         self.records: dict[str, LayerRecord] = {}
         self.failed = False
@@ -137,16 +158,28 @@ class Place:
 
     def record(self, name: str, width: int) -> LayerRecord:
         if name not in self.records:
-            made = LayerRecord.empty(width, self.space, name in self.probes)
-            self.room -= made.statistics.settle(self.device, self.room)
-            for kept in made.kept.values():
-                if kept.memory.nbytes <= self.room:
-                    self.room -= kept.memory.nbytes
-                    kept.memory = kept.memory.to(self.device)
-            self.records[name] = made
+            self.records[name] = LayerRecord.empty(width, self.space, name in self.probes, self.room)
         return self.records[name]
 
-    def observer(self, batch: int, chosen: Tensor, apart: Tensor) -> Callable[[str, Tensor], None]:
+    def call(self, row: int, x: Tensor, t: Tensor, conditions: Mapping[str, Any]) -> ModelCall | None:
+        """A copy of one row's call, on the device where there is room; None where it cannot be stored."""
+        found = call_of(row, x, t, conditions)
+        with self.giving_up():
+            return None if found is None else found.copied(self.room.take(found.num_bytes))
+        return None
+
+    @contextmanager
+    def giving_up(self) -> Iterator[None]:
+        """Where memory runs out within, the image goes on, not recorded and with the memory that this took."""
+        try:
+            yield
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            self.failed = True
+            self.records.clear()
+
+    def observer(self, batch: int, chosen: list[int], apart: list[int]) -> Callable[[str, Tensor], None]:
         """observe(name, inputs) of one model call."""
         draws, draws_apart = Draws(self.generator), Draws(self.generator)
 
@@ -154,22 +187,18 @@ class Place:
         def observe(name: str, inputs: Tensor) -> None:
             if not inputs.numel() or self.failed:
                 return  # an expert to which no token went
-            try:
+            with self.giving_up():
                 add(name, inputs)
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                self.failed = True  # the image goes on without being recorded
 
         def add(name: str, inputs: Tensor) -> None:
             record = self.record(name, inputs.shape[-1])
-            if len(chosen):
+            if chosen:
                 x = of_samples(inputs, batch, chosen)
                 some, keys = draws(x, len(chosen) * min(max(len(x) // len(chosen) // SHARE, FEWEST), MOST))
                 record.statistics.update(some, x)
                 for kind in record.kept.keys() - {"held_out"}:
                     record.kept[kind].add(some, keys)
-            if len(apart) and "held_out" in record.kept:
+            if apart and "held_out" in record.kept:
                 record.kept["held_out"].add(*draws_apart(of_samples(inputs, batch, apart), HELD_OUT_TOKENS))
 
         return observe
@@ -220,9 +249,8 @@ class Recorder:
                 keys = torch.rand(len(apart), dtype=torch.float64, generator=self.generator).tolist()
         if not chosen and not apart:
             return call()
-        kept = [(key, call_of(row, x, t, conditions)) for key, row in zip(keys, apart)]
-        observe = place.observer(len(x), *(torch.tensor(rows, device=x.device).long() for rows in (chosen, apart)))
-        with observed(place.layers, observe):
+        kept = [(key, place.call(row, x, t, conditions)) for key, row in zip(keys, apart)]
+        with observed(place.layers, place.observer(len(x), chosen, apart)):
             out = call()
         with self.lock:
             self.samples += len(chosen)
@@ -234,7 +262,7 @@ class Recorder:
             found = layers()
             space = self.config.plan([width_of(layer) for _, layer in found])
             seed = int(torch.randint(2**62, (), generator=self.generator))
-            self.places[network] = Place(found, space, device, room(), seed)
+            self.places[network] = Place(found, space, Room(device, room()), seed)
         return self.places[network]
 
     @torch.inference_mode()
@@ -257,7 +285,8 @@ class Recorder:
             alike = len({part.shape for part in values}) == 1  # brought to the CPU in one piece
             parts = list(torch.stack(values).cpu()) if alike else [part.cpu() for part in values]
             predictions = list(zip(torch.cat(levels).tolist(), parts))
-        found = RunRecord(layers, self.calls, predictions, self.samples)
+        calls = [(key, call.fetched()) for key, call in self.calls]
+        found = RunRecord(layers, calls, predictions, self.samples)
         self.close()
         return found
 

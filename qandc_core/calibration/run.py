@@ -5,6 +5,10 @@ chooses, and the distances between the predictions of the steps. The second samp
 looks into the layers on the chosen samples only. A layer therefore sees exactly what it sees in use: nothing on steps
 where a cache skips it. Keeping all layer inputs of the first pass instead would take terabytes.
 
+Where there are few candidates, all are taken: the first pass looks into the layers at once, and there is no second one.
+How many there will be is estimated from the first run, whose cache tells how many of its steps are computed; so is what
+will be held out.
+
 How to sample is the host's: ComfyUI's nodes and this package's own DiT each give the trajectories of theirs.
 """
 
@@ -22,14 +26,16 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from ..distributed import ALONE, Distributed
 from .calls import ModelCall
 from .choice import Batch, CalibrationConfig, Candidates, Choice
 from .file import Calibration, load_calibration
-from .layer_inputs import HELD_OUT_TOKENS, Observer
+from .layer_inputs import HELD_OUT_TOKENS, Gathering, Observer, Watch
 from .memory import StatisticsPlan, plan_statistics
-from .statistics import LayerStatistics, check_finite, observed
+from .statistics import LayerStatistics, check_finite, observed, with_room
 
 log = logging.getLogger(__name__)
+FIRST_LOOK = 4  # fraction of the first run after which it shows how many steps a cache computes
 Layers = Sequence[tuple[str, nn.Module]]
 
 
@@ -53,8 +59,8 @@ class Host(Protocol):
     def room(self) -> int:
         """Bytes on the device that statistics may take."""
 
-    def collect(self, candidates: Candidates, run: int, batch: Batch) -> None:
-        """Samples the batch's images and adds every prediction."""
+    def collect(self, candidates: Candidates, run: int, batch: Batch, watch: Watch | None = None) -> None:
+        """Samples the batch's images and adds every prediction; model calls go through the watch, if there is one."""
 
     def observe(self, observer: Observer, batch: Batch) -> None:
         """Samples the same images and hands every model call through the observer."""
@@ -83,19 +89,27 @@ class Standing:
 
 
 @torch.inference_mode()
-def calibrate(host: Host, config: CalibrationConfig | None = None, partial: Path | None = None) -> Calibration:
+def calibrate(
+    host: Host, config: CalibrationConfig | None = None, partial: Path | None = None, process: Distributed = ALONE
+) -> Calibration:
     """Statistics of every layer's input, distances between steps, and calls that are held out.
 
     The file `partial` keeps what is done; a later call with the same arguments resumes from there. Out of memory it
     starts again with half as many images at once, which gives exactly what that batch size would have given from the
     beginning; the note `batch_size` says which it was. Raises ValueError where there is no layer, the statistics do not
     fit, or inputs are not finite.
+
+    Several processes, each with its own `process`, share the sampling runs out and all return the result. They keep no
+    partial file, and out of memory is a ValueError.
     """
-    calibrating = Calibrating(host, config or CalibrationConfig(), partial)
+    calibrating = Calibrating(host, config or CalibrationConfig(), None if process.world > 1 else partial, process)
     while True:
         try:
             return calibrating.run()
         except Exception as error:
+            if host.ran_out_of_memory(error) and process.world > 1:
+                size = calibrating.plan.batch_size
+                raise ValueError(f"Out of memory with {size} images at once; calibrate fewer at once.") from error
             if not host.ran_out_of_memory(error) or not calibrating.halve():
                 raise
         gc.collect()  # here the error no longer holds what it failed on
@@ -104,8 +118,9 @@ def calibrate(host: Host, config: CalibrationConfig | None = None, partial: Path
 class Calibrating:
     """Both passes over one model's trajectories."""
 
-    def __init__(self, host: Host, plan: CalibrationConfig, partial: Path | None):
+    def __init__(self, host: Host, plan: CalibrationConfig, partial: Path | None, process: Distributed = ALONE):
         self.host, self.layers, self.plan, self.partial = host, host.layers, plan, partial
+        self.process = process
         self.space = planned(self.layers, plan)
 
     def run(self) -> Calibration:
@@ -145,25 +160,88 @@ class Calibrating:
         log.info("Q&C calibration: resumes from %s.", self.partial.name)
         return standing
 
+    def share(self) -> list[tuple[int, Batch]]:
+        """The sampling runs of this process, with their numbers."""
+        runs = list(enumerate(self.plan.batches()))
+        return [runs[i] for i in self.process.shard(len(runs))]
+
     def first_pass(self) -> Standing:
         """Samples all trajectories and chooses; layers that never run are left out."""
-        candidates, ran, batches = Candidates(), set[str](), list(self.plan.batches())
-        self.host.expect(2 * self.host.steps * len(batches))
-        for run, batch in enumerate(batches):
-            with observed(self.layers, lambda name, _: ran.add(name)):
-                self.host.collect(candidates, run, batch)
+        own, found, share = Candidates(), set[str](), self.share()
+        gathering, holding_out = self.gathering(own), dict[int, Observer | None]()
+        few = self.host.steps * self.plan.images <= 2 * self.plan.most
+        self.host.expect(self.host.steps * len(share) * (1 if few else 2))
+        for run, batch in share:
+            watch: Watch | None = gathering
+            if run >= self.plan.shared_runs:
+                watch = holding_out[run] = self.holding_out(run, gathering, own)
+            with observed(self.layers, lambda name, _: found.add(name)):
+                self.host.collect(own, run, batch, watch)
+        candidates = Candidates.joined(self.process.gathered(own))
+        ran = set[str]().union(*self.process.gathered(found))
         unused = [name for name, _ in self.layers if name not in ran]
         if unused:
             log.info("Q&C calibration: %d layers never run, such as %s; they are left out.", len(unused), unused[0])
-        statistics = {name: empty_statistics(layer, self.space) for name, layer in self.layers if name in ran}
-        choice, missing = candidates.choose(self.plan), candidates.missing()
-        distances, batch_size = candidates.distances(), self.plan.batch_size
-        return Standing(choice, distances, statistics, missing=missing, batch_size=batch_size)
+        choice = self.process.shared(lambda: candidates.choose(self.plan))
+        missing, batch_size = candidates.missing(), self.plan.batch_size
+        standing = Standing(choice, candidates.distances(), {}, missing=missing, batch_size=batch_size)
+        if self.took_all(gathering, candidates):
+            standing.statistics = {name: layer for name, layer in gathering.result().items() if name in ran}
+            standing.runs = self.plan.shared_runs
+            check_finite(standing.statistics)
+            self.take_held_out(standing, holding_out)
+        else:
+            gathering.forget()  # makes room for those of the chosen ones
+            layers = [(name, layer) for name, layer in self.layers if name in ran]
+            standing.statistics = {name: empty_statistics(layer, self.space) for name, layer in layers}
+        return standing
+
+    def gathering(self, candidates: Candidates) -> Gathering:
+        """Looks into the layers in the first pass, as long as so few candidates are expected that all are taken."""
+        plan, steps = self.plan, self.host.steps
+        enough = steps * min(plan.batch_size, plan.images) / FIRST_LOOK
+
+        def wanted() -> bool:
+            share, images = candidates.least_share(plan), plan.images - plan.apart
+            return len(candidates) < enough or share * steps * images <= plan.most
+
+        statistics = {name: empty_statistics(layer, self.space) for name, layer in self.layers}
+        room = self.host.room()
+        for layer in statistics.values():
+            room -= layer.settle(self.host.device, room)
+        return Gathering(self.layers, statistics, plan.seed, wanted, plan.computed_only)
+
+    def holding_out(self, run: int, gathering: Gathering, candidates: Candidates) -> Observer | None:
+        """Observes what of a run will be held out if it goes as the first one."""
+        if not gathering.statistics or not len(candidates):
+            return None
+        choice = Choice(torch.empty(0, 4).long(), candidates.foreseen(self.plan))
+        return Observer(self.layers, gathering.statistics, choice, run, 0, self.plan.seed)
+
+    def take_held_out(self, standing: Standing, holding_out: Mapping[int, Observer | None]) -> None:
+        """Takes up what was held out, if it is what is chosen; else the second pass samples those runs again."""
+        chosen = standing.choice.held_out
+        observers = [found for found in holding_out.values() if found is not None]
+        as_chosen = len(observers) == len(holding_out) and all(
+            torch.equal(observer.held_out, chosen[chosen[:, 0] == run]) for run, observer in zip(holding_out, observers)
+        )
+        if all(self.process.gathered(as_chosen)):
+            standing.runs += self.plan.apart
+            standing.held_out = tuple(call for observer in observers for call in observer.calls)
+            return
+        for layer in standing.statistics.values():
+            if layer.held_out is not None:
+                layer.held_out = with_room(layer.held_out)[:0]
+
+    def took_all(self, gathering: Gathering, candidates: Candidates) -> bool:
+        """True if all candidates are taken and every process gathered the inputs of its own."""
+        going = all(self.process.gathered(bool(gathering.statistics)))
+        return going and int(candidates.allowed(self.plan).sum()) <= self.plan.most
 
     def second_pass(self, standing: Standing) -> None:
         """Samples the runs that are left once more and observes what was chosen; `standing` takes it up."""
-        batches, statistics = enumerate(self.plan.batches()), standing.statistics
-        left = [(run, batch) for run, batch in batches if run >= standing.runs and run in standing.choice]
+        statistics = standing.statistics
+        left = [(run, batch) for run, batch in self.share() if run >= standing.runs and run in standing.choice]
         self.host.expect(self.host.steps * len(left))
         layers, room = [(name, layer) for name, layer in self.layers if name in statistics], self.host.room()
         for layer in statistics.values():
@@ -176,6 +254,9 @@ class Calibrating:
             self.keep(standing)
         for layer in statistics.values():
             layer.fetch()
+            layer.sum_over(self.process)
+        calls = self.process.gathered(standing.held_out)
+        standing.held_out, standing.runs = sum(calls, ()), max(self.process.gathered(standing.runs))
 
     def keep(self, standing: Standing) -> None:
         """Saves how far it has come; where the disk is full, a cancelled calibration starts afresh."""

@@ -11,9 +11,11 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
+from ..distributed import Distributed, all_gather_tensors
 from ..numerics import widest_float
 
 BINS = 2048
+BLOCKS, BLOCK = 8, 128  # of X^T X, as many as there are, but none smaller
 
 
 @dataclass
@@ -34,13 +36,22 @@ class LayerStatistics:
     held_out: Tensor | None = None
 
     @classmethod
-    def empty(cls, width: int, hessian: bool = False, inputs: int = 0, held_out: int = 0) -> LayerStatistics:
-        """Statistics that keep up to `inputs` and `held_out` inputs of this width, none where 0."""
-        low, high = torch.full((width,), float("inf")), torch.full((width,), float("-inf"))
+    def empty(
+        cls,
+        width: int,
+        hessian: bool = False,
+        inputs: int = 0,
+        held_out: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> LayerStatistics:
+        """Statistics that keep up to `inputs` and `held_out` inputs of this width, none where 0. What takes memory is
+        made on the CPU, the rest on the device of the inputs to come.
+        """
+        low, high, mean = (torch.full((width,), value, device=device) for value in (float("inf"), float("-inf"), 0.0))
         second = torch.zeros(width, width) if hessian else None
-        bins = torch.zeros(BINS, dtype=torch.float64)
+        bins = torch.zeros(BINS, dtype=widest_float(torch.device(device)), device=device)
         kept = reserved(inputs, width), reserved(held_out, width)
-        return cls(0, low, high, torch.zeros(width), bins, torch.tensor(2.0**-20), second, *kept)
+        return cls(0, low, high, mean, bins, torch.full((), 2.0**-20, device=device), second, *kept)
 
     def __post_init__(self) -> None:
         self.span = torch.as_tensor(self.span, dtype=torch.float32)
@@ -66,9 +77,9 @@ class LayerStatistics:
             self.histogram += torch.histc(part / self.span, BINS, -1, 1)
         if self.hessian is not None:
             if self.hessian.device == x.device:
-                self.hessian.addmm_(x.T, x)
+                add_products(self.hessian, x)
             else:
-                self.hessian += (x.T @ x).to(self.hessian.device)
+                self.hessian += add_products(x.new_zeros(self.hessian.shape), x).to(self.hessian.device)
 
     def follow(self, device: torch.device) -> None:
         """Moves all but X^T X and kept inputs, which take memory, to a device."""
@@ -119,6 +130,23 @@ class LayerStatistics:
         if self.hessian is not None and other.hessian is not None:
             self.hessian += other.hessian
 
+    def sum_over(self, process: Distributed) -> None:
+        """Adds what the layer was given in other processes, kept inputs in the order of the ranks; all on the CPU."""
+        if process.world == 1:
+            return
+        own, self.count = self.count, sum(process.gathered(self.count))
+        process.reduce(self.low, "min")
+        process.reduce(self.high, "max")
+        self.mean = process.reduce(self.mean * (own / max(self.count, 1)))
+        self.widen(process.reduce(self.span.clone(), "max"))
+        process.reduce(self.histogram)
+        if self.hessian is not None:
+            process.reduce(self.hessian)
+        if self.inputs is not None:
+            self.inputs = all_gather_tensors(self.inputs)
+        if self.held_out is not None:
+            self.held_out = all_gather_tensors(self.held_out)
+
     def finite(self) -> Tensor:
         """True if all inputs were finite, as a tensor on their device."""
         return (self.low.isfinite() & self.high.isfinite()).all()
@@ -142,7 +170,7 @@ class LayerStatistics:
         if self.inputs is None or not len(self.inputs):
             return None
         kept = self.inputs.to(device, torch.float32)
-        return (kept.T @ kept).mul_(self.count / len(kept))
+        return add_products(kept.new_zeros(kept.shape[1], kept.shape[1]), kept).mul_(self.count / len(kept))
 
     def widen(self, absmax: Tensor) -> None:
         """Doubles the reach until it covers absmax, which may lie on a device; pairs of bins merge exactly."""
@@ -181,11 +209,26 @@ def check_finite(statistics: Mapping[str, LayerStatistics]) -> None:
             )
 
 
+def add_products(moment: Tensor, x: Tensor) -> Tensor:
+    """Adds X^T X (K, K) of x (M, K), block by block above the diagonal, and mirrors it: half of the multiplications."""
+    size = max(BLOCK, -(-len(moment) // BLOCKS))
+    for start in range(0, len(moment), size):
+        end = start + size
+        moment[start:end, start:].addmm_(x[:, start:end].T, x[:, start:])
+        moment[end:, start:end] = moment[start:end, end:].T
+    return moment
+
+
 def moved(kept: Tensor, device: torch.device) -> Tensor:
     """The tensor on a device, with memory for as many inputs as before."""
-    capacity = kept.untyped_storage().nbytes() // (kept.element_size() * kept.shape[1])
-    room = torch.empty(capacity, kept.shape[1], dtype=kept.dtype, device=device)[: len(kept)]
+    room = torch.empty_like(with_room(kept), device=device)[: len(kept)]
     return room.copy_(kept)
+
+
+def with_room(kept: Tensor) -> Tensor:
+    """All the memory that is reserved for inputs, (capacity, K)."""
+    capacity = kept.untyped_storage().nbytes() // (kept.element_size() * kept.shape[1])
+    return kept.as_strided((capacity, kept.shape[1]), (kept.shape[1], 1))
 
 
 def reserved(count: int, width: int) -> Tensor | None:
@@ -197,11 +240,10 @@ def appended(kept: Tensor | None, x: Tensor) -> Tensor | None:
     """kept (R, K) followed by inputs x (M, K), as many as the memory that was reserved for it holds."""
     if kept is None:
         return None
-    capacity = kept.untyped_storage().nbytes() // (kept.element_size() * kept.shape[1])
-    x = x.detach()[: capacity - len(kept)]
-    grown = kept.as_strided((len(kept) + len(x), kept.shape[1]), (kept.shape[1], 1))
-    grown[len(kept) :] = x
-    return grown
+    room = with_room(kept)
+    x = x.detach()[: len(room) - len(kept)]
+    room[len(kept) : len(kept) + len(x)] = x
+    return room[: len(kept) + len(x)]
 
 
 def merge_tokens(x: Tensor) -> Tensor:

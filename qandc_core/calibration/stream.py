@@ -83,7 +83,8 @@ class Reservoir:
             return
         free = (~kept[:before]).nonzero().flatten()
         slots = torch.cat([free, torch.arange(before, before + len(entering) - len(free))])
-        self.memory[slots.to(self.memory.device)] = x[entering.to(x.device)].to(self.memory)
+        device = self.memory.device
+        self.memory[slots.to(device, non_blocking=True)] = x[entering.to(x.device, non_blocking=True)].to(self.memory)
         grown = torch.cat([self.keys, keys.new_empty(len(slots) - len(free))])
         grown[slots] = keys[entering]
         self.keys = grown

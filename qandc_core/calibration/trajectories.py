@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from ..models.dit import DiT, check_open
 from ..models.layers import DIT_SKIP, named_linears
 from .choice import Batch, Candidates, features_of
 from .file import FINGERPRINT, fingerprint
-from .layer_inputs import Observer
+from .layer_inputs import Observer, Watch
 
 
 class DiTTrajectories:
@@ -58,12 +58,15 @@ class DiTTrajectories:
     def ran_out_of_memory(self, error: Exception) -> bool:
         return isinstance(error, torch.OutOfMemoryError)
 
-    def collect(self, candidates: Candidates, run: int, batch: Batch) -> None:
+    def collect(self, candidates: Candidates, run: int, batch: Batch, watch: Watch | None = None) -> None:
         sigmas = torch.tensor(self.config.schedule().sigmas, dtype=torch.float64)
         conditions, cache = 1 if self.config.cfg_scale == 1 else 2, feature_cache(self.model)
-        for step, x, denoised in self.steps_of(*batch[:3]):
-            computed = cache is None or cache.computed(step)
-            candidates.add(run, step, step, sigmas, features_of(x), denoised, conditions, computed)
+
+        begin = (lambda: None) if watch is None else watch.next_prediction
+        with nullcontext() if watch is None else self.called_through(watch, batch.size):
+            for step, x, denoised in self.steps_of(*batch[:3], begin):
+                computed = cache is None or cache.computed(step)
+                candidates.add(run, step, step, sigmas, features_of(x), denoised, conditions, computed)
 
     def observe(self, observer: Observer, batch: Batch) -> None:
         with self.called_through(observer, batch.size):
@@ -94,12 +97,15 @@ class DiTTrajectories:
                 cache.reset()
 
     @contextmanager
-    def called_through(self, observer: Observer, size: int) -> Iterator[None]:
-        """The model's calls go through the observer, for as long as the context lasts."""
-        forward = self.model.forward
+    def called_through(self, watch: Watch, size: int) -> Iterator[None]:
+        """The model's calls go through the watch, for as long as the context lasts."""
+        forward, cache = self.model.forward, feature_cache(self.model)
+
+        def reused() -> bool:
+            return cache is not None and cache.run.reusing
 
         def called(x: Tensor, t: Tensor, y: Tensor) -> Any:
-            return observer.called(lambda: forward(x, t, y), x, t, {"y": y}, len(x) // size)
+            return watch.called(lambda: forward(x, t, y), x, t, {"y": y}, len(x) // size, reused)
 
         self.model.forward = called  # type: ignore[method-assign, assignment]
         try:

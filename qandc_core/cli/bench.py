@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ..diffusion.process import SamplingConfig
+from ..distributed import Distributed
 from ..files import save_text
 from ..models.dit import DiT
 from .common import add_guidance, add_model, add_number, at_least, load, log, sampling
@@ -32,7 +33,7 @@ def add(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", type=Path, default=Path("out/bench"), help="folder for the JSON file")
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace, process: Distributed) -> None:
     from ..evaluation.experiment import hardware
 
     model, config = load(args), sampling(args)

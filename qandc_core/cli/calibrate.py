@@ -5,6 +5,8 @@ from copy import deepcopy
 from dataclasses import replace
 
 from ..calibration.choice import SELECTIONS, CalibrationConfig
+from ..calibration.file import Calibration
+from ..distributed import Distributed
 from .common import (
     CACHE_INTERVAL,
     add_bits,
@@ -22,6 +24,7 @@ from .common import (
 
 SUMMARY = "calibrate a model with the cache on, and fit the variance compensation"
 DEFAULT = CalibrationConfig()
+SURPLUS = 2.0  # with that many candidates, their statistics still cost less than sampling anew
 SCHEDULE_LABELS, FIT_SEED = 16, 401  # calibration samples with its own seed and those after it
 
 
@@ -31,6 +34,7 @@ def add(command: argparse.ArgumentParser) -> None:
     add_bits(command)
     add_number(command, "--cache-interval", at_least(1), "compute every N-th step, 1 caches nothing", CACHE_INTERVAL)
     add_candidates(command, DEFAULT)
+    add_number(command, "--batch", at_least(1), "trajectories sampled at once", DEFAULT.batch_size)
     command.add_argument(
         "--selection",
         choices=SELECTIONS,
@@ -53,7 +57,14 @@ def add(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", type=safetensors, required=True, help="calibration file to write (.safetensors)")
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace, process: Distributed) -> None:
+    calibration = calibrated(args, process)
+    if process.rank == 0:
+        calibration.save(args.out)
+        print(args.out)
+
+
+def calibrated(args: argparse.Namespace, process: Distributed) -> Calibration:
     from ..caching.attach import apply_cache_to_dit
     from ..caching.schedule import optimal_schedule
     from ..calibration.distances import feature_distances
@@ -68,29 +79,36 @@ def run(args: argparse.Namespace) -> None:
     settings = replace(
         DEFAULT,
         trajectories=args.trajectories,
+        batch_size=args.batch,
         samples=args.samples,
         selection=args.selection,
         time_scale=args.time_scale,
         computed_only=not args.all_steps,
         hessians=args.hessians,
+        surplus=SURPLUS,
     )
     if args.optimal_steps:
-        distances = feature_distances(model, labels(SCHEDULE_LABELS, classes), config, seed=settings.seed)
+        few = labels(SCHEDULE_LABELS, classes)
+        distances = process.shared(lambda: feature_distances(model, few, config, seed=settings.seed))
         schedule = optimal_schedule(distances, len(range(0, args.steps, args.cache_interval)))
     if args.cache_interval > 1:
         apply_cache_to_dit(fast, args.cache_interval, steps=schedule)
     log(f"Calibrating on {args.trajectories} trajectories with cache interval {args.cache_interval}")
-    calibration = calibrate(DiTTrajectories(fast, range(classes), config), settings)
+    runs = len(list(settings.batches()))
+    if runs < process.world:
+        log(f"{runs} batches of trajectories leave {process.world - runs} processes idle; choose a smaller --batch")
+    calibration = calibrate(DiTTrajectories(fast, range(classes), config), settings, process=process)
     notes = {"cache_interval": args.cache_interval, "bits": [args.w_bits, args.a_bits], "selection": args.selection}
     calibration = replace(calibration, sampling=config, notes=notes, schedule=schedule)
     if args.pairs:
         log(f"Fitting the variance compensation on {args.pairs} pairs of runs")
         rounding = "gptq" if args.hessians else "nearest"
-        quantize_model(fast, args.w_bits, args.a_bits, DIT_SKIP, calibration, QuantizationConfig(rounding=rounding))
+        codes = QuantizationConfig(rounding=rounding)
+        quantize_model(fast, args.w_bits, args.a_bits, DIT_SKIP, calibration, codes, process=process)
         pairs = labels(args.pairs, classes)
-        calibration = calibration.with_variance(fit_variance_compensation(model, fast, pairs, config, seed=FIT_SEED))
-    calibration.save(args.out)
-    print(args.out)
+        variance = fit_variance_compensation(model, fast, pairs, config, seed=FIT_SEED, process=process)
+        calibration = calibration.with_variance(variance)
+    return calibration
 
 
 def labels(count: int, classes: int) -> list[int]:

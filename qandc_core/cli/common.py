@@ -13,13 +13,16 @@ import torch
 
 from ..calibration.choice import CalibrationConfig
 from ..diffusion.process import SamplingConfig
+from ..distributed import rank
 from ..models.dit import DiT
 
 CACHE_INTERVAL = 3
 
 
 def log(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    """Progress; of several processes only the first tells it."""
+    if rank() == 0:
+        print(text, file=sys.stderr, flush=True)
 
 
 # Kinds of values.

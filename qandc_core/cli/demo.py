@@ -3,6 +3,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..distributed import Distributed
 from .common import at_least, log
 
 SUMMARY = "the built-in model in full precision and with Q&C, side by side"
@@ -14,7 +15,7 @@ def add(command: argparse.ArgumentParser) -> None:
     command.add_argument("--seed", type=at_least(0), default=0, help="seed of the noise (default 0)")
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace, process: Distributed) -> None:
     from ..evaluation.demo import demo_markdown, run_demo
 
     result = run_demo(args.out, args.images, args.seed, log)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..calibration.choice import CalibrationConfig
+from ..distributed import Distributed
 from ..files import save_text, written_whole
 from .common import add_candidates, add_model, add_sampling, at_least, device, load, log, sampling
 
@@ -36,18 +37,15 @@ def add(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", type=Path, default=Path("out/experiment"), help="folder for JSON, table and plot")
 
 
-def run(args: argparse.Namespace) -> None:
-    from ..evaluation.sharding import distributed
-
-    with distributed() as process:
-        for result in evaluate(args, process, log if process.rank == 0 else lambda _: None):
-            if process.rank == 0:
-                write(args, result)
+def run(args: argparse.Namespace, process: Distributed) -> None:
+    for result in evaluate(args, process):
         if process.rank == 0:
-            print((args.out / "ablation.md").read_text())
+            write(args, result)
+    if process.rank == 0:
+        print((args.out / "ablation.md").read_text())
 
 
-def evaluate(args: argparse.Namespace, process: Any, log: Any) -> Iterator[dict[str, Any]]:
+def evaluate(args: argparse.Namespace, process: Distributed) -> Iterator[dict[str, Any]]:
     """The result, again after each part, so that hours of work are not lost to a later one."""
     from ..evaluation.experiment import Evaluation, Experiment, hardware, real_floor, run_factors, run_main
     from ..evaluation.judges import DigitsJudge, InceptionJudge, Judge

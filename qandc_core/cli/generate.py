@@ -1,14 +1,23 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from ..caching.policies import CachePolicy, ChosenSteps, Interval, Speedup, StepCount
 from ..caching.presets import LEVELS, Preset
 from ..calibration.file import Calibration, load_calibration
 from ..diffusion.process import SamplingConfig
+from ..distributed import Distributed
 from ..files import written_whole
 from .common import CACHE_INTERVAL, add_model, add_number, add_sampling, at_least, class_id, finite, load, log, sampling
+
+if TYPE_CHECKING:
+    from ..sampling.report import RunReport
 
 SUMMARY = "sample images of given classes"
 
@@ -41,14 +50,28 @@ def add_policy(command: argparse.ArgumentParser) -> None:
     policies.add_argument("--preset", choices=LEVELS, help=f"{by_sampler}{replaces}")
 
 
-def run(args: argparse.Namespace) -> None:
-    from ..caching.attach import apply_cache_to_dit
+def run(args: argparse.Namespace, process: Distributed) -> None:
     from ..evaluation.figure import to_pil
+
+    format = picture_format(args.out)
+    images, report = sampled_images(args, process)
+    if process.rank:
+        return
+    picture = to_pil(images, max(128, images.shape[-1]))
+    with written_whole(args.out) as temporary:
+        picture.save(temporary, format)
+    log(report.summary())
+    print(args.out)
+
+
+def sampled_images(args: argparse.Namespace, process: Distributed) -> tuple[Tensor, RunReport]:
+    """The images of all processes (N, C, H, W) on the CPU, in the order of the classes, and this one's report."""
+    from ..caching.attach import apply_cache_to_dit
     from ..evaluation.judges import decode, load_vae
     from ..fused.dit import fuse_dit
     from ..sampling.generate import generate
 
-    format, asked = picture_format(args.out), asked_policy(args)
+    asked = asked_policy(args)
     model, config = load(args), sampling(args)
     channels = model.config.in_channels
     if channels != 3 and args.vae is None:
@@ -61,26 +84,27 @@ def run(args: argparse.Namespace) -> None:
     sampled = fuse_dit(model) if args.fused else model
     apply_cache_to_dit(sampled, asked or found_policy(calibration))
     compensation = calibration.variance if calibration else None
+    if len(args.classes) < process.world:
+        raise ValueError(f"{len(args.classes)} images cannot be shared by {process.world} processes; start fewer.")
+    share = process.shard(len(args.classes))
     x, report = generate(
         sampled,
-        args.classes,
+        args.classes[share.start : share.stop],
         config.steps,
         config.cfg_scale,
         config.sampler,
         args.seed,
         compensation=compensation,
-        progress=True,
+        first_index=share.start,
+        progress=process.rank == 0,
     )
     images = x if vae is None else decode(vae, x)
     if not images.isfinite().all():
         raise ValueError(
             "The images contain values that are not finite; sample with a smaller --cfg, or another model."
         )
-    picture = to_pil(images.cpu(), max(128, images.shape[-1]))
-    with written_whole(args.out) as temporary:
-        picture.save(temporary, format)
-    log(report.summary())
-    print(args.out)
+    whole = torch.cat(process.gathered(images.cpu()))
+    return whole, replace(report, images=len(whole))
 
 
 def picture_format(path: Path) -> str:

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from ..distributed import distributed
 from . import bench, calibrate, demo, experiment, generate, quantize
 
 COMMANDS = {
@@ -16,6 +17,7 @@ COMMANDS = {
     "experiment": experiment,
     "bench": bench,
 }
+SEVERAL = ("generate", "calibrate", "quantize", "experiment")  # those that torchrun's processes share out
 
 
 def parser() -> argparse.ArgumentParser:
@@ -36,7 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     args.argv = sys.argv[1:] if argv is None else list(argv)
     try:
-        args.run(args)
+        with distributed() as process:
+            if process.world > 1 and args.command not in SEVERAL:
+                raise ValueError("runs in one process; start it without torchrun.")
+            args.run(args, process)
     except (ValueError, OSError) as error:
         print(f"qandc_core {args.command}: {error}", file=sys.stderr)
         return 2

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from ..distributed import Distributed
+
 METHODS = ("variance_match", "paper", "least_squares")
 
 
@@ -30,6 +32,10 @@ class VarianceMoments:
         w = 1 + 1 / (x**2 + self.eps)
         self.plain += torch.stack([v.sum(1) for v in (torch.ones_like(x), xh, x, xh**2, x**2, xh * x)])
         self.weighted += torch.stack([(w * v).sum(1) for v in (torch.ones_like(x), xh, x, xh**2, xh * x)])
+
+    def sum_over(self, process: Distributed) -> None:
+        """Adds the pairs of the other processes."""
+        self.plain, self.weighted = process.reduce(self.plain), process.reduce(self.weighted)
 
     def factors(self, method: str = "variance_match") -> tuple[Tensor, Tensor]:
         """mean of the accelerated samples (C,) and factor K (C,), float64; K = 1 where a channel does not vary."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..caching.attach import cache_bypassed, feature_cache
 from ..caching.features import CacheRun
 from ..diffusion.process import ReverseProcess, SamplingConfig
+from ..distributed import ALONE, Distributed
 from ..models.dit import DiT
 from .correction import Shapes, VarianceCompensation, compensate, split_parts
 from .factors import METHODS, VarianceMoments, unknown_method
@@ -28,7 +29,15 @@ class SequentialFit:
     methods that do not exist, before anything is sampled.
     """
 
-    def __init__(self, steps: int, method: str = METHODS[0], eps: float = 1e-2, start: float = 0.0, end: float = 1.0):
+    def __init__(
+        self,
+        steps: int,
+        method: str = METHODS[0],
+        eps: float = 1e-2,
+        start: float = 0.0,
+        end: float = 1.0,
+        process: Distributed = ALONE,
+    ):
         if method not in METHODS:
             raise unknown_method(method)
         if not 0 <= start < end <= 1:
@@ -37,6 +46,7 @@ class SequentialFit:
             )
         VarianceMoments(0, eps)  # refuses an eps that is none
         self.steps, self.method, self.eps, self.start, self.end = steps, method, eps, start, end
+        self.process = process
         self.sigmas: list[float] = []
         self.means: list[Tensor] = []
         self.factors: list[Tensor] = []
@@ -69,6 +79,7 @@ class SequentialFit:
             moments = VarianceMoments(width, self.eps)
             for reference, accelerated in parts:
                 moments.update(reference[i], accelerated[i])
+            moments.sum_over(self.process)
             found.append(moments.factors(self.method))
         mean, factor = (torch.cat(values).float() for values in zip(*found))
         if not mean.isfinite().all() or not factor.isfinite().all():
@@ -129,15 +140,19 @@ def fit_variance_compensation(
     seed: int = 0,
     first_index: int = 0,
     callback: Callable[[int, int], None] | None = None,
+    process: Distributed = ALONE,
 ) -> VarianceCompensation:
     """Fits K_t (Q&C, Eq. 9-12) for every step between the fractions `start` and `end` of the run; K = 1 elsewhere.
 
     One pair of trajectories for each class label; memory grows with their number, not with the number of steps.
-    callback(step, steps) after each step.
+    callback(step, steps) after each step. Several processes share the pairs out and return the same fit.
     """
-    schedule = config.schedule()
-    fit = SequentialFit(len(schedule), method, eps, start, end)
-    labels = torch.as_tensor(class_labels)
+    schedule, labels = config.schedule(), torch.as_tensor(class_labels)
+    if len(labels) < process.world:
+        process = ALONE  # each fits all of the few pairs
+    fit = SequentialFit(len(schedule), method, eps, start, end, process)
+    share = process.shard(len(labels))
+    labels, first_index = labels[share.start : share.stop], first_index + share.start
     batches = [
         PairedBatch(reference, accelerated, chunk, config, seed, range(at, at + len(chunk)))
         for chunk, at in zip(labels.split(batch_size), range(first_index, first_index + len(labels), batch_size))

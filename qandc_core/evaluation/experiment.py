@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..compensation.correction import VarianceCompensation
 from ..diffusion.process import SamplingConfig
+from ..distributed import Distributed, all_gather_tensors
 from ..models.dit import DiT
 from ..sampling.clock import Stopwatch
 from ..sampling.generate import generate
@@ -25,7 +26,6 @@ from .metrics import (
     relative_l2,
     standard_error,
 )
-from .sharding import Distributed, all_gather_tensors
 from .variants import Variant, Workbench, balanced_labels
 
 Log = Callable[[str], None]

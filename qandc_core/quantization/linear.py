@@ -78,13 +78,17 @@ class QuantizedLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device), False) if bias else None
 
     @classmethod
+    def like(cls, linear: nn.Linear, format: LinearFormat, backend: str = "auto") -> QuantizedLinear:
+        """A layer of linear's shape, without its values."""
+        sizes, weight = (linear.in_features, linear.out_features), linear.weight
+        return cls(*sizes, linear.bias is not None, format, backend, weight.dtype, weight.device)
+
+    @classmethod
     def from_codes(
         cls, linear: nn.Linear, codes: Tensor, weights: Grid, format: LinearFormat, inputs: Grid | None, backend: str
     ) -> QuantizedLinear:
         """Takes over linear's shape and bias; `inputs` is the static activation grid."""
-        bias, weight = linear.bias, linear.weight
-        width, columns = linear.in_features, linear.out_features
-        layer = cls(width, columns, bias is not None, format, backend, weight.dtype, weight.device)
+        bias, layer = linear.bias, cls.like(linear, format, backend)
         layer.codes = pack_int4(codes) if format.packed else codes
         layer.weight_scale = weights.scale.flatten()
         if not format.symmetric:

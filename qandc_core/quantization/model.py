@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration.file import FINGERPRINT, fingerprint
+from ..distributed import ALONE, Distributed, owners
 from ..models.dit import check_open
 from ..models.layers import named_linears
 from ..values import real_number
@@ -60,13 +61,15 @@ def quantize_model(
     calibration: Calibration | None = None,
     config: QuantizationConfig | None = None,
     callback: Callable[[str, int, int], None] | None = None,
+    process: Distributed = ALONE,
 ) -> nn.Module:
     """Replaces linear layers by quantized ones (Q&C, Eq. 1-3), in place, and returns the model.
 
     Weights per output channel. Activations dynamic per token, or static per tensor with a calibration, unless
     `config.static` says otherwise. Layers with an odd number of inputs keep 8-bit codes. Raises ValueError, before any
     layer is replaced, on weights that are not finite, a calibration of another model, or statistics that the config
-    needs and the file lacks. callback(layer, index, layers) before each layer.
+    needs and the file lacks. callback(layer, index, layers) before each layer. Several processes share the rounding
+    out, and each returns the whole model.
 
     Works on any model of torch.nn.Linear layers, diffusers' transformers included; save_pretrained of those then raises
     ValueError, since from_pretrained has no place for the codes.
@@ -83,11 +86,19 @@ def quantize_model(
     if not layers:
         raise ValueError(f"No linear layer is left to quantize with skip_patterns {list(skip_patterns)}.")
     replacements = {}
+    taken = owners([rounding_cost(linear) for _, linear in layers], process.world)
     for index, (name, linear) in enumerate(layers):
+        statistics = calibration.layer(name) if calibration is not None else None
+        if taken[index] != process.rank:
+            continue
         if callback is not None:
             callback(name, index, len(layers))
-        statistics = calibration.layer(name) if calibration is not None else None
         replacements[name] = quantize_linear(name, linear, format, config, statistics)
+    if process.world > 1:
+        for (name, linear), owner in zip(layers, taken):
+            if owner != process.rank:
+                replacements[name] = QuantizedLinear.like(linear, fitting(format, linear), config.backend)
+            receive(replacements[name], owner, process)
     setattr(model, FINGERPRINT, fingerprint(model))
     for name, replacement in replacements.items():
         parent, _, attribute = name.rpartition(".")
@@ -95,6 +106,21 @@ def quantize_model(
     if hasattr(model, "save_pretrained"):
         setattr(model, "save_pretrained", refuse_saving)  # noqa: B010
     return model
+
+
+def receive(layer: QuantizedLinear, owner: int, process: Distributed) -> None:
+    """Gives the layer the values that its owner computed."""
+    layer.load_state_dict({key: process.sent(value.cpu(), owner) for key, value in layer.state_dict().items()})
+
+
+def rounding_cost(linear: nn.Linear) -> float:
+    """Operations of gptq: a factorization of X^T X, and products with its factor."""
+    return linear.in_features**2 * (linear.in_features / 3 + linear.out_features)
+
+
+def fitting(format: LinearFormat, linear: nn.Linear) -> LinearFormat:
+    """The format, or its 8 bits for a layer with an odd number of inputs, which cannot be packed in pairs."""
+    return replace(format, w_bits=8) if format.packed and linear.in_features % 2 else format
 
 
 def refuse_saving(*args: Any, **kwargs: Any) -> NoReturn:
@@ -113,8 +139,7 @@ def quantize_linear(
     weight = linear.weight.detach().float()
     if not torch.isfinite(weight).all():
         raise ValueError(f"The weight of {name} holds values that are not finite; the checkpoint is damaged.")
-    if format.packed and linear.in_features % 2:
-        format = replace(format, w_bits=8)
+    format = fitting(format, linear)
     grid = weight_grid(weight, format.w_bits, format.symmetric)
     if config.rounding == "gptq":
         hessian = None if statistics is None else statistics.second_moment(weight.device)

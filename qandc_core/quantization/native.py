@@ -38,6 +38,7 @@ class NativeConfig:
     `clip_search` is of int8 scales only. `bias_correction` is done where the mean input is known; None: where gptq
     chose the codes, since after rounding to nearest it brings layers closer and may take images further away.
     `damping` is relative to the mean of the Hessian's diagonal; the fewer inputs that comes from, the more is added.
+    `rounds_inputs`: the layer's activations are in 8 bits too, as the kernels take them; else only the weight is coded.
     """
 
     format: str = "W8A8"
@@ -45,6 +46,7 @@ class NativeConfig:
     clip_search: bool = True
     bias_correction: bool | None = None
     damping: float = 0.01
+    rounds_inputs: bool = True
 
     def __post_init__(self) -> None:
         if self.format not in BY_NAME:
@@ -133,7 +135,7 @@ def rounded_layer(
             tensors["bias"] = corrected_bias(name, weight, bias, tensors, statistics)
             shift = tensors["bias"].float() - bias.float()
     if held_out is not None and len(held_out):
-        error = held_out_error(weight, tensors, held_out.to(weight.device), shift)
+        error = held_out_error(weight, tensors, held_out.to(weight.device), shift, config.rounds_inputs)
     else:
         error = output_error(weight, tensors, hessian)
     return NativeLayer(tensors, layer_config(tensors), error, format.name)
@@ -242,10 +244,12 @@ def kernel_output(tensors: dict[str, Tensor], x: Tensor) -> Tensor:
     return grid_values(quantize(rotated, grid), grid) @ stored_values(tensors).T
 
 
-def held_out_error(weight: Tensor, tensors: dict[str, Tensor], x: Tensor, shift: Tensor | None = None) -> float:
+def held_out_error(
+    weight: Tensor, tensors: dict[str, Tensor], x: Tensor, shift: Tensor | None = None, rounds_inputs: bool = True
+) -> float:
     """|y_q - y| / |y| of the layer's outputs for inputs x (M, K), bias aside; shift (N,) is its correction."""
     exact = x.float() @ weight.float().T
-    lost = kernel_output(tensors, x) - exact
+    lost = (kernel_output(tensors, x) if rounds_inputs else x.float() @ dequantize(tensors).T) - exact
     if shift is not None:
         lost += shift
     wide = widest_float(x.device)

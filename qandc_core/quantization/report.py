@@ -27,6 +27,8 @@ class LayerReport:
 class QuantizationReport:
     """A model's layers in the format asked for, `seconds` that it took and the `backend` that multiplies.
 
+    `subject` is what was quantized, and `sample` what it was measured on, in words.
+
     `model_error` is the mean relative error of the whole model's prediction, its standard error (NaN of one call) and
     the number of held-out calls; None without any. `sources` counts layers that were packed before, by their format:
     all errors are against what those decode to.
@@ -38,6 +40,8 @@ class QuantizationReport:
     backend: str
     model_error: tuple[float, float, int] | None = None
     sources: dict[str, int] = field(default_factory=dict)
+    subject: str = "model"
+    sample: str = "sample"
 
     @property
     def size_before(self) -> int:
@@ -61,7 +65,7 @@ class QuantizationReport:
     def headline(self) -> str:
         """The essentials: sizes, error, the worst layer and the backend."""
         if self.model_error is not None:
-            error = f"{percent(self.model_error[0])} error of the model"
+            error = f"{percent(self.model_error[0])} error of the {self.subject}"
         else:
             error = (
                 f"{percent(sum(layer.error for layer in self.layers) / len(self.layers))} error of a layer on average"
@@ -93,7 +97,8 @@ class QuantizationReport:
             return []
         mean, spread, calls = self.model_error
         within = "" if math.isnan(spread) else f" +- {spread:.1g}"
-        return [f"error of the whole model {mean:.2g}{within} on {calls} held-out sample{'s' if calls != 1 else ''}"]
+        samples = self.sample if calls == 1 else f"{self.sample}s"
+        return [f"error of the whole {self.subject} {mean:.2g}{within} on {calls} held-out {samples}"]
 
     def source_words(self) -> list[str]:
         if not self.sources:

@@ -54,4 +54,4 @@ def rotate_fast(x: Tensor, group: int) -> Tensor:
 
 def rotate_hessian(hessian: Tensor, group: int) -> Tensor:
     """R^T H R (K, K), the X^T X of rotated inputs."""
-    return rotate(rotate(hessian, group).T, group)
+    return rotate_fast(rotate_fast(hessian, group).T, group)

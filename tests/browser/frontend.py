@@ -20,6 +20,10 @@ SETTINGS = {
     "LiteGraph.Canvas.MinFontSizeForLOD": 0,
 }
 
+EVERY_NODE = """
+const inside = graph => graph._nodes.flatMap(n => [n, ...(n.subgraph ? inside(n.subgraph) : [])]);
+"""
+
 
 def chromium() -> str | None:
     """Path of the browser: $CHROMIUM, or one that is installed."""
@@ -48,12 +52,16 @@ class Frontend:
         return self.page.evaluate("async () => (await app.graphToPrompt()).output")
 
     def serialize(self) -> dict:
-        return self.page.evaluate("() => app.graph.serialize()")
+        """The graph as it is saved: what is undefined is left out, which would arrive here as null."""
+        return json.loads(self.page.evaluate("() => JSON.stringify(app.graph.serialize())"))
 
     def set_widgets(self, values: dict[str, Any]) -> None:
-        """Sets every widget of these names."""
+        """Sets every widget of these names, inside subgraphs too."""
         self.page.evaluate(
-            """(values) => { for (const node of app.graph._nodes) for (const widget of node.widgets ?? [])
+            "(values) => {"
+            + EVERY_NODE
+            + """
+            for (const node of inside(app.graph)) for (const widget of node.widgets ?? [])
             if (widget.name in values) widget.value = values[widget.name] }""",
             values,
         )
@@ -69,6 +77,36 @@ class Frontend:
         kind, detail = self.page.evaluate("() => window.ended")
         assert kind == "execution_success", detail
         self.page.wait_for_timeout(1500)
+
+    def wires_over_nodes(self) -> list[str]:
+        """Nodes that lie in the way of a wire between two others, as the curves of the canvas run."""
+        return self.page.evaluate(
+            """() => { const found = new Set(), nodes = app.graph._nodes;
+            const boxes = new Map(nodes.map(n => [n, Array.from(n.boundingRect ?? n._bounding)]));
+            for (const link of app.graph.links.values()) {
+              const from = app.graph.getNodeById(link.origin_id), to = app.graph.getNodeById(link.target_id);
+              const [a, b] = [from.getOutputPos(link.origin_slot), to.getInputPos(link.target_slot)];
+              const reach = Math.hypot(b[0] - a[0], b[1] - a[1]) * 0.25;
+              for (let t = 0; t <= 1; t += 0.01) {
+                const [p, q, r, s] = [(1 - t) ** 3, 3 * t * (1 - t) ** 2, 3 * t * t * (1 - t), t ** 3];
+                const x = p * a[0] + q * (a[0] + reach) + r * (b[0] - reach) + s * b[0];
+                const y = (p + q) * a[1] + (r + s) * b[1];
+                for (const [n, [left, top, width, height]] of boxes) if (n !== from && n !== to
+                  && x > left && x < left + width && y > top && y < top + height)
+                  found.add(`${from.title} -> ${to.title}: ${n.title}`);
+              } }
+            return [...found] }"""
+        )
+
+    def open_advanced(self) -> list[str]:
+        """Advanced inputs that are drawn on the canvas, of nodes inside subgraphs too."""
+        return self.page.evaluate(
+            "() => {"
+            + EVERY_NODE
+            + """
+            return inside(app.graph).filter(n => n.type.startsWith('QandC_')).flatMap(n => (n.widgets ?? [])
+              .filter(w => w.options?.advanced && n.isWidgetVisible(w)).map(w => `${n.title}: ${w.name}`)) }"""
+        )
 
     def show_all(self) -> dict[str, float]:
         """Brings the whole graph into view; returns where it lies on the page."""

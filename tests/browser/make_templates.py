@@ -2,6 +2,8 @@
 
     python -m tests.browser.make_templates [name ...] [--without-pictures]
 
+The picture of the README, docs/quickstart.jpg, is taken with that of "1 Quickstart".
+
 Needs a ComfyUI checkout and Chromium, as the tests do. Templates are written down here, as nodes in columns, because
 a graph that is laid out by hand cannot be reviewed as text.
 """
@@ -12,22 +14,40 @@ import json
 import sys
 import tempfile
 import uuid
+from io import BytesIO
 from pathlib import Path
 
 import tomllib
+from PIL import Image
 
 from tests.browser.frontend import Frontend, open_frontend
 from tests.browser.stock_templates import BLUEPRINTS, STOCK
-from tests.browser.templates import TEMPLATES, Template
+from tests.browser.templates import QUICKSTART, TEMPLATES, Template
+from tests.browser.thumbnails import plan_card, result_card
 from tests.comfyui.checkouts import checkouts
 from tests.comfyui.server import Server
 
 ROOT = Path(__file__).parents[2]
 WORKFLOWS = ROOT / "workflows"
 NOTES = ("MarkdownNote", "Note")
+# Title of a template's picture, and what it says; of one that runs here, the label of the run beside the full one.
+HALF = "computes half of the steps"
+CARDS = {
+    "1 Quickstart": ("Quickstart", "Q&C"),
+    "2 Flux.1 dev": ("Flux.1 dev", HALF),
+    "3 Qwen-Image": ("Qwen-Image", HALF),
+    "4 Z-Image": ("Z-Image", HALF),
+    "5 SDXL": ("SDXL", HALF),
+    "6 Wan 2.2, two experts": ("Wan 2.2", "two experts, each cached"),
+    "7 LTX-Video": ("LTX-Video", HALF),
+    "8 Quantize your model": ("Quantize", "quantized"),
+    "9 Quantize Wan 2.1": ("Quantize Wan 2.1", "calibrated, saved with ModelSave"),
+    "Paper, DiT-XL 256": ("DiT-XL/2 256", "cached, quantized, compensated"),
+    "Paper, ablation": ("Ablation", "Q&C, all parts"),
+}
 
 # Nodes that show a picture or words while they work need room for them.
-BUILD = """async ({columns, nodes, groups, subgraph}) => {
+BUILD = """async ({columns, nodes, groups, subgraphs}) => {
   const ROOM = {
     QandC_ApplyCache: 70, QandC_TAPCalibrate: 290, QandC_Quantize: 290, QandC_VarianceCompensate: 290,
     QandC_Sample: 230,
@@ -59,7 +79,7 @@ BUILD = """async ({columns, nodes, groups, subgraph}) => {
     }
   }
   await new Promise(r => setTimeout(r, 300));
-  if (subgraph) {
+  for (const subgraph of subgraphs) {
     const inner = subgraph.members.map(key => made[key]);
     let [left, top, widest] = [0, 0, 0];
     for (const [i, node] of inner.entries()) {
@@ -71,16 +91,39 @@ BUILD = """async ({columns, nodes, groups, subgraph}) => {
       widest = Math.max(widest, node.size[0]);
     }
     const converted = app.graph.convertToSubgraph(new Set(inner));
-    made.subgraph = converted.node;
-    nodes.subgraph = {type: 'subgraph', size: [400, 0]};
-    converted.subgraph.name = made.subgraph.title = subgraph.title;
+    const outer = made[subgraph.key] = converted.node;
+    nodes[subgraph.key] = {type: 'subgraph', size: subgraph.size, down: subgraph.down};
+    converted.subgraph.name = outer.title = subgraph.title;
     for (const [key, name] of subgraph.promoted) {
       const node = converted.subgraph._nodes.find(n => n.properties.key === key);
       const slot = node.inputs.find(i => i.widget?.name === name);
       converted.subgraph.addInput(key === 'positive' ? 'prompt' : name, slot.type).connect(slot, node);
     }
+    // Converting breaks wires to inputs that grow with what is wired, a moment later.
+    await new Promise(r => setTimeout(r, 1500));
+    const innerOf = key => converted.subgraph._nodes.find(n => n.properties.key === key);
+    for (const [key, spec] of Object.entries(nodes)) {
+      if (subgraph.members.includes(key) || !made[key]?.graph) continue;
+      for (const [input, [from, slot]] of Object.entries(spec.inputs ?? {})) {
+        if (!subgraph.members.includes(from)) continue;
+        const inner = innerOf(from), {outputs} = converted.subgraph;
+        let output = outputs.findIndex(o => o.linkIds.map(id => converted.subgraph.getLink(id))
+          .some(l => l.origin_id === inner.id && l.origin_slot === slot));
+        if (output < 0) {
+          const label = `${from.split('_').at(-1)} ${inner.outputs[slot].name}`;
+          converted.subgraph.addOutput(label, inner.outputs[slot].type).connect(inner.outputs[slot], inner);
+          output = outputs.length - 1;
+        }
+        const at = made[key].inputs.findIndex(i => i.name === input);
+        if (at < 0) throw new Error(`${spec.type} has no input ${input}: ${made[key].inputs.map(i => i.name)}`);
+        const link = app.graph.getLink?.(made[key].inputs[at].link) ?? app.graph.links.get(made[key].inputs[at].link);
+        if (link?.origin_id === outer.id && link.origin_slot === output) continue;
+        outer.connect(output, made[key], at);
+        await new Promise(r => setTimeout(r, 300));
+      }
+    }
     for (const node of converted.subgraph._nodes) delete node.properties.key;
-    if (subgraph.alone) for (const node of app.graph._nodes.filter(n => n !== made.subgraph)) app.graph.remove(node);
+    if (subgraph.alone) for (const node of app.graph._nodes.filter(n => n !== outer)) app.graph.remove(node);
     await new Promise(r => setTimeout(r, 300));
   }
   let x = 0;
@@ -128,22 +171,20 @@ def finished(workflow: dict, template: Template) -> dict:
         files = [model for model in template.models.values() if model["name"] in (node.get("widgets_values") or [])]
         if files:
             properties["models"] = files
-        for slot in node.get("outputs") or []:
-            if slot.get("slot_index", 0) is None:  # newer frontends call it invalid
-                del slot["slot_index"]
-    workflow["extra"] = {"ds": {"scale": 0.75 if template.subgraph else 0.6, "offset": [120, 160]}}
+    workflow["extra"] = {"ds": {"scale": 0.6 if template in TEMPLATES else 0.75, "offset": [105, 120]}}
     return named(workflow, template)
 
 
 def named(workflow: dict, template: Template) -> dict:
     """The frontend gives a new subgraph a random id, which would change with every run of this program."""
     text = json.dumps(workflow)
-    for graph in (workflow.get("definitions") or {}).get("subgraphs") or []:
-        text = text.replace(graph["id"], str(uuid.uuid5(uuid.NAMESPACE_URL, f"qandc/{template.name}")))
+    subgraphs = (workflow.get("definitions") or {}).get("subgraphs") or []
+    for more, graph in zip(["", *(f"/{i}" for i in range(1, len(subgraphs)))], subgraphs):
+        text = text.replace(graph["id"], str(uuid.uuid5(uuid.NAMESPACE_URL, f"qandc/{template.name}{more}")))
     return json.loads(text)
 
 
-def make(frontend: Frontend, template: Template, picture: bool) -> None:
+def make(frontend: Frontend, template: Template) -> None:
     frontend.page.evaluate(BUILD, template.spec())
     workflow = finished(frontend.serialize(), template)
     if template in BLUEPRINTS:
@@ -151,13 +192,33 @@ def make(frontend: Frontend, template: Template, picture: bool) -> None:
     write(WORKFLOWS / f"{template.name}.json", workflow)
     frontend.load(workflow, template.name)
     write(WORKFLOWS / "api" / f"{template.name}.json", frontend.prompt())
-    if picture and template.runs_here:
-        for seed in (0, 1):  # the first run after loading pays for set-up
-            frontend.set_widgets({"seed": seed})
-            frontend.run()
-    if picture:
-        area = frontend.show_all()
-        frontend.screenshot(WORKFLOWS / f"{template.name}.jpg", area)
+
+
+def picture(server: Server, template: Template) -> Image.Image:
+    """What the template browser shows of a template: what it made, or what it plans."""
+    title, says = CARDS[template.name]
+    if not template.runs_here:
+        return plan_card(template, title, says)
+    prompt = json.loads((WORKFLOWS / "api" / f"{template.name}.json").read_text(encoding="utf-8"))
+    samples = {key: node["inputs"]["label"] for key, node in prompt.items() if node["class_type"] == "QandC_Sample"}
+    for key, node in list(prompt.items()):
+        if node["class_type"] == "VAEDecode":
+            prompt[f"images of {node['inputs']['samples'][0]}"] = {
+                "class_type": "SaveImage", "inputs": {"images": [key, 0], "filename_prefix": "card"}
+            }  # fmt: skip
+    run = server.succeed(prompt)
+    shown = [key for key in samples if samples[key] in ("full precision", says)]
+    images = {key: [Image.open(BytesIO(png)) for png in server.saved(run, f"images of {key}")[:4]] for key in shown}
+    return result_card(title, [(samples[key], images[key]) for key in shown])
+
+
+def show(frontend: Frontend, template: Template) -> None:
+    """The graph after its run, for the README."""
+    frontend.load(json.loads((WORKFLOWS / f"{template.name}.json").read_text(encoding="utf-8")), template.name)
+    for seed in (0, 1):  # the first run after loading pays for set-up
+        frontend.set_widgets({"seed": seed})
+        frontend.run(timeout=1200)
+    frontend.screenshot(ROOT / "docs" / "quickstart.jpg", frontend.show_all())
 
 
 def write(path: Path, content: dict) -> None:
@@ -167,6 +228,7 @@ def write(path: Path, content: dict) -> None:
 
 def main() -> None:
     names = [name for name in sys.argv[1:] if not name.startswith("--")]
+    pictures = "--without-pictures" not in sys.argv
     chosen = [t for t in (*TEMPLATES, *STOCK, *BLUEPRINTS) if not names or t.name in names]
     with tempfile.TemporaryDirectory() as base, Server(checkouts()[0], Path(base)) as server:
         for template in chosen:
@@ -175,7 +237,12 @@ def main() -> None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.touch()  # so that the choice is there; these templates are drawn, not run
             with open_frontend(server.address) as frontend:
-                make(frontend, template, "--without-pictures" not in sys.argv)
+                make(frontend, template)
+            if template not in BLUEPRINTS and pictures:
+                picture(server, template).save(WORKFLOWS / f"{template.name}.jpg", quality=90)
+            if template is QUICKSTART and pictures:
+                with open_frontend(server.address) as frontend:
+                    show(frontend, template)
             print(template.name)  # noqa: T201
 
 

@@ -42,7 +42,7 @@ def stock(
     every = {"note": intro(title, text, list(models.values())), **given, **nodes}
     return Template(
         name, every, [["note"], loaders, caches, ["subgraph"], [result]], [],
-        models, runs_here=False, subgraph=Subgraph(title, inside, promoted),
+        models, runs_here=False, subgraphs=(Subgraph(title, inside, promoted),),
     )  # fmt: skip
 
 
@@ -271,7 +271,12 @@ def blueprint(name: str, nodes: dict[str, Node], promoted: list[tuple[str, str]]
     nodes[first]["inputs"] = {"model": ("load", 0)}
     between = {"load": node("UNETLoader"), **nodes, "sampler": node("KSampler", {"model": (last, 0)})}
     return Template(
-        name, between, [["subgraph"]], [], runs_here=False, subgraph=Subgraph(name, list(nodes), promoted, alone=True)
+        name,
+        between,
+        [["subgraph"]],
+        [],
+        runs_here=False,
+        subgraphs=(Subgraph(name, list(nodes), promoted, alone=True),),
     )
 
 

@@ -13,11 +13,12 @@ from tests.comfyui.checkouts import parameters
 from tests.comfyui.server import Server
 
 ROOT = Path(__file__).parents[2]
-CACHE, QUANTIZE = "QandC_ApplyCache", "QandC_Quantize"
+CACHE, QUANTIZE, ENCODER = "QandC_ApplyCache", "QandC_Quantize", "QandC_QuantizeTextEncoder"
 WORDS = {
     "cache": CACHE, "faster": CACHE, "speed up": CACHE, "accelerate": CACHE, "skip steps": CACHE, "teacache": CACHE,
     "spectrum": CACHE, "\u52a0\u901f": CACHE, "int8": QUANTIZE, "fp8": QUANTIZE, "int4": QUANTIZE,
     "quantize": QUANTIZE, "smaller": QUANTIZE, "VRAM": QUANTIZE, "\u91cf\u5316": QUANTIZE,
+    "t5xxl": ENCODER, "quantize clip": ENCODER, "umt5": ENCODER,
 }  # fmt: skip
 # Stock nodes have these in their names: EasyCache, LazyCache, Flux KV Cache.
 IN_STOCK_NAMES = {"cache"}
@@ -46,10 +47,15 @@ def test_words_that_users_look_for_find_the_node_among_the_first(server, locale)
     assert not missed
 
 
-@pytest.mark.parametrize("nodes_2", [False, True], ids=["classic", "nodes 2.0"])
-@pytest.mark.parametrize("locale", ["en", "zh"])
+@pytest.mark.parametrize(
+    "locale, nodes_2",
+    [("en", False), ("en", True), ("zh", False), ("zh", True), ("ja", True)],
+    ids=lambda value: value if isinstance(value, str) else "nodes 2.0" if value else "classic",
+)
 def test_help_opens_from_the_toolbox_and_fits_the_panel(server, locale, nodes_2):
-    names = json.loads((ROOT / "locales" / locale / "nodeDefs.json").read_text(encoding="utf-8"))
+    """In a language that the pack has no pages for, it is English."""
+    written = locale if locale == "zh" else "en"
+    names = json.loads((ROOT / "locales" / written / "nodeDefs.json").read_text(encoding="utf-8"))
     with open_frontend(server.address, 1280, 800, locale, nodes_2) as frontend:
         for node in names:
             shown = frontend.help(node)

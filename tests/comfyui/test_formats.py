@@ -57,9 +57,9 @@ def test_files_are_read_by_stock_comfyui(found, format):
 def test_loras_on_top(found, format, size):
     result = found[format]["LoRAs"][size]
     assert 0.95 < result["share"] < 1.05 and result["restored"] is True
-    assert result["saved"] <= 1e-2 and result["kept"] < 2 * result["baked"]
-    # Beside the layers, by core's bypass loader, nothing is rounded again.
-    assert result["bypass"] < 1.2 * max(result["baked"], found[format]["error"])
+    # Beside the layers, as by core's bypass loader, nothing is rounded again; in a file the sum is.
+    least = max(result["baked"], found[format]["error"])
+    assert max(result[way] for way in ("kept", "whole matrix", "bypass")) < 1.2 * least and result["saved"] < 2 * least
 
 
 @pytest.mark.parametrize("format", FORMATS)

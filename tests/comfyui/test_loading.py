@@ -14,6 +14,8 @@ NODES = (
     "QandC_TAPCalibrate",
     "QandC_CalibrateFromRuns",
     "QandC_Quantize",
+    "QandC_QuantizeTextEncoder",
+    "QandC_SaveTextEncoder",
     "QandC_VarianceCompensate",
     "QandC_Sample",
     "QandC_RunReport",
@@ -96,7 +98,7 @@ def test_inputs_inside_dynamic_inputs_are_seen(server):
 def test_help_pages_are_served(server, subtests):
     for node in NODES:
         with subtests.test(node):
-            path = f"/extensions/{FOLDER}/docs/{node}/en.md"
+            path = f"/extensions/{FOLDER}/docs/{node}.md"
             assert server.status_of(path) == 200, path
             assert server.get(path).strip()
 

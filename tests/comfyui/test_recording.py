@@ -9,7 +9,8 @@ from qandc_core import load_calibration
 from .prompts import Graph
 
 HALVES = "KSamplerAdvanced halves"
-RUNS = ["KSampler", "KSampler, ancestral", HALVES, "SamplerCustom", "BasicGuider", "CFGGuider", "DualCFGGuider"]
+GUIDERS = ["BasicGuider", "CFGGuider", "DualCFGGuider", "PerpNegGuider"]
+RUNS = ["KSampler", "KSampler, ancestral", HALVES, "SamplerCustom", "inpainting", *GUIDERS]
 CACHES = [
     f"cache of {tier}, {first} first" for tier in ("whole prediction", "blocks") for first in ("cache", "recording")
 ]
@@ -56,11 +57,11 @@ def test_with_a_cache_layers_are_seen_on_computed_steps(run, name):
 
 def test_runs_of_many_kinds_make_one_calibration_that_other_nodes_take(run):
     found = run("recording")["many kinds"]
-    assert found["runs"] == found["again"] == found["tap"] == 7 and found["history"] == 6
+    assert found["runs"] == found["again"] == found["tap"] == 8 and found["history"] == 7
     assert found["listed"] and found["held-out calls"] in (4, None)
-    assert found["steps"] == 20 and [20, 5] in found["schedules"] and [10, 1] in found["schedules"]
+    assert found["steps"] == 20 and [20, 5] in found["schedules"] and [10, 2] in found["schedules"]
     assert found["warnings"] == [] and found["noisy"] is False and found["detached"]
-    assert found["text"].startswith("7 runs, ") and "more runs would lower the layer error by about" in found["text"]
+    assert found["text"].startswith("8 runs, ") and "more runs would lower the layer error by about" in found["text"]
 
 
 def test_what_cannot_be_recorded_is_refused_in_one_sentence(run, subtests):
@@ -84,12 +85,13 @@ def test_what_cannot_be_recorded_is_refused_in_one_sentence(run, subtests):
             assert words[case] in said and said.count(". ") == 0
 
 
-def test_a_second_model_of_a_guider_is_not_mixed_in(run):
+def test_two_models_of_a_guider_make_two_calibrations(run):
     found = run("recording")["two models in a guider"]
     if found is None:
         pytest.skip("this version has no guider with two models")
-    assert found["same"] and found["differing"] == []
-    assert len(found["said"]) == 1 and not found["none"]
+    assert found["same"] and found["differing"] == [] and found["own model"] == [True, True] and found["distances"]
+    assert found["runs"] == [3, 1] and found["warned"] == []
+    assert list(map(len, found["said"])) == [1, 0] and not found["none"]
 
 
 def test_large_statistics_are_added_beside_what_comes_next(run):

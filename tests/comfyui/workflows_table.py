@@ -49,8 +49,8 @@ With each node the workflow gave the plain image again, bit for bit, when the no
 {templates}
 Written by `python -m tests.comfyui.workflows_table`.
 """
-NOTES = """- DualModelGuider takes two models: Apply Cache on the first covers both; Calibrate from Runs, TAP Calibrate
-  and Variance Compensate take the first; Quantize is put on each.
+NOTES = """- DualModelGuider takes two models: Apply Cache on the first covers both; TAP Calibrate and Variance
+  Compensate take the first; Calibrate from Runs and Quantize are put on each.
 - Two stages, two experts and split sigmas are two runs: the cache of each begins with a computed step, so 14 steps in
   two halves compute 6 and in one run 5."""
 

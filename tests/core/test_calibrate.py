@@ -27,6 +27,7 @@ from qandc_core.calibration.statistics import observed
 CONFIG = DiTConfig(input_size=8, in_channels=3, hidden_size=32, depth=2, num_heads=2, num_classes=5, learn_sigma=False)
 STEPS, LABELS = 5, [0, 3, 1, 4]
 PLAN = CalibrationConfig(trajectories=5, batch_size=2, samples=8, clusters=3, seed=3, tokens=40, held_out=4)
+ALL = replace(PLAN, samples=16, surplus=1.5)  # takes all 20 samples of 4 trajectories, and samples each once
 TENSORS = ("low", "high", "mean", "histogram", "hessian", "inputs", "held_out")
 
 
@@ -80,10 +81,11 @@ def test_an_interrupted_calibration_resumes_and_gives_the_same_bits(cache, stop,
     assert resumed.done < 6 * STEPS - 1 or stop <= 15
 
 
+@pytest.mark.parametrize("plan", [PLAN, ALL])
 @pytest.mark.parametrize("batched", [True, False])
-def test_statistics_are_of_the_chosen_samples_alone(batched):
+def test_statistics_are_of_the_chosen_samples_alone(batched, plan):
     """Against hooks that see all calls, one image and one condition at a time."""
-    made = Calibrating(subject := host(batched=batched), PLAN, None)
+    made = Calibrating(subject := host(batched=batched), plan, None)
     standing = made.first_pass()
     seen = []
 
@@ -112,12 +114,30 @@ def test_statistics_are_of_the_chosen_samples_alone(batched):
             assert torch.allclose(layer.mean, x.mean(0), atol=1e-5)
             if layer.hessian is not None:
                 assert torch.allclose(layer.hessian, x.T @ x, atol=1e-2)
-    assert subject.done == subject.total
+    assert len(standing.choice.samples) == (20 if plan is ALL else 8)
+    assert subject.done == subject.total == (1 if plan is ALL else 2) * 3 * STEPS
 
 
-def test_the_held_out_trajectory_replays():
+@pytest.mark.parametrize("samples, cached", [(15, 2), (25, 0)])
+def test_one_pass_gives_the_bits_of_two(samples, cached, monkeypatch):
+    """But for the kept inputs, which are others of the same samples; with as many samples nothing is left to choose."""
+    plan = replace(PLAN, samples=samples, trajectories=6, held_out=5)
+    once = calibrate(subject := host(cached), plan)
+    assert subject.done == 4 * STEPS
+    monkeypatch.setattr(Calibrating, "took_all", lambda *_: False)
+    twice = calibrate(subject := host(cached), plan)
+    assert subject.done == 8 * STEPS and once.notes["samples"] == twice.notes["samples"]
+    for name, layer in once.statistics.items():
+        if layer.inputs is not None:
+            assert layer.inputs.shape == twice.statistics[name].inputs.shape
+            layer.inputs = twice.statistics[name].inputs
+    same(once, twice)
+
+
+@pytest.mark.parametrize("plan", [PLAN, ALL])
+def test_the_held_out_trajectory_replays(plan):
     subject = host()
-    found = calibrate(subject, PLAN)
+    found = calibrate(subject, plan)
     assert len(found.held_out) == 4
     seed, size, first, _ = list(PLAN.batches())[-1]
     assert size == 1
@@ -207,10 +227,11 @@ def rows_of(x):
 
 @pytest.mark.parametrize("batched", [True, False])
 @pytest.mark.parametrize("cache", [0, 2])
-def test_kept_inputs_are_those_that_layers_see_and_the_held_out_image_is_not_among_them(cache, batched):
+@pytest.mark.parametrize("plan", [PLAN, ALL])
+def test_kept_inputs_are_those_that_layers_see_and_the_held_out_image_is_not_among_them(cache, batched, plan):
     """Against hooks on all calls; inputs of attention and MLP differ for each image."""
     subject = host(cache, batched=batched)
-    found, last = calibrate(subject, PLAN), len(list(PLAN.batches())) - 1
+    found, last = calibrate(subject, plan), len(list(PLAN.batches())) - 1
     seen = {name: [set() for _ in PLAN.batches()] for name in found.statistics}
     for run, batch in enumerate(PLAN.batches()):
 

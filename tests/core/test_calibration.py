@@ -14,7 +14,7 @@ from torch import nn
 from benchmarks.calibration.pool import CandidatePool, collect_pool, collect_statistics, is_cached_layer
 from qandc_core.caching.attach import apply_cache_to_dit, feature_cache
 from qandc_core.calibration.file import Calibration, fingerprint, load_calibration
-from qandc_core.calibration.statistics import BINS, LayerStatistics
+from qandc_core.calibration.statistics import BINS, LayerStatistics, add_products
 from qandc_core.checkpoints import save_dit
 from qandc_core.compensation.correction import VarianceCompensation
 from qandc_core.diffusion.noise import image_seed
@@ -59,6 +59,15 @@ def test_statistics_against_numpy(batches):
     assert np.log2(statistics.reach) % 1 == 0
     counts, _ = np.histogram(x, BINS, (-statistics.reach, statistics.reach))
     assert np.array_equal(statistics.histogram.numpy(), counts)
+
+
+@pytest.mark.parametrize("width", [3, 130, 1100])
+def test_products_are_added_by_halves(width):
+    x, before = torch.randn(40, width), torch.randn(width, width)
+    before += before.T.clone()
+    found = add_products(before.clone(), x)
+    torch.testing.assert_close(found, before + x.T @ x, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(found, found.T, rtol=1e-5, atol=1e-5)
 
 
 def test_every_value_is_counted_however_wide_the_range():

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 import qandc_core
 from qandc_core import CalibrationConfig, DiT, DiTConfig, RunReport, SamplingConfig, generate, save_dit
 from qandc_core.cli.main import main
+from qandc_core.distributed import Distributed
 from qandc_core.evaluation import experiment as module
 from qandc_core.evaluation import inception
 from qandc_core.evaluation.experiment import (
@@ -33,7 +34,6 @@ from qandc_core.evaluation.experiment import (
 )
 from qandc_core.evaluation.judges import DigitsJudge, InceptionJudge, Judgement, Reference
 from qandc_core.evaluation.metrics import FeatureStatistics
-from qandc_core.evaluation.sharding import Distributed
 from qandc_core.evaluation.tables import factor_table, markdown, plot_main
 from qandc_core.evaluation.variants import Variant, Workbench, balanced_labels
 

@@ -418,3 +418,27 @@ def test_memory_stays_within_what_is_allowed():
 def bytes_of(layer):
     tensors = [getattr(layer, key) for key in SUMS]
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+class Layer(torch.nn.Module):
+    """Looks at the first of its inputs alone."""
+
+    in_features = 4
+
+    def forward(self, x):
+        return x[:, :1] * 2
+
+
+@pytest.mark.parametrize("endless", ["inputs", "calls"])
+def test_an_image_goes_on_where_memory_runs_out(endless):
+    """A tensor that is expanded costs nothing until somebody copies it, here 160 TB."""
+    layer, few = Layer(), torch.ones(1, 3, 4)
+    many = few[:, :1].expand(1, 10**13, 4)
+    inputs, x = (many, few) if endless == "inputs" else (few, many)
+    recorder = Recorder(RecordingConfig(samples=9, held_out=2), 40, seed=1)
+    for _ in range(40):
+        out = recorder.called(0, lambda: [("blocks.0.fc", layer)], lambda: 0, lambda: layer(inputs), x, few, {})
+        assert torch.equal(out, inputs[:, :1] * 2)
+    assert not any(place.records for place in recorder.places.values())
+    with pytest.raises(ValueError, match="memory ran out while it was recorded"):
+        recorder.result()

@@ -84,8 +84,9 @@ class Checks:
     def load(self):
         return self.h.node("QandC_LoadDiT").execute("built-in demo", "auto", "auto").args[0]
 
-    def cached(self, model):
-        return self.h.node("QandC_ApplyCache").execute(model, {"policy": "interval", "interval": 2}, 1).args[0]
+    def cached(self, model, policy=None):
+        policy = policy or {"policy": "interval", "interval": 2}
+        return self.h.node("QandC_ApplyCache").execute(model, policy, 1).args[0]
 
     def quantized(self, model, format, method, loras="bake in"):
         return self.h.node("QandC_Quantize").execute(model, format, method, 0.3, 0, "", loras, "auto").args[0]
@@ -176,6 +177,8 @@ class Checks:
             "reloaded": {name: self.reloaded(models[name]) for name in models if "native" in name or "paper" in name},
             "waits": {name: self.waits_for_a_prediction(models[name]) for name in ("plain", "cached")},
         }
+        estimating = self.cached(models["plain"], {"policy": "error budget", "max_error": 1e-6, "max_reused": 4})
+        found["waits"]["error budget"] = self.waits_for_a_prediction(estimating)
         _, report = self.run(models["plain"])
         found["peak memory"] = {
             "reported": report.peak_memory,

@@ -172,7 +172,7 @@ class FakeDevice(TorchDispatchMode):
             return func(*args, **kwargs)
         name = func.overloadpacket
         self.check_devices(func, name, args, ours, others)
-        self.count(name, args, ours, others, target)
+        self.count(name, args, kwargs, ours, others, target)
         if name is aten._int_mm:
             check_int_mm(*args[:2])
         known = {id(t.inner): t for t in ours}
@@ -210,7 +210,15 @@ class FakeDevice(TorchDispatchMode):
             if tensor.dim():
                 raise RuntimeError(f"Expected all tensors to be on the same device, found cuda:0 and cpu in {func}")
 
-    def count(self, name, args, ours, others, target) -> None:
+    def count(self, name, args, kwargs, ours, others, target) -> None:
+        """A copy to the device that need not block waits for nothing: CUDA stages what is not pinned. One to the host's
+        pageable memory does.
+        """
+        arrives = name in COPIES and (
+            isinstance(args[0], DeviceTensor) if name is aten.copy_ else target.type == "cuda"
+        )
+        if arrives and not ours[1:] and any((kwargs.get("non_blocking"), *args[2:3])):
+            return
         crosses = name in COPIES and (bool(ours) != (target.type == "cuda") or (others and ours))
         indexed = name in (aten.index, aten.index_put_, aten._index_put_impl_) and (
             others or any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in args[1])

@@ -75,10 +75,13 @@ def test_dynamic_vram_pages_weights(found):
 
 
 def test_a_cache_costs_one_wait_for_a_prediction(found):
-    """To find its step; core waits as well."""
+    """To find its step, and an error budget one more for its estimate; core waits as well. The times of calls, at most
+    one for each step, are read once the run has ended.
+    """
     if found["mode"] in ("low", "refused"):
         pytest.skip("weights that are copied at every call")
-    assert found["waits"]["cached"] <= found["waits"]["plain"] + 1
+    assert found["waits"]["cached"] <= found["waits"]["plain"] + 1.5
+    assert found["waits"]["error budget"] <= found["waits"]["plain"] + 3
     assert found["waits"]["plain"] <= 4
 
 
@@ -87,7 +90,12 @@ def test_features_wait_where_the_node_says(found):
 
 
 def test_runs_are_recorded_on_the_device(found):
-    """The image is the same to the bit, and the file holds what runs elsewhere leave in it."""
+    """The image is the same to the bit, the file holds what runs elsewhere leave in it, and the host waits once the run
+    has ended: longer runs hold out more calls, which are fetched then. Statistics that do not fit beside the model are
+    fetched at every call that is observed.
+    """
     recorded = found["recorded"]
     assert recorded["same"] and recorded["finite"] and recorded["distances"] and recorded["layers"] > 20
     assert recorded["runs"] == 4 and recorded["measured"] == 1 and recorded["kinds"] == ["hessian", "inputs"]
+    if found["mode"] not in ("low", "refused"):
+        assert recorded["waits"] <= found["waits"]["plain"] + 1

@@ -14,11 +14,12 @@ from qandc_core import (
     generate,
     quantize_model,
 )
-from qandc_core.caching.policies import Plan
+from qandc_core.caching.policies import ErrorBudget, Plan
 from qandc_core.caching.run import SamplingRun
+from qandc_core.calibration.recorder import Recorder, RecordingConfig
 from qandc_core.fused.loop import DeviceLoop
 from qandc_core.models.dit import DiT, DiTConfig
-from qandc_core.models.layers import DIT_SKIP
+from qandc_core.models.layers import DIT_SKIP, named_linears
 from qandc_core.numerics import _has_float64
 from qandc_core.quantization.linear import QuantizedLinear
 from qandc_core.quantization.matmul import int_mm, kitchen_is_available, simulated_matmul
@@ -258,6 +259,20 @@ def test_a_callback_costs_one_wait_a_step(device):
     assert sum(device.waits.values()) <= STEPS + 3  # labels, noise, the end
 
 
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_an_error_budget_waits_once_for_its_estimate(device, order):
+    plans = {name: ErrorBudget(10.0, order=order).plan(12, flow=True) for name in ("cpu", "cuda:0")}
+    values = torch.randn(7, 2, 3, 4, 4)
+    for name, plan in plans.items():
+        for step in range(7):
+            plan.observe(float(step), values[step].to(name))
+    device.waits.clear()
+    plans["cuda:0"].begin(7, 7.0, 0.5, 0.4)
+    assert sum(device.waits.values()) == 1
+    plans["cpu"].begin(7, 7.0, 0.5, 0.4)
+    assert plans["cuda:0"].spent == pytest.approx(plans["cpu"].spent) and plans["cpu"].spent > 0
+
+
 def test_positions_of_another_size_are_copied_once(device):
     model = small_dit("cuda:0")
     x, t, y = torch.randn(2, 3, 12, 8), torch.full((2,), 500), torch.tensor([1, 2])
@@ -322,3 +337,27 @@ def test_a_device_without_float64(fused, not_asked_before):
         compensation = VarianceCompensation(torch.tensor([10.0, 1.0]), torch.zeros(2, 3), torch.full((2, 3), 1.01))
         images, _ = generate(model, [1], cfg_scale=1.5, sigmas=[10.0, 1.0, 0.0], compensation=compensation)
         assert images.cpu().isfinite().all()
+
+
+def test_a_recorded_run_waits_once_it_has_ended(device):
+    """Whatever is chosen and held out, and however much of it."""
+    model = small_dit("cuda:0")
+    t, labels = torch.tensor([900.0, 900.0], device="cuda:0"), torch.tensor([3, 1], device="cuda:0")
+
+    def waits(room):
+        recorder = Recorder(RecordingConfig(samples=9, memory_gb=0.01, tokens=300, held_out=4), 40, seed=1)
+        x = torch.randn(2, 3, 8, 8).to("cuda:0")
+        device.waits.clear()
+        for _ in range(40):
+            made = recorder.called(
+                0, lambda: list(named_linears(model)), lambda: room, lambda: model(x, t, labels), x, t, {"y": labels}
+            )
+            recorder.predicted(t, made)
+        during = sum(device.waits.values())
+        record = recorder.result()
+        assert record.samples == 8 and len(record.calls) == 2
+        assert all(tensor.device.type == "cpu" for _, call in record.calls for tensor in (call.x, call.conditions["y"]))
+        return during
+
+    waits(2**30)  # what all runs share is copied once
+    assert waits(2**30) == 0 < waits(0)

@@ -59,9 +59,16 @@ def locale(language):
     return json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text(encoding="utf-8"))
 
 
+def help_source(node, language):
+    """English is the page that the frontend falls back to in every other language."""
+    docs = ROOT / "web" / "docs"
+    path = docs / f"{node}.md" if language == "en" else docs / node / f"{language}.md"
+    return path.read_text(encoding="utf-8")
+
+
 def help_page(node, language="en"):
     """Names that are too long for the panel are written as HTML, with a place to break them."""
-    page = (ROOT / "web" / "docs" / node / f"{language}.md").read_text(encoding="utf-8")
+    page = help_source(node, language)
     return re.sub("</?code>", "`", page.replace("<wbr>", ""))
 
 
@@ -125,7 +132,7 @@ def test_chinese_help_page_names_every_input_and_output(node):
 @pytest.mark.parametrize("node", NODES)
 def test_help_page_fits_the_panel(node, language):
     # The panel can be 218 pixels wide: it cut the third column of tables off, and does not break code blocks.
-    page = (ROOT / "web" / "docs" / node / f"{language}.md").read_text(encoding="utf-8")
+    page = help_source(node, language)
     assert "\n|" not in page and "```" not in page
     assert not re.findall(r"`[\w./-]{21,}`", page, re.ASCII), "write <code>long_<wbr>name</code>, so that it can break"
     assert not re.search(r"\*[^*\n]*[\uff1a\u3002]\*(?=\w)", page), (

@@ -190,13 +190,19 @@ def test_nodes_that_load_a_file_say_where_it_is_from(path):
             assert node["widgets_values"][0] in [model["name"] for model in models]
 
 
-@each_workflow
-def test_no_output_slot_is_null(path):
-    """Frontend 1.58.1 calls `"slot_index": null` invalid."""
-    content = json.loads(path.read_text(encoding="utf-8"))
-    graphs = (content, *((content.get("definitions") or {}).get("subgraphs") or []))
-    slots = [slot for graph in graphs for node in graph["nodes"] for slot in node.get("outputs") or []]
-    assert all(isinstance(slot.get("slot_index", 0), int) for slot in slots)
+def nulls(content, path=""):
+    """Paths of everything that is null and may not be: only a slot without a link is."""
+    parts = list(
+        content.items() if isinstance(content, dict) else enumerate(content if isinstance(content, list) else ())
+    )
+    empty = [f"{path}/{key}" for key, value in parts if value is None and key not in ("link", "links")]
+    return empty + [found for key, value in parts for found in nulls(value, f"{path}/{key}")]
+
+
+@pytest.mark.parametrize("path", [*WORKFLOWS, *sorted(ROOT.glob("subgraphs/*.json"))], ids=lambda path: path.stem)
+def test_nothing_is_null_that_was_undefined(path):
+    """Frontend 1.58.1 calls `"slot_index": null` invalid and opens no subgraph with `"reroutes": null`."""
+    assert nulls(json.loads(path.read_text(encoding="utf-8"))) == []
 
 
 @each_workflow

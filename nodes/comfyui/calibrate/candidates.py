@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from ....qandc_core.calibration.choice import Candidates, features_of
+from ....qandc_core.calibration.layer_inputs import Watch
 from ..cache.attach import KEY as CACHE
 from ..cache.attach import is_reused
 from ..compensation import preserved_scale
@@ -20,21 +23,32 @@ def is_self_test(options: dict) -> bool:
     return run is not None and not run.reused and any(cache.run.reusing for cache in run.caches.values())
 
 
+def is_reusing(options: dict) -> bool:
+    """True while a model call runs that the cache makes of features; a call may be computed after all."""
+    run = options.get(CACHE)
+    return run is not None and run.reused and any(cache.run.reusing for cache in run.caches.values())
+
+
 def is_counted(executor, model, options: dict) -> bool:
     """Whether this is a call of the model itself: guiders may have a second one, and caches repeat a call."""
     return executor.class_obj is model and not is_self_test(options)
 
 
 class Collecting:
-    """PREDICT_NOISE and APPLY_MODEL of the first pass: notes every candidate of a model."""
+    """PREDICT_NOISE and APPLY_MODEL of the first pass: notes every candidate of a model, and hands its calls through
+    the watch, if there is one.
+    """
 
-    def __init__(self, candidates: Candidates, run: int, model):
+    def __init__(self, candidates: Candidates, run: int, model, watch: Watch | None = None):
         self.candidates, self.run, self.call, self.conditions, self.model = candidates, run, 0, 0, model
+        self.watch = watch
 
     def predict_noise(self, executor, x, timestep, model_options, seed):
         options, sigma = model_options["transformer_options"], scalar(timestep)
         scale = preserved_scale(sigma, is_flow(executor.class_obj.inner_model))
         features, self.conditions = features_of(x * scale), 0
+        if self.watch is not None:
+            self.watch.next_prediction()
         out = executor(x, timestep, model_options, seed)
         sigmas = options["sample_sigmas"]
         step = step_at(sigmas.tolist(), sigma)
@@ -45,6 +59,14 @@ class Collecting:
         return out
 
     def apply_model(self, executor, x, t, c_concat, c_crossattn, control, transformer_options, **kwargs):
-        if is_counted(executor, self.model, transformer_options):
-            self.conditions += conditions_of(transformer_options)
-        return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+        def call() -> Tensor:
+            return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+
+        if not is_counted(executor, self.model, transformer_options):
+            return call()
+        count = conditions_of(transformer_options)
+        self.conditions += count
+        if self.watch is None:
+            return call()
+        given = {"c_concat": c_concat, "c_crossattn": c_crossattn, "control": control, **kwargs}
+        return self.watch.called(call, x, t, given, count, lambda: is_reusing(transformer_options))

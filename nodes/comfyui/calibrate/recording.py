@@ -2,7 +2,8 @@
 
 What a node attaches is configuration: the file, what is kept, the model's fingerprint. A run's recorder is made in
 OUTER_SAMPLE and found in the options of that run alone, so several samplers and both experts of a model each have their
-own; it is freed however the run ends, and only a run that ended well is added.
+own; it is freed however the run ends, and only a run that ended well is added. A guider with two models samples both
+under the wrappers of its main one, so the main one's node records the other one too where that has a node.
 
 Reading, merging and writing gigabytes of statistics takes seconds, so a thread does it while the image is decoded and
 the next run begins. That run waits for it before it keeps anything of its own: memory holds one run's statistics. What
@@ -21,6 +22,7 @@ from typing import Any
 import comfy.model_management as mm
 import comfy.patcher_extension
 import torch
+from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
 from ....qandc_core.calibration.growth import RunSchedule, add_run, check_recording
@@ -71,7 +73,10 @@ class RunRecorder:
         guider = executor.class_obj
         if len(sigmas) < 2 or repeated.get() is not None:  # no step, or one that Compare only times
             return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
-        self.check(guider.model_patcher)
+        runs = [RecordedRun(self, guider.model_patcher, len(sigmas) - 1)]
+        runs += [RecordedRun(node, patcher, len(sigmas) - 1) for node, patcher in others_recorded(guider)]
+        for run in runs:
+            run.node.check(run.patcher)
         saved, options = guider.model_options, options_of_run(guider)
         caches = CACHE in options.get("wrappers", {}).get(WRAPPERS.OUTER_SAMPLE, {}) or bool(
             other_caches(guider.model_patcher, guider.model_options)
@@ -79,17 +84,19 @@ class RunRecorder:
         schedule = RunSchedule(
             sigmas.tolist(), sampler_function_name(sampler).removeprefix("sample_"), declares_noise(sampler), not caches
         )
-        run = RecordedRun(Recorder(self.config, len(sigmas) - 1), guider.model_patcher)
-        options[KEY] = run
+        options[KEY] = runs
         keep_innermost(options)
-        begun = recorded.set((*recorded.get(), self))
+        begun = recorded.set((*recorded.get(), *(run.node for run in runs)))
         try:
             out = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
-            self.end(run.recorder, schedule, guider.model_patcher.load_device)
+            for run in runs:
+                if run.recorder.strata is not None:  # at a CFG of 1 a guider leaves its second model out
+                    run.node.end(run.recorder, schedule, run.patcher.load_device)
             return out
         finally:
             recorded.reset(begun)
-            run.recorder.close()
+            for run in runs:
+                run.recorder.close()
             guider.model_options = saved
 
     def end(self, recorder: Recorder, schedule: RunSchedule, device: torch.device) -> None:
@@ -123,16 +130,30 @@ def settle() -> None:
 
 
 class RecordedRun:
-    """One sampling run: its recorder, and the networks whose calls are of this model."""
+    """One sampling run of one model: the node, the recorder, and the networks whose calls are of this model."""
 
-    def __init__(self, recorder: Recorder, patcher):
-        self.recorder = recorder
+    def __init__(self, node: RunRecorder, patcher, steps: int):
+        self.node, self.patcher, self.recorder = node, patcher, Recorder(node.config, steps)
         clones = patcher.get_additional_models_with_key("multigpu")
         self.models = [patcher.model, *(clone.model for clone in clones)]
 
-    def takes(self, model, options: dict[str, Any], device: torch.device) -> bool:
-        """True for a computed call of this model."""
-        return any(model is known for known in self.models) and not is_reusing(options, model, device)
+
+def others_recorded(guider) -> list[tuple[RunRecorder, Any]]:
+    """Models of a guider beside its main one, with weights and a node of their own."""
+    found, seen = [], [guider.model_patcher.model]
+    for patcher in vars(guider).values():
+        model = getattr(patcher, "model", None)
+        if not isinstance(patcher, ModelPatcher) or any(model is known for known in seen):
+            continue
+        seen.append(model)
+        found += [(node, patcher) for node in patcher.get_wrappers(WRAPPERS.OUTER_SAMPLE, KEY)]
+    return found
+
+
+def run_of(options: dict[str, Any], model) -> RecordedRun | None:
+    """The run that calls of this model belong to."""
+    runs = options.get(KEY, ())
+    return next((run for run in runs if any(model is known for known in run.models)), None)
 
 
 def is_reusing(options: dict[str, Any], model, device: torch.device) -> bool:
@@ -157,15 +178,14 @@ def room(model, x: Tensor) -> int:
 def predict_noise(executor, x, timestep, model_options, seed):
     """PREDICT_NOISE: the prediction of each step, for the distances between them."""
     out = executor(x, timestep, model_options, seed)
-    run = model_options["transformer_options"].get(KEY)
-    if run is not None:
+    for run in model_options["transformer_options"].get(KEY, ()):
         run.recorder.predicted(timestep, out)
     return out
 
 
 def calc_cond_batch(executor, model, conds, x_in, timestep, model_options):
     """CALC_COND_BATCH: how many rows a prediction evaluates."""
-    run = model_options.get("transformer_options", {}).get(KEY)
+    run = run_of(model_options.get("transformer_options", {}), model)
     if run is not None:
         run.recorder.expect(len(x_in) * sum(len(found) for found in conds if found is not None))
     return executor(model, conds, x_in, timestep, model_options)
@@ -177,8 +197,9 @@ def apply_model(executor, x, t, c_concat, c_crossattn, control, transformer_opti
     def call() -> Tensor:
         return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
 
-    run, model = transformer_options.get(KEY), executor.class_obj
-    if run is None or not run.takes(model, transformer_options, x.device):
+    model = executor.class_obj
+    run = run_of(transformer_options, model)
+    if run is None or is_reusing(transformer_options, model, x.device):
         return call()
     conditions = {"c_concat": c_concat, "c_crossattn": c_crossattn, "control": control, **kwargs}
     return run.recorder.called(id(model), lambda: layers_of(model), lambda: room(model, x), call, x, t, conditions)
@@ -204,10 +225,12 @@ def is_compiled(patcher) -> bool:
 
 
 def before_run(patcher) -> None:
-    """ON_PRE_RUN: tells of a model that its guider does not wrap, such as the second one of a guider with two."""
+    """ON_PRE_RUN: tells of a model that its guider does not wrap, the second one of two whose first has no node."""
     for wrapper in patcher.get_wrappers(WRAPPERS.OUTER_SAMPLE, KEY):
         if wrapper not in recorded.get() and repeated.get() is None:
-            wrapper.say("a run is not recorded, this model is not the main one of its guider", logging.WARNING)
+            wrapper.say(
+                "a run is not recorded, its guider's main model needs a Calibrate from Runs node too", logging.WARNING
+            )
 
 
 def record_runs(patcher, recorder: RunRecorder):

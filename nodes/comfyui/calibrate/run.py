@@ -11,7 +11,7 @@ from ....qandc_core.calibration import run as engine
 from ....qandc_core.calibration.choice import SELECTIONS, Batch, CalibrationConfig, Candidates
 from ....qandc_core.calibration.digest import Digest
 from ....qandc_core.calibration.file import Calibration
-from ....qandc_core.calibration.layer_inputs import Observer
+from ....qandc_core.calibration.layer_inputs import Observer, Watch
 from ....qandc_core.sampling.remaining import Remaining
 from ..model.dit import is_dit
 from ..quantize.layers import calibrated, check_not_paper
@@ -25,7 +25,7 @@ from .layer_inputs import Observing
 
 __all__ = ["SELECTIONS", "CalibrationConfig", "calibrate", "digest_of"]
 KEY = "qandc_calibration"
-VERSION = 3  # of what a partial file notes
+VERSION = 4  # of what a partial file notes
 
 
 def calibrate(
@@ -73,8 +73,8 @@ class SamplingHost:
         mm.soft_empty_cache()
         return True
 
-    def collect(self, candidates: Candidates, run: int, batch: Batch) -> None:
-        collecting = Collecting(candidates, run, self.patcher.model)
+    def collect(self, candidates: Candidates, run: int, batch: Batch, watch: Watch | None = None) -> None:
+        collecting = Collecting(candidates, run, self.patcher.model, watch)
         self.sample(collecting, batch)
         if not collecting.call:
             raise ValueError(

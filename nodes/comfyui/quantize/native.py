@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.model_management as mm
+from torch import nn
 
 from ....qandc_core.calibration.file import FINGERPRINT, Calibration
 from ....qandc_core.quantization.budget import FLOAT, TRIES, Budget, LayerSource, quantize_layers, stored_bytes
@@ -75,7 +76,7 @@ def quantize_native(
         watch.seconds(),
         backend(settings.format, model.load_device),
         error,
-        packed_sources(patcher, layers),
+        packed_sources(patcher.model.diffusion_model, layers),
     )
     if error is not None and not error[0] < COLLAPSE:
         raise ValueError(
@@ -97,12 +98,7 @@ def chosen_layers(patcher, settings: NativeSettings) -> list[str]:
     check_not_paper(network)
     check_loras(patcher)
     found = quantizable(network, settings.include)
-    for name, module in found:
-        if not (is_quantized(module.weight) or module.weight.is_floating_point()):
-            raise ValueError(
-                f"The weight of {name} is a {type(module.weight).__name__} of {module.weight.dtype}, expected floating "
-                "point; load the model with Load Diffusion Model from a file of 16 bits."
-            )
+    check_decodable(found, "Load Diffusion Model")
     wanted = [(name, module) for name, module in found if not any(pattern in name for pattern in settings.skip)]
     if not wanted:
         skipped = ", ".join(settings.skip) or "nothing"
@@ -110,9 +106,18 @@ def chosen_layers(patcher, settings: NativeSettings) -> list[str]:
     return [name for name, _ in narrower(wanted, BY_NAME[settings.format])]
 
 
-def packed_sources(patcher, names: list[str]) -> dict[str, int]:
+def check_decodable(layers: list[tuple[str, Any]], loader: str) -> None:
+    """Raises ValueError on weights that are neither floating point nor packed by ComfyUI, such as GGUF's."""
+    for name, module in layers:
+        if not (is_quantized(module.weight) or module.weight.is_floating_point()):
+            raise ValueError(
+                f"The weight of {name} is a {type(module.weight).__name__} of {module.weight.dtype}, expected floating "
+                f"point; load the model with {loader} from a file of 16 bits."
+            )
+
+
+def packed_sources(network: nn.Module, names: list[str]) -> dict[str, int]:
     """Formats that these layers are in before, and how many of them."""
-    network = patcher.model.diffusion_model
     found = Counter(packed_name(network.get_submodule(name)) for name in names)
     return {name: count for name, count in found.items() if name is not None}
 
@@ -120,9 +125,13 @@ def packed_sources(patcher, names: list[str]) -> dict[str, int]:
 def ignored_patterns(patcher, settings: NativeSettings) -> list[str]:
     """A sentence for each part of `skip` and `include` that no layer's name contains."""
     names = list(all_linears(patcher.model.diffusion_model))
+    return unmatched_parts(names, settings.skip, settings.include)
+
+
+def unmatched_parts(names: list[str], skip: tuple[str, ...], include: tuple[str, ...]) -> list[str]:
     found = [
         f"{kind}: {sentence}"
-        for kind, patterns in (("skip", settings.skip), ("include", settings.include))
+        for kind, patterns in (("skip", skip), ("include", include))
         for sentence in unmatched(patterns, names)
     ]
     for sentence in found:
@@ -139,7 +148,7 @@ def quantized_weights(
     judge: Judge | None,
 ) -> dict[str, NativeLayer | None]:
     """Every layer's tensors; None where it stays as it is. Raises ValueError where all of them do."""
-    device, patcher = mm.get_torch_device(), weights.patcher
+    device, network = mm.get_torch_device(), weights.patcher.model.diffusion_model
 
     def source(name: str) -> LayerSource:
         return LayerSource(name, lambda: weights.layer(name, device), sizes[name], name in unpacked)
@@ -151,11 +160,11 @@ def quantized_weights(
     def shown(name: str, error: float) -> None:
         errors[name] = error  # a layer that gets a finer format comes again
         words = f"layer {len(errors)} of {len(names)}" if len(errors) < len(names) else "finer formats"
-        work.did("rounding", rounding_cost(patcher, name), words, error_bars(errors, "relative error"))
+        work.did("rounding", rounding_cost(network.get_submodule(name)), words, error_bars(errors, "relative error"))
 
     config = NativeConfig(settings.format, settings.rounding)
     statistics = calibration.statistics if calibration is not None else {}
-    mm.free_memory(max(working_memory(patcher, name) for name in names), device)
+    mm.free_memory(max(working_memory(network.get_submodule(name)) for name in names), device)
     budget = settings.budget
     if budget.max_bytes is not None and budget.max_bytes >= sum(sizes.values()):
         # The layers as they are meet this limit: spending it would quantize nothing.
@@ -182,21 +191,20 @@ def judge_of_layers(judge: Judge, settings: NativeSettings) -> Judge:
 
 def planned_work(patcher, settings: NativeSettings, names: list[str], calls: int, node_id: str | None) -> Work:
     """All that is to be done as far as it can be known: finer formats and their measurements are a guess."""
-    rounding, asked = sum(rounding_cost(patcher, name) for name in names), 2 * calls
+    network = patcher.model.diffusion_model
+    rounding, asked = sum(rounding_cost(network.get_submodule(name)) for name in names), 2 * calls
     if settings.budget.climbs and calls:
         rounding, asked = 1.5 * rounding, asked + min(FEW, calls) * len(grouped(names)) + TRIES // 2 * calls
     return Work(patcher, rounding, asked, node_id)
 
 
-def rounding_cost(patcher, name: str) -> float:
+def rounding_cost(module: Any) -> float:
     """Operations of gptq on a layer, for shares of the time: a factorization of X^T X and a product with it."""
-    module = patcher.model.diffusion_model.get_submodule(name)
     return module.in_features**2 * (module.in_features / 3 + module.out_features)
 
 
-def working_memory(patcher, name: str) -> int:
+def working_memory(module: Any) -> int:
     """Memory to round one layer: X^T X and its factor, and the weight a few times, in float32."""
-    module = patcher.model.diffusion_model.get_submodule(name)
     return 4 * module.in_features * (3 * module.in_features + 6 * module.out_features)
 
 

@@ -6,19 +6,21 @@ classes stay as they are.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 from typing import Any, NamedTuple
 
 import comfy.hooks
 import comfy.lora
-import comfy.model_management as mm
 import comfy.model_patcher
 import comfy.utils
 import torch
 from torch import Tensor, nn
 
+from ....qandc_core.quantization.adapters import Beside
 from ....qandc_core.quantization.formats import packed_format
-from .finer import corrected_mark, decode_at_call, finer_format, finer_parts, growth, set_finer
+from .beside import BesideLayer, beside_of
+from .finer import decode_at_call, file_mark, finer_format, finer_parts, for_file, growth, holds_patched, stored_patched
 from .weights import is_quantized
 
 
@@ -30,38 +32,114 @@ class Backup(NamedTuple):
 
 
 class NativePatcher:
-    """Saves, merges and hooks models with weights in ComfyUI's quantized formats."""
+    """Saves, merges and hooks models with weights in ComfyUI's quantized formats, and takes LoRAs beside them."""
+
+    known_besides: tuple[Any, dict[str, Beside | None]] = (None, {})  # of the patches with this id
 
     def clone(self, *args, **kwargs):
-        return as_native(super().clone(*args, **kwargs))  # type: ignore[misc]
+        copy = as_native(super().clone(*args, **kwargs))  # type: ignore[misc]
+        copy.known_besides = self.known_besides
+        return copy
 
     def model_state_dict(self, *args, **kwargs) -> dict[str, Tensor]:
         """Without scales and marks, which are no parameters: patches, merges and hooks go through all of these."""
         found = super().model_state_dict(*args, **kwargs)  # type: ignore[misc]
         return {key: value for key, value in found.items() if has_parameter(self.model, key)}  # type: ignore[attr-defined]
 
+    def besides(self) -> dict[str, Beside | None]:
+        """What this patcher's patches add beside each layer with a weight in one of our formats; None where they change
+        the weight.
+        """
+        if self.known_besides[0] != self.patches_uuid:  # type: ignore[attr-defined]
+            weights = {key: self.unpatched(key) for key in self.patches}  # type: ignore[attr-defined]
+            found = {
+                key: beside_of(self.patches[key], weight)  # type: ignore[attr-defined]
+                for key, weight in weights.items()
+                if packed_format(weight) is not None
+            }
+            self.known_besides = self.patches_uuid, found  # type: ignore[attr-defined]
+        return self.known_besides[1]
+
+    def layers(self) -> Iterator[tuple[str, Any]]:
+        """The keys of the weights of layers that take LoRAs beside them, and these layers."""
+        for name, module in self.model.named_modules():  # type: ignore[attr-defined]
+            if isinstance(module, BesideLayer):
+                yield f"{name}.weight", module
+
     def load(self, *args, **kwargs) -> None:
+        model, besides = self.model, self.besides()  # type: ignore[attr-defined]
+        if getattr(model, "qandc_besides", None) != self.patches_uuid:  # type: ignore[attr-defined]
+            for key, layer in self.layers():
+                layer.beside = besides.get(key)
+                layer.relabel()
+            model.qandc_besides = self.patches_uuid  # type: ignore[attr-defined]
         super().load(*args, **kwargs)  # type: ignore[misc]
-        for module in self.model.modules():  # type: ignore[attr-defined]
-            decode_at_call(module)
+        self.settle()
+
+    def partially_unload(self, *args, **kwargs) -> int:
+        freed = super().partially_unload(*args, **kwargs)  # type: ignore[misc]
+        self.settle()
+        return freed
+
+    def settle(self) -> None:
+        """Takes back what core would add to weights at calls; moves what is beside a layer to where its weight is."""
+        dynamic = self.is_dynamic()  # type: ignore[attr-defined]
+        for _, layer in self.layers():
+            if layer.beside is None:
+                decode_at_call(layer)
+                continue
+            near = dynamic or getattr(layer, "comfy_patched_weights", False)
+            layer.beside = layer.beside.to(self.load_device if near else self.offload_device)  # type: ignore[attr-defined]
+            layer.weight_lowvram_function = None
+            patch = comfy.model_patcher.LowVramPatch
+            layer.weight_function = [function for function in layer.weight_function if not isinstance(function, patch)]
+
+    def unpatch_model(self, device_to=None, unpatch_weights=True) -> None:
+        super().unpatch_model(device_to, unpatch_weights)  # type: ignore[misc]
+        if unpatch_weights:
+            self.model.qandc_besides = None  # type: ignore[attr-defined]
+            for _, layer in self.layers():
+                layer.beside = None
+                layer.relabel()
+
+    def inject_model(self) -> None:
+        super().inject_model()  # type: ignore[misc]
+        self.relabel()
+
+    def eject_model(self) -> None:
+        super().eject_model()  # type: ignore[misc]
+        self.relabel()
+
+    def relabel(self) -> None:
+        for _, layer in self.layers():
+            layer.relabel()
 
     def model_size(self) -> int:
         return super().model_size() + sum(self.growths().values())  # type: ignore[misc]
 
     def _load_list(self, *args, **kwargs) -> list[tuple]:
         """Core's list of (..., bytes, module's name, module, parameters), with the bytes that a module will have."""
-        growths = self.growths()
-        found = []
+        growths, found = self.growths(), []
         for *order, size, name, module, params in super()._load_list(*args, **kwargs):  # type: ignore[misc]
-            pending = growths.get(f"{name}.weight", 0) if finer_format(getattr(module, "weight", None)) else 0
-            found.append((*order, size + pending, name, module, params))
+            key = f"{name}.weight"
+            found.append((*order, size + (growths[key] if self.is_pending(key) else 0), name, module, params))
         return found
 
+    def is_pending(self, key: str) -> bool:
+        """True if the growth of the key's layer is none of its parameters' bytes: not yet, or beside it."""
+        if key not in self.growths():
+            return False
+        held = getattr(comfy.utils.get_attr(self.model, key), "_layout_cls", None)  # type: ignore[attr-defined]
+        return self.besides()[key] is not None or held == self.unpatched(key)._layout_cls
+
     def growths(self) -> dict[str, int]:
-        """Extra bytes of patched weights, by their keys; none under dynamic VRAM."""
-        if getattr(self, "is_dynamic", bool)():
+        """Extra bytes of patched layers, by the keys of their weights; none under dynamic VRAM."""
+        if self.is_dynamic():  # type: ignore[attr-defined]
             return {}
-        return {key: growth(self.unpatched(key)) for key in self.patches}  # type: ignore[attr-defined]
+        return {
+            key: growth(self.owner(key), self.unpatched(key)) if beside is None else beside.nbytes
+            for key, beside in self.besides().items()
+        }
 
     def unpatched(self, key: str):
         backup = self.backup.get(key)  # type: ignore[attr-defined]
@@ -70,42 +148,49 @@ class NativePatcher:
     def model_state_dict_for_saving(self, model: nn.Module | None = None, prefix: str = "") -> dict[str, Any]:
         """As core's, which asks integer codes for gradients where weights are cast at every call.
 
-        A patched layer of few bits is saved in its finer format.
+        LoRAs are in the weights of a file: a patched layer of few bits is saved in its finer format.
         """
         model = self.model if model is None else model  # type: ignore[attr-defined]
         replaced: dict[str, Any] = {}
         gone: set[str] = set()
         for name, module in model.named_modules():
-            if is_quantized(getattr(module, "weight", None)):
-                gone.update(module.weight.state_dict(f"{name}.weight"))
-                replaced |= self.saved_parts(name, module, prefix)
+            key = f"{prefix}{name}.weight"
+            weight = self.unpatched(key) if key in self.besides() else getattr(module, "weight", None)
+            if is_quantized(weight):
+                gone.update(weight.state_dict(f"{name}.weight"))
+                replaced |= self.saved_parts(name, module, weight, prefix)
         rest = super().model_state_dict_for_saving(WithoutTensors(model, gone | replaced.keys()), prefix)  # type: ignore[misc]
         return {**rest, **replaced}
 
-    def saved_parts(self, name: str, module: Any, prefix: str) -> dict[str, Any]:
-        """A quantized layer's weight under its names in a file, and its mark where the module's own is wrong."""
-        key, weight = f"{prefix}{name}.weight", module.weight
-        format = packed_format(weight)
-        parts = weight.state_dict(f"{name}.weight")
-        if not (getattr(module, "comfy_patched_weights", False) or key in self.backup):  # type: ignore[attr-defined]
-            finer = finer_format(weight) if key in self.patches else None  # type: ignore[attr-defined]
+    def saved_parts(self, name: str, module: Any, weight: Any, prefix: str) -> dict[str, Any]:
+        """A quantized layer's weight under its names in a file, and its mark where it is patched."""
+        key, mark = f"{prefix}{name}.weight", {}
+        parts, patched = weight.state_dict(f"{name}.weight"), key in self.besides()
+        if patched:
+            finer = finer_format(weight)
             if finer is not None:
-                format, parts = finer, {f"{name}.{part}": value for part, value in finer_parts(weight).items()}
+                parts = {f"{name}.{part}": value for part, value in finer_parts(weight).items()}
+            mark = {f"{name}.comfy_quant": file_mark(module, weight, finer or packed_format(weight))}
+        if patched or not (getattr(module, "comfy_patched_weights", False) or key in self.backup):  # type: ignore[attr-defined]
             caster = comfy.model_patcher.LazyCastingQuantizedParam(self, key)
             parts = {part: SavedPiece(caster, prefix + part, tensor) for part, tensor in parts.items()}
-        said = None if format is None else corrected_mark(module, format)
-        return parts if said is None else {**parts, f"{name}.comfy_quant": said}
+        return {**parts, **mark}
 
     def patch_weight_to_device(self, key: str, device_to=None, **how):
-        """As core's, but a weight of few bits is stored in 8 while patches are on it, and a small layer that dynamic
-        VRAM moves stays as it is, where core decodes it and rounds it anew, at random.
+        """As core's, but the weight stays what it is where patches are beside it, and is not rounded as before where
+        they change it. A small layer that dynamic VRAM moves stays as it is too, where core decodes it and rounds it
+        anew, at random.
         """
-        if key in self.patches:  # type: ignore[attr-defined]
-            with set_finer(self.model, key):  # type: ignore[attr-defined]
+        weight = self.unpatched(key)
+        if key in self.besides() and how.get("return_weight"):
+            return self.with_patches(key, device_to)
+        if self.besides().get(key, weight) is None:
+            with holds_patched(self.owner(key), weight):
                 return super().patch_weight_to_device(key, device_to=device_to, **how)  # type: ignore[misc]
-        weight = comfy.utils.get_attr(self.model, key)  # type: ignore[attr-defined]
-        if not how.get("force_cast") or not is_quantized(weight):
+        if not is_quantized(weight) or (key in self.patches and key not in self.besides()):  # type: ignore[attr-defined]
             return super().patch_weight_to_device(key, device_to=device_to, **how)  # type: ignore[misc]
+        if not how.get("force_cast"):
+            return weight
         moved = weight.to(device=device_to)
         if how.get("return_weight"):
             return moved
@@ -116,39 +201,66 @@ class NativePatcher:
         comfy.utils.set_attr_param(self.model, key, moved)  # type: ignore[attr-defined]
         return None
 
+    def with_patches(self, key: str, device: torch.device | None) -> Any:
+        """The packed weight of a file with the patches in it."""
+        weight = self.unpatched(key)
+        decoded = weight.to(device=device or weight.device, dtype=torch.float32).dequantize()
+        changed = comfy.lora.calculate_weight(self.patches[key], decoded, key)  # type: ignore[attr-defined]
+        return for_file(weight, changed, comfy.utils.string_to_seed(key))
+
+    def owner(self, key: str) -> Any:
+        return comfy.utils.get_attr(self.model, key.rpartition(".")[0])  # type: ignore[attr-defined]
+
     def patch_hook_weight_to_device(self, hooks, combined_patches, key, original_weights, memory_counter) -> None:
-        with set_finer(self.model, key):  # type: ignore[attr-defined]
-            weight, set_weight, convert = comfy.model_patcher.get_key_weight(self.model, key)  # type: ignore[attr-defined]
-        if key not in combined_patches or not is_quantized(weight):
+        layer = self.owner(key) if key.endswith(".weight") else None
+        if key not in combined_patches or not isinstance(layer, BesideLayer):
             super().patch_hook_weight_to_device(  # type: ignore[misc]
                 hooks, combined_patches, key, original_weights, memory_counter
             )
             return
+        fast, packed = self.hook_mode == comfy.hooks.EnumHookMode.MaxSpeed, self.unpatched(key)  # type: ignore[attr-defined]
+        layer.hooked = beside_of(combined_patches[key], packed)
+        if layer.hooked is not None:
+            layer.hooked = layer.hooked.to(self.load_device)  # type: ignore[attr-defined]
+            layer.relabel()
+            del original_weights[key]
+            if fast:
+                self.cached_hook_patches.setdefault(hooks, {})[key] = (layer.hooked, self.load_device)  # type: ignore[attr-defined]
+            return
+        weight = layer.weight
         self.remember_for_hooks(key, weight, memory_counter)
-        decoded = convert(mm.cast_to_device(weight, weight.device, torch.float32, copy=True)).float()
+        decoded = decode(weight) if layer.beside is None else decode(weight) + layer.beside.to(weight.device).dense()
         changed = comfy.lora.calculate_weight(combined_patches[key], decoded, key, original_weights=original_weights)
         del original_weights[key]
-        hooked = set_weight(changed, seed=comfy.utils.string_to_seed(key), return_weight=True)
+        if layer.beside is not None:
+            changed = changed - layer.beside.to(weight.device).dense().float()
+        hooked = stored_patched(packed, changed, comfy.utils.string_to_seed(key))
         comfy.utils.set_attr_param(self.model, key, hooked)  # type: ignore[attr-defined]
-        if self.hook_mode == comfy.hooks.EnumHookMode.MaxSpeed:  # type: ignore[attr-defined]
+        if fast:
             kept = hooked.to(device=self.hook_device(hooked, memory_counter))
             self.cached_hook_patches.setdefault(hooks, {})[key] = (kept, weight.device)  # type: ignore[attr-defined]
 
     def patch_cached_hook_weights(self, cached_weights: dict, key: str, memory_counter) -> None:
-        weight = comfy.utils.get_attr(self.model, key)  # type: ignore[attr-defined]
-        if not is_quantized(weight):
+        layer = self.owner(key) if key.endswith(".weight") else None
+        if not isinstance(layer, BesideLayer):
             super().patch_cached_hook_weights(cached_weights, key, memory_counter)  # type: ignore[misc]
             return
-        self.remember_for_hooks(key, weight, memory_counter)
         kept, device = cached_weights[key]
-        comfy.utils.set_attr_param(self.model, key, kept.to(device=device))  # type: ignore[attr-defined]
+        beside = isinstance(kept, Beside)
+        layer.hooked = kept if beside else None
+        if beside:
+            self.restore_from_hooks(key)
+        else:
+            self.remember_for_hooks(key, layer.weight, memory_counter)
+            comfy.utils.set_attr_param(self.model, key, kept.to(device=device))  # type: ignore[attr-defined]
+        layer.relabel()
 
     def unpatch_hooks(self, whitelist_keys_set: set[str] | None = None) -> None:
-        backup = self.hook_backup  # type: ignore[attr-defined]
-        for key in [key for key in backup if not whitelist_keys_set or key in whitelist_keys_set]:
-            if is_quantized(backup[key][0]):
-                weight, device = backup.pop(key)
-                comfy.utils.set_attr_param(self.model, key, weight.to(device=device))  # type: ignore[attr-defined]
+        for key, layer in self.layers():
+            if not whitelist_keys_set or key in whitelist_keys_set:
+                layer.hooked = None
+                self.restore_from_hooks(key)
+                layer.relabel()
         super().unpatch_hooks(whitelist_keys_set)  # type: ignore[misc]
 
     def remember_for_hooks(self, key: str, weight: Tensor, memory_counter) -> None:
@@ -156,10 +268,21 @@ class NativePatcher:
             kept = weight.to(device=self.hook_device(weight, memory_counter), copy=True)
             self.hook_backup[key] = (kept, weight.device)  # type: ignore[attr-defined]
 
+    def restore_from_hooks(self, key: str) -> None:
+        if key in self.hook_backup:  # type: ignore[attr-defined]
+            weight, device = self.hook_backup.pop(key)  # type: ignore[attr-defined]
+            comfy.utils.set_attr_param(self.model, key, weight.to(device=device))  # type: ignore[attr-defined]
+
     def hook_device(self, weight: Tensor, memory_counter) -> torch.device:
         """Device for the other version of a weight: beside it while there is room."""
         fast = self.hook_mode == comfy.hooks.EnumHookMode.MaxSpeed  # type: ignore[attr-defined]
         return weight.device if fast and memory_counter.use(weight) else self.offload_device  # type: ignore[attr-defined]
+
+
+def decode(weight: Any) -> Tensor:
+    """A weight (N, K) in float32 that may be changed."""
+    wide = weight.to(dtype=torch.float32)
+    return wide.dequantize() if is_quantized(wide) else wide.clone()
 
 
 class PaperPatcher:

@@ -15,6 +15,7 @@ from torch import Tensor
 from ....qandc_core.calibration.file import FINGERPRINT
 from ....qandc_core.numerics import is_out_of_memory
 from ..wrappers import WRAPPERS
+from .beside import with_besides
 from .formats import compilable
 from .patcher import as_native
 from .weights import base_tensors
@@ -88,6 +89,7 @@ def rebuilt(source, tensors: dict[str, Tensor], disable_dynamic: bool = False):
     if known is not None:
         setattr(fresh.diffusion_model, FINGERPRINT, known)
     compilable(fresh.diffusion_model)
+    with_besides(fresh.diffusion_model)
     return as_native(patcher)
 
 

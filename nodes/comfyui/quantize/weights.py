@@ -6,21 +6,25 @@ from collections.abc import Collection
 
 import comfy.lora
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ....qandc_core.calibration.file import FINGERPRINT, fingerprint_tensors
+from ....qandc_core.quantization.formats import packed_format
+from .finer import file_mark
+
+DIFFUSION = "diffusion_model"  # a MODEL's network; those of a CLIP have other paths
 
 
 class SourceWeights:
     """A patcher's weights: with `bake` its LoRAs and merges are part of them, else they are left out.
 
     LoRAs are added to decoded weights in float32, before anything is rounded again: float8 steps over a weak one.
-    `stored` is the dtype for what can no longer stay in float8.
+    `stored` is the dtype for what can no longer stay in float8, `root` the network's path within the patcher's model.
     """
 
-    def __init__(self, patcher, bake: bool, stored: torch.dtype | None = None):
-        self.patcher, self.bake, self.stored = patcher, bake, stored
-        self.tensors = base_tensors(patcher)
+    def __init__(self, patcher, bake: bool, stored: torch.dtype | None = None, root: str = DIFFUSION):
+        self.patcher, self.bake, self.stored, self.root = patcher, bake, stored, root
+        self.tensors = base_tensors(patcher, root)
 
     def bytes(self, names: Collection[str]) -> dict[str, int]:
         """Size of each of these layers in the source."""
@@ -33,7 +37,7 @@ class SourceWeights:
 
     def layer(self, name: str, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """Weight (N, K) in floating point and bias (N,) or None of a linear layer."""
-        module = self.patcher.model.diffusion_model.get_submodule(name)
+        module = network_of(self.patcher, self.root).get_submodule(name)
         weight = self.value(f"{name}.weight").to(device)
         smoothing = getattr(module, "pre_quant_scale", None)
         if smoothing is not None:  # the layer multiplies its inputs by it; the quantized one will not
@@ -41,12 +45,15 @@ class SourceWeights:
         if module.bias is None:
             return weight, None
         bias = self.value(f"{name}.bias")
-        return weight, bias.to(device, self.kept_dtype(base_weight(self.patcher, f"{name}.bias").dtype))
+        return weight, bias.to(device, self.kept_dtype(self.plain(f"{name}.bias").dtype))
 
     def value(self, name: str) -> Tensor:
         """One weight or bias; float32 where a LoRA is in it."""
-        value = base_weight(self.patcher, name)
-        return patched(self.patcher, name, value) if self.bake else value
+        value = self.plain(name)
+        return patched(self.patcher, name, value, self.root) if self.bake else value
+
+    def plain(self, name: str) -> Tensor:
+        return base_weight(self.patcher, name, self.root)
 
     def without(self, layers: Collection[str]) -> dict[str, Tensor]:
         """Every tensor of a file but those of `layers`, on the CPU.
@@ -65,34 +72,43 @@ class SourceWeights:
             owner = name.rpartition(".")[0]
             value = self.layer(owner, torch.device("cpu"))[0] if owner in owners and name.endswith(".weight") else None
             value = self.value(name) if value is None else value
-            tensors[name] = value.to("cpu", self.kept_dtype(base_weight(self.patcher, name).dtype))
+            tensors[name] = value.to("cpu", self.kept_dtype(self.plain(name).dtype))
         return tensors
 
     def changed(self, layers: Collection[str]) -> list[str]:
         """Weights and biases outside `layers` that a LoRA is in."""
         if not self.bake:
             return []
-        prefix = "diffusion_model."
+        prefix = f"{self.root}."
         names = [key.removeprefix(prefix) for key in self.patcher.patches if key.startswith(prefix)]
         return [name for name in names if name in self.tensors and name.rpartition(".")[0] not in layers]
 
     def held(self, name: str) -> Tensor:
-        return held_weight(self.patcher, name)
+        return held_weight(self.patcher, name, self.root)
 
     def kept_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return self.stored if dtype.itemsize == 1 and self.stored is not None else dtype
 
 
-def base_tensors(patcher) -> dict[str, Tensor]:
-    """The diffusion model's weights without any patch, under the names that a file has."""
-    tensors = {}
-    for name, value in patcher.model.diffusion_model.state_dict().items():
+def network_of(patcher, root: str = DIFFUSION) -> nn.Module:
+    return patcher.model.get_submodule(root)
+
+
+def base_tensors(patcher, root: str = DIFFUSION) -> dict[str, Tensor]:
+    """The network's weights without any patch, under the names that a file has."""
+    network, tensors = network_of(patcher, root), {}
+    for name, value in network.state_dict().items():
         tensors[name] = value.detach()
     for name in list(tensors):
-        backup = patcher.backup.get(f"diffusion_model.{name}")
+        backup = patcher.backup.get(f"{root}.{name}")
         if backup is not None:
-            # A quantized weight is several tensors of a file, and the patched one may be in another format.
-            now = patcher.model.diffusion_model.get_parameter(name)
+            # A quantized weight is several tensors of a file, and the patched one may be in another format or in none.
+            now = network.get_parameter(name)
+            format = packed_format(backup.weight)
+            if format is not None and not is_quantized(now):
+                owner = name.rpartition(".")[0]
+                module = network.get_submodule(owner)
+                tensors[f"{owner}.comfy_quant"] = file_mark(module, backup.weight, format)
             for key in now.state_dict(name) if is_quantized(now) else ():
                 del tensors[key]
             parts = {name: backup.weight} if not is_quantized(backup.weight) else backup.weight.state_dict(name)
@@ -105,24 +121,24 @@ def is_quantized(value: object) -> bool:
     return hasattr(value, "dequantize") and hasattr(value, "_layout_cls")
 
 
-def held_weight(patcher, name: str) -> Tensor:
-    """One parameter without patches, packed where it is packed; name is that within the diffusion model."""
-    backup = patcher.backup.get(f"diffusion_model.{name}")
+def held_weight(patcher, name: str, root: str = DIFFUSION) -> Tensor:
+    """One parameter without patches, packed where it is packed; name is that within the network."""
+    backup = patcher.backup.get(f"{root}.{name}")
     if backup is not None:
         return backup.weight
     owner, _, attribute = name.rpartition(".")
-    return getattr(patcher.model.diffusion_model.get_submodule(owner), attribute)
+    return getattr(network_of(patcher, root).get_submodule(owner), attribute)
 
 
-def base_weight(patcher, name: str) -> Tensor:
+def base_weight(patcher, name: str, root: str = DIFFUSION) -> Tensor:
     """One weight or bias in floating point and without patches."""
-    value = held_weight(patcher, name)
+    value = held_weight(patcher, name, root)
     return value.dequantize() if is_quantized(value) else value.detach()
 
 
-def patched(patcher, name: str, value: Tensor) -> Tensor:
+def patched(patcher, name: str, value: Tensor, root: str = DIFFUSION) -> Tensor:
     """The value with the patcher's LoRAs in it, in float32; the value itself where there are none."""
-    patches = patcher.patches.get(f"diffusion_model.{name}")
+    patches = patcher.patches.get(f"{root}.{name}")
     if patches is None:
         return value
     return comfy.lora.calculate_weight(patches, value.float().clone(), name)

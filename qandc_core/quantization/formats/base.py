@@ -20,7 +20,7 @@ from ..gptq import Hessian
 @dataclass(frozen=True, eq=False)
 class Format(ABC):
     """One format. `name` is what users choose, `stored` the checkpoint's name for it, which formats of other widths may
-    share. `patched` is the format that a weight takes while a LoRA is on it, None its own.
+    share. `patched` is the format in which a file has a weight with LoRAs in it, None its own.
 
     A layer of N outputs and K inputs is taken where N is a multiple of `outputs` and K of `inputs`. `since` is the
     first ComfyUI that loads it, `kernel` comfy-kitchen's matmul, `layouts` the names of its tensors' layouts, `parts`

@@ -11,10 +11,11 @@ from torch import Tensor
 from ...numerics import widest_float
 from ..gptq import Hessian, gptq_codes
 from ..grids import Grid, quantize, symmetric_grid
-from ..grids import dequantize as grid_values
 from .base import Format
+from .plain_int8 import LAYOUT, STOCK_LAYOUT
 
 # Rounding costs a row K (absmax / 127)^2 / 12: cutting its one outlier pays up to K / (12 * 127^2), 6 % at K = 12288.
+CPU_BLOCK = 2**18  # values
 CLIPS = tuple(1 - step / 100 for step in range(1, 11))
 
 
@@ -50,22 +51,32 @@ class Int8(Format):
 
 def int8_grid(rotated: Tensor, clip_search: bool) -> Grid:
     """One symmetric grid for each row of (N, K), up to absmax or, by search, to where its squared error is least."""
-    absmax = rotated.abs().amax(dim=1, keepdim=True)
-    best = symmetric_grid(absmax, 8)
     if not clip_search:
-        return best
-    least = row_errors(rotated, best)
+        return symmetric_grid(rotated.abs().amax(dim=1, keepdim=True), 8)
+    # A CPU keeps as many rows in its cache while it goes through them once for each clip.
+    rows = max(1, CPU_BLOCK // rotated.shape[1]) if rotated.device.type == "cpu" else len(rotated)
+    found = [searched_grid(part) for part in rotated.split(rows)]
+    scale, zero = (torch.cat(parts) for parts in zip(*((grid.scale, grid.zero) for grid in found)))
+    return Grid(scale, zero, found[0].low, found[0].high)
+
+
+def searched_grid(rows: Tensor) -> Grid:
+    absmax = rows.abs().amax(dim=1, keepdim=True)
+    best = symmetric_grid(absmax, 8)
+    least = row_errors(rows, best)
     for clip in CLIPS:
         grid = symmetric_grid(clip * absmax, 8)
-        error = row_errors(rotated, grid)
+        error = row_errors(rows, grid)
         best = Grid(torch.where(error < least, grid.scale, best.scale), best.zero, best.low, best.high)
         least = torch.minimum(error, least)
     return best
 
 
 def row_errors(weight: Tensor, grid: Grid) -> Tensor:
-    squares = (grid_values(quantize(weight, grid), grid) - weight).square_()
-    return squares.sum(1, keepdim=True, dtype=widest_float(weight.device))
+    """Squared error of each row (N, 1) on a grid whose zero point is 0."""
+    exact = weight / grid.scale
+    lost = exact.round().clamp_(grid.low, grid.high).sub_(exact).mul_(grid.scale).square_()
+    return lost.sum(1, keepdim=True, dtype=widest_float(weight.device))
 
 
 def int8_codes(rotated: Tensor, grid: Grid, hessian: Hessian | None, damping: float) -> Tensor:
@@ -79,6 +90,6 @@ W8A8 = Int8(
     weight_bits=8,
     since="0.27",
     kernel="int8_linear",
-    layouts=("TensorWiseINT8Layout",),
+    layouts=(STOCK_LAYOUT, LAYOUT),
     parts=("weight", "weight_scale"),
 )

@@ -60,10 +60,11 @@ def with_loras(host: Host, format: str, full, lossy, out: torch.Tensor, amount: 
         "share": share(patched, lossy, deltas, names),
         "baked": relative(run(baked, model), wanted),
         "kept": relative(kept, wanted),
+        "whole matrix": relative(run(with_lora(lossy, names, amount, whole=True)[0], model), wanted),
         "bypass": relative(beside["q"], beside["full"]),
         "core's bypass": relative(beside["full"], wanted),
         "effect": relative(wanted, run(full, model)),
-        "saved": relative(run(again, model), kept),
+        "saved": relative(run(again, model), wanted),
         "restored": torch.equal(run(lossy, model), out),
     }
 

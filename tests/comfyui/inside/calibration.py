@@ -17,6 +17,7 @@ from sampling import cache_policy, demo
 from sampling import conditioning as class_labels
 
 STEPS = 6
+FEW = 4  # samples, fewer than half of the candidates, so that there is a second pass
 TENSORS = ("low", "high", "mean", "histogram", "hessian", "inputs", "held_out")
 
 
@@ -81,7 +82,7 @@ def interrupted(case: Case, partial: Path, call: int) -> int:
 
     patcher.add_wrapper_with_key("predict_noise", "interrupt", predict_noise)
     try:
-        case.calibrate(partial, patcher)
+        case.calibrate(partial, patcher, samples=FEW)
         raise AssertionError("it was not interrupted")
     except mm.InterruptProcessingException:
         pass
@@ -112,7 +113,7 @@ def resumes(case: Case, whole: int) -> dict[str, Any]:
     """
     partial = Path(case.host.base, "resumed.partial")
     partial.unlink(missing_ok=True)
-    expected = case.calibrate()
+    expected = case.calibrate(samples=FEW)
     first = interrupted(case, partial, 4), partial.exists()
     second = interrupted(case, partial, whole + 3), partial.exists()
     third = interrupted(case, partial, whole - 1), partial.exists()
@@ -125,7 +126,7 @@ def resumes(case: Case, whole: int) -> dict[str, Any]:
 
     patcher = case.patcher.clone()
     patcher.add_wrapper_with_key("predict_noise", "count", count)
-    found = case.calibrate(partial, patcher)
+    found = case.calibrate(partial, patcher, samples=FEW)
     return {"stops": [first, second, third], "left": calls, "differing": differing(found, expected)}
 
 
@@ -410,12 +411,12 @@ def resumes_with_other_controls(host: Host) -> dict[str, Any]:
     def tap(prefix: str, strength: float):
         positive, negative = controlled(strength)
         return node.execute(
-            case.patcher, "new", 3, 6, 2, 2.0, "euler", "simple", 1, 1, "random", 3, 5.0, True, True, prefix,
+            case.patcher, "new", 4, 3, 2, 2.0, "euler", "simple", 1, 1, "random", 3, 5.0, True, True, prefix,
             positive, negative, empty, held_out=0,
         ).args[0]  # fmt: skip
 
     expected = tap("control", 0.02)
-    cancel(host, 3 * 2 + 3, lambda: tap("resumed", 1.0))
+    cancel(host, 4 * 2 + 3, lambda: tap("resumed", 1.0))
     found = tap("resumed", 0.02)
     return {
         "differing": [n for n in differing(found, expected) if n != "held out"],
@@ -456,7 +457,7 @@ def through_the_node(host: Host) -> dict[str, Any]:
     folder, before = files.calibration_folder(), files.calibration_files()
 
     def tap(seed: int = 501, prefix: str = "inside_tap", file: str = "new", held_out: int = 2, tokens: int = 128):
-        given = (file, 4, 8, STEPS, 1.5, "ddpm", "normal", seed, 2, "tap", 4, 5.0, True, True, prefix)
+        given = (file, 4, FEW, STEPS, 1.5, "ddpm", "normal", seed, 2, "tap", 4, 5.0, True, True, prefix)
         return node.execute(
             case.patcher, *given, **wires, memory_gb=1.0, tokens=tokens, held_out=held_out
         ).args[0]  # fmt: skip
@@ -500,7 +501,7 @@ def node_inputs(host: Host) -> bool:
     plan = run.CalibrationConfig(
         trajectories=3, batch_size=1, samples=9, selection="stratified", clusters=3, time_scale=2.5,
         computed_only=False, hessians=False, seed=77, memory_gb=0.5, tokens=99, held_out=3, prompts=1,
-        rows=max(settings.rows()),
+        rows=max(settings.rows()), surplus=2.0,
     )  # fmt: skip
     prepared = host.module("nodes.comfyui.sampling").prepared(case.patcher, latent)
     expected = run.digest_of(case.patcher, settings, prepared, plan)

@@ -47,10 +47,19 @@ def decoded(weight) -> torch.Tensor:
     return (weight.dequantize() if hasattr(weight, "_layout_cls") else weight).float().cpu()
 
 
-def with_lora(patcher, layers: list[str], relative: float, bypass: bool = False) -> tuple:
+def effective(module, weight=None) -> torch.Tensor:
+    """The matrix that a layer multiplies by, with what is beside its weight."""
+    found = decoded(module.weight if weight is None else weight)
+    for extra in (getattr(module, "beside", None), getattr(module, "hooked", None)):
+        found = found if extra is None else found + extra.dense().float()
+    return found
+
+
+def with_lora(patcher, layers: list[str], relative: float, bypass: bool = False, whole: bool = False) -> tuple:
     """A clone with a LoRA of this size on each layer, through core's loader, and the change of each weight.
 
-    Core's bypass loader leaves the weights and adds what the LoRA answers to each layer's inputs.
+    Core's bypass loader leaves the weights and adds what the LoRA answers to each layer's inputs. `whole`: the file
+    holds the change itself instead of its factors.
     """
     import comfy.sd
 
@@ -61,7 +70,8 @@ def with_lora(patcher, layers: list[str], relative: float, bypass: bool = False)
         down = torch.randn(4, weight.shape[1], generator=generator)
         up *= relative * weight.norm() / (up @ down).norm()
         deltas[name] = up @ down
-        lora |= {f"diffusion_model.{name}.lora_B.weight": up, f"diffusion_model.{name}.lora_A.weight": down}
+        parts = {"diff": up @ down} if whole else {"lora_B.weight": up, "lora_A.weight": down}
+        lora |= {f"diffusion_model.{name}.{part}": value for part, value in parts.items()}
     if bypass:
         patched, _ = comfy.sd.load_bypass_lora_for_models(patcher, None, lora, 1.0, 0)
         return patched, deltas
@@ -71,7 +81,7 @@ def with_lora(patcher, layers: list[str], relative: float, bypass: bool = False)
 
 
 def held(patcher, name: str) -> torch.Tensor:
-    """The weight with which the model runs: its patches are in it."""
+    """The weight that a file of the model holds: its patches are in it."""
     key = f"diffusion_model.{name}.weight"
     return decoded(patcher.patch_weight_to_device(key, device_to=torch.device("cpu"), return_weight=True))
 
@@ -150,7 +160,7 @@ def hooks(host: Host) -> dict[str, float | bool]:
             user.add_hook_patches(hook, {key: patch[0][1] for key, patch in patched.patches.items()})
             for turn in ("first", "cached"):
                 user.apply_hooks(group)
-                now = {name: decoded(user.model.diffusion_model.get_submodule(name).weight) for name in names}
+                now = {name: effective(user.model.diffusion_model.get_submodule(name)) for name in names}
                 found[f"{format}, {size}, {turn}"] = projected({n: now[n] - before[n] for n in names}, deltas)
                 user.apply_hooks(None)
                 found[f"{format}, {size}, {turn}, restored"] = all(torch.equal(held(user, n), before[n]) for n in names)
@@ -180,15 +190,15 @@ def kept(host: Host) -> dict[str, dict]:
     for format in available(host):
         lossy, _ = quantize(host, full, format, rounding="nearest")
         plain = run(lossy, model)
-        for size, amount in RELATIVE.items():
-            patched, deltas = with_lora(lossy, names, amount)
+        for size, amount, whole in [*((*pair, False) for pair in RELATIVE.items()), ("whole matrix", 0.5, True)]:
+            patched, deltas = with_lora(lossy, names, amount, whole=whole)
             part = found[f"{format}, {size}"] = loadings(host, lossy, patched, deltas)
             out = run(patched, model)
-            wanted = run(with_lora(full, names, amount)[0], model)
+            wanted = run(with_lora(full, names, amount, whole=whole)[0], model)
             part["samples"], part["samples, without"] = relative(out, wanted), relative(plain, run(full, model))
-        for name, backend in (("graphs", Graphs()), ("aot_eager", aot_eager)):
-            part[name] = relative(run(compiled(patched, backend), model), out)
-            part[f"{name}, without"] = relative(run(compiled(lossy, backend), model), plain)
+            for name, backend in (("graphs", Graphs()), ("aot_eager", aot_eager)) if size == "weak" else ():
+                part[name] = relative(run(compiled(patched, backend), model), out)
+                part[f"{name}, without"] = relative(run(compiled(lossy, backend), model), plain)
     return found
 
 
@@ -200,7 +210,13 @@ def loadings(host: Host, lossy, patched, deltas: dict[str, torch.Tensor]) -> dic
 
     def share_of(weight_of) -> float:
         modules = {name: network.get_submodule(name) for name in deltas}
-        return projected({n: decoded(weight_of(module)) - decoded(base[n]) for n, module in modules.items()}, deltas)
+        return projected(
+            {n: effective(module, weight_of(module)) - decoded(base[n]) for n, module in modules.items()}, deltas
+        )
+
+    def layouts() -> list[str]:
+        weights = [network.get_submodule(name).weight for name in deltas]
+        return sorted({getattr(weight, "_layout_cls", str(weight.dtype)) for weight in weights})
 
     def dynamic(module) -> torch.Tensor:
         return cast_dynamic(host, patched, module)
@@ -208,7 +224,7 @@ def loadings(host: Host, lossy, patched, deltas: dict[str, torch.Tensor]) -> dic
     tensors, bytes_before, part = weights.base_tensors(patched), lossy.model_size(), {}
     patched.load(patched.load_device, full_load=True)
     part["whole"] = share_of(lambda module: module.weight)
-    part["layouts"] = sorted({network.get_submodule(name).weight._layout_cls for name in deltas})
+    part["layouts"] = layouts()
     part["bytes"] = [bytes_before, patched.model_size(), patched.loaded_size(), size_of(patched.model)]
     loaded = weights.base_tensors(patched)
     part["base"] = loaded.keys() == tensors.keys() and all(equal(loaded[key], tensors[key]) for key in tensors)
@@ -221,20 +237,23 @@ def loadings(host: Host, lossy, patched, deltas: dict[str, torch.Tensor]) -> dic
     # Not all of it fits: some layers are patched at once and some at every call.
     patched.load(patched.load_device, lowvram_model_memory=patched.model_size() * 2 // 3)
     part["in part"] = share_of(cast)
-    part["layouts in part"] = sorted({network.get_submodule(name).weight._layout_cls for name in deltas})
+    part["layouts in part"] = layouts()
     part["bytes in part"] = [patched.loaded_size(), loaded_modules(patched.model)]
     patched.partially_unload(patched.offload_device, 1e9)
     part["bytes unloaded"] = [patched.loaded_size(), loaded_modules(patched.model)]
     part["unloaded"] = share_of(cast)
     patched.detach()
+    patched.load(patched.load_device, lowvram_model_memory=1)
     part["dynamic"] = share_of(dynamic)
+    patched.detach()
     return part
 
 
 def size_of(model) -> int:
     import comfy.model_management
 
-    return comfy.model_management.module_size(model)
+    besides = [getattr(module, "beside", None) for module in model.modules()]
+    return comfy.model_management.module_size(model) + sum(beside.nbytes for beside in besides if beside is not None)
 
 
 def loaded_modules(model) -> int:
@@ -261,11 +280,11 @@ def cast_dynamic(host: Host, patcher, module) -> torch.Tensor:
     import comfy.ops
     import comfy.utils
 
-    key = next(key for key in patcher.patches if comfy.utils.get_attr(patcher.model, key) is module.weight)
+    key = next(key for key, layer in patcher.layers() if layer is module)
     module.seed_key = key.removesuffix(".weight")
     module.weight_function, module.bias_function = [], []
     module.weight_lowvram_function = comfy.model_patcher.LowVramPatch(key, patcher.patches)
-    host.module("nodes.comfyui.quantize.finer").decode_at_call(module)
+    patcher.settle()
     parts = [module.weight, module.bias]
     buffer = torch.empty(comfy.memory_management.vram_aligned_size(parts), dtype=torch.uint8)
     views = comfy.memory_management.interpret_gathered_like(parts, buffer)

@@ -59,6 +59,18 @@ def ksampler(host: Host, patcher, steps: int = STEPS, sampler: str = "euler", im
     return out["samples"]
 
 
+def inpainting(host: Host, patcher):
+    """A part of the schedule, on a part of the images."""
+    images = torch.randn(latent()["samples"].shape, generator=torch.Generator().manual_seed(3))
+    mask = torch.zeros(2, 1, *images.shape[-2:])
+    mask[..., : images.shape[-1] // 2] = 1
+    given = {"samples": images, "noise_mask": mask}
+    (out,) = host.nodes.common_ksampler(
+        patcher, SEED, STEPS, CFG, "euler", "simple", *prompts(), given, denoise=0.6
+    )  # fmt: skip
+    return out["samples"]
+
+
 def halves(host: Host, first, second=None):
     """KSamplerAdvanced twice: half of the steps with one model, the rest with the same or another."""
     sample, (positive, negative) = host.nodes.KSamplerAdvanced().sample, prompts()
@@ -94,8 +106,10 @@ def parts(patcher):
 
 def advanced(host: Host, patcher, guider: str, *arguments):
     import comfy_extras.nodes_custom_sampler as nodes
+    import comfy_extras.nodes_perpneg as others
 
-    made = getattr(nodes, guider).execute(patcher, *arguments).args[0]
+    made = getattr(nodes, guider, None) or getattr(others, guider)
+    made = made.execute(patcher, *arguments).args[0]
     noise = nodes.RandomNoise.execute(SEED).args[0]
     return nodes.SamplerCustomAdvanced.execute(noise, made, *parts(patcher), latent()).args[0]["samples"]
 
@@ -106,6 +120,7 @@ def guided(guider: str) -> Callable:
         "BasicGuider": (positive,),
         "CFGGuider": (positive, negative, CFG),
         "DualCFGGuider": (positive, conditioning(FLUX, 3), negative, 3.0, 2.0, "regular"),
+        "PerpNegGuider": (positive, negative, conditioning(FLUX, 3), CFG, 1.0),
     }[guider]
     return lambda host, patcher: advanced(host, patcher, guider, *arguments)
 
@@ -115,7 +130,8 @@ RUNS: dict[str, Callable] = {
     "KSampler, ancestral": lambda host, patcher: ksampler(host, patcher, sampler="euler_ancestral"),
     "KSamplerAdvanced halves": halves,
     "SamplerCustom": custom,
-    **{name: guided(name) for name in ("BasicGuider", "CFGGuider", "DualCFGGuider")},
+    "inpainting": inpainting,
+    **{name: guided(name) for name in ("BasicGuider", "CFGGuider", "DualCFGGuider", "PerpNegGuider")},
 }
 
 
@@ -305,6 +321,8 @@ def runs_of_many_kinds(host: Host) -> dict[str, Any]:
     ksampler(host, watched, 20)
     ksampler(host, watched, 20, images=1)
     ksampler(host, bent, 10)
+    before, _ = comfy.sd.load_lora_for_models(patcher, None, lora, -0.1, 0)
+    ksampler(host, recording(host, before, name, samples=8), 10)
     guided("BasicGuider")(host, watched)
     for seed in range(3):
         ksampler(host, watched, 20, images=seed + 1)
@@ -379,7 +397,7 @@ def without_layers():
 
 
 def two_models_in_a_guider(host: Host) -> dict[str, Any] | None:
-    """DualModelGuider: the second model's calls are no runs of the first."""
+    """DualModelGuider: each model's calls are its own runs; the second one's only where the first has a node too."""
     import comfy_extras.nodes_custom_sampler as nodes
 
     if not hasattr(nodes, "DualModelGuider"):
@@ -387,19 +405,34 @@ def two_models_in_a_guider(host: Host) -> dict[str, Any] | None:
     main_model, second = build(FLUX), build(FLUX)
     positive, negative = prompts()
 
-    def run(first, other):
-        guider = nodes.DualModelGuider.execute(first, positive, CFG, other, negative).args[0]
+    def run(first, other, cfg=CFG):
+        guider = nodes.DualModelGuider.execute(first, positive, cfg, other, negative).args[0]
         noise = nodes.RandomNoise.execute(SEED).args[0]
         return nodes.SamplerCustomAdvanced.execute(noise, guider, *parts(first), latent()).args[0]["samples"]
 
+    with torch.no_grad():
+        second.model.diffusion_model.double_blocks[0].img_attn.qkv.weight.mul_(1.1)
     plain, watch = run(main_model, second), Watch(host, main_model)
     with watch.around():
         out = run(recording(host, main_model, "dual"), second)
     lines = logged(lambda: run(main_model, recording(host, second, "dual second")))
     host.module("nodes.comfyui.calibrate.recording").settle()
+    none = path_of(host, "dual second").exists()
+    nodes_of_both = recording(host, main_model, "dual"), recording(host, second, "dual second")
+    watches = [Watch(host, patcher) for patcher in (main_model, second)]
+    with watches[0].around(), watches[1].around():
+        both = run(*nodes_of_both)
+    first, other = loaded(host, "dual"), loaded(host, "dual second")
+    alone = logged(lambda: run(*nodes_of_both, cfg=1.0))  # without the second one
+    fingerprint = host.module("nodes.comfyui.quantize.weights").fingerprint_of
     return {
-        "same": torch.equal(out, plain), "differing": differing(loaded(host, "dual"), [watch]),
-        "said": [line for line in lines if "not the main one" in line], "none": path_of(host, "dual second").exists(),
+        "same": torch.equal(out, plain) and torch.equal(both, plain), "none": none,
+        "said": [[line for line in part if "main model needs" in line] for part in (lines, alone)],
+        "runs": [loaded(host, name).recording.runs for name in ("dual", "dual second")],
+        "distances": other.distances is not None,
+        "own model": [found.model == fingerprint(p) for found, p in ((first, main_model), (other, second))],
+        "differing": differing(first, [watch, watches[0]]) + differing(other, watches[1:]),
+        "warned": [line for line in alone if "not added" in line],
     }  # fmt: skip
 
 

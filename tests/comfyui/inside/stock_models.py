@@ -125,6 +125,25 @@ def z_image() -> dict:
     )  # fmt: skip
 
 
+def sdxl() -> dict:
+    return unets.unet(
+        model_channels=320, num_res_blocks=[2, 2, 2], channel_mult=[1, 2, 4], transformer_depth=[0, 0, 2, 2, 10, 10],
+        transformer_depth_output=[0, 0, 0, 2, 2, 2, 10, 10, 10], transformer_depth_middle=10, context_dim=2048,
+        use_linear_in_transformer=True, num_classes="sequential", adm_in_channels=2816,
+    )  # fmt: skip
+
+
+# Detection reads the width of every residual block of the way down, and of the first text projection.
+SDXL_WIDTHS = {
+    "input_blocks.0.0.weight": (320, 4, 3, 3),
+    **{
+        f"input_blocks.{block}.0.out_layers.3.weight": (width, width, 3, 3)
+        for block, width in {1: 320, 2: 320, 4: 640, 5: 640, 7: 1280, 8: 1280}.items()
+    },
+    "input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight": (640, 2048),
+}
+
+
 def hunyuan_video() -> dict:
     return unets.hunyuan_video(
         vec_in_dim=768, axes_dim=[16, 56, 56], context_in_dim=TEXT, hidden_size=128, mlp_ratio=4.0, num_heads=1
@@ -200,11 +219,21 @@ STOCK: dict[str, StockModel] = {
          "pe_interpolation": 1},
     ),
 }  # fmt: skip
+# What templates are run on. SDXL is not among the quantized ones: it has 70 blocks in any size.
+SAMPLED: dict[str, StockModel] = {
+    **STOCK,
+    "SDXL": StockModel(
+        Family("SDXL", sdxl(), (1, 4, 16, 16), CONTEXT, {"pooled_output": (1, 1280)}),
+        "comfy.ldm.modules.diffusionmodules.openaimodel.UNetModel",
+        {"model_channels": 32, "context_dim": TEXT},
+        SDXL_WIDTHS,
+    ),
+}
 
 
 def checkpoint(name: str) -> dict[str, torch.Tensor]:
     """The tensors of a random model under the names that a file of its network has, bfloat16."""
-    model = STOCK[name]
+    model = SAMPLED[name]
     with model.sizes():
         network = families.build(model.family).model.diffusion_model
     return {key: value.to(torch.bfloat16).contiguous() for key, value in network.state_dict().items()}

@@ -14,8 +14,8 @@ import families  # noqa: E402
 import stock_models  # noqa: E402
 
 sizes = ExitStack()  # for as long as the server runs
-for name in ("Qwen-Image", "Z-Image"):
-    sizes.enter_context(stock_models.STOCK[name].sizes())
+for name in ("Qwen-Image", "Z-Image", "SDXL"):
+    sizes.enter_context(stock_models.SAMPLED[name].sizes())
 
 
 class TinyText:
@@ -28,7 +28,7 @@ class TinyText:
         return {"required": {"text": ("STRING", {}), "family": ("STRING", {})}}
 
     def encode(self, text, family):
-        return (families.conditioning(stock_models.STOCK[family].family, len(text)),)
+        return (families.conditioning(stock_models.SAMPLED[family].family, len(text)),)
 
 
 NODE_CLASS_MAPPINGS = {"TinyText": TinyText}

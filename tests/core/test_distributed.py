@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 
 import qandc_core
 from qandc_core.diffusion.noise import ImageNoise, image_seed
-from qandc_core.evaluation.metrics import FeatureStatistics
-from qandc_core.evaluation.sharding import (
+from qandc_core.distributed import (
     Distributed,
     all_gather_tensors,
     distributed,
     shard_range,
 )
+from qandc_core.evaluation.metrics import FeatureStatistics
 
 TOTAL, BATCH, SEED = 37, 4, 11
 
@@ -30,7 +30,7 @@ WORKER = """
 import sys
 import torch
 from qandc_core.evaluation.metrics import FeatureStatistics
-from qandc_core.evaluation.sharding import all_gather_tensors, distributed
+from qandc_core.distributed import all_gather_tensors, distributed
 from qandc_core.diffusion.noise import ImageNoise
 
 def evaluate(run, total, batch, seed):

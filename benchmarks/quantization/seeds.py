@@ -1,0 +1,58 @@
+"""Measurements of the two trained models over seeds that go on where they stopped."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .start import RESULTS, run_inside
+
+SUBJECTS = ("built-in, ddim, 50 steps", "flow, euler, 30 steps")
+
+
+def groups(data: dict[str, Any], subject: str) -> dict[str, list[dict[str, Any]]]:
+    """Name -> its rows, one for each seed in order."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for run in sorted(data["runs"], key=lambda run: run["seed"]):
+        for row in run["rows"] if run["subject"] == subject else ():
+            found.setdefault(row["name"], []).append(row)
+    return found
+
+
+def known(data: dict[str, Any]) -> set[tuple[str, int]]:
+    return {(run["subject"], run["seed"]) for run in data["runs"]}
+
+
+def measured(program: str, name: str, report: Callable[[dict[str, Any]], str], doc: str) -> None:
+    """Runs inside_<program>.py for the models and seeds that <name>.json lacks, and writes <name>.md."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--flow", type=Path, default=Path("out/digits_flow.safetensors"))
+    parser.add_argument("--kitchen", type=Path, help="folder with another comfy-kitchen than the installed one")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--only", default="", help="part of a model's name")
+    parser.add_argument("--images", type=int, default=8, help="for every row and seed")
+    parser.add_argument("--seconds", type=float, default=600, help="for the seeds of one process")
+    parser.add_argument("--once", action="store_true", help="stop after one process for each model")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    file = args.out / f"{name}.json"
+    data: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"runs": []}
+    for subject in SUBJECTS:
+        while missing := [seed for seed in range(args.seeds) if (subject, seed) not in known(data)]:
+            if args.only not in subject:
+                break
+            options = {"subject": subject, "seeds": missing, "images": args.images, "seconds": args.seconds}
+            found = run_inside(
+                program, {**options, "flow": str(args.flow.resolve())}, args.threads, kitchen=args.kitchen
+            )
+            data["runs"] += found.pop("runs")
+            data |= {key: value for key, value in found.items() if key not in ("subject", "seeds", "seconds")}
+            file.write_text(json.dumps(data, indent=0) + "\n", encoding="utf-8")
+            if args.once:
+                break
+    (args.out / f"{name}.md").write_text(report(data), encoding="utf-8")
+    print(report(data))
