@@ -50,19 +50,17 @@ def with_loras(host: Host, format: str, full, lossy, out: torch.Tensor, amount: 
 
     names, model = block_layers(full), STOCK[FAMILY]
     (source, _), (patched, deltas) = with_lora(full, names, amount), with_lora(lossy, names, amount)
+    # All LoRAs are sized by weights without any in them, so before the first run.
+    bypass, matrices = with_lora(lossy, names, amount, bypass=True)[0], with_lora(lossy, names, amount, whole=True)[0]
     wanted, kept = run(source, model), run(patched, model)
-    beside = {
-        name: run(with_lora(p, names, amount, bypass=True)[0], model) for name, p in (("full", full), ("q", lossy))
-    }
     baked, _ = quantize(host, source, format, rounding="nearest")
     again = comfy.sd.load_diffusion_model(str(save(patched, f"lora-{format}")))
     return {
         "share": share(patched, lossy, deltas, names),
         "baked": relative(run(baked, model), wanted),
         "kept": relative(kept, wanted),
-        "whole matrix": relative(run(with_lora(lossy, names, amount, whole=True)[0], model), wanted),
-        "bypass": relative(beside["q"], beside["full"]),
-        "core's bypass": relative(beside["full"], wanted),
+        "whole matrix": relative(run(matrices, model), wanted),
+        "bypass": relative(run(bypass, model), wanted),
         "effect": relative(wanted, run(full, model)),
         "saved": relative(run(again, model), wanted),
         "restored": torch.equal(run(lossy, model), out),
