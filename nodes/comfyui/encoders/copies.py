@@ -8,7 +8,7 @@ that is loaded again encodes as this one does, to the last bit.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MethodType
 from typing import Any
 
@@ -76,7 +76,8 @@ def patcher_of(model: nn.Module, source, dynamic: bool):
 
 def copied(patcher) -> nn.Module:
     """The patcher's model, unloaded and without patches, in modules of its own that share the weights."""
-    shells: dict[int, Any] = {id(module): type(module).__new__(type(module)) for module in patcher.model.modules()}
+    modules: Iterable[Any] = patcher.model.modules()
+    shells: dict[int, Any] = {id(module): module.__class__.__new__(module.__class__) for module in modules}
 
     def weight(key: str, now: Tensor | None) -> Tensor | None:
         return None if now is None else unpatched(patcher, key, now).to(patcher.offload_device)

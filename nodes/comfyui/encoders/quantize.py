@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import comfy.model_management as mm
@@ -202,9 +203,7 @@ class Task:
         for group in groups:
             statistics = self.statistics(feeds, group, len(groups))
             mm.free_memory(max(working_memory(self.layers[name]) for name in group), device)
-            sources = [
-                LayerSource(name, lambda name=name: self.weights.layer(name, device), size[name]) for name in group
-            ]
+            sources = [LayerSource(name, partial(self.weights.layer, name, device), size[name]) for name in group]
             found |= quantize_layers(sources, config, statistics, Budget(settings.max_error), self.rounded)
         return found
 

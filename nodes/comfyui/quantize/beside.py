@@ -22,6 +22,7 @@ from ....qandc_core.quantization.formats.plain_int8 import from_stock, to_stock
 class BesideLayer:
     """Made part of a quantized linear layer's class by `with_besides`."""
 
+    weight: Any
     beside: Beside | None = None
     hooked: Beside | None = None  # of LoRA hooks, on top
 
@@ -38,7 +39,7 @@ class BesideLayer:
         Some models hand an activation and the layer to `comfy.ops.linear_input_act`, which reads stock int8 weights
         itself and never calls the layer; that is how core's bypass loaders lose LoRAs there.
         """
-        weight: Any = self.weight  # type: ignore[attr-defined]
+        weight = self.weight
         if packed_format(weight) is None:
             return
         more = self.beside is not None or self.hooked is not None or "forward" in vars(self)
@@ -56,7 +57,8 @@ def with_besides(network: nn.Module) -> None:
     """Lets the network's layers with weights in our formats take LoRAs beside them."""
     for module in network.modules():
         if packed_format(getattr(module, "weight", None)) is not None and not isinstance(module, BesideLayer):
-            module.__class__ = layer_class(type(module))
+            kind: Any = type(module)
+            module.__class__ = layer_class(kind)
 
 
 def beside_of(patches: Sequence[tuple], weight: Any) -> Beside | None:

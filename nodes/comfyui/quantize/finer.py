@@ -102,7 +102,9 @@ def growth(module: Any, weight: Any) -> int:
 def file_mark(module: Any, weight: Any, format: Format) -> Tensor:
     """comfy_quant of a module with this packed weight, or with one that is patched and saved in `format`."""
     params = weight._params
-    config = format.config(params.convrot_groupsize) if getattr(params, "convrot", True) else {"format": format.stored}
+    config: dict = (
+        format.config(params.convrot_groupsize) if getattr(params, "convrot", True) else {"format": format.stored}
+    )
     if getattr(module, "_full_precision_mm_config", False):
         config["full_precision_matrix_mult"] = True
     return mark(config)

@@ -155,7 +155,7 @@ class NativePatcher:
         gone: set[str] = set()
         for name, module in model.named_modules():
             key = f"{prefix}{name}.weight"
-            weight = self.unpatched(key) if key in self.besides() else getattr(module, "weight", None)
+            weight: Any = self.unpatched(key) if key in self.besides() else getattr(module, "weight", None)
             if is_quantized(weight):
                 gone.update(weight.state_dict(f"{name}.weight"))
                 replaced |= self.saved_parts(name, module, weight, prefix)
@@ -167,10 +167,11 @@ class NativePatcher:
         key, mark = f"{prefix}{name}.weight", {}
         parts, patched = weight.state_dict(f"{name}.weight"), key in self.besides()
         if patched:
-            finer = finer_format(weight)
+            finer, format = finer_format(weight), packed_format(weight)
+            assert format is not None
             if finer is not None:
                 parts = {f"{name}.{part}": value for part, value in finer_parts(weight).items()}
-            mark = {f"{name}.comfy_quant": file_mark(module, weight, finer or packed_format(weight))}
+            mark = {f"{name}.comfy_quant": file_mark(module, weight, finer or format)}
         if patched or not (getattr(module, "comfy_patched_weights", False) or key in self.backup):  # type: ignore[attr-defined]
             caster = comfy.model_patcher.LazyCastingQuantizedParam(self, key)
             parts = {part: SavedPiece(caster, prefix + part, tensor) for part, tensor in parts.items()}

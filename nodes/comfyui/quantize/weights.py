@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 import comfy.lora
 import torch
@@ -103,7 +104,7 @@ def base_tensors(patcher, root: str = DIFFUSION) -> dict[str, Tensor]:
         backup = patcher.backup.get(f"{root}.{name}")
         if backup is not None:
             # A quantized weight is several tensors of a file, and the patched one may be in another format or in none.
-            now = network.get_parameter(name)
+            now: Any = network.get_parameter(name)
             format = packed_format(backup.weight)
             if format is not None and not is_quantized(now):
                 owner = name.rpartition(".")[0]
