@@ -150,6 +150,13 @@ BUILD = """async ({columns, nodes, groups, subgraphs, gap}) => {
     if (subgraph.alone) for (const node of app.graph._nodes.filter(n => n !== outer)) app.graph.remove(node);
     await wait(300);
   }
+  // What converting broke and was wired anew above is still in the list.
+  for (const [id, link] of [...app.graph.links]) {
+    const [from, to] = [link.origin_id, link.target_id].map(id => app.graph.getNodeById(id));
+    if (to?.inputs[link.target_slot]?.link === id) continue;
+    for (const output of from?.outputs ?? []) output.links = output.links?.filter(other => other !== id) ?? null;
+    app.graph.links.delete(id);
+  }
   layOut(columns, gap, key => nodes[key].size ?? [300, 0], key => nodes[key].down ?? 0);
   for (const {title, color, members} of groups) {
     const boxes = members.map(key => made[key]).map(n => [n.pos[0], n.pos[1] - 30, n.size[0], n.size[1] + 30]);

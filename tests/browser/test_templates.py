@@ -44,6 +44,11 @@ def frontend(server) -> Iterator[Frontend]:
         yield opened
 
 
+@pytest.fixture(scope="module")
+def object_info(server) -> dict:
+    return server.object_info()
+
+
 def read(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
@@ -107,12 +112,17 @@ def test_opens_with_text_that_can_be_read_and_nothing_over_another(frontend, nam
     assert len(frontend.page.evaluate(RECTANGLES)) <= (8 if BY_NAME[name] in STOCK else 10)
 
 
-@pytest.fixture(scope="module")
-def at_1080p(server) -> Iterator[Frontend]:
-    """A browser that fills a screen of 1920 x 1080, with the frontend's own limit for text."""
-    with open_frontend(server.address, *WINDOW) as opened:
-        opened.page.evaluate("() => app.extensionManager.setting.set('LiteGraph.Canvas.MinFontSizeForLOD', 8)")
-        yield opened
+@pytest.fixture
+def at_1080p(frontend) -> Iterator[Frontend]:
+    """The window of a browser that fills a screen of 1920 x 1080, with the frontend's own limit for text."""
+    page, limit = frontend.page, "LiteGraph.Canvas.MinFontSizeForLOD"
+    before, size = page.evaluate("limit => app.extensionManager.setting.get(limit)", limit), page.viewport_size
+    page.set_viewport_size(dict(zip(("width", "height"), WINDOW)))
+    page.evaluate("limit => app.extensionManager.setting.set(limit, 8)", limit)
+    page.wait_for_timeout(500)
+    yield frontend
+    page.evaluate("([limit, before]) => app.extensionManager.setting.set(limit, before)", [limit, before])
+    page.set_viewport_size(size)
 
 
 @pytest.mark.parametrize("name", BY_NAME)
@@ -129,9 +139,9 @@ def test_opens_from_the_dialog_with_all_of_it_in_view_and_text_drawn(at_1080p, n
 
 
 @pytest.mark.parametrize("name", [*BY_NAME, *(blueprint.name for blueprint in BLUEPRINTS)])
-def test_links_fit_the_nodes_of_this_comfyui(server, name):
+def test_links_fit_the_nodes_of_this_comfyui(object_info, name):
     workflow = read((WORKFLOWS if name in BY_NAME else SUBGRAPHS) / f"{name}.json")
-    assert Checker(workflow, server.object_info()).problems() == set()
+    assert Checker(workflow, object_info).problems() == set()
 
 
 def test_advanced_inputs_open_and_close(frontend):
