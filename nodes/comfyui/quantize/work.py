@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from ....qandc_core.quantization.estimate import Estimate
+from ....qandc_core.sampling.remaining import Estimate
 from ..sampling import Progress
 from ..status import show
 

@@ -552,7 +552,7 @@ def digests(host: Host) -> dict[str, Any]:
         "latent": lambda: digest(latent=0.1),
         "start": lambda: digest(start_at_step=1),
         "end": lambda: digest(end_at_step=3),
-        "leftover": lambda: digest(end_at_step=3, leftover_noise=True),
+        "leftover": lambda: digest(end_at_step=3, return_with_leftover_noise=True),
         "no noise": lambda: digest(add_noise=False),
         "denoise": lambda: digest(denoise=0.5),
         "prompts": lambda: digest(prompts=[*three, *two]),
