@@ -26,7 +26,7 @@ from .comfyui.files import (
 from .comfyui.making import done, guided_model, node_id, require_sampling, teller
 from .comfyui.quantize.weights import fingerprint_of
 from .comfyui.sampling import prepared
-from .comfyui.settings import Settings
+from .comfyui.settings import AUTO, AUTO_CFG, AUTO_STEPS, Settings
 from .comfyui.status import show
 from .comfyui.wrappers import details, sampler_function_name
 
@@ -162,6 +162,10 @@ class TAPCalibrate(io.ComfyNode):
         file: str = NEW,
         trajectories: int = 32,
         samples: int = 400,
+        steps: int = AUTO_STEPS,
+        cfg: float = AUTO_CFG,
+        sampler_name: str = AUTO,
+        scheduler: str = AUTO,
         calibration_seed: int = 501,
         batch_size: int = 0,
         selection: str = SELECTIONS[0],
@@ -170,14 +174,16 @@ class TAPCalibrate(io.ComfyNode):
         computed_steps_only: bool = True,
         hessians: bool = True,
         filename_prefix: str = "calibration",
+        positive=None,
+        negative=None,
         latent_image=None,
         memory_gb: float = 4.0,
         tokens: int = 4096,
         held_out: int = 8,
         preset: str = CUSTOM,
-        **sampling,
+        **wires,
     ) -> io.NodeOutput:
-        wired = Settings(**sampling)
+        wired = Settings(positive, negative, steps, cfg, sampler_name, scheduler, **wires)
         model = model if wired.guider is None else guided_model(wired.guider, model)
         if file != NEW and model is not None and calibration_path(file).is_file():
             return io.NodeOutput(loaded(calibration_path(file), model))

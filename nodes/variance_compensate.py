@@ -129,17 +129,23 @@ class VarianceCompensate(io.ComfyNode):
         reference: io.Model.Type,
         file: str,
         pairs: int,
+        steps: int,
+        cfg: float,
+        sampler_name: str,
+        scheduler: str,
         calibration_seed: int,
         method: str,
         start_percent: float,
         end_percent: float,
         filename_prefix: str,
+        positive=None,
+        negative=None,
         latent_image=None,
-        **sampling,
+        **wires,
     ) -> io.NodeOutput:
         if file != NEW and calibration_path(file).is_file():
             return io.NodeOutput(loaded(calibration_path(file), model, reference))
-        wired = Settings(**sampling)
+        wired = Settings(positive, negative, steps, cfg, sampler_name, scheduler, **wires)
         require_sampling(file, model, latent_image, wired)
         if steps_vary(model):
             raise ValueError(

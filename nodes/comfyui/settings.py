@@ -40,12 +40,12 @@ class Settings:
     ValueError on a cfg that is no number, and on a part of a schedule that is wired whole.
     """
 
-    positive: Any = None
-    negative: Any = None
-    steps: int = AUTO_STEPS
-    cfg: float = AUTO_CFG
-    sampler_name: str = AUTO
-    scheduler: str = AUTO
+    positive: Any
+    negative: Any
+    steps: int
+    cfg: float
+    sampler_name: str
+    scheduler: str
     denoise: float = 1.0
     start_at_step: int = 0
     end_at_step: int = LAST_STEP
