@@ -359,7 +359,7 @@ def out_of_memory(host: Host) -> dict[str, Any]:
     def made(patcher, batch: int):
         texts.clear()
         return node.execute(
-            model=patcher, trajectories=9, samples=12, steps=3, cfg=CFG, sampler_name="euler_ancestral",
+            model=patcher, trajectories=9, samples=6, steps=3, cfg=CFG, sampler_name="euler_ancestral",
             scheduler="normal", batch_size=batch, selection="tap", clusters=3, filename_prefix=f"memory{len(texts)}",
             positive=positive, negative=negative, latent_image=empty,
         ).args[0]  # fmt: skip
@@ -605,7 +605,7 @@ def resumed(host: Host) -> dict[str, Any]:
     def made(cfg: float = 2.0, prefix: str = "resumed"):
         calls["made"] = 0
         return host.node("QandC_TAPCalibrate").execute(
-            trajectories=3, samples=6, batch_size=1, selection="random", filename_prefix=prefix, sampler=sampler,
+            trajectories=6, samples=7, batch_size=1, selection="random", filename_prefix=prefix, sampler=sampler,
             sigmas=sigmas, noise=first(nodes.RandomNoise, SEED), prompts=three, held_out=2,
             guider=first(nodes.CFGGuider, watched, one, two, cfg), latent_image={"samples": torch.zeros(1, 16, 8, 8)},
         ).args[0]  # fmt: skip
