@@ -56,7 +56,7 @@ def calibrate(host: Host, model, options: dict[str, Any]) -> None:
         model=cached, file="new", trajectories=options["trajectories"], samples=options["samples"],
         steps=options["steps"], cfg=options["cfg"], sampler_name="ddim", scheduler="normal", calibration_seed=501,
         batch_size=4, selection="tap", clusters=50, time_scale=5.0, computed_steps_only=True, hessians=True,
-        filename_prefix="large", memory_gb=options["memory_gb"], **conditions(host),
+        filename_prefix="large", memory_gb=options["memory_gb"], preset=options["preset"], **conditions(host),
     )  # fmt: skip
 
 
@@ -69,12 +69,27 @@ def quantize(host: Host, model, format: str) -> Any:
     )  # fmt: skip
 
 
+def tell_tenths(phase: str) -> None:
+    """Prints the seconds at every tenth of what ComfyUI's progress bar counts."""
+    import comfy.utils
+
+    begun, told = time.perf_counter(), [0]
+
+    def tell(value: int, total: int, *_: Any, **__: Any) -> None:
+        if total and 10 * value // total > told[0]:
+            told[0] = 10 * value // total
+            print(f"{phase} {10 * told[0]} % {time.perf_counter() - begun:.0f} s", file=sys.stderr, flush=True)
+
+    comfy.utils.set_progress_bar_global_hook(tell)
+
+
 def measured(host: Host, options: dict[str, Any]) -> dict[str, Any]:
     """Seconds of the phase, and peak memory beyond the model that is loaded before and what Python had."""
     before = resident("VmRSS")
     model = host.node("QandC_LoadDiT").execute(NAME, "float32", "auto").args[0]
     size = model.model_size()
     forget_peak()
+    tell_tenths(options["phase"])
     begun = time.perf_counter()
     if options["phase"] == "calibrate":
         kept = calibrate(host, model, options)
