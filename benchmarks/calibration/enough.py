@@ -27,14 +27,14 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 RUNS = (2, 4, 6, 8, 12, 16, 24, 32, 40)
 MANY, IMAGES, SAMPLES = 20, 32, 1024  # runs of so many images, of which as many samples are taken as there may be
-SUBJECTS = ("built-in, ddim, 50 steps", "flow, euler, 30 steps")
+SUBJECTS = ("digits DiT, ddim, 50 steps", "flow, euler, 30 steps")
 sys.path[:0] = [
     str(ROOT / folder) for folder in ("tests/comfyui/inside", "benchmarks/caching", "benchmarks/quantization")
 ]
 
 
 def prompts(host: Host, name: str, label: int) -> tuple[Any, Any]:
-    if name.startswith("built-in"):
+    if name.startswith("digits"):
         return host.module("nodes.class_label").ClassLabel.execute(str(label), "none").args
     import flow_model
     import torch

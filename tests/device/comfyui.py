@@ -19,6 +19,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "com
 import fake  # noqa: E402
 import host  # noqa: E402
 import pages  # noqa: E402
+import real  # noqa: E402
 from quantized_families import save  # noqa: E402
 
 COMMON = ("--disable-pinned-memory", "--disable-async-offload")
@@ -33,7 +34,7 @@ def kernels_of_torch() -> None:
     """comfy-kitchen's own kernels need a real GPU."""
     import comfy_kitchen
 
-    for backend in ("cuda", "triton"):
+    for backend in () if real.WANTED else ("cuda", "triton"):
         comfy_kitchen.disable_backend(backend)
 
 
@@ -52,7 +53,9 @@ def main() -> None:
         kernels_of_torch()
         if mode == "low":
             short_of_memory()
-        if mode in ("pages", "refused"):
+        if real.WANTED and mode == "pages":
+            host.enable_dynamic_vram()
+        elif mode in ("pages", "refused"):
             pages.enable(REFUSED if mode == "refused" else 0)
         print("RESULTS " + json.dumps(Checks(h, device).found()))
 
