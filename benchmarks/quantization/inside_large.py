@@ -60,12 +60,12 @@ def calibrate(host: Host, model, options: dict[str, Any]) -> None:
     )  # fmt: skip
 
 
-def quantize(host: Host, model, format: str) -> Any:
+def quantize(host: Host, model, format: str, preset: str) -> Any:
     (file,) = Path(host.base, "output", "qandc").glob("large*.safetensors")
     calibration = host.module("qandc_core.calibration.file").load_calibration(file)
     return host.node("QandC_Quantize").execute(
         model=model, format=format, method="native", max_layer_error=0.0, max_size_mb=0, skip="", loras="bake in",
-        rounding="auto", calibration=calibration,
+        rounding="auto", calibration=calibration, preset=preset,
     )  # fmt: skip
 
 
@@ -94,7 +94,7 @@ def measured(host: Host, options: dict[str, Any]) -> dict[str, Any]:
     if options["phase"] == "calibrate":
         kept = calibrate(host, model, options)
     else:
-        kept = quantize(host, model, options["phase"])
+        kept = quantize(host, model, options["phase"], options["preset"])
     seconds, peak = time.perf_counter() - begun, resident("VmHWM")
     found = {"seconds": seconds, "model": size, "before": before, "peak": peak, "beyond": peak - before - size}
     if kept is not None:

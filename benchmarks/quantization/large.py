@@ -3,7 +3,7 @@
     python -m benchmarks.quantization.large
 
 Writes quantization-large.json after each phase, which has a process of its own, and quantization-large.md at the end;
-the phases tell how far they are. With --preset the numbers are those of TAP Calibrate's presets.
+the phases tell how far they are. With --preset the numbers are those of a preset of TAP Calibrate and Quantize.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--cfg", type=float, default=1.5)
     parser.add_argument("--memory-gb", type=float, default=4.0)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--preset", default="custom", help="of TAP Calibrate, in the place of the numbers above")
+    parser.add_argument("--preset", default="custom", help="of both nodes, in the place of the numbers above")
     parser.add_argument("--phases", type=lambda text: text.split(","), default=list(PHASES))
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = vars(parser.parse_args())
