@@ -18,7 +18,8 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
 
@@ -30,6 +31,7 @@ from host import Host, enable_dynamic_vram
 from inside_large import forget_peak, resident
 from speed_variants import STOCK, Variant
 
+BEGUN = time.perf_counter()
 SAMPLER, SCHEDULER = "euler", "simple"
 SYNCHRONIZING = "called a synchronizing CUDA operation"  # in torch's warning
 PREPARING = 0.6  # of the time: no further variant is made after it
@@ -90,10 +92,10 @@ class Bench:
         self.synchronize = host.module("qandc_core.sampling.generate").synchronize
         self.report_key = host.module("nodes.comfyui.wrappers").REPORT
         self.settle = host.module("nodes.comfyui.calibrate.recording").settle
-        self.given_up, self.begun = GivenUp(), time.perf_counter()
+        self.given_up = GivenUp()
 
     def has_time(self, share: float = 1.0) -> bool:
-        return time.perf_counter() - self.begun < share * self.options["seconds"]
+        return time.perf_counter() - BEGUN < share * self.options["seconds"]
 
     def steps(self, variant: Variant) -> int:
         return self.options["steps"] // 2 if variant.halved else self.options["steps"]
@@ -133,28 +135,32 @@ class Bench:
         subject, run_report = self.subject, self.host.module("qandc_core").RunReport
         return run_report(SAMPLER, steps, len(subject.latent), self.options["cfg"], str(subject.device))
 
-    def peak_bytes(self, patcher, steps: int) -> int:
-        """The model, and the most that a run holds beyond what was held before it."""
-        device = self.subject.device
-        held, peak, forget = CUDA_MEMORY if device.type == "cuda" else PROCESS_MEMORY
+    def peak_bytes(self, patcher, steps: int) -> tuple[int, float | None]:
+        """The model and the most that a run holds beyond what was held before it; waits of the host for each step."""
+        cuda = self.subject.device.type == "cuda"
+        held, peak, forget = CUDA_MEMORY if cuda else PROCESS_MEMORY
         gc.collect()
         forget()
         before = held()
-        self.run(patcher, steps, seed=0)
-        return patcher.model_size() + peak() - before
+        with counted_waits(cuda) as said:
+            self.run(patcher, steps, seed=0)
+        waits = sum(SYNCHRONIZING in str(warning.message) for warning in said) / steps if cuda else None
+        return patcher.model_size() + peak() - before, waits
 
-    def waits(self, patcher, steps: int) -> float | None:
-        """How often the host waits for the GPU, for each step of a run."""
-        if self.subject.device.type != "cuda":
-            return None
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            torch.cuda.set_sync_debug_mode("warn")
-            try:
-                self.run(patcher, steps, seed=0)
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
-        return sum(SYNCHRONIZING in str(warning.message) for warning in said) / steps
+
+@contextmanager
+def counted_waits(cuda: bool) -> Iterator[list[warnings.WarningMessage]]:
+    """Collects torch's warnings of operations for which the host waits."""
+    with warnings.catch_warnings(record=cuda) as said:
+        if not cuda:
+            yield []
+            return
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield said
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def forget_process_peak() -> None:
@@ -218,15 +224,14 @@ class Row:
         print(f"{self.variant.name}: {text}", file=sys.stderr, flush=True)
 
     def prepare(self, workshop: speed_variants.Workshop) -> None:
-        """Makes the model and runs it with whatever happens on first use, for its memory, and for its waits."""
+        """Makes the model and runs it once with whatever happens on first use, and once for its memory and waits."""
         self.patcher = workshop.make(self.variant)
         steps = min(self.bench.options["warm"] or self.found["steps"], self.found["steps"])
         before = self.bench.given_up.count
         first = self.bench.run(self.patcher, steps, seed=0)[1]
         self.found |= {"first_seconds": first["seconds"], "first_graphs": first["graphs"]}
-        self.found["peak_bytes"] = self.bench.peak_bytes(self.patcher, steps)
+        self.found["peak_bytes"], self.found["waits"] = self.bench.peak_bytes(self.patcher, steps)
         self.found["model_bytes"] = self.patcher.model_size()
-        self.found["waits"] = None if self.variant.compiled else self.bench.waits(self.patcher, steps)
         self.found["made"] = workshop.made.get(self.variant.format)
         self.found["given_up"] = self.bench.given_up.count - before
         report = self.patcher.model_options["transformer_options"].get("qandc_quantization")

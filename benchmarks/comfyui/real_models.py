@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,7 +55,7 @@ def load(size: Size, dtype: torch.dtype) -> Any:
     import comfy.sd
 
     fast = {"dtype": dtype, "fp8_optimizations": True} if dtype.itemsize == 1 else {}
-    tensors = {name: tensor.to(dtype) for name, tensor in random_weights(size).items()}
+    tensors = {name: tensor.to(dtype) for name, tensor in random_weights(size)}
     patcher = comfy.sd.load_diffusion_model_state_dict(tensors, model_options=fast)
     found = type(patcher.model.model_config).__name__
     if found != size.config:
@@ -62,7 +63,7 @@ def load(size: Size, dtype: torch.dtype) -> Any:
     return patcher
 
 
-def random_weights(size: Size) -> dict[str, torch.Tensor]:
+def random_weights(size: Size) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor of a file, in bfloat16: scaled by their inputs, so that the model neither fades out nor overflows,
     and gains around 1.
     """
@@ -75,14 +76,11 @@ def random_weights(size: Size) -> dict[str, torch.Tensor]:
     shapes = config.get_model({}, "", device=torch.device("meta")).diffusion_model.state_dict()
     device = comfy.model_management.get_torch_device()
     generator = torch.Generator(device).manual_seed(5)
-
-    def drawn(name: str, shape: torch.Size) -> torch.Tensor:
+    for name, shape in ((name, tensor.shape) for name, tensor in shapes.items()):
         gain = len(shape) == 1 and not name.endswith("bias")
         scale = 0.02 if len(shape) < 2 else shape[1:].numel() ** -0.5
         values = torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16)
-        return values.mul_(scale).add_(gain)
-
-    return {name: drawn(name, tensor.shape) for name, tensor in shapes.items()}
+        yield name, values.mul_(scale).add_(gain)
 
 
 def conditioning(size: Size, seed: int) -> list:
