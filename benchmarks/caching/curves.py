@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
-from qandc_core.evaluation.experiment import cpu_name
+from .shared import machines
 
 SPEEDUPS = (1.5, 2.0, 2.5, 3.0, 4.0)
 IN_TIME = (1.5, 2.0, 3.0)
@@ -41,7 +41,7 @@ settings of a method the error is interpolated geometrically.
 perceptual distance is that of LPIPS with all weights 1 on the convolutions of the digits' classifier (fidelity.py);
 less is better, and of PSNR more. A dash: no setting that was tried lies there.
 
-The built-in model predicts the clean image of 32 x 32 digits; the flow model is of ComfyUI's Lumina 2 class, trained by
+The digits DiT predicts the clean image of 32 x 32 digits; the flow model is of ComfyUI's Lumina 2 class, trained by
 flow_model.py on the same digits. EasyCache and LazyCache have their default start and end; in float32 EasyCache writes
 into the tensor that it was given on flow models, so a second row copies its input. "Presets" are Apply Cache as it is,
 without a calibration. "Calibrated" and "error budget" forecast as Apply Cache does: with order 1, and with 0 where the
@@ -123,7 +123,7 @@ def other_table(rows: list[dict], subject: str) -> str:
 
 def report(rows: list[dict], version: str) -> str:
     subjects = list(dict.fromkeys(row["subject"] for row in rows))
-    parts = [TEXT.format(version=version, machine=cpu_name())]
+    parts = [TEXT.format(version=version, machine=machines(rows))]
     for subject in subjects:
         own = [row for row in rows if row["subject"] == subject]
         count = len(own[0]["errors"])

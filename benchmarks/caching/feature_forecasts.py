@@ -87,7 +87,7 @@ def main() -> None:
     rows = []
     with torch.inference_mode():
         for name, subject in {
-            "built-in, ddim, 50 steps": fidelity.built_in(host, "ddim"),
+            "digits DiT, ddim, 50 steps": fidelity.digits(host, "ddim"),
             "flow, euler, 50 steps": fidelity.flow(host, weights, "euler", 50),
             "flow, dpmpp_2m, 30 steps": fidelity.flow(host, weights, "dpmpp_2m", 30),
         }.items():

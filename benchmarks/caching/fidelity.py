@@ -3,29 +3,33 @@
     OMP_NUM_THREADS=1 COMFYUI/.venv/bin/python benchmarks/caching/fidelity.py COMFYUI BASE out/digits_flow.safetensors
 
 Called by `python -m benchmarks.caching`. BASE is a ComfyUI base directory with the pack in custom_nodes. Writes
-results/caching.json after each setting and goes on where it stands, so that --seconds may cut it into pieces.
+results/caching.json after each setting and goes on where it stands, so that --seconds may cut it into pieces, and
+--jobs share it out over cores.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import flow_model
 import packs
 import rivals
+import shared
 import torch
 
 if TYPE_CHECKING:
     from host import Host
 
-RESULTS = Path(__file__).parents[1] / "results"
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+DIGITS = next(ROOT.glob("*/d*/digits_dit.safetensors"))
+CLASSIFIER = ".".join((*DIGITS.parent.relative_to(ROOT).parts, "classifier"))
 IMAGES = 16
 MOST_PSNR = 150.0  # dB, of equal images
 
@@ -68,8 +72,8 @@ class Subject:
         return self.decode(out), sum(calls) // (2 * IMAGES)
 
 
-def built_in(host: Host, sampler: str) -> Subject:
-    patcher = host.module("nodes.comfyui.model.dit").load_dit_patcher("demo")
+def digits(host: Host, sampler: str) -> Subject:
+    patcher = host.module("nodes.comfyui.model.dit").load_dit_patcher(DIGITS)
     labels = ",".join(str(i % 10) for i in range(IMAGES))
     positive, negative = host.module("nodes.class_label").ClassLabel.execute(labels, "none").args
     attention = patcher.model.diffusion_model.blocks[0].attn
@@ -234,7 +238,7 @@ class Measures:
 
     def __init__(self, host: Host):
         self.psnr = host.module("qandc_core.evaluation.metrics").psnr
-        (classifier, _) = host.module("qandc_core.demo.classifier").load_classifier()
+        (classifier, _) = host.module(CLASSIFIER).load_classifier()
         self.layers = classifier.body[:10]
 
     def features(self, images: torch.Tensor) -> list[torch.Tensor]:
@@ -267,8 +271,8 @@ def seconds_of(run: Callable, seeds: list[int]) -> tuple[float, list]:
 
 def subjects(host: Host, weights: str) -> dict[str, Callable[[], Subject]]:
     return {
-        "built-in, ddim, 50 steps": lambda: built_in(host, "ddim"),
-        "built-in, ddpm, 50 steps": lambda: built_in(host, "ddpm"),
+        "digits DiT, ddim, 50 steps": lambda: digits(host, "ddim"),
+        "digits DiT, ddpm, 50 steps": lambda: digits(host, "ddpm"),
         "flow, euler, 50 steps": lambda: flow(host, weights, "euler", 50),
         "flow, euler, 20 steps": lambda: flow(host, weights, "euler", 20),
         "flow, dpmpp_2m, 30 steps": lambda: flow(host, weights, "dpmpp_2m", 30),
@@ -287,55 +291,58 @@ def rows_of(name: str, subject: Subject, method: str, settings: dict, full, meas
         yield {**row, **measures(images, reference)}
 
 
+def row_key(row: dict) -> tuple:
+    return row["subject"], row["method"], row["setting"]
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("comfyui")
-    parser.add_argument("base")
-    parser.add_argument("flow")
+    parser = shared.options(__doc__ or "", RESULTS / "caching.json")
     parser.add_argument("--seeds", type=int, default=1, help=f"of {IMAGES} images each")
-    parser.add_argument("--only", default="", help="parts of the subjects' names, separated by semicolons")
-    parser.add_argument("--methods", default="", help="the same of the methods, in this order")
+    parser.add_argument("--methods", default="", help="parts of the methods' names")
     parser.add_argument("--packs", default="", help="folders of other packs (packs.py), separated by semicolons")
-    parser.add_argument("--seconds", type=float, default=float("inf"))
-    parser.add_argument("--out", type=Path, default=RESULTS / "caching.json")
     args = parser.parse_args()
-    only, chosen, folders = (list(filter(None, t.split(";"))) for t in (args.only, args.methods, args.packs))
-    begun = time.perf_counter()
-    rows = json.loads(args.out.read_text(encoding="utf-8")) if args.out.is_file() else []
-    done = {(row["subject"], row["method"], row["setting"]) for row in rows}
-    sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "comfyui" / "inside"))
+    sys.path.insert(0, str(ROOT / "tests" / "comfyui" / "inside"))
     from host import Host
 
     host = Host(args.comfyui, args.base)
-    model_run = host.module("nodes.comfyui.cache.run").ModelRun
-    watches = model_run.look
     from comfy.samplers import sampler_object
 
     declares_noise = host.module("nodes.comfyui.wrappers").declares_noise
+    model_run = host.module("nodes.comfyui.cache.run").ModelRun
+    watches, measures = model_run.look, Measures(host)
+    done = {row_key(row) for row in shared.read(args.out) if "psnr" in row}
+    made = {name: make() for name, make in subjects(host, str(args.flow)).items() if shared.chosen(name, args.only)}
+    noisy = {name: declares_noise(sampler_object(subject.sampler)) for name, subject in made.items()}
+
+    def known(name: str) -> dict[str, dict[float, Callable]]:
+        found = methods(host, made[name], order=0 if noisy[name] else 1)
+        for folder in filter(None, args.packs.split(";") if name.startswith("flow") else ()):
+            found |= packs.methods(host, folder, subjects(host, str(args.flow))[name])
+        return {method: left(name, method, runs) for method, runs in found.items()}
+
+    def left(name: str, method: str, runs: dict[float, Callable]) -> dict[float, Callable]:
+        return {setting: run for setting, run in runs.items() if (name, method, setting) not in done}
+
+    @cache
+    def full(name: str) -> dict[int, torch.Tensor]:
+        return {seed: made[name].images(made[name].patcher, seed)[0] for seed in range(args.seeds)}
+
+    def work(unit: tuple[str, str]) -> None:
+        name, method = unit
+        # Measures also the forecasts that Apply Cache ends.
+        model_run.look = (lambda self, x: None) if noisy[name] else watches
+        for row in rows_of(name, made[name], method, to_do[name][method], full(name), measures):
+            shared.keep(args.out, [row], row_key)
+
     with torch.inference_mode():
-        measures = Measures(host)
-        for name, make in subjects(host, args.flow).items():
-            if only and not any(part in name for part in only):
-                continue
-            subject = make()
-            noisy = declares_noise(sampler_object(subject.sampler))
-            # Measures also the forecasts that Apply Cache ends.
-            model_run.look = (lambda self, x: None) if noisy else watches
-            found = methods(host, subject, order=0 if noisy else 1)
-            for folder in folders if name.startswith("flow") else ():
-                found |= packs.methods(host, folder, make)
-            full = {seed: subject.images(subject.patcher, seed)[0] for seed in range(args.seeds)}
-            wanted = [method for part in chosen for method in found if part in method] if chosen else list(found)
-            for method in dict.fromkeys(wanted):
-                left = {key: run for key, run in found[method].items() if (name, method, key) not in done}
-                for row in rows_of(name, subject, method, left, full, measures) if left else ():
-                    rows.append(row)
-                    args.out.write_text("[" + ",\n".join(map(json.dumps, rows)) + "]\n", encoding="utf-8")
-                    print(
-                        name, method, row["setting"], row["calls"][0], max(row["errors"]), file=sys.stderr, flush=True
-                    )
-                    if time.perf_counter() - begun > args.seconds:
-                        return
+        to_do = {name: known(name) for name in made}
+        units = [
+            (name, method)
+            for name, found in to_do.items()
+            for method, runs in found.items()
+            if runs and shared.chosen(method, args.methods)
+        ]
+        shared.in_turns(units, work, args.jobs, args.seconds)
 
 
 if __name__ == "__main__":

@@ -33,8 +33,8 @@ def main() -> None:
     rows = []
     with torch.inference_mode():
         for name, subject in {
-            "built-in, ddim, 50 steps": fidelity.built_in(host, "ddim"),
-            "built-in, dpmpp_2m, 50 steps": fidelity.built_in(host, "dpmpp_2m"),
+            "digits DiT, ddim, 50 steps": fidelity.digits(host, "ddim"),
+            "digits DiT, dpmpp_2m, 50 steps": fidelity.digits(host, "dpmpp_2m"),
             "flow, euler, 50 steps": fidelity.flow(host, weights, "euler", 50),
             "flow, dpmpp_2m, 20 steps": fidelity.flow(host, weights, "dpmpp_2m", 20),
         }.items():

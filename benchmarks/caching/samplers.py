@@ -1,9 +1,10 @@
 """Every sampler of ComfyUI at few and many steps: the presets of Apply Cache against runs of as many steps.
 
-    COMFYUI/.venv/bin/python benchmarks/caching/samplers.py COMFYUI BASE out/digits_flow.safetensors [--seconds 300]
+    OMP_NUM_THREADS=1 COMFYUI/.venv/bin/python benchmarks/caching/samplers.py COMFYUI BASE out/digits_flow.safetensors
 
 BASE is a ComfyUI base directory with the pack in custom_nodes. Writes results/caching-samplers.json after each sampler
-and goes on where it stands, so that --seconds may cut it into pieces; --report writes caching-samplers.md from it.
+and goes on where it stands, so that --seconds may cut it into pieces, and --jobs share it out over cores; --report
+writes caching-samplers.md from it.
 Left out are names that are the same on CPU (_gpu) and dpm_adaptive, which chooses its steps itself.
 
 Each image of a batch has its own noise and counts as one seed. A method is a function from a sampler, a number of
@@ -12,16 +13,15 @@ steps and a number of computed steps to a model; METHODS takes others.
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import statistics
 import sys
-import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import shared
 from comparisons import Difference, significant
 
 if TYPE_CHECKING:
@@ -51,14 +51,14 @@ def errors(images, reference) -> list[float]:
     return [float(f"{error:.4g}") for error in relative_l2(images, reference)]
 
 
-def measured(host: Host, name: str, subject: Subject, sampler: str, converged, method: str, steps_of=()) -> list[dict]:
+def measured(host: Host, name: str, subject: Subject, sampler: str, converged, method: str) -> list[dict]:
     """Rows of one sampler on one model: its plain runs, and every preset at every number of steps."""
     subject.sampler = sampler
     noisy = host.module("nodes.comfyui.wrappers").declares_noise(sampler_object(sampler))
     common = {"subject": name, "sampler": sampler, "noisy": noisy}
     runs = Runs(subject)
     rows: list[dict] = []
-    for steps in steps_of or STEPS:
+    for steps in STEPS:
         full, calls_of_all = runs.plain(steps)
         for level in LEVELS:
             found, calls = runs.cached(host, METHODS[method](host, subject.patcher, level), steps, level)
@@ -158,9 +158,9 @@ def comparable(row: dict) -> bool:
 
 TEXT = """# Every sampler against as many steps of it, and of the best one
 
-Presets of Apply Cache on ComfyUI 0.33.0, float32 on CPU, guidance 1.5, {images} images with their own noise each. A
-cell is a sampler, a number of steps and a preset that computes fewer; presets with the same steps are one cell. Its
-error is the relative L2 distance to the run that computes all steps, and for samplers that add no noise also to the
+Presets of Apply Cache on ComfyUI 0.33.0, float32 on CPU ({machine}), guidance 1.5, {images} images with their own noise
+each. A cell is a sampler, a number of steps and a preset that computes fewer; presets with the same steps are one cell.
+Its error is the relative L2 distance to the run that computes all steps, and for samplers that add no noise also to the
 solution (dpmpp_2m, {converged} steps; CFG++ has another one). It is compared, paired by image, with a run of as many
 steps of the same sampler as were computed, and with the best plain run of any sampler with as many model calls or
 fewer, which is chosen afterwards. "Better / equal / worse" goes by twice the standard error, which one cell in ten
@@ -174,7 +174,11 @@ def report(rows: list[dict]) -> str:
     cells = reused(rows)
     known = {cell_of(row): difference for row, difference in differences(cells, "error", "fewer")}
     firm = significant(known)
-    parts = [TEXT.format(images=len(rows[0]["converged"]), converged=CONVERGED, cells=len(known))]
+    parts = [
+        TEXT.format(
+            machine=shared.machines(rows), images=len(rows[0]["converged"]), converged=CONVERGED, cells=len(known)
+        )
+    ]
     for subject in dict.fromkeys(row["subject"] for row in rows):
         own = [row for row in rows if row["subject"] == subject]
         parts += [f"## {subject}, by steps", "", *by(own, "steps", STEPS), ""]
@@ -224,22 +228,22 @@ def by(rows: list[dict], key: str, values) -> list[str]:
     return lines
 
 
+def complete(rows: list[dict], unit: tuple[str, str], method: str) -> bool:
+    own = [row for row in rows if (row["subject"], row["sampler"], row["method"]) == (*unit, method)]
+    return {(row["steps"], row["level"]) for row in own} >= {(steps, level) for steps in STEPS for level in LEVELS}
+
+
+def row_key(row: dict) -> tuple:
+    return row["subject"], row["sampler"], row["method"], row["steps"], row["level"]
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("comfyui", nargs="?")
-    parser.add_argument("base", nargs="?")
-    parser.add_argument("flow", nargs="?", type=Path)
-    parser.add_argument("--seconds", type=float, default=float("inf"))
-    parser.add_argument("--out", type=Path, default=RESULTS / "caching-samplers.json")
-    parser.add_argument("--steps", type=lambda text: [int(n) for n in text.split(",")], default=[], help="only these")
+    parser = shared.options(__doc__, RESULTS / "caching-samplers.json")
     parser.add_argument("--method", default="preset", choices=METHODS)
-    parser.add_argument("--report", action="store_true")
     args = parser.parse_args()
-    rows = json.loads(args.out.read_text(encoding="utf-8")) if args.out.is_file() else []
     if args.report:
-        args.out.with_suffix(".md").write_text(report(rows), encoding="utf-8")
+        args.out.with_suffix(".md").write_text(report(shared.read(args.out)), encoding="utf-8")
         return
-    begun = time.perf_counter()
     sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "comfyui" / "inside"))
     from host import Host
 
@@ -249,26 +253,23 @@ def main() -> None:
     import torch
 
     fidelity.IMAGES = IMAGES
-    made = {
-        "built-in": lambda: fidelity.built_in(host, "euler"),
-        "flow": lambda: fidelity.flow(host, str(args.flow), "euler", 50),
-    }
+    made = {"digits DiT": fidelity.digits(host, "euler"), "flow": fidelity.flow(host, str(args.flow), "euler", 50)}
+
+    @cache
+    def converged(name: str):
+        made[name].sampler = "dpmpp_2m"
+        return made[name].images(made[name].patcher, 0, CONVERGED)[0]
+
+    def work(unit: tuple[str, str]) -> None:
+        name, sampler = unit
+        found = measured(host, name, made[name], sampler, converged(name), args.method)
+        shared.keep(args.out, found, row_key)
+
     names = [name for name in comfy.samplers.SAMPLER_NAMES if not name.endswith("_gpu") and name != "dpm_adaptive"]
+    rows = shared.read(args.out)
+    units = [(name, sampler) for name in made if shared.chosen(name, args.only) for sampler in names]
     with torch.inference_mode():
-        for name, make in made.items():
-            done = {row["sampler"] for row in rows if row["subject"] == name and row["method"] == args.method}
-            left = [sampler for sampler in names if sampler not in done]
-            if not left or time.perf_counter() - begun > args.seconds:
-                continue
-            subject = make()
-            subject.sampler = "dpmpp_2m"
-            converged = subject.images(subject.patcher, 0, CONVERGED)[0]
-            for sampler in left:
-                if time.perf_counter() - begun > args.seconds:
-                    break
-                rows += measured(host, name, subject, sampler, converged, args.method, args.steps)
-                args.out.write_text("[" + ",\n".join(map(json.dumps, rows)) + "]\n", encoding="utf-8")
-                print(name, sampler, f"{time.perf_counter() - begun:.0f} s", file=sys.stderr, flush=True)
+        shared.in_turns([u for u in units if not complete(rows, u, args.method)], work, args.jobs, args.seconds)
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def main() -> None:
 
     with torch.inference_mode():
         for name, subject in {
-            "built-in": fidelity.built_in(host, "dpmpp_2m"),
+            "digits DiT": fidelity.digits(host, "dpmpp_2m"),
             "flow": fidelity.flow(host, weights, "dpmpp_2m", STEPS),
         }.items():
             solution = subject.images(subject.patcher, 0, SOLUTION)[0]

@@ -1,4 +1,4 @@
-"""Which samples to calibrate on, compared on the built-in model (about half an hour on two cores):
+"""Which samples to calibrate on, compared on the digits DiT (about half an hour on two cores):
 
     python -m benchmarks.calibration --out benchmarks/results
 

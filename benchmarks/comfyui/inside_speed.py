@@ -1,6 +1,7 @@
 """Times of one model in every variant under KSampler's sampling: runs in ComfyUI's Python, prints JSON.
 
-Called by `python -m benchmarks.comfyui`; argv: checkout, base directory with the pack, options as JSON.
+Called by `python -m benchmarks.comfyui`; argv: checkout, base directory with the pack, options as JSON. Prints all that
+is known after each round, on a line that begins with RESULTS.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
 
@@ -24,11 +27,14 @@ import fidelity
 import speed_models
 import speed_variants
 import torch
-from host import Host
+from host import Host, enable_dynamic_vram
 from inside_large import forget_peak, resident
 from speed_variants import STOCK, Variant
 
+BEGUN = time.perf_counter()
 SAMPLER, SCHEDULER = "euler", "simple"
+SYNCHRONIZING = "called a synchronizing CUDA operation"  # in torch's warning
+PREPARING = 0.6  # of the time: no further variant is made after it
 KEY = "qandc_speed"
 WORDS = 400  # letters of an error message
 
@@ -42,7 +48,10 @@ def start(checkout: str, base: str, options: dict[str, Any]) -> Host:
 
         comfy.options.enable_args_parsing()
         importlib.import_module("comfy.cli_args")
-    return Host(checkout, base)
+    host = Host(checkout, base)
+    if options["dynamic"]:
+        enable_dynamic_vram()
+    return host
 
 
 class Watch:
@@ -82,7 +91,11 @@ class Bench:
         self.host, self.subject, self.options = host, subject, options
         self.synchronize = host.module("qandc_core.sampling.generate").synchronize
         self.report_key = host.module("nodes.comfyui.wrappers").REPORT
+        self.settle = host.module("nodes.comfyui.calibrate.recording").settle
         self.given_up = GivenUp()
+
+    def has_time(self, share: float = 1.0) -> bool:
+        return time.perf_counter() - BEGUN < share * self.options["seconds"]
 
     def steps(self, variant: Variant) -> int:
         return self.options["steps"] // 2 if variant.halved else self.options["steps"]
@@ -107,22 +120,47 @@ class Bench:
             subject.latent, disable_pbar=True, seed=seed,
         )  # fmt: skip
         self.synchronize(subject.device)
-        found = {"seconds": time.perf_counter() - begun, "computed": sum(watch.computed), **watch.step_seconds()}
+        sampled = time.perf_counter()
+        self.settle()  # files of recorded runs are written
+        done = time.perf_counter()
+        found = {
+            "seconds": done - begun,
+            "writing": done - sampled,
+            "computed": sum(watch.computed),
+            **watch.step_seconds(),
+        }
         return out, {**found, "graphs": graphs_compiled() - graphs, "warnings": report.warnings}
 
     def report(self, steps: int) -> Any:
         subject, run_report = self.subject, self.host.module("qandc_core").RunReport
         return run_report(SAMPLER, steps, len(subject.latent), self.options["cfg"], str(subject.device))
 
-    def peak_bytes(self, patcher, steps: int) -> int:
-        """The model, and the most that a run holds beyond what was held before it."""
-        device = self.subject.device
-        held, peak, forget = CUDA_MEMORY if device.type == "cuda" else PROCESS_MEMORY
+    def peak_bytes(self, patcher, steps: int) -> tuple[int, float | None]:
+        """The model and the most that a run holds beyond what was held before it; waits of the host for each step."""
+        cuda = self.subject.device.type == "cuda"
+        held, peak, forget = CUDA_MEMORY if cuda else PROCESS_MEMORY
         gc.collect()
         forget()
         before = held()
-        self.run(patcher, steps, seed=0)
-        return patcher.model_size() + peak() - before
+        with counted_waits(cuda) as said:
+            self.run(patcher, steps, seed=0)
+        waits = sum(SYNCHRONIZING in str(warning.message) for warning in said) / steps if cuda else None
+        return patcher.model_size() + peak() - before, waits
+
+
+@contextmanager
+def counted_waits(cuda: bool) -> Iterator[list[warnings.WarningMessage]]:
+    """Collects torch's warnings of operations for which the host waits."""
+    with warnings.catch_warnings(record=cuda) as said:
+        if not cuda:
+            yield []
+            return
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield said
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def forget_process_peak() -> None:
@@ -186,14 +224,15 @@ class Row:
         print(f"{self.variant.name}: {text}", file=sys.stderr, flush=True)
 
     def prepare(self, workshop: speed_variants.Workshop) -> None:
-        """Makes the model and runs it once with whatever happens on first use, and once for its memory."""
+        """Makes the model and runs it once with whatever happens on first use, and once for its memory and waits."""
         self.patcher = workshop.make(self.variant)
-        steps = self.found["steps"]
+        steps = min(self.bench.options["warm"] or self.found["steps"], self.found["steps"])
         before = self.bench.given_up.count
         first = self.bench.run(self.patcher, steps, seed=0)[1]
         self.found |= {"first_seconds": first["seconds"], "first_graphs": first["graphs"]}
-        self.found["peak_bytes"] = self.bench.peak_bytes(self.patcher, steps)
+        self.found["peak_bytes"], self.found["waits"] = self.bench.peak_bytes(self.patcher, steps)
         self.found["model_bytes"] = self.patcher.model_size()
+        self.found["made"] = workshop.made.get(self.variant.format)
         self.found["given_up"] = self.bench.given_up.count - before
         report = self.patcher.model_options["transformer_options"].get("qandc_quantization")
         if report is not None:
@@ -211,27 +250,50 @@ class Row:
         self.log(f"{found['seconds']:.3f} s, {found['computed']} steps computed")
 
 
-def measure(bench: Bench, workshop: speed_variants.Workshop, variants: list[Variant]) -> list[Row]:
-    """Every round runs all variants once, in random order, from noise of its own. The first variant is stock."""
-    rows = [Row(bench, workshop, variant) for variant in variants]
+Save = Callable[[list[Row]], None]
+
+
+def measure(
+    bench: Bench, workshop: speed_variants.Workshop, variants: list[Variant], save: Save = lambda rows: None
+) -> list[Row]:
+    """Every round runs all variants once, in random order, from noise of its own. The first variant is stock, and first
+    in each round, so that whatever was run before the time ended has something to be compared with.
+    """
+    rows = prepared(bench, workshop, variants)
     order = random.Random(0)
     for seed in range(bench.options["rounds"]):
         live = [row for row in rows if not row.fails]
-        made = {row.variant: row.measure(seed) for row in order.sample(live, len(live))}
+        made: dict[Variant, Any] = {}
+        for row in [*live[:1], *order.sample(live[1:], len(live) - 1)]:
+            if seed and not bench.has_time():
+                break
+            made[row.variant] = row.measure(seed)
         if rows[0].fails:  # as after an error that leaves the GPU unusable
             break
         for row in live:
-            if not row.fails:
+            if made.get(row.variant) is not None:
                 row.add(made[row.variant], made[STOCK])
+        save(rows)
     for row in rows:
         if not row.found["rounds"]:
             row.found.setdefault("fails", f"stock ended first: {rows[0].found.get('fails')}")
     return rows
 
 
-def measure_all(bench: Bench, workshop: speed_variants.Workshop, variants: list[Variant]) -> list[Row]:
+def prepared(bench: Bench, workshop: speed_variants.Workshop, variants: list[Variant]) -> list[Row]:
+    """As many of the variants as there is time for."""
+    rows: list[Row] = []
+    for variant in variants:
+        if rows and not bench.has_time(PREPARING):
+            print(f"no time for {variant.name} and what follows", file=sys.stderr, flush=True)
+            break
+        rows.append(Row(bench, workshop, variant))
+    return rows
+
+
+def measure_all(bench: Bench, workshop: speed_variants.Workshop, variants: list[Variant], save: Save) -> list[Row]:
     """Variants that would run the graphs of others are measured beside stock alone, after torch forgot those."""
-    rows = measure(bench, workshop, [variant for variant in variants if not variant.alone])
+    rows = measure(bench, workshop, [variant for variant in variants if not variant.alone], save)
     for variant in variants:
         if variant.alone:
             torch.compiler.reset()
@@ -266,12 +328,16 @@ def main() -> None:
     import comfy.utils
 
     comfy.utils.PROGRESS_BAR_ENABLED = False
-    variants = speed_variants.chosen(options["only"], options["compiles"])
+    variants = speed_variants.chosen(options["model"], options["only"], options["compiles"])
     with torch.inference_mode():
         subject = speed_models.MODELS[options["model"]](host, options)
         workshop = speed_variants.Workshop(host, subject, options)
-        rows = [row.found for row in measure_all(Bench(host, subject, options), workshop, variants)]
-    print("RESULTS " + json.dumps({**described(subject), "took": time.perf_counter() - begun, "rows": rows}))
+
+        def save(rows: list[Row]) -> None:
+            found = {**described(subject), "took": time.perf_counter() - begun, "rows": [row.found for row in rows]}
+            print("RESULTS " + json.dumps(found), flush=True)
+
+        save(measure_all(Bench(host, subject, options), workshop, variants, save))
 
 
 if __name__ == "__main__":

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import flow_model
 import inside_large
+import real_models
 import torch
 
 if TYPE_CHECKING:
@@ -18,7 +20,9 @@ CALIBRATION_SEED = 700
 
 @dataclass
 class Subject:
-    """A model, what conditions it and an empty batch; `trained` says that its errors mean something."""
+    """A model, what conditions it and an empty batch; `trained` says that its errors mean something. `size` is given
+    where the model has its released size.
+    """
 
     title: str
     patcher: Any
@@ -26,6 +30,7 @@ class Subject:
     negative: Any
     latent: torch.Tensor
     trained: bool
+    size: real_models.Size | None = None
 
     @property
     def device(self) -> torch.device:
@@ -79,7 +84,17 @@ def flow(host: Host, options: dict[str, Any]) -> Subject:
     return Subject("flow model", patcher, positive, negative, torch.zeros(options["batch"], 16, 8, 8), True)
 
 
-MODELS = {"demo": demo, "dit": random_dit, "flow": flow}
+def real(host: Host, options: dict[str, Any], name: str) -> Subject:
+    size = real_models.SIZES[name]
+    patcher = real_models.load(size, torch.bfloat16)
+    positive, negative = (real_models.conditioning(size, seed) for seed in (1, 2))
+    latent = torch.zeros(options["batch"], *size.latent[1:])
+    return Subject(f"{size.title}, random weights", patcher, positive, negative, latent, False, size)
+
+
+MODELS = {
+    "demo": demo, "dit": random_dit, "flow": flow, **{name: partial(real, name=name) for name in real_models.SIZES},
+}  # fmt: skip
 
 
 def calibration(host: Host, subject: Subject, options: dict[str, Any]) -> Any:

@@ -11,9 +11,9 @@ TEXT = """# Speed of sampling in ComfyUI
 
 One model under KSampler's sampling (euler, simple), in one process: as it is, through the nodes of core that make
 models faster, and through Quantize and Apply Cache. Rows are the nodes in the order of the graph, TorchCompileModel
-before caches; EasyCache and Apply Cache have their defaults, with order 1. Every round runs all rows once, in random
-order and from noise of its own, after each has run twice untimed. A compiled EasyCache is measured beside stock alone:
-it would find the graphs of other rows, in which it is not.
+before caches; EasyCache and Apply Cache have their defaults, with order 1. Every round runs all rows once, stock first
+and the others in random order, from noise of its own, after each has run untimed. A compiled EasyCache is measured
+beside stock alone: it would find the graphs of other rows, in which it is not.
 
 - seconds: one run without loading the model, median and range over the rounds;
 - speedup: against the stock row of the same round, median and range of the ratios;
@@ -22,6 +22,7 @@ it would find the graphs of other rows, in which it is not.
 - error: relative L2 distance of the latents to those of the stock row from the same noise, mean over images, with its
   standard error over the rounds;
 - memory: the model, and in brackets with the most that a run held beyond what the process held before it, MiB;
+- waits: how often the host waits for the GPU, for each step;
 - first run: seconds of the first run, where it compiled; rows without one reuse the graphs of a row above.
 
 {gpu}
@@ -42,7 +43,18 @@ RANDOM = (
     "The weights are random: times and memory are those of a trained model, errors say nothing of one. Quantize has\n"
     "no calibration and no limit on the error of a layer."
 )
-COLUMNS = ("", "seconds", "speedup", "computed", "step, computed", "step, reused", "error", "memory", "first run")
+COLUMNS = (
+    "",
+    "seconds",
+    "speedup",
+    "computed",
+    "step, computed",
+    "step, reused",
+    "error",
+    "memory",
+    "waits",
+    "first run",
+)
 
 
 def spread(values: list[float], digits: str) -> str:
@@ -87,6 +99,7 @@ def line(row: Row) -> list[str]:
         median_of(row, "reused_step"),
         mean_error(known(row, "error")),
         memory(row),
+        "-" if row.get("waits") is None else f"{row['waits']:.1f}",
         f"{row['first_seconds']:.3g}" if row["first_graphs"] else "-",
     ]
 
@@ -108,7 +121,20 @@ def gathered(rows: list[Row], words: Callable[[Row], list[str]]) -> dict[str, li
 def formats(row: Row) -> list[str]:
     """Layers of a row that Quantize alone made."""
     counts = ", ".join(f"{count} in {format}" for format, count in row.get("layers", {}).items())
-    return [f"layers: {counts}; kernels: {row['backend']}"] if counts and "+" not in row["variant"] else []
+    if not counts or "+" in row["variant"]:
+        return []
+    return [f"layers: {counts}; kernels: {row['backend']}{making(row.get('made'))}"]
+
+
+def making(made: dict[str, Any] | None) -> str:
+    if not made or made["gpu_bytes"] is None:
+        return ""
+    return f"; made in {made['seconds']:.1f} s with {made['gpu_bytes'] / 2**20:.0f} MiB of the GPU's memory"
+
+
+def recording(row: Row) -> list[str]:
+    seconds = [found.get("writing", 0) for found in row["rounds"]]
+    return [f"of the time {spread(seconds, '.2g')} s after the last step"] if max(seconds, default=0) > 0.01 else []
 
 
 def remarks(row: Row) -> list[str]:
@@ -118,7 +144,7 @@ def remarks(row: Row) -> list[str]:
         said.append(f"torch.compile made {graphs} graphs in the timed rounds")
     if row.get("given_up"):
         said.append("torch.compile reached its limit of graphs for a function and runs that one as it is")
-    return formats(row) + said
+    return formats(row) + recording(row) + said
 
 
 def section(run: dict[str, Any]) -> str:

@@ -43,7 +43,7 @@ normal inputs for each layer, as converters use them. GPTQ corrects biases by th
 bytes, with comfy-kitchen's own quantizer in W4A8; in W8A8 the scales of rows were searched, which makes the error of
 the weights no larger.
 "Paper" has static activation scales, calibrated like "GPTQ, TAP", and rounds to nearest. No layer is kept in a finer
-format. The built-in model draws 32 x 32 digits; the flow model is of ComfyUI's Lumina 2 class, trained on the same
+format. The digits DiT draws 32 x 32 digits; the flow model is of ComfyUI's Lumina 2 class, trained on the same
 digits by benchmarks/caching/flow_model.py. Made by `python -m benchmarks.quantization`.
 
 Held-out inputs and calls are the same for all seeds: the spread of those errors is that of the calibration alone.

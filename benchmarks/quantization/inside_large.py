@@ -56,17 +56,31 @@ def calibrate(host: Host, model, options: dict[str, Any]) -> None:
         model=cached, file="new", trajectories=options["trajectories"], samples=options["samples"],
         steps=options["steps"], cfg=options["cfg"], sampler_name="ddim", scheduler="normal", calibration_seed=501,
         batch_size=4, selection="tap", clusters=50, time_scale=5.0, computed_steps_only=True, hessians=True,
-        filename_prefix="large", memory_gb=options["memory_gb"], **conditions(host),
+        filename_prefix="large", memory_gb=options["memory_gb"], preset=options["preset"], **conditions(host),
     )  # fmt: skip
 
 
-def quantize(host: Host, model, format: str) -> Any:
+def quantize(host: Host, model, format: str, preset: str) -> Any:
     (file,) = Path(host.base, "output", "qandc").glob("large*.safetensors")
     calibration = host.module("qandc_core.calibration.file").load_calibration(file)
     return host.node("QandC_Quantize").execute(
         model=model, format=format, method="native", max_layer_error=0.0, max_size_mb=0, skip="", loras="bake in",
-        rounding="auto", calibration=calibration,
+        rounding="auto", calibration=calibration, preset=preset,
     )  # fmt: skip
+
+
+def tell_tenths(phase: str) -> None:
+    """Prints the seconds at every tenth of what ComfyUI's progress bar counts."""
+    import comfy.utils
+
+    begun, told = time.perf_counter(), [0]
+
+    def tell(value: int, total: int, *_: Any, **__: Any) -> None:
+        if total and 10 * value // total > told[0]:
+            told[0] = 10 * value // total
+            print(f"{phase} {10 * told[0]} % {time.perf_counter() - begun:.0f} s", file=sys.stderr, flush=True)
+
+    comfy.utils.set_progress_bar_global_hook(tell)
 
 
 def measured(host: Host, options: dict[str, Any]) -> dict[str, Any]:
@@ -75,11 +89,12 @@ def measured(host: Host, options: dict[str, Any]) -> dict[str, Any]:
     model = host.node("QandC_LoadDiT").execute(NAME, "float32", "auto").args[0]
     size = model.model_size()
     forget_peak()
+    tell_tenths(options["phase"])
     begun = time.perf_counter()
     if options["phase"] == "calibrate":
         kept = calibrate(host, model, options)
     else:
-        kept = quantize(host, model, options["phase"])
+        kept = quantize(host, model, options["phase"], options["preset"])
     seconds, peak = time.perf_counter() - begun, resident("VmHWM")
     found = {"seconds": seconds, "model": size, "before": before, "peak": peak, "beyond": peak - before - size}
     if kept is not None:

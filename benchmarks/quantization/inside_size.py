@@ -76,10 +76,12 @@ def quantized(host: Host, model, options: dict[str, Any], calibration) -> dict[s
 
     def timed(search, name, layer) -> None:
         seconds[name], last[0] = time.perf_counter() - last[0], time.perf_counter()
+        print(f"{name} {seconds[name]:.1f} s", file=sys.stderr, flush=True)
         tell(search, name, layer)
 
     gptq = calibration is not None
-    skip = ", ".join(f"{kind}.{i}." for kind, count in WHOLE.items() for i in range(1, count)) if gptq else ""
+    made = {"double_blocks": options["double"], "single_blocks": options["single"]}
+    skip = ", ".join(f"{kind}.{i}." for kind, count in made.items() for i in range(1, count)) if gptq else ""
     budget.Search.tell, last[0] = timed, time.perf_counter()
     try:
         result = host.node("QandC_Quantize").execute(

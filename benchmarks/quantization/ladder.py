@@ -18,7 +18,7 @@ from typing import Any
 from .__main__ import difference, mean_and_error
 from .start import RESULTS, run_inside
 
-SUBJECTS = ("built-in, ddim, 50 steps", "flow, euler, 30 steps")
+SUBJECTS = ("digits DiT, ddim, 50 steps", "flow, euler, 30 steps")
 SINGLE = ("W6A8", "W8A8")
 TEXT = """# A ladder of formats against single widths
 

@@ -1,4 +1,4 @@
-"""What it costs to quantize the modulation layers (adaLN), a third of a DiT's weights, on the trained built-in model:
+"""What it costs to quantize the modulation layers (adaLN), a third of a DiT's weights, on the trained digits DiT:
 
     python -m benchmarks.quantization.modulation
 
@@ -32,7 +32,7 @@ FORMATS = ("W8A8", "W4A8")
 STEPS, CFG, IMAGES, SEED = 50, 1.5, 16, 1000
 TEXT = """# Quantizing the modulation layers
 
-Relative L2 distance of the images to full precision's, built-in model, DDIM {steps} steps, guidance {cfg}, {seeds}
+Relative L2 distance of the images to full precision's, digits DiT, DDIM {steps} steps, guidance {cfg}, {seeds}
 seeds x {images} images, mean and standard error; "difference" is paired by seed, quantized against float modulations.
 "DiT-XL/2" is the size of all linear weights against bfloat16. {device}, {threads} threads. Made by
 `python -m benchmarks.quantization.modulation`.

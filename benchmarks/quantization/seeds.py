@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 from .start import RESULTS, run_inside
 
-SUBJECTS = ("built-in, ddim, 50 steps", "flow, euler, 30 steps")
+SUBJECTS = ("digits DiT, ddim, 50 steps", "flow, euler, 30 steps")
 
 
 def groups(data: dict[str, Any], subject: str) -> dict[str, list[dict[str, Any]]]:
@@ -34,25 +36,27 @@ def measured(program: str, name: str, report: Callable[[dict[str, Any]], str], d
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--only", default="", help="part of a model's name")
     parser.add_argument("--images", type=int, default=8, help="for every row and seed")
-    parser.add_argument("--seconds", type=float, default=600, help="for the seeds of one process")
-    parser.add_argument("--once", action="store_true", help="stop after one process for each model")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing new after so many")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at once")
+    parser.add_argument("--threads", type=int, default=1, help="of each process")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
-    file = args.out / f"{name}.json"
+    file, begun = args.out / f"{name}.json", time.perf_counter()
     data: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"runs": []}
-    for subject in SUBJECTS:
-        while missing := [seed for seed in range(args.seeds) if (subject, seed) not in known(data)]:
-            if args.only not in subject:
-                break
-            options = {"subject": subject, "seeds": missing, "images": args.images, "seconds": args.seconds}
-            found = run_inside(
-                program, {**options, "flow": str(args.flow.resolve())}, args.threads, kitchen=args.kitchen
-            )
-            data["runs"] += found.pop("runs")
-            data |= {key: value for key, value in found.items() if key not in ("subject", "seeds", "seconds")}
-            file.write_text(json.dumps(data, indent=0) + "\n", encoding="utf-8")
-            if args.once:
-                break
+
+    def run(subject: str, seed: int) -> dict[str, Any] | None:
+        if time.perf_counter() - begun > args.seconds:
+            return None
+        options = {"subject": subject, "seeds": [seed], "images": args.images, "seconds": args.seconds}
+        return run_inside(program, {**options, "flow": str(args.flow.resolve())}, args.threads, kitchen=args.kitchen)
+
+    wanted = {(subject, seed) for seed in range(args.seeds) for subject in SUBJECTS if args.only in subject}
+    with ThreadPoolExecutor(args.jobs) as pool:
+        runs = [pool.submit(run, *unit) for unit in sorted(wanted - known(data), key=lambda unit: unit[1])]
+        for found in (done.result() for done in as_completed(runs)):
+            if found is not None:
+                data["runs"] += found.pop("runs")
+                data |= {key: value for key, value in found.items() if key not in ("subject", "seeds", "seconds")}
+                file.write_text(json.dumps(data, indent=0) + "\n", encoding="utf-8")
     (args.out / f"{name}.md").write_text(report(data), encoding="utf-8")
     print(report(data))

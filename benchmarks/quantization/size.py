@@ -4,7 +4,7 @@
 
 The model is FLUX.1's network in its published width with fewer blocks and random weights in bfloat16. All layers are
 quantized to W8A8 without a calibration; with one, the first block of each kind to W4A8 with gptq, which tells the
-seconds of every layer. Writes quantization-size.json and quantization-size.md into benchmarks/results.
+seconds of every layer. Writes quantization-size.json after each phase and quantization-size.md at the end.
 """
 
 from __future__ import annotations
@@ -43,17 +43,18 @@ gptq {W4A8[whole]:.0f} min on these processors.
 """
 
 
-def measure(options: dict[str, Any], threads: int) -> dict[str, Any]:
-    found: dict[str, Any] = {"phases": {}}
+def measure(options: dict[str, Any], threads: int, file: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as base:
         install_pack(Path(base))
         Path(base, "models", "diffusion_models").mkdir(parents=True)
         for phase in PHASES:
             result = run_inside("size", {**options, "phase": phase}, threads, Path(base))
-            found["phases"][phase] = result.pop("measured")
+            found = {**result, "phases": {**found.get("phases", {}), phase: result.pop("measured")}}
+            found.pop("phase"), found.pop("measured")
+            file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
             print(phase, found["phases"][phase], file=sys.stderr, flush=True)
-    del result["phase"]
-    return {**result, **found}
+    return found
 
 
 def by_class(layers: dict[str, float]) -> dict[str, float]:
@@ -89,8 +90,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = vars(parser.parse_args())
     out, threads = options.pop("out"), options.pop("threads")
-    data = measure(options, threads)
-    (out / "quantization-size.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    data = measure(options, threads, out / "quantization-size.json")
     (out / "quantization-size.md").write_text(report(data), encoding="utf-8")
     print(report(data))
 

@@ -65,7 +65,7 @@ def studies(host: Host, flow: str, reuse: str = "automatic", only: str = "", **h
 
     comfy.utils.PROGRESS_BAR_ENABLED = False
     subjects = {
-        "built-in, ddim, 50 steps": lambda: fidelity.built_in(host, "ddim"),
+        "digits DiT, ddim, 50 steps": lambda: fidelity.digits(host, "ddim"),
         "flow, euler, 30 steps": lambda: fidelity.flow(host, flow, "euler", 30),
     }
     found = {name: make() for name, make in subjects.items() if only in name}

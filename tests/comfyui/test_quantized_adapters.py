@@ -8,16 +8,16 @@ from statistics import mean
 import pytest
 
 from .checkouts import is_wanted_in_full
+from .formats import formats_of, require_any
 
-SINCE = {"W8A8": (0, 27), "W4A8": (0, 31)}
 BESIDE = ("LoRA", "LoHa", "LoKr", "full LoKr")
+SAMPLES = {"W6A8": 1.2}  # three LoRAs on a random network spread by a tenth; benchmarks/results has trained ones
 DENSE = ("DoRA", "diff", "GLoRA")
 
 
 @pytest.fixture
 def found(run, checkout) -> dict:
-    if checkout.version < min(SINCE.values()):
-        pytest.skip(f"ComfyUI {checkout.name} has none of {', '.join(SINCE)}")
+    require_any(checkout)
     if not is_wanted_in_full(checkout):
         pytest.skip("long: on the newest version, or where QANDC_COMFYUI_VERSIONS names it")
     return run("quantized_adapters")
@@ -25,7 +25,7 @@ def found(run, checkout) -> dict:
 
 @pytest.fixture
 def formats(checkout) -> list[str]:
-    return [format for format, since in SINCE.items() if checkout.version >= since]
+    return formats_of(checkout)
 
 
 def test_an_adapter_after_quantize_is_as_exact_as_before_it(found, formats, subtests):
@@ -38,7 +38,8 @@ def test_an_adapter_after_quantize_is_as_exact_as_before_it(found, formats, subt
     for format in formats:
         with subtests.test(f"{format}, samples"):
             rows = found["errors"][f"{format}, LoRA"]
-            assert mean(row["kept, samples"] for row in rows) < 1.1 * mean(row["baked, samples"] for row in rows)
+            most = SAMPLES.get(format, 1.1) * mean(row["baked, samples"] for row in rows)
+            assert mean(row["kept, samples"] for row in rows) < most
 
 
 def test_an_adapter_has_its_whole_effect(found, formats, subtests):

@@ -8,26 +8,29 @@ from itertools import product
 import pytest
 
 from .checkouts import is_wanted_in_full
+from .formats import SINCE, require, require_any
 
-SINCE = {"W8A8": (0, 27), "W4A8": (0, 31)}
 MERGED = ("model1", "model2", "both")
 # Layouts of layers with a LoRA, and with a change of the whole matrix.
-HELD = {"W8A8": ("QandCInt8Layout", "torch.float32"), "W4A8": ("QandCTracedGroupedLayout", "TensorWiseINT8Layout")}
+HELD = {
+    "W8A8": ("QandCInt8Layout", "torch.float32"),
+    "W6A8": ("QandCTracedGroupedLayout", "torch.float32"),
+    "W4A8": ("QandCTracedGroupedLayout", "TensorWiseINT8Layout"),
+}
+STORED = {("W6A8", "plain"): "asym_w4a8_int8", ("W4A8", "plain"): "asym_w4a8_int8"}  # elsewhere int8_tensorwise
 SOURCES, SIZES = ("float", "float8", "scaled float8"), ("strong", "weak")
 
 
 @pytest.fixture
 def found(run, checkout) -> Callable[[str, str], dict]:
     """Gives what the program found: of a check and of a format."""
-    if checkout.version < min(SINCE.values()):
-        pytest.skip(f"ComfyUI {checkout.name} has none of {', '.join(SINCE)}")
+    require_any(checkout)
     if not is_wanted_in_full(checkout):
         pytest.skip("long: on the newest version, or where QANDC_COMFYUI_VERSIONS names it")
     values = run("quantized_lora")
 
     def result(check: str, format: str) -> dict:
-        if checkout.version < SINCE[format]:
-            pytest.skip(f"ComfyUI {checkout.name} has no {format}")
+        require(checkout, format)
         return values[check]
 
     return result
@@ -99,5 +102,4 @@ def test_a_model_whose_weights_are_cast_at_every_call_is_saved(found, subtests):
         with subtests.test(f"{format}, {kind}"):
             result = found("saving", format)[f"{format}, {kind}"]
             assert result["same"] is True and result["offloaded"] is True
-            stored = "asym_w4a8_int8" if (format, kind) == ("W4A8", "plain") else "int8_tensorwise"
-            assert result["formats"] == [stored]
+            assert result["formats"] == [STORED.get((format, kind), "int8_tensorwise")]

@@ -5,15 +5,14 @@ from __future__ import annotations
 import pytest
 
 from .checkouts import is_wanted_in_full
+from .formats import formats_of, require_any
 
-SINCE = {"W8A8": (0, 27), "W4A8": (0, 31)}
 BITS = {"float8_e4m3fn": 16, "mxfp8": 16, "nvfp4": 16, "int8_tensorwise": 8, "asym_w4a8_int8": 4}  # 16: any format
 
 
 @pytest.fixture
 def found(run, checkout):
-    if checkout.version < min(SINCE.values()):
-        pytest.skip(f"ComfyUI {checkout.name} has none of {', '.join(SINCE)}")
+    require_any(checkout)
     if not is_wanted_in_full(checkout):
         pytest.skip("long: on the newest version, or where QANDC_COMFYUI_VERSIONS names it")
     return run("quantized_sources")
@@ -22,8 +21,8 @@ def found(run, checkout):
 def test_a_packed_source_is_quantized_on_or_refused(found, checkout, subtests):
     """From its decoded weights, with what it was said; a format that saves nothing is refused."""
     for source, bits in BITS.items():
-        for format, since in SINCE.items():
-            if checkout.version < since or source not in found["sources"]:
+        for format in formats_of(checkout):
+            if source not in found["sources"]:
                 continue
             with subtests.test(f"{source} to {format}"):
                 lost, result = found["sources"][source]["lost"], found["sources"][source][format]

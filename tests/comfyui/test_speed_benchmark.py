@@ -12,7 +12,7 @@ from .checkouts import parameters
 STEPS = 6
 OPTIONS = {
     "model": "dit", "width": 144, "depth": 1, "batch": 1, "steps": STEPS, "cfg": 1.5, "rounds": 1, "device": "cpu",
-    "only": "", "compiles": False, "arguments": "", "flow": "",
+    "only": "", "compiles": False, "arguments": "", "flow": "", "warm": 0, "dynamic": False, "seconds": 1e9,
 }  # fmt: skip
 ROWS = [
     "stock", "half the steps", "EasyCache", "W8A8", "W8A8 + EasyCache", "Apply Cache 2x", "Apply Cache 3x",
@@ -25,7 +25,8 @@ W4A8_SINCE = (0, 31)
 def run(request) -> dict:
     if request.param.version < W4A8_SINCE:
         pytest.skip("W4A8 needs ComfyUI 0.31")
-    return measure(request.param, OPTIONS, threads=1)
+    *_, last = measure(request.param, OPTIONS, threads=1)
+    return last
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
-"""Runs the Triton kernels in Triton's interpreter (TRITON_INTERPRET=1) and prints how far they are from the reference.
+"""Runs the Triton kernels in Triton's interpreter (TRITON_INTERPRET=1), or with the argument cuda on a GPU.
 
-Output: JSON, case -> {"largest", "share", "scale"} for codes or {"error"} for products.
+Prints how far they are from the reference: JSON, case -> {"largest", "share", "scale"} for codes or {"error"} for
+products.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import torch
 from qandc_core.fused.kernels import reference, triton_ops
 from qandc_core.quantization.grids import Grid
 
+DEVICE = sys.argv[1] if len(sys.argv) > 1 else "cpu"
+torch.set_default_device(DEVICE)
 B, T = 3, 5
 ASYMMETRIC = Grid(torch.tensor(0.021), torch.tensor(-37.0), -128, 127)
 SYMMETRIC = Grid(torch.tensor(0.03), torch.tensor(0.0), -127, 127)
@@ -34,7 +37,7 @@ def codes_apart(ours, expected):
 
 def inputs(width, dtype):
     """Tokens with outliers and a large mean, one of them zero, and strided rows of a modulation."""
-    generator = torch.Generator().manual_seed(width)
+    generator = torch.Generator(DEVICE).manual_seed(width)
     x = torch.randn(B, T, width, generator=generator) * 2 + 10
     x[..., width // 3] *= 30
     x[1, 2] = 0
@@ -57,7 +60,7 @@ def quantizer_cases():
 
 
 def random_codes(rows, width, extreme=False):
-    generator = torch.Generator().manual_seed(rows * width)
+    generator = torch.Generator(DEVICE).manual_seed(rows * width)
     if extreme:
         return torch.where(torch.rand(rows, width, generator=generator) < 0.1, -128, 127).to(torch.int8)
     return torch.randint(-127, 128, (rows, width), dtype=torch.int8, generator=generator)
@@ -68,9 +71,9 @@ def exact_cases():
     for rows, columns, width in [(70, 200, 144), (64, 128, 64), (1, 432, 288), (130, 72, 4608), (600, 264, 64)]:
         for extreme in (False, True):
             a, b = random_codes(rows, width, extreme), random_codes(columns, width, extreme)
-            expected = (a.numpy().astype("int64") @ b.numpy().astype("int64").T).astype("float32")
+            expected = (a.cpu().numpy().astype("int64") @ b.cpu().numpy().astype("int64").T).astype("float32")
             ours = triton_ops.int8_matmul(a, None, b, torch.ones(columns), None, torch.float32)
-            error = (ours - torch.from_numpy(expected)).abs().max().item()
+            error = (ours.cpu() - torch.from_numpy(expected)).abs().max().item()
             yield f"exact, {rows}, {columns}, {width}, {'extreme' if extreme else 'random'}", {"error": error}
 
 

@@ -30,6 +30,7 @@ from qandc_core.quantization.rotation import rotate
 pytestmark = pytest.mark.usefixtures("no_grad")
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 needs_kitchen = pytest.mark.skipif(not kitchen_is_available(), reason="no comfy-kitchen")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler here")
 ROOT = Path(__file__).parents[2]
 STATIC = Grid(torch.tensor(0.021), torch.tensor(-37.0), -128, 127)
@@ -167,14 +168,17 @@ def test_product_compiles_into_one_graph():
     torch.testing.assert_close(ours, reference.int8_matmul(*given, **options))
 
 
-# The Triton kernels in Triton's interpreter, which runs them on the CPU, against the reference.
+# The Triton kernels in Triton's interpreter, which runs them on the CPU, and on a GPU, against the reference.
 
 
-@pytest.fixture(scope="module")
-def interpreted():
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=needs_gpu)])
+def interpreted(request):
     program = Path(__file__).with_name("kernels_interpreted.py")
-    given = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, str(program)], cwd=ROOT, env=given, capture_output=True, text=True)
+    interpreter = {"TRITON_INTERPRET": "1"} if request.param == "cpu" else {}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    given = {**os.environ, **interpreter, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    command = [sys.executable, str(program), request.param]
+    done = subprocess.run(command, cwd=ROOT, env=given, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

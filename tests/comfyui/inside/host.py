@@ -36,6 +36,20 @@ class Host:
         return self.nodes.NODE_CLASS_MAPPINGS[node_id]
 
 
+def enable_dynamic_vram() -> None:
+    """On a GPU, as main.py does by default on NVIDIA; once, before a model is loaded."""
+    import comfy.memory_management
+    import comfy.model_management as mm
+    import comfy.model_patcher
+    import comfy_aimdo.control
+
+    comfy_aimdo.control.init()
+    if not comfy_aimdo.control.init_devices((device.index, 0) for device in mm.get_all_torch_devices()):
+        raise RuntimeError("comfy-aimdo does not work here")
+    comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
+    comfy.memory_management.aimdo_enabled = True
+
+
 def relative(a, b) -> float:
     return float((a.double() - b.double()).norm() / b.double().norm())
 

@@ -13,7 +13,7 @@ import torch
 from host import Host, main, relative
 from stock_models import STOCK, StockModel, configured, run, write
 
-FORMATS = ("W8A8", "W4A8")
+FORMATS = ("W8A8", "W6A8", "W4A8")
 CALIBRATED = ("Flux", "Lumina 2")
 OUTPUTS = "quantized.safetensors"  # in the base directory: what the saved models answered here
 
