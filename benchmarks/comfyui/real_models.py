@@ -38,7 +38,7 @@ Z_IMAGE = {
 WAN = {
     "image_model": "wan2.1", "model_type": "t2v", "dim": 1536, "out_dim": 16, "num_heads": 12, "ffn_dim": 8960,
     "num_layers": 30, "patch_size": (1, 2, 2), "freq_dim": 256, "window_size": (-1, -1), "qk_norm": True,
-    "cross_attn_norm": True, "eps": 1e-6, "in_dim": 16, "text_dim": 4096,
+    "cross_attn_norm": True, "eps": 1e-6, "in_dim": 16,
 }  # fmt: skip
 SIZES = {
     "flux-dev": Size(
@@ -63,20 +63,26 @@ def load(size: Size, dtype: torch.dtype) -> Any:
     return patcher
 
 
-def random_weights(size: Size) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of a file, in bfloat16: scaled by their inputs, so that the model neither fades out nor overflows,
-    and gains around 1.
-    """
-    import comfy.model_management
+def shapes(size: Size) -> dict[str, torch.Size]:
+    """Of every tensor of a file."""
     import comfy.supported_models
 
     config = getattr(comfy.supported_models, size.config)(dict(size.unet))
     config.unet_config.update(size.unet)
     config.set_inference_dtype(torch.bfloat16, None)
-    shapes = config.get_model({}, "", device=torch.device("meta")).diffusion_model.state_dict()
+    model = config.get_model({}, "", device=torch.device("meta"))
+    return {name: tensor.shape for name, tensor in model.diffusion_model.state_dict().items()}
+
+
+def random_weights(size: Size) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of a file, in bfloat16: scaled by their inputs, so that the model neither fades out nor overflows,
+    and gains around 1.
+    """
+    import comfy.model_management
+
     device = comfy.model_management.get_torch_device()
     generator = torch.Generator(device).manual_seed(5)
-    for name, shape in ((name, tensor.shape) for name, tensor in shapes.items()):
+    for name, shape in shapes(size).items():
         gain = len(shape) == 1 and not name.endswith("bias")
         scale = 0.02 if len(shape) < 2 else shape[1:].numel() ** -0.5
         values = torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16)
