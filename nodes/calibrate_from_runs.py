@@ -52,29 +52,9 @@ class CalibrateFromRuns(io.ComfyNode):
                     tooltip="Calibration samples per run, spread over its steps, prompts and images; at most a tenth "
                     "of the run, at least one.",
                 ),
-                io.Boolean.Input(
-                    "hessians",
-                    default=True,
-                    advanced=True,
-                    tooltip="Collect the input Hessian (X^T X) of every layer, which GPTQ needs. Off saves memory.",
-                ),
-                io.Float.Input(
-                    "memory_gb",
-                    default=4.0,
-                    min=0.1,
-                    max=1024.0,
-                    step=0.1,
-                    advanced=True,
-                    tooltip="Memory limit of the statistics in GiB. A lower limit keeps fewer tokens per layer.",
-                ),
-                io.Int.Input(
-                    "tokens",
-                    default=4096,
-                    min=64,
-                    max=1048576,
-                    advanced=True,
-                    tooltip="Maximum number of tokens kept per layer, where they take less memory than its Hessian.",
-                ),
+                schema.hessians(),
+                schema.memory_gb(advanced=True),
+                schema.tokens(),
                 io.Int.Input(
                     "held_out",
                     default=8,

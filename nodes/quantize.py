@@ -12,7 +12,7 @@ from .comfyui.pictures import report_picture, to_image
 from .comfyui.quantize.names import file_prefix
 from .comfyui.quantize.native import NativeSettings, ignored_patterns, quantize_native
 from .comfyui.quantize.paper import quantized_patcher
-from .comfyui.status import show
+from .comfyui.status import sentences, show
 
 BITS = {format.name: (format.weight_bits, 8) for format in ALL}
 PRESETS = {"quick": ("nearest", 0.1), "standard": ("auto", 0.1), "thorough": ("auto", 0.05)}
@@ -188,7 +188,7 @@ class Quantize(io.ComfyNode):
         quantized, report = quantize_native(model, settings, calibration, node_id)
         warnings += report.misses(settings.budget.max_model_error)
         said = "".join(f"\n\nWarning: {sentence}." for sentence in warnings)
-        show(node_id, f"{report.headline()}{said}")
+        show(node_id, f"{sentences(report.headline().splitlines())}{said}")
         text = f"{report.summary()}{said}\n\n{report.table()}"
         shown = ui.PreviewImage(to_image(report_picture(report)), cls=cls).as_dict()
         return io.NodeOutput(quantized, file_prefix(model, format), ui={**shown, "text": (text,)})

@@ -8,8 +8,7 @@ import comfy.samplers
 from comfy_api.v0_0_2 import io
 
 from ..qandc_core.calibration.presets import PRESETS
-from .comfyui.defaults import AUTO, AUTO_CFG, AUTO_STEPS
-from .comfyui.settings import LAST_STEP
+from .comfyui.settings import AUTO, AUTO_CFG, AUTO_STEPS, LAST_STEP
 
 Calibration = io.Custom("QANDC_CALIBRATION")
 Report = io.Custom("QANDC_REPORT")
@@ -142,6 +141,39 @@ def wired_sampling() -> list[io.Input]:
             tooltip="As in KSampler: below 1, part of the input image is kept.",
         ),
     ]
+
+
+def hessians() -> io.Input:
+    return io.Boolean.Input(
+        "hessians",
+        default=True,
+        advanced=True,
+        tooltip="Collect the input Hessian (X^T X) of every layer, which GPTQ needs. Off saves memory.",
+    )
+
+
+def memory_gb(**flags: bool) -> io.Input:
+    return io.Float.Input(
+        "memory_gb",
+        default=4.0,
+        min=0.1,
+        max=1024.0,
+        step=0.1,
+        tooltip="Memory limit of the statistics in GiB. A lower limit keeps fewer tokens per layer.",
+        **flags,
+    )
+
+
+def tokens(**flags: bool) -> io.Input:
+    return io.Int.Input(
+        "tokens",
+        default=4096,
+        min=64,
+        max=1048576,
+        advanced=True,
+        tooltip="Maximum number of tokens kept per layer, where they take less memory than its Hessian.",
+        **flags,
+    )
 
 
 def preset(sets: str) -> io.Input:

@@ -26,7 +26,7 @@ from .comfyui.files import (
 from .comfyui.making import done, guided_model, node_id, require_sampling, teller
 from .comfyui.quantize.weights import fingerprint_of
 from .comfyui.sampling import prepared
-from .comfyui.settings import LAST_STEP, Settings
+from .comfyui.settings import AUTO, AUTO_CFG, AUTO_STEPS, Settings
 from .comfyui.status import show
 from .comfyui.wrappers import details, sampler_function_name
 
@@ -115,36 +115,15 @@ class TAPCalibrate(io.ComfyNode):
                     advanced=True,
                     tooltip="Select only from steps that the cache computes; cached layers run on no others.",
                 ),
-                io.Boolean.Input(
-                    "hessians",
-                    default=True,
-                    advanced=True,
-                    tooltip="Collect the input Hessian (X^T X) of every layer, which GPTQ needs. Off saves memory.",
-                ),
+                schema.hessians(),
                 io.String.Input(
                     "filename_prefix",
                     default="calibration",
                     advanced=True,
                     tooltip="Prefix of new files; the model, the date and a number are appended.",
                 ),
-                io.Float.Input(
-                    "memory_gb",
-                    default=4.0,
-                    min=0.1,
-                    max=1024.0,
-                    step=0.1,
-                    optional=True,
-                    tooltip="Memory limit of the statistics in GiB. A lower limit keeps fewer tokens per layer.",
-                ),
-                io.Int.Input(
-                    "tokens",
-                    default=4096,
-                    min=64,
-                    max=1048576,
-                    optional=True,
-                    advanced=True,
-                    tooltip="Maximum number of tokens kept per layer, where they take less memory than its Hessian.",
-                ),
+                schema.memory_gb(optional=True),
+                schema.tokens(optional=True),
                 io.Int.Input(
                     "held_out",
                     default=8,
@@ -183,10 +162,10 @@ class TAPCalibrate(io.ComfyNode):
         file: str = NEW,
         trajectories: int = 32,
         samples: int = 400,
-        steps: int = 0,
-        cfg: float = -1.0,
-        sampler_name: str = "auto",
-        scheduler: str = "auto",
+        steps: int = AUTO_STEPS,
+        cfg: float = AUTO_CFG,
+        sampler_name: str = AUTO,
+        scheduler: str = AUTO,
         calibration_seed: int = 501,
         batch_size: int = 0,
         selection: str = SELECTIONS[0],
@@ -201,43 +180,15 @@ class TAPCalibrate(io.ComfyNode):
         memory_gb: float = 4.0,
         tokens: int = 4096,
         held_out: int = 8,
-        prompts=None,
-        guider=None,
-        sampler=None,
-        sigmas=None,
-        noise=None,
-        start_at_step: int = 0,
-        end_at_step: int = LAST_STEP,
-        return_with_leftover_noise: bool = False,
-        add_noise: bool = True,
-        denoise: float = 1.0,
         preset: str = CUSTOM,
+        **wires,
     ) -> io.NodeOutput:
-        model = model if guider is None else guided_model(guider, model)
+        wired = Settings(positive, negative, steps, cfg, sampler_name, scheduler, **wires)
+        model = model if wired.guider is None else guided_model(wired.guider, model)
         if file != NEW and model is not None and calibration_path(file).is_file():
             return io.NodeOutput(loaded(calibration_path(file), model))
-        require_sampling(file, guider, model, positive, negative, latent_image, prompts)
-        settings = completed(
-            Settings(
-                positive,
-                negative,
-                steps,
-                cfg,
-                sampler_name,
-                scheduler,
-                denoise,
-                start_at_step,
-                end_at_step,
-                return_with_leftover_noise,
-                add_noise,
-                guider,
-                sampler,
-                sigmas,
-                noise,
-                prompts,
-            ),
-            model,
-        )
+        require_sampling(file, model, latent_image, wired)
+        settings = completed(wired, model)
         latent = prepared(model, latent_image)
         plan = CalibrationConfig(
             trajectories,
@@ -248,7 +199,7 @@ class TAPCalibrate(io.ComfyNode):
             time_scale,
             computed_steps_only,
             hessians,
-            calibration_seed if noise is None else noise.seed,
+            calibration_seed if settings.noise is None else settings.noise.seed,
             memory_gb,
             tokens,
             held_out,

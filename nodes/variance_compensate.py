@@ -27,7 +27,7 @@ from .comfyui.files import (
 from .comfyui.making import done, node_id, require_sampling, teller
 from .comfyui.quantize.weights import fingerprint_of
 from .comfyui.sampling import prepared
-from .comfyui.settings import LAST_STEP, Settings
+from .comfyui.settings import Settings
 from .comfyui.status import show
 from .comfyui.wrappers import details, labels
 
@@ -141,53 +141,25 @@ class VarianceCompensate(io.ComfyNode):
         positive=None,
         negative=None,
         latent_image=None,
-        prompts=None,
-        guider=None,
-        sampler=None,
-        sigmas=None,
-        noise=None,
-        start_at_step: int = 0,
-        end_at_step: int = LAST_STEP,
-        return_with_leftover_noise: bool = False,
-        add_noise: bool = True,
-        denoise: float = 1.0,
+        **wires,
     ) -> io.NodeOutput:
         if file != NEW and calibration_path(file).is_file():
             return io.NodeOutput(loaded(calibration_path(file), model, reference))
-        require_sampling(file, guider, model, positive, negative, latent_image, prompts)
+        wired = Settings(positive, negative, steps, cfg, sampler_name, scheduler, **wires)
+        require_sampling(file, model, latent_image, wired)
         if steps_vary(model):
             raise ValueError(
                 "An error budget computes other steps for other images, and compensation is fitted step by step; in "
                 "Apply Cache choose another policy, such as number of steps."
             )
         check_alike(model, reference)
-        settings = completed(
-            Settings(
-                positive,
-                negative,
-                steps,
-                cfg,
-                sampler_name,
-                scheduler,
-                denoise,
-                start_at_step,
-                end_at_step,
-                return_with_leftover_noise,
-                add_noise,
-                guider,
-                sampler,
-                sigmas,
-                noise,
-                prompts,
-            ),
-            reference,
-        )
+        settings = completed(wired, reference)
         latent = prepared(reference, latent_image)
         plan = CalibrationConfig(
             pairs or pairs_of(latent),
             images_at_once(reference, latent, LARGEST_PAIRING),
             held_out=0,
-            seed=calibration_seed if noise is None else noise.seed,
+            seed=calibration_seed if settings.noise is None else settings.noise.seed,
             prompts=settings.count,
             rows=max(settings.rows()),
         )

@@ -1,11 +1,13 @@
-"""How many runs are enough: what Calibrate from Runs says after each, beside errors on calls that it never saw.
+"""How many runs are enough: what Calibrate from Runs says after each, beside what more runs really gain.
 
-    COMFYUI/.venv/bin/python benchmarks/calibration/enough.py COMFYUI BASE out/digits_flow.safetensors [--seconds 280]
+    P=COMFYUI/.venv/bin/python
+    $P benchmarks/calibration/enough.py COMFYUI BASE out/digits_flow.safetensors PART SUBJECT ORDER
+    $P benchmarks/calibration/enough.py --report PART...
 
 BASE is a ComfyUI base directory with the pack in custom_nodes. A run is one image of a random class through the node
-with its defaults; after some of them the model is quantized to W4A8 with GPTQ. Writes results/calibration-enough.json
-after each order of runs and goes on where it stands, so that --seconds may cut it into pieces; --report writes
-calibration-enough.md from it.
+with its defaults; after some of them the model is quantized to W4A8 with GPTQ. SUBJECT is 0 or 1, ORDER a seed of the
+runs, or -1 for the calibration of very many that all are compared with. PART is a JSON file that is written after each
+run, so that orders may be measured side by side and stopped; --report writes results/calibration-enough.* of them.
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-RUNS = (1, 2, 4, 6, 8, 12, 16, 24, 32)
-ORDERS = 3
+RUNS = (2, 4, 6, 8, 12, 16, 24, 32, 40)
+MANY, IMAGES, SAMPLES = 20, 32, 1024  # runs of so many images, of which as many samples are taken as there may be
 SUBJECTS = ("digits DiT, ddim, 50 steps", "flow, euler, 30 steps")
 sys.path[:0] = [
     str(ROOT / folder) for folder in ("tests/comfyui/inside", "benchmarks/caching", "benchmarks/quantization")
@@ -43,16 +44,34 @@ def prompts(host: Host, name: str, label: int) -> tuple[Any, Any]:
     return positive, negative
 
 
-def judged(study: Study, calibration: Any) -> tuple[float, float]:
-    """Mean relative error of the layers, and of the whole model's prediction, on calls of runs that are not in it."""
+def judged(study: Study, calibration: Any) -> dict[str, float]:
+    """Errors on calls of runs that are not in it: the mean relative one of the layers, the same with their inputs left
+    in float, and the whole model's.
+    """
     native = study.host.module("nodes.comfyui.quantize.native")
     settings = native.NativeSettings("W4A8", "gptq")
-    _, report = native.quantize_native(study.subject.patcher, settings, study.judged(calibration))
-    return statistics.mean(layer.error for layer in report.layers), report.model_error[0]
+    shown = study.judged(calibration)
+    _, report = native.quantize_native(study.subject.patcher, settings, shown)
+    return {
+        "layer error": statistics.mean(layer.error for layer in report.layers),
+        "rounding error": statistics.mean(rounding_errors(study, shown)),
+        "model error": report.model_error[0],
+    }
 
 
-def growing(study: Study, name: str, order: int) -> list[dict[str, Any]]:
-    """A row for each number of runs."""
+def rounding_errors(study: Study, calibration: Any) -> list[float]:
+    module = study.host.module("qandc_core.quantization.native")
+    config = module.NativeConfig("W4A8", "gptq", rounds_inputs=False)
+    layers = study.host.module("nodes.comfyui.quantize.layers").calibrated(study.subject.patcher.model.diffusion_model)
+    made = (
+        module.rounded_layer(name, layer.weight, layer.bias, config, calibration.statistics[name])
+        for name, layer in layers
+    )
+    return [layer.error for layer in made if layer is not None]
+
+
+def growing(study: Study, name: str, order: int, part: Path) -> None:
+    """Writes a row for each number of runs."""
     import random
 
     import comfy.sample
@@ -61,60 +80,54 @@ def growing(study: Study, name: str, order: int) -> list[dict[str, Any]]:
     host, subject, rows = study.host, study.subject, []
     node, recording = host.module("nodes.calibrate_from_runs"), host.module("nodes.comfyui.calibrate.recording")
     gain, files = host.module("qandc_core.calibration.gain"), host.module("nodes.comfyui.files")
-    load = host.module("qandc_core").load_calibration
+    load, many = host.module("qandc_core").load_calibration, order < 0
     file = f"enough {SUBJECTS.index(name)} {order}"
     files.named_path(file).unlink(missing_ok=True)
-    recorder = node.CalibrateFromRuns.execute(subject.patcher, file, True, 8, True, 4.0, 4096, 8, 0).args[0]
+    samples, images, last = (SAMPLES, IMAGES, MANY) if many else (8, 1, max(RUNS))
+    recorder = node.CalibrateFromRuns.execute(subject.patcher, file, True, samples, True, 4.0, 4096, 8, 0).args[0]
     draw = random.Random(order)
-    for number in range(1, max(RUNS) + 1):
-        seed = 1000 * (order + 1) + number
-        noise = torch.randn(1, *subject.latent.shape[1:], generator=torch.Generator().manual_seed(seed))
+    for number in range(1, last + 1):
+        seed = 1000 * (order + 2) + number
+        noise = torch.randn(images, *subject.latent.shape[1:], generator=torch.Generator().manual_seed(seed))
         comfy.sample.sample(
             recorder, noise, subject.steps, subject.cfg, subject.sampler, subject.scheduler,
-            *prompts(host, name, draw.randrange(10)), torch.zeros_like(noise), disable_pbar=True, seed=seed,
+            *prompts(host, name, number % 10 if many else draw.randrange(10)), torch.zeros_like(noise),
+            disable_pbar=True, seed=seed,
         )  # fmt: skip
         recording.settle()
         found = load(files.named_path(file))
         history = found.recording.history
         row = {
             "subject": name, "order": order, "runs": number, "samples": found.recording.samples,
-            "left": gain.left_to_gain(history), "enough": gain.is_enough(history),
+            "left": gain.left_to_gain(history, number), "enough": gain.is_enough(history, number),
         }  # fmt: skip
-        if number in RUNS:
-            row["layer error"], row["model error"] = judged(study, found)
+        if number in (MANY // 2, MANY) if many else number in RUNS:
+            row |= judged(study, found)
         rows.append(row)
+        part.write_text(json.dumps(rows))
         print(row, file=sys.stderr, flush=True)  # noqa: T201
-    return rows
 
 
-def measure(checkout: str, base: str, weights: str, seconds: float) -> None:
+def measure(checkout: str, base: str, weights: str, part: str, subject: str, order: str) -> None:
     from host import Host
 
-    host, begun, path = Host(checkout, base), time.monotonic(), RESULTS / "calibration-enough.json"
+    host = Host(checkout, base)
     import torch
     from subjects import studies
 
-    rows = json.loads(path.read_text()) if path.is_file() else []
-    done = {(row["subject"], row["order"]) for row in rows}
-    for name in SUBJECTS:
-        left = [order for order in range(ORDERS) if (name, order) not in done]
-        if not left or time.monotonic() - begun > seconds:
-            continue
-        with torch.inference_mode():
-            study = studies(host, weights, only=name)[name]
-            for order in left:
-                if time.monotonic() - begun < seconds:
-                    rows += growing(study, name, order)
-                    path.write_text(json.dumps(rows, indent=1) + "\n")
+    name = SUBJECTS[int(subject)]
+    with torch.inference_mode():
+        growing(studies(host, weights, only=name)[name], name, int(order), Path(part))
 
 
 TEXT = """# How many runs are enough
 
 Calibrate from Runs with its defaults, one image of a random class a run, guidance 1.5, ComfyUI 0.33.0, float32 on CPU.
-"Layer error" and "model error" are of W4A8 with GPTQ after so many runs: mean relative error of the layers' outputs and
-of the whole model's prediction on calls of runs that are not in the calibration. "Left" is what the node says further
-runs would lower the layer error by; it says "enough" below 2 %. "Gained" is by how much the layer error after the last
-row is lower. Means over {orders} orders of runs, with their range.
+Errors are of W4A8 with GPTQ after so many runs, on calls of runs that are not in the calibration: mean relative error
+of the layers' outputs as Quantize reports it, the same without the rounding of inputs to 8 bits ("rounding"), and of
+the whole model's prediction. "Says" is by how much the node says more runs would lower the error of GPTQ's rounding; it
+says "enough" below 5 %. "Gains" are by how much the three are lower after very many runs ({many} samples). Means over
+orders of runs, with their range.
 Made by `benchmarks/calibration/enough.py`.
 """
 
@@ -124,28 +137,33 @@ def spread(values: list[float], digits: int) -> str:
 
 
 def report(rows: list[dict[str, Any]]) -> str:
-    parts = [TEXT.format(orders=len({row["order"] for row in rows}))]
-    for subject in dict.fromkeys(row["subject"] for row in rows):
-        own = [row for row in rows if row["subject"] == subject]
+    references = {row["subject"]: row for row in rows if row["order"] < 0 and "layer error" in row}
+    parts = [TEXT.format(many=" and ".join(f"{row['samples']:,}" for row in references.values()))]
+    for subject, best in references.items():
+        own = [row for row in rows if row["subject"] == subject and row["order"] >= 0]
         orders = sorted({row["order"] for row in own})
         first = [next((r["runs"] for r in own if r["order"] == o and r["enough"]), None) for o in orders]
         said = ", ".join("never" if runs is None else str(runs) for runs in first)
-        parts += [f'## {subject}\n\nFirst "enough" after runs: {said}.\n']
-        last = {row["order"]: row["layer error"] for row in own if row["runs"] == RUNS[-1]}
+        parts += [f'## {subject}\n\n{len(orders)} orders. First "enough" after runs: {said}.\n']
         lines = [
-            "| runs | samples | layer error | model error | left, % | gained, % | says enough |",
-            "|---:|---:|---|---|---|---|---:|",
+            "| runs | samples | layer error | model error | says, % | gains, % | layers gain, % | model gains, % |",
+            "|---:|---:|---|---|---|---|---|---|",
         ]
         for number in RUNS:
-            same = [row for row in own if row["runs"] == number]
+            same = [row for row in own if row["runs"] == number and "layer error" in row]
+            if not same:
+                continue
             layers, models = ([row[f"{kind} error"] for row in same] for kind in ("layer", "model"))
-            gained = [100 * (1 - last[row["order"]] / row["layer error"]) for row in same]
+            gained = (
+                [100 * (1 - best[f"{kind} error"] / row[f"{kind} error"]) for row in same]
+                for kind in ("rounding", "layer", "model")
+            )
             left = [100 * row["left"] for row in same if row["left"] is not None]
             lines.append(
                 f"| {number} | {statistics.mean(row['samples'] for row in same):.0f} | "
-                f"{spread(layers, 4)} | {spread(models, 4)} | "
-                f"{spread(left, 1) if left else '-'} | {spread(gained, 1)} | "
-                f"{sum(row['enough'] for row in same)} of {len(same)} |"
+                f"{spread(layers, 4)} | {spread(models, 4)} | {spread(left, 1) if left else '-'} | "
+                + " | ".join(spread(values, 1) for values in gained)
+                + " |"
             )
         parts.append("\n".join(lines) + "\n")
     return "\n".join(parts)
@@ -153,16 +171,16 @@ def report(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("paths", nargs="*", help="COMFYUI BASE WEIGHTS")
-    parser.add_argument("--seconds", type=float, default=float("inf"))
+    parser.add_argument("arguments", nargs="+", help="COMFYUI BASE WEIGHTS PART SUBJECT ORDER; parts with --report")
     parser.add_argument("--report", action="store_true")
     args = parser.parse_args()
     sys.argv[1:] = []  # ComfyUI reads them later
     if args.report:
-        rows = json.loads((RESULTS / "calibration-enough.json").read_text())
+        rows = [row for part in sorted(args.arguments) for row in json.loads(Path(part).read_text())]
+        (RESULTS / "calibration-enough.json").write_text(json.dumps(rows, indent=1) + "\n")
         (RESULTS / "calibration-enough.md").write_text(report(rows))
     else:
-        measure(*args.paths, seconds=args.seconds)
+        measure(*args.arguments)
 
 
 if __name__ == "__main__":

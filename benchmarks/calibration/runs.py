@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from qandc_core import SamplingConfig, load_dit
-from qandc_core.calibration.gain import left_to_gain, lowered
+from qandc_core.calibration.gain import DAMPING, Moment, left_to_gain, lowered
 from qandc_core.calibration.recorder import probes
 from qandc_core.calibration.selection import random_select, stratified_select
 from qandc_core.calibration.statistics import LayerStatistics, merge_tokens, observed
@@ -164,23 +164,28 @@ def grow(model: DiT, rows: Rows, test: dict[str, Tensor], size: int, seeds: int,
             differences = []
             for name, x in inputs.items():
                 known = total.setdefault(name, LayerStatistics.empty(x.shape[1], hessian=True))
-                before = None if known.hessian is None or number == 1 else known.hessian.clone()
+                before = moment_of(known) if number > 1 and name in watched else None
                 known.update(x)
-                if before is not None and name in watched and known.hessian is not None:
-                    differences.append(lowered(before, known.hessian, x[:256]))
+                if before is not None:
+                    differences.append(lowered(before, moment_of(known), x[:256]))
             history += [sum(differences) / len(differences)] if differences else []
             if number in (2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128):
                 error = layer_error(model, total, test, format)
-                results.append({"seed": seed, "runs": number, "error": error, "left": left_to_gain(history)})
+                results.append({"seed": seed, "runs": number, "error": error, "left": left_to_gain(history, number)})
     return results
 
 
+def moment_of(layer: LayerStatistics) -> Moment:
+    assert layer.hessian is not None
+    return layer.hessian.clone(), DAMPING + layer.sampling_damping
+
+
 def growth_table(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Means over seeds: squared error left above that of all runs, as a part of it, beside the estimate."""
+    """Means over seeds: error left above that of all runs, as a part of it, beside the estimate."""
     rows, best = [], {r["seed"]: r["error"] for r in results}
     for runs in sorted({r["runs"] for r in results}):
         same = [r for r in results if r["runs"] == runs]
-        above = [1 - (best[r["seed"]] / r["error"]) ** 2 for r in same]
+        above = [1 - best[r["seed"]] / r["error"] for r in same]
         left = [r["left"] for r in same if r["left"] is not None]
         rows.append({
             "runs": runs, "error": sum(r["error"] for r in same) / len(same), "above": sum(above) / len(above),
@@ -206,7 +211,7 @@ def markdown(result: dict[str, Any]) -> str:
         return "\n".join(lines) + "\n"
     lines += ["", result["growth_setting"], ""]
     lines += [
-        "| runs | W4A8 layer error | squared error above that of all runs | estimated from the runs |",
+        "| runs | W4A8 layer error | error above that of all runs | estimated from the runs |",
         "|---|---|---|---|",
     ]
     for r in result["growth"]:

@@ -18,11 +18,10 @@ from ...qandc_core.calibration.presets import images_at_once as fitting
 from .making import distinct_trajectories
 from .model.dit import is_dit
 from .quantize.layers import calibrated
-from .settings import Settings
+from .settings import AUTO, Settings
 from .wrappers import samples_flow
 
-AUTO = "auto"
-AUTO_STEPS, AUTO_CFG, AUTO_COUNT = 0, -1.0, 0
+AUTO_COUNT = 0
 PATCH = 4  # positions of a latent that make a token, in most families
 LARGEST_BATCH, LARGEST_PAIRING = 16, 64
 

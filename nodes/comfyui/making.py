@@ -17,12 +17,12 @@ from .wrappers import declares_noise, details
 log = logging.getLogger(__name__)
 
 
-def require_sampling(file: str, guider, model, positive, negative, latent_image, prompts=None) -> None:
+def require_sampling(file: str, model, latent_image, sampling: Settings) -> None:
     """Raises ValueError naming what is not wired: conditioning comes from the guider where there is one."""
-    if guider is not None:
+    if sampling.guider is not None:
         return require_wires(file, latent_image=latent_image)
-    positive = prompts if positive is None else positive
-    return require_wires(file, model=model, positive=positive, negative=negative, latent_image=latent_image)
+    positive = sampling.prompts if sampling.positive is None else sampling.positive
+    return require_wires(file, model=model, positive=positive, negative=sampling.negative, latent_image=latent_image)
 
 
 def require_wires(file: str, **inputs) -> None:

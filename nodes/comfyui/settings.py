@@ -24,6 +24,8 @@ from ...qandc_core.calibration.choice import Batch
 from ...qandc_core.diffusion.classes import is_classes
 from .wrappers import sampler_function_name
 
+AUTO = "auto"
+AUTO_STEPS, AUTO_CFG = 0, -1.0
 LAST_STEP = 10000  # what KSamplerAdvanced has for "to the end"
 SEEDS = 2**64
 Conds = list[dict[str, Any]]
@@ -31,7 +33,7 @@ Conds = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Settings:
-    """What a stock sampling node takes beside model, latent and seed.
+    """What a stock sampling node takes beside model, latent and seed, by the names of its inputs.
 
     A wired `guider` has the conditioning and the guidance, `sampler` and `sigmas` stand for the names, `noise` for the
     noise of a seed. `prompts` is a CONDITIONING whose entries, each by itself, take turns with the positive one. Raises
@@ -47,7 +49,7 @@ class Settings:
     denoise: float = 1.0
     start_at_step: int = 0
     end_at_step: int = LAST_STEP
-    leftover_noise: bool = False
+    return_with_leftover_noise: bool = False
     add_noise: bool = True
     guider: Any = None
     sampler: Any = None
@@ -79,7 +81,7 @@ class Settings:
         )
         if self.end_at_step < len(sigmas) - 1:
             sigmas = sigmas[: self.end_at_step + 1]
-            if not self.leftover_noise:
+            if not self.return_with_leftover_noise:
                 sigmas[-1] = 0
         return sigmas[self.start_at_step :] if self.start_at_step < len(sigmas) - 1 else sigmas[:0]
 

@@ -23,7 +23,7 @@ from ..files import reading
 from .calls import pack_calls, unpack_calls
 from .file import Calibration, load_calibration, read_header
 from .fingerprint import Fingerprint, same_model
-from .gain import lowered
+from .gain import DAMPING, Moment, lowered
 from .recorder import LayerRecord, RecordingConfig, RunRecord
 from .recording import Recording, Schedule, describe
 from .statistics import LayerStatistics, check_finite
@@ -124,34 +124,37 @@ def taken_out(old: Calibration | None, recording: Recording, name: str) -> Layer
     layer = old.statistics.pop(name)
     kept = {}
     for kind in KINDS:
-        rows, keys = getattr(layer, kind), recording.keys.get(f"{name}/{kind}")
-        if rows is not None and keys is not None:
-            if len(rows) != len(keys):
+        tokens, keys = getattr(layer, kind), recording.keys.get(f"{name}/{kind}")
+        if tokens is not None and keys is not None:
+            if len(tokens) != len(keys):
                 raise ValueError(f"the kept inputs of {name} do not fit their keys")
-            kept[kind] = Reservoir(rows, keys)
+            kept[kind] = Reservoir(tokens, keys)
     return LayerRecord(layer.sums(), kept)
 
 
 def measured(before: LayerRecord, run: LayerRecord, device: torch.device | str) -> list[float]:
     """Merges both in `run`. By how much that lowers the layer's error on the run's inputs, where it is measured."""
     probe = run.kept.get("probe")
-    old = moment_of(before) if probe is not None else None
+    old = moment_of(before, device) if probe is not None else None
     run.merge(before)
-    new = moment_of(run) if probe is not None else None
+    new = moment_of(run, device) if probe is not None else None
     if probe is None or old is None or new is None:
         return []
     try:
-        return [lowered(old.to(device), new.to(device), probe.rows.to(device))]
+        return [lowered(old, new, probe.tokens.to(device))]
     except RuntimeError:  # no factor, or no memory for one: the run is added all the same
         return []
 
 
-def moment_of(record: LayerRecord) -> Tensor | None:
-    return finished(record).second_moment()
+def moment_of(record: LayerRecord, device: torch.device | str) -> Moment | None:
+    """As GPTQ takes it."""
+    layer = finished(record)
+    moment = layer.second_moment()
+    return None if moment is None else (moment.to(device), DAMPING + layer.sampling_damping)
 
 
 def finished(record: LayerRecord) -> LayerStatistics:
-    inputs, held_out = (record.kept[kind].rows.clone() if kind in record.kept else None for kind in KINDS)
+    inputs, held_out = (record.kept[kind].tokens.clone() if kind in record.kept else None for kind in KINDS)
     return replace(record.statistics, inputs=inputs, held_out=held_out)
 
 

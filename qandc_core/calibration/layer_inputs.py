@@ -121,7 +121,7 @@ class Gathering:
 
     def result(self) -> dict[str, LayerStatistics]:
         for name, kept in self.kept.items():
-            self.statistics[name].inputs = kept.rows
+            self.statistics[name].inputs = kept.tokens
         return self.statistics
 
     def forget(self) -> None:
@@ -203,35 +203,35 @@ class Observer:
 
     def keep_calls(self, samples: list[int], x: Tensor, t: Tensor, conditions: Mapping[str, Any]) -> None:
         """Keeps these samples of the batch as calls of their own, on the CPU."""
-        calls = (call_of(row, x, t, conditions) for row in samples)
+        calls = (call_of(sample, x, t, conditions) for sample in samples)
         self.calls += [call.copied("cpu") for call in calls if call is not None]
 
 
-def call_of(row: int, x: Tensor, t: Tensor, conditions: Mapping[str, Any]) -> ModelCall | None:
+def call_of(sample: int, x: Tensor, t: Tensor, conditions: Mapping[str, Any]) -> ModelCall | None:
     """One sample of a batch as a call of its own, a view; None, with a message, where a condition cannot be stored."""
-    given = {key: part_of(value, row, len(x)) for key, value in conditions.items() if value is not None}
+    given = {key: part_of(value, sample, len(x)) for key, value in conditions.items() if value is not None}
     unfit = [key for key, value in given.items() if not storable(value)]
     if unfit:
         log.info("Q&C calibration: a held-out call is left out, its %s cannot be stored.", ", ".join(unfit))
         return None
-    return ModelCall(part_of(x, row, len(x)), part_of(t, row, len(x)), given)
+    return ModelCall(part_of(x, sample, len(x)), part_of(t, sample, len(x)), given)
 
 
 def of_samples(inputs: Tensor, batch: int, samples: Sequence[int]) -> Tensor:
     """The inputs (M, K) that belong to some samples of the batch; all of them in layers that do not keep it first."""
     if len(inputs) % batch:
         return merge_tokens(inputs)
-    rows = inputs.reshape(batch, -1, inputs.shape[-1])
-    parts = [rows[i] for i in samples]  # by number: a tensor of them would have to be sent to the device
+    by_sample = inputs.reshape(batch, -1, inputs.shape[-1])
+    parts = [by_sample[i] for i in samples]  # by number: a tensor of them would have to be sent to the device
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def part_of(value: Any, row: int, batch: int) -> Any:
+def part_of(value: Any, sample: int, batch: int) -> Any:
     """One sample's part of a batched argument."""
     if isinstance(value, Tensor):
         batched = value.ndim and len(value) == batch
-        return value[row : row + 1] if batched else value
+        return value[sample : sample + 1] if batched else value
     if isinstance(value, (list, tuple)):
-        parts = [part_of(item, row, batch) for item in value]
+        parts = [part_of(item, sample, batch) for item in value]
         return parts if isinstance(value, list) else tuple(parts)
     return value

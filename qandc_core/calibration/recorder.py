@@ -1,8 +1,8 @@
-"""One run of somebody else's sampler, recorded while it goes by: layer inputs of chosen rows, calls that are held out,
+"""One run of somebody else's sampler, recorded while it goes by: layer inputs of chosen samples, held-out calls,
 and the prediction of every step.
 
 Nothing is sampled twice and nothing is computed anew: statistics are gathered in the very calls that the sampler
-makes. What that costs is bounded in advance. At most one row in ten of the model calls is looked into, and of a sample
+makes. What that costs is bounded in advance. At most one sample in ten of the model calls is looked into, and of it
 a quarter of a layer's inputs, drawn at random, enters its sums; bounds are those of all its inputs. X^T X of a layer
 may cost more than the layer itself, and inputs of one image at one step resemble each other. Where the statistics fit
 beside the model, everything stays on its device until the run has ended, and nothing waits for it before.
@@ -32,7 +32,7 @@ from .run import width_of
 from .statistics import LayerStatistics, observed
 from .stream import Reservoir, Strata
 
-SPARSEST = 10  # at most one row in ten is observed
+SPARSEST = 10  # at most one sample in ten is observed
 SHARE, FEWEST, MOST = 4, 64, 1024  # one token in four enters a layer's sums, within these limits per sample
 HELD_OUT_A_RUN = 2
 PROBES, PROBE_TOKENS, PROBE_WIDTH = 4, 256, 4096  # layers on which it is measured what a run adds
@@ -41,8 +41,8 @@ Layers = Sequence[tuple[str, nn.Module]]
 
 @dataclass(frozen=True)
 class RecordingConfig:
-    """How many samples of a run are observed, a sample being one row of a model call, and what is kept of them; as in
-    CalibrationConfig. A file that was begun with another `reset` is begun anew.
+    """How many samples of a run are observed, a sample being one image under one condition in a model call, and what is
+    kept of them; as in CalibrationConfig. A file that was begun with another `reset` is begun anew.
     """
 
     samples: int = 8
@@ -52,9 +52,9 @@ class RecordingConfig:
     held_out: int = 8
     reset: int = 0
 
-    def strata(self, rows: int) -> int:
-        """Length of the stretches of a run of `rows`, of each of which one row is chosen."""
-        return min(max(-(-rows // self.samples), SPARSEST), max(rows, 1))
+    def strata(self, total: int) -> int:
+        """Length of the stretches of a run of `total` samples, of each of which one is chosen."""
+        return min(max(-(-total // self.samples), SPARSEST), max(total, 1))
 
     def plan(self, widths: Sequence[int]) -> StatisticsPlan:
         """The memory plan of all layers. Raises ValueError where memory_gb is too little."""
@@ -92,7 +92,9 @@ class LayerRecord:
             statistics.hessian = torch.zeros(width, width, device=room.take(4 * width**2))
         capacities = {"inputs": space.inputs(width), "held_out": space.held_out, "probe": PROBE_TOKENS * probe}
         kept = {
-            kind: Reservoir.empty(rows, width, room.take(2 * rows * width)) for kind, rows in capacities.items() if rows
+            kind: Reservoir.empty(tokens, width, room.take(2 * tokens * width))
+            for kind, tokens in capacities.items()
+            if tokens
         }
         return cls(statistics, kept)
 
@@ -107,7 +109,7 @@ class LayerRecord:
         self.statistics.merge(other.statistics)
         for kind, kept in other.kept.items():
             if kind in self.kept:
-                self.kept[kind].add(kept.rows, kept.keys)
+                self.kept[kind].add(kept.tokens, kept.keys)
             else:
                 self.kept[kind] = kept
 
@@ -137,7 +139,7 @@ class Draws:
         self.made: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def __call__(self, x: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """At most `count` rows of x (M, K), and a key for each, float64 on the CPU."""
+        """At most `count` tokens of x (M, K), and a key for each, float64 on the CPU."""
         if (len(x), count) not in self.made:
             order = torch.randperm(len(x), generator=self.generator)[:count]
             keys = torch.rand(len(order), dtype=torch.float64, generator=self.generator)
@@ -161,9 +163,9 @@ class Place:
             self.records[name] = LayerRecord.empty(width, self.space, name in self.probes, self.room)
         return self.records[name]
 
-    def call(self, row: int, x: Tensor, t: Tensor, conditions: Mapping[str, Any]) -> ModelCall | None:
-        """A copy of one row's call, on the device where there is room; None where it cannot be stored."""
-        found = call_of(row, x, t, conditions)
+    def call(self, sample: int, x: Tensor, t: Tensor, conditions: Mapping[str, Any]) -> ModelCall | None:
+        """A copy of one sample's call, on the device where there is room; None where it cannot be stored."""
+        found = call_of(sample, x, t, conditions)
         with self.giving_up():
             return None if found is None else found.copied(self.room.take(found.num_bytes))
         return None
@@ -218,12 +220,14 @@ class Recorder:
         self.predictions: list[tuple[Tensor, Tensor]] = []
         self.samples = 0
 
-    def expect(self, rows: int) -> None:
-        """Takes the rows of a prediction: the images of a batch, each under every condition. The first call counts."""
-        if self.strata is None and rows:
-            size, apart = self.config.strata(rows * self.steps), 0
+    def expect(self, count: int) -> None:
+        """Takes the number of samples of a prediction: the images of a batch, each under every condition. The first
+        call counts.
+        """
+        if self.strata is None and count:
+            size, apart = self.config.strata(count * self.steps), 0
             if self.config.held_out:
-                apart = max(1, rows * self.steps // size // HELD_OUT_A_RUN)
+                apart = max(1, count * self.steps // size // HELD_OUT_A_RUN)
             self.strata = Strata(size, apart, self.generator)
 
     def predicted(self, sigma: Tensor, denoised: Tensor) -> None:
@@ -249,7 +253,7 @@ class Recorder:
                 keys = torch.rand(len(apart), dtype=torch.float64, generator=self.generator).tolist()
         if not chosen and not apart:
             return call()
-        kept = [(key, place.call(row, x, t, conditions)) for key, row in zip(keys, apart)]
+        kept = [(key, place.call(sample, x, t, conditions)) for key, sample in zip(keys, apart)]
         with observed(place.layers, place.observer(len(x), chosen, apart)):
             out = call()
         with self.lock:

@@ -85,13 +85,15 @@ class Recording:
 
 def describe(header: Mapping[str, Any]) -> str:
     """A recording's header in words: the number of runs, and whether they are enough."""
-    left = left_to_gain(header["history"])
-    said = "too few to tell whether they are enough" if left is None else gain_text(left)
-    return f"{counted(header['runs'], 'run')}, {counted(header['samples'], 'sample')}: {said}"
+    held = f"{counted(header['runs'], 'run')}, {counted(header['samples'], 'sample')}"
+    if not header["plan"].get("hessians", True):
+        return held  # without GPTQ there is no error that runs lower
+    left = left_to_gain(header["history"], header["runs"])
+    return f"{held}: {'too few to tell whether they are enough' if left is None else gain_text(left)}"
 
 
 def gain_text(left: float) -> str:
-    amount = f"more runs would lower the layer error by about {100 * left:.1f} %"
+    amount = f"more runs would lower the error of GPTQ's rounding by about {100 * left:.0f} %"
     return f"enough, {amount}" if left < ENOUGH else amount
 
 

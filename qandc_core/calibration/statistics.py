@@ -16,6 +16,9 @@ from ..numerics import widest_float
 
 BINS = 2048
 BLOCKS, BLOCK = 8, 128  # of X^T X, as many as there are, but none smaller
+# X^T X of M inputs is uncertain by K / M. On correlated inputs of three kinds (K = 1152, M from 128 to 16384) this much
+# more damping was within 7 % of the best held-out error of five factors from 0 to 0.2; the factor 0 was within 36 %.
+SAMPLING_DAMPING = 0.06
 
 
 @dataclass
@@ -162,6 +165,11 @@ class LayerStatistics:
     def samples(self) -> int:
         """Number of inputs that second_moment comes from."""
         return self.count if self.hessian is not None or self.inputs is None else len(self.inputs)
+
+    @property
+    def sampling_damping(self) -> float:
+        """Damping that GPTQ adds because second_moment comes from so few inputs, relative to the diagonal's mean."""
+        return SAMPLING_DAMPING * len(self.mean) / max(self.samples, 1)
 
     def second_moment(self, device: torch.device | None = None) -> Tensor | None:
         """X^T X (K, K) of all `count` inputs, float32; estimated where only some were kept, None without either."""

@@ -3,7 +3,7 @@
 A run of a sampler passes once. TAP clusters candidates that it has seen, and samples them again to look into the
 layers; here the choice has to stand before a call is made. Two classical schemes do that without knowing what comes:
 
-- **Strata**: of each stretch of consecutive rows of model calls, one is chosen at random beforehand. Each row
+- **Strata**: of each stretch of consecutive samples of model calls, one is chosen at random beforehand. Each
   has the same chance, and the chosen ones spread evenly over the run, whichever steps a cache skips.
 - **Reservoir**: of all inputs of a layer the ones with the lowest random keys are kept (a bottom-k sketch, Cohen and
   Kaplan 2007). They are a uniform sample of all that went by, and those of several runs together are those of the
@@ -55,8 +55,8 @@ class Strata:
 
 @dataclass
 class Reservoir:
-    """The rows with the lowest keys of all that were added: `memory` (capacity, K) holds them in its first places, and
-    `keys` (R,), float64 on the CPU, are theirs.
+    """The tokens with the lowest keys of all that were added: `memory` (capacity, K) holds them in its first places,
+    and `keys` (R,), float64 on the CPU, are theirs.
     """
 
     memory: Tensor
@@ -68,11 +68,11 @@ class Reservoir:
         return cls(memory, torch.empty(0, dtype=torch.float64))
 
     @property
-    def rows(self) -> Tensor:
+    def tokens(self) -> Tensor:
         return self.memory[: len(self.keys)]
 
     def add(self, x: Tensor, keys: Tensor) -> None:
-        """Rows x (M, K), each with its key (M,)."""
+        """Tokens x (M, K), each with its key (M,)."""
         capacity, before = len(self.memory), len(self.keys)
         everything = torch.cat([self.keys, keys])
         kept = torch.ones(len(everything), dtype=torch.bool)

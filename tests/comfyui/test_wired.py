@@ -90,7 +90,9 @@ def test_a_digest_covers_everything_that_is_wired(run):
 
 def test_a_cancelled_calibration_with_a_guider_goes_on(run):
     found = run("wired")["resumed"]
-    assert found["calls"] == [18, 18, 3] and found["differing"] == [] and found["other"]
+    whole, from_the_start, left = found["calls"]
+    assert whole == from_the_start > 18 and left == 3  # two passes, and the last of six runs once more
+    assert found["differing"] == [] and found["other"]
 
 
 def test_what_is_left_to_the_model_suits_its_family(run):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from comfy_kitchen.tensor import AsymW4A8Int8Layout, QuantizedTensor, TensorWiseINT8Layout
 from torch import nn
 
-from qandc_core.calibration.statistics import LayerStatistics
+from qandc_core.calibration.statistics import SAMPLING_DAMPING, LayerStatistics
 from qandc_core.quantization.formats import BY_NAME, finer, packed_format
 from qandc_core.quantization.formats.grouped import Grouped, GroupedGrid
 from qandc_core.quantization.formats.w4a8 import W4A8
@@ -17,7 +17,6 @@ from qandc_core.quantization.formats.w6a8 import W6A8
 from qandc_core.quantization.formats.w8a8 import int8_grid, row_errors
 from qandc_core.quantization.grids import quantize, unpack_int4
 from qandc_core.quantization.native import (
-    SAMPLING_DAMPING,
     NativeConfig,
     dequantize,
     format_of,

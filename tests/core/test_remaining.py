@@ -1,10 +1,10 @@
-"""Words for how long work takes."""
+"""How long work still takes, and words for it."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qandc_core.sampling.remaining import APART, Remaining, about, duration
+from qandc_core.sampling.remaining import APART, Estimate, Remaining, about, duration
 
 
 @pytest.mark.parametrize(
@@ -47,3 +47,37 @@ def test_an_estimate_is_the_time_of_the_steps_that_are_left(each, steps, runs, l
     assert [text for _, text, _ in told] == [about(each * left) + rest for (_, _, left), rest in zip(told, words)]
     assert told[0][2] == steps * runs - 2 and all(left % steps == 0 for _, _, left in told[1:])
     assert all(later - earlier >= APART for (earlier, *_), (later, *_) in zip(told, told[1:]))
+
+
+def test_each_kind_of_work_has_a_pace_of_its_own():
+    clock = Clock()
+    work = Estimate({"layers": 10, "calls": 4}, clock)
+    assert work.left == 0 and work.fraction == 0
+    clock.time += 6
+    work.did("calls", 1)
+    assert work.left == pytest.approx(18) and work.fraction == pytest.approx(0.25)
+    clock.time += 30
+    work.did("layers", 2)
+    assert work.left == pytest.approx(18 + 8 * 15) and work.words() == "about 2 minutes left"
+    for _ in range(4):
+        clock.time += 30
+        work.did("layers", 2)
+    assert work.left == pytest.approx(18) and work.words() == "about 20 seconds left"
+    clock.time += 18
+    work.did("calls", 3)
+    assert work.left == 0 and work.fraction == 1
+
+
+def test_more_work_than_expected():
+    clock = Clock()
+    work = Estimate({"layers": 1}, clock)
+    for _ in range(3):
+        clock.time += 1
+        work.did("layers", 1)
+    assert work.left == 0 and work.fraction == 1
+
+
+def test_no_work_takes_no_time():
+    work = Estimate({"layers": 1}, Clock())
+    work.did("layers", 1)
+    assert (work.left, work.fraction) == (0, 0)

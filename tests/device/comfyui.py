@@ -8,6 +8,7 @@ where VRAM is short. Prints one JSON object: check -> value.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import sys
 from concurrent.futures import Executor, Future
@@ -164,6 +165,40 @@ class Checks:
             "measured": len(made.recording.history), "distances": made.distances is not None,
         }  # fmt: skip
 
+    def halved(self, plain) -> dict:
+        """TAP Calibrate of eight images at once where two fit, against two at once: layers that differ."""
+        import torch
+
+        def made(batch: int):
+            return self.h.node("QandC_TAPCalibrate").execute(
+                model=plain, trajectories=8, samples=12, steps=3, cfg=1.5, sampler_name="euler", scheduler="normal",
+                batch_size=batch, selection="tap", clusters=3, filename_prefix=f"halved{batch}", held_out=0,
+                positive=self.positive, negative=self.negative, latent_image=self.latent,
+            ).args[0]  # fmt: skip
+
+        self.run(plain)
+        gc.collect()
+        self.device.reset_peak()
+        before, two = self.device.held, made(2)
+        gc.collect()
+        limit, kept = self.device.peak, self.device.held - before
+        self.device.limit = limit
+        try:
+            eight = made(8)
+        finally:
+            self.device.limit = fake.TOTAL
+        gc.collect()
+        differ = [
+            name
+            for name, layer in two.statistics.items()
+            if not torch.equal(layer.second_moment().cpu(), eight.statistics[name].second_moment().cpu())
+        ]
+        return {
+            "batch": eight.notes["batch_size"], "layers": len(two.statistics), "differ": differ,
+            "samples": two.notes["samples"] == eight.notes["samples"],
+            "left over": self.device.held - before - kept,
+        }  # fmt: skip
+
     def found(self) -> dict:
         import comfy.model_management as mm
 
@@ -191,6 +226,7 @@ class Checks:
         }
         found["requests"] = dict(pages.Pages.requests)
         found["recorded"] = self.recorded(models["plain"])
+        found["halved"] = self.halved(models["plain"])
         found["offloaded"] = offloaded(self.h.node, lambda model: self.run(model)[0], models["plain"])
         return found
 

@@ -61,6 +61,8 @@ class Memory:
     """An allocation of the device; garbage once the last tensor of it is gone, even where a graph knows its address."""
 
     def __init__(self, inner: Tensor, device: FakeDevice):
+        if device.held + inner.untyped_storage().nbytes() > device.limit:
+            raise torch.OutOfMemoryError("CUDA out of memory (fake device)")
         self.inner = inner.detach()
         device.held += inner.untyped_storage().nbytes()
         device.peak = max(device.peak, device.held)
@@ -146,7 +148,9 @@ def guard() -> str:
 
 
 class FakeDevice(TorchDispatchMode):
-    """`waits` counts the host's waits by kind and place, `held` and `peak` the bytes of the device."""
+    """`waits` counts the host's waits by kind and place, `held` and `peak` the bytes of the device, of which `limit`
+    may be taken: less than it says that it has, as where others use it too.
+    """
 
     current: FakeDevice | None = None
 
@@ -155,6 +159,7 @@ class FakeDevice(TorchDispatchMode):
         self.float64, self.graph = float64, None
         self.waits: Counter = Counter()
         self.held = self.peak = 0
+        self.limit: float = TOTAL
         self.reached = 0.0  # the latest event that the host waited for
 
     # -- operators

@@ -99,3 +99,14 @@ def test_runs_are_recorded_on_the_device(found):
     assert recorded["runs"] == 4 and recorded["measured"] == 1 and recorded["kinds"] == ["hessian", "inputs"]
     if found["mode"] not in ("low", "refused"):
         assert recorded["waits"] <= found["waits"]["plain"] + 1
+
+
+def test_out_of_memory_halves_the_images_at_once(found):
+    """The device fails to allocate what more images take, as it does; what two at once give comes out, and nothing of
+    the failed tries stays on the device.
+    """
+    if found["mode"] == "refused":
+        pytest.skip("which weights are paged, and so the memory that is left, changes from run to run")
+    halved = found["halved"]
+    assert halved["batch"] == 2 and halved["layers"] > 20
+    assert halved["samples"] and halved["differ"] == [] and halved["left over"] <= 0

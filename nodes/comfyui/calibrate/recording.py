@@ -184,7 +184,7 @@ def predict_noise(executor, x, timestep, model_options, seed):
 
 
 def calc_cond_batch(executor, model, conds, x_in, timestep, model_options):
-    """CALC_COND_BATCH: how many rows a prediction evaluates."""
+    """CALC_COND_BATCH: how many samples a prediction evaluates."""
     run = run_of(model_options.get("transformer_options", {}), model)
     if run is not None:
         run.recorder.expect(len(x_in) * sum(len(found) for found in conds if found is not None))

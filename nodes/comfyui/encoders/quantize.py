@@ -26,7 +26,6 @@ from ....qandc_core.quantization.formats import BY_NAME
 from ....qandc_core.quantization.native import COLLAPSE, NativeConfig, NativeLayer
 from ....qandc_core.quantization.report import LayerReport, QuantizationReport, percent, sizes
 from ....qandc_core.sampling.clock import Stopwatch
-from ..pictures import error_bars, report_picture
 from ..quantize.formats import check_supported
 from ..quantize.layers import all_linears, check_loras, narrower
 from ..quantize.native import check_decodable, packed_sources, rounding_cost, unmatched_parts, working_memory
@@ -134,7 +133,6 @@ def quantize_encoders(
     }
     report = reported(clip, quantized, settings, tasks, layers, errors, watch.seconds(), len(used))
     check_near(report, settings)
-    work.show(report_picture(report.layers))
     log.info("Q&C quantization: %s; %s", report.layers.summary(), "; ".join(report.said()))
     return quantized, report
 
@@ -229,7 +227,7 @@ class Task:
         self.errors[name] = error
         words = f"{self.encoder.name}, layer {len(self.errors)} of {len(self.layers)}"
         cost = rounding_cost(self.layers[name])
-        self.work.did("rounding", cost, words, error_bars(self.errors, "relative error"))
+        self.work.did("rounding", cost, words)
 
 
 def reported(clip, quantized, settings, tasks, layers, errors, seconds: float, prompts: int) -> TextReport:

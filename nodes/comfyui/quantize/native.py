@@ -19,7 +19,6 @@ from ....qandc_core.quantization.report import LayerReport, QuantizationReport
 from ....qandc_core.quantization.selection import unmatched
 from ....qandc_core.quantization.sensitivity import grouped
 from ....qandc_core.sampling.clock import Stopwatch
-from ..pictures import error_bars, report_picture
 from ..wrappers import QUANTIZATION, note, on_one_device
 from .formats import backend, check_supported
 from .judge import FEW, Judge
@@ -83,7 +82,6 @@ def quantize_native(
             f"The model in {settings.format} is {error[0]:.2f} away from full precision on held-out samples, the worst "
             f"layer is {report.worst.name}; set max_layer_error, skip layers, or use W8A8."
         )
-    work.show(report_picture(report))
     log.info("Q&C quantization: %s", report.summary())
     limit = settings.budget.max_model_error
     within = "" if limit is None else f"within {limit:g} of the model "
@@ -160,7 +158,7 @@ def quantized_weights(
     def shown(name: str, error: float) -> None:
         errors[name] = error  # a layer that gets a finer format comes again
         words = f"layer {len(errors)} of {len(names)}" if len(errors) < len(names) else "finer formats"
-        work.did("rounding", rounding_cost(network.get_submodule(name)), words, error_bars(errors, "relative error"))
+        work.did("rounding", rounding_cost(network.get_submodule(name)), words)
 
     config = NativeConfig(settings.format, settings.rounding)
     statistics = calibration.statistics if calibration is not None else {}

@@ -1,10 +1,13 @@
-"""Progress of a quantization, as a bar and as words on its node."""
+"""Progress of a quantization, as a bar and as words on its node.
+
+Without a picture: Nodes 2.0 keeps that beside the picture which the node has in the end.
+"""
 
 from __future__ import annotations
 
 import time
 
-from ....qandc_core.quantization.estimate import Estimate
+from ....qandc_core.sampling.remaining import Estimate
 from ..sampling import Progress
 from ..status import show
 
@@ -20,10 +23,10 @@ class Work(Progress):
         self.work = Estimate({"rounding": rounding, "calls": calls})
         self.node_id, self.told = node_id, 0.0
 
-    def did(self, kind: str, amount: float, text: str, picture=None) -> None:
+    def did(self, kind: str, amount: float, text: str) -> None:
         self.work.did(kind, amount)
         self.done = max(self.done, round((UNITS - 1) * self.work.fraction)) - 1  # advance adds one
-        self.advance(picture)
+        self.advance()
         if time.monotonic() - self.told >= TELL:
             self.told = time.monotonic()
             show(self.node_id, f"{text}, {self.work.words()}")

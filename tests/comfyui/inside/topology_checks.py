@@ -4,7 +4,7 @@ Apply Cache: Euler steps that call the model on the listed steps and extrapolate
 place of ComfyUI's function for the sampler "euler"; the workflow is otherwise the same, on models without our node.
 Quantize: a hook on every quantized layer compares what it returns with int8 arithmetic on codes and inputs rotated and
 rounded here.
-TAP Calibrate: hooks on the layers gather the rows that they are given while the workflow's own sampler node runs.
+TAP Calibrate: hooks on the layers gather the tokens that they are given while the workflow's own sampler node runs.
 Variance Compensate: Euler steps that are corrected by the deviation of a second run's samples, before each step.
 """
 
@@ -462,7 +462,9 @@ def result(host: Host, name: str) -> dict[str, Any]:
     return found
 
 
+# Arguments after the first two choose columns and rows.
 CHOSEN = {name: check for name, check in COLUMNS.items() if name in sys.argv[3:]} or COLUMNS
+ROWS = [name for name in TOPOLOGIES if name in sys.argv[3:]] or list(TOPOLOGIES)
 
 if __name__ == "__main__":
-    main({name: lambda host, name=name: result(host, name) for name in TOPOLOGIES})
+    main({name: lambda host, name=name: result(host, name) for name in ROWS})
