@@ -52,10 +52,12 @@ SIZES = {
 
 def load(size: Size, dtype: torch.dtype) -> Any:
     """As Load Diffusion Model loads a file of bfloat16; float8_e4m3fn is its choice fp8_e4m3fn_fast."""
+    import comfy.memory_management
     import comfy.sd
 
     fast = {"dtype": dtype, "fp8_optimizations": True} if dtype.itemsize == 1 else {}
-    tensors = {name: tensor.to(dtype) for name, tensor in random_weights(size)}
+    dynamic = comfy.memory_management.aimdo_enabled  # then ComfyUI takes the tensors as they are, a file's on the host
+    tensors = {name: tensor.to("cpu" if dynamic else None, dtype) for name, tensor in random_weights(size)}
     patcher = comfy.sd.load_diffusion_model_state_dict(tensors, model_options=fast)
     found = type(patcher.model.model_config).__name__
     if found != size.config:
