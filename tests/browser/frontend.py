@@ -41,6 +41,14 @@ class Frontend:
         self.page.evaluate("([w, name]) => app.loadGraphData(w, true, true, name)", [workflow, name])
         self.page.wait_for_timeout(wait)
 
+    def open_template(self, pack: str, name: str) -> None:
+        """As users do: Templates, the pack, the card."""
+        self.page.evaluate("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+        self.page.get_by_text(pack, exact=True).first.click()
+        self.page.get_by_test_id(f"template-workflow-{name}").click()
+        self.page.get_by_test_id("template-workflows-content").wait_for(state="hidden")
+        self.page.wait_for_timeout(2000)
+
     def missing_nodes(self) -> list[str]:
         """Types that the frontend does not know, inside subgraphs too."""
         return self.page.evaluate(

@@ -46,14 +46,34 @@ CARDS = {
     "Paper, ablation": ("Ablation", "Q&C, all parts"),
 }
 
-# Nodes that show a picture or words while they work need room for them.
-BUILD = """async ({columns, nodes, groups, subgraphs}) => {
+# Nodes that show a picture or words while they work need room for them. Converting to a subgraph breaks wires to inputs
+# that grow with what is wired, a moment later, and promotes some widgets by itself, under names such as text_1.
+BUILD = """async ({columns, nodes, groups, subgraphs, gap}) => {
   const ROOM = {
     QandC_ApplyCache: 70, QandC_TAPCalibrate: 290, QandC_Quantize: 290, QandC_VarianceCompensate: 290,
     QandC_Sample: 230,
   };
-  app.graph.clear();
+  const wait = ms => new Promise(r => setTimeout(r, ms));
   const made = {};
+  const fit = (node, [width, height]) => {
+    const least = node.computeSize();
+    node.setSize([Math.max(least[0], width), Math.max(least[1] + (ROOM[node.type] ?? 0), height)]);
+  };
+  const layOut = (columns, gap, size, down) => {
+    let x = 0;
+    for (const column of columns) {
+      let y = 0, width = 0;
+      for (const key of column) {
+        fit(made[key], size(key));
+        y += down(key) + (column[column.indexOf(key) - 1]?.startsWith('note') ? 40 : 0);  // for the title of a group
+        made[key].pos = [x, y + 40];
+        y += made[key].size[1] + 80;
+        width = Math.max(width, made[key].size[0]);
+      }
+      x += width + gap;
+    }
+  };
+  app.graph.clear();
   for (const [key, spec] of Object.entries(nodes)) {
     const node = LiteGraph.createNode(spec.type);
     if (spec.title) node.title = spec.title;
@@ -68,79 +88,76 @@ BUILD = """async ({columns, nodes, groups, subgraphs}) => {
     const control = node.widgets?.find(w => w.name === 'control_after_generate');
     if (control) control.value = 'fixed';
   }
-  await new Promise(r => setTimeout(r, 300));
+  await wait(300);
+  const slotOf = (key, input) => {
+    const at = made[key].inputs.findIndex(i => i.name === input);
+    if (at < 0) throw new Error(`${key} has no input ${input}: ${made[key].inputs.map(i => i.name)}`);
+    return at;
+  };
   for (const [key, spec] of Object.entries(nodes)) {
-    for (const [input, source] of Object.entries(spec.inputs ?? {})) {
-      const [from, slot] = source;
-      const at = made[key].inputs.findIndex(i => i.name === input);
-      if (at < 0) throw new Error(`${spec.type} has no input ${input}: ${made[key].inputs.map(i => i.name)}`);
-      made[from].connect(slot, made[key], at);
-      await new Promise(r => setTimeout(r, 30));
+    for (const [input, [from, slot]] of Object.entries(spec.inputs ?? {})) {
+      made[from].connect(slot, made[key], slotOf(key, input));
+      await wait(30);
     }
   }
-  await new Promise(r => setTimeout(r, 300));
+  await wait(300);
   for (const subgraph of subgraphs) {
-    const inner = subgraph.members.map(key => made[key]);
-    let [left, top, widest] = [0, 0, 0];
-    for (const [i, node] of inner.entries()) {
-      node.setSize(node.computeSize());
-      node.properties.key = subgraph.members[i];
-      if (top > 700) [left, top, widest] = [left + widest + 70, 0, 0];
-      node.pos = [left, top + 40];
-      top += node.size[1] + 80;
-      widest = Math.max(widest, node.size[0]);
-    }
-    const converted = app.graph.convertToSubgraph(new Set(inner));
-    const outer = made[subgraph.key] = converted.node;
+    for (const key of subgraph.members) made[key].properties.key = key;
+    layOut(subgraph.columns, 70, () => [300, 0], () => 0);
+    const converted = app.graph.convertToSubgraph(new Set(subgraph.members.map(key => made[key])));
+    const outer = made[subgraph.key] = converted.node, inside = converted.subgraph;
+    const innerOf = key => inside._nodes.find(n => n.properties.key === key);
+    const linksOf = slot => slot.linkIds.map(id => inside.getLink(id)).filter(Boolean);
+    const targets = input => linksOf(input).map(link => inside.getNodeById(link.target_id).inputs[link.target_slot]);
     nodes[subgraph.key] = {type: 'subgraph', size: subgraph.size, down: subgraph.down};
-    converted.subgraph.name = outer.title = subgraph.title;
-    for (const [key, name] of subgraph.promoted) {
-      const node = converted.subgraph._nodes.find(n => n.properties.key === key);
-      const slot = node.inputs.find(i => i.widget?.name === name);
-      converted.subgraph.addInput(key === 'positive' ? 'prompt' : name, slot.type).connect(slot, node);
+    inside.name = outer.title = subgraph.title;
+    for (const input of inside.inputs.filter(input => !targets(input).some(slot => !slot.widget)))
+      inside.removeInput(input);
+    for (const {keys, name, shown} of subgraph.promoted) {
+      const slots = keys.map(key => [innerOf(key).inputs.find(i => i.widget?.name === name), innerOf(key)]);
+      const input = inside.addInput(shown, slots[0][0].type);
+      for (const [slot, node] of slots) input.connect(slot, node);
     }
-    // Converting breaks wires to inputs that grow with what is wired, a moment later.
-    await new Promise(r => setTimeout(r, 1500));
-    const innerOf = key => converted.subgraph._nodes.find(n => n.properties.key === key);
+    await wait(1500);
     for (const [key, spec] of Object.entries(nodes)) {
       if (subgraph.members.includes(key) || !made[key]?.graph) continue;
       for (const [input, [from, slot]] of Object.entries(spec.inputs ?? {})) {
         if (!subgraph.members.includes(from)) continue;
-        const inner = innerOf(from), {outputs} = converted.subgraph;
-        let output = outputs.findIndex(o => o.linkIds.map(id => converted.subgraph.getLink(id))
-          .some(l => l.origin_id === inner.id && l.origin_slot === slot));
+        const inner = innerOf(from);
+        let output = inside.outputs.findIndex(
+          o => linksOf(o).some(l => l.origin_id === inner.id && l.origin_slot === slot));
         if (output < 0) {
-          const label = `${from.split('_').at(-1)} ${inner.outputs[slot].name}`;
-          converted.subgraph.addOutput(label, inner.outputs[slot].type).connect(inner.outputs[slot], inner);
-          output = outputs.length - 1;
+          inside.addOutput(inner.outputs[slot].name, inner.outputs[slot].type).connect(inner.outputs[slot], inner);
+          output = inside.outputs.length - 1;
         }
-        const at = made[key].inputs.findIndex(i => i.name === input);
-        if (at < 0) throw new Error(`${spec.type} has no input ${input}: ${made[key].inputs.map(i => i.name)}`);
+        const at = slotOf(key, input);
         const link = app.graph.getLink?.(made[key].inputs[at].link) ?? app.graph.links.get(made[key].inputs[at].link);
         if (link?.origin_id === outer.id && link.origin_slot === output) continue;
         outer.connect(output, made[key], at);
-        await new Promise(r => setTimeout(r, 300));
+        await wait(300);
       }
     }
-    for (const node of converted.subgraph._nodes) delete node.properties.key;
-    if (subgraph.alone) for (const node of app.graph._nodes.filter(n => n !== outer)) app.graph.remove(node);
-    await new Promise(r => setTimeout(r, 300));
-  }
-  let x = 0;
-  for (const column of columns) {
-    let y = 0, width = 0;
-    for (const key of column) {
-      const node = made[key], least = node.computeSize(), wanted = nodes[key].size ?? [300, 0];
-      const room = ROOM[nodes[key].type] ?? 0;
-      node.setSize([Math.max(least[0], wanted[0]), Math.max(least[1] + room, wanted[1])]);
-      if (column.indexOf(key) > 0 && nodes[column[column.indexOf(key) - 1]].type === 'MarkdownNote') y += 50;
-      y += nodes[key].down ?? 0;
-      node.pos = [x, y + 40];
-      y += node.size[1] + 80;
-      width = Math.max(width, node.size[0]);
+    // Of several models and results, model_1 and report_1 say nothing.
+    for (const input of inside.inputs) {
+      const shown = subgraph.inputs[inside.getNodeById(linksOf(input)[0].target_id).properties.key];
+      if (shown && /^model/.test(input.name)) inside.renameInput(input, shown);
     }
-    x += width + 70;
+    for (const output of inside.outputs) {
+      const shown = subgraph.outputs[inside.getNodeById(linksOf(output)[0].origin_id).properties.key];
+      if (shown) inside.renameOutput(output, shown);
+    }
+    for (const node of inside._nodes) delete node.properties.key;
+    if (subgraph.alone) for (const node of app.graph._nodes.filter(n => n !== outer)) app.graph.remove(node);
+    await wait(300);
   }
+  // What converting broke and was wired anew above is still in the list.
+  for (const [id, link] of [...app.graph.links]) {
+    const [from, to] = [link.origin_id, link.target_id].map(id => app.graph.getNodeById(id));
+    if (to?.inputs[link.target_slot]?.link === id) continue;
+    for (const output of from?.outputs ?? []) output.links = output.links?.filter(other => other !== id) ?? null;
+    app.graph.links.delete(id);
+  }
+  layOut(columns, gap, key => nodes[key].size ?? [300, 0], key => nodes[key].down ?? 0);
   for (const {title, color, members} of groups) {
     const boxes = members.map(key => made[key]).map(n => [n.pos[0], n.pos[1] - 30, n.size[0], n.size[1] + 30]);
     const left = Math.min(...boxes.map(b => b[0])) - 20, top = Math.min(...boxes.map(b => b[1])) - 55;
@@ -159,6 +176,21 @@ def version() -> str:
     return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 
 
+# Where the frontend brings a template that is opened from its dialog, in a browser at 1920 x 1080 without its bars.
+WINDOW, FILLED, MARGIN = (1920, 950), 0.75, 10
+
+
+def view(boxes: list[tuple[float, float, float, float]]) -> dict:
+    """The whole graph in view; `boxes` are left, top, width and height of every node."""
+    left, top = (min(box[axis] for box in boxes) - MARGIN for axis in (0, 1))
+    width, height = (
+        max(box[axis] + box[axis + 2] for box in boxes) + MARGIN - start for axis, start in ((0, left), (1, top))
+    )
+    scale = min(FILLED * WINDOW[0] / width, FILLED * WINDOW[1] / height, 1.0)
+    offset = [WINDOW[0] / scale / 2 - left - width / 2, WINDOW[1] / scale / 2 - top - height / 2]
+    return {"scale": round(scale, 3), "offset": [round(pixels) for pixels in offset]}
+
+
 def finished(workflow: dict, template: Template) -> dict:
     """The workflow with what tells a frontend which pack and which model files it needs."""
     inner = (workflow.get("definitions") or {}).get("subgraphs") or []
@@ -171,7 +203,8 @@ def finished(workflow: dict, template: Template) -> dict:
         files = [model for model in template.models.values() if model["name"] in (node.get("widgets_values") or [])]
         if files:
             properties["models"] = files
-    workflow["extra"] = {"ds": {"scale": 0.6 if template in TEMPLATES else 0.75, "offset": [105, 120]}}
+    boxes = [(*node["pos"], *node["size"]) for node in workflow["nodes"]]
+    workflow["extra"] = {"ds": view([(x, y - 30, w, h + 30) for x, y, w, h in boxes])}
     return named(workflow, template)
 
 

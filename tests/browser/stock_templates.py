@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.browser.templates import Node, Subgraph, Template, node, note
+from tests.browser.templates import Node, Promoted, Subgraph, Template, node, note
 
 HUGGING_FACE = "https://huggingface.co/Comfy-Org"
 BYPASS = "Select Apply Cache and press **Ctrl+B** to compare: it is then bypassed, and every step is computed."
@@ -26,11 +26,14 @@ def file(repository: str, directory: str, name: str, folder: str = "split_files/
 
 def stock(
     name: str, title: str, text: str, models: dict[str, dict[str, str]], nodes: dict[str, Node],
-    inside: list[str], promoted: list[tuple[str, str]], result: str, speedup: float, loaders: list[str] | None = None,
+    inside: list[str], promoted: list[Promoted], result: str, speedup: float, loaders: list[str] | None = None,
 ) -> Template:  # fmt: skip
     """`loaders` stay outside, each with an Apply Cache behind it, which `nodes` knows as cache, cache_2."""
     loaders = loaders or ["load"]
     caches = ["cache", "cache_2"][: len(loaders)]
+    experts = {"shift": "high noise", "shift_2": "low noise"} if len(loaders) > 1 else {}
+    if nodes["negative"]["type"] == "CLIPTextEncode":
+        promoted = [promoted[0], ("negative", "text", "negative prompt"), *promoted[1:]]
     beside = nodes[loaders[0]]["type"] == "CheckpointLoaderSimple"  # its other wires go past, above Apply Cache
     given = {
         cache: {
@@ -42,7 +45,7 @@ def stock(
     every = {"note": intro(title, text, list(models.values())), **given, **nodes}
     return Template(
         name, every, [["note"], loaders, caches, ["subgraph"], [result]], [],
-        models, runs_here=False, subgraphs=(Subgraph(title, inside, promoted),),
+        models, runs_here=False, subgraphs=(Subgraph(title, inside, promoted, inputs=experts),),
     )  # fmt: skip
 
 
@@ -76,7 +79,13 @@ def video(prefix: str, vae: tuple[str, int], fps: int) -> dict[str, Node]:
     }
 
 
-FACES = [("positive", "text"), ("latent", "width"), ("latent", "height"), ("sampler", "seed"), ("sampler", "steps")]
+FACES = [
+    ("positive", "text", "prompt"),
+    ("latent", "width"),
+    ("latent", "height"),
+    ("sampler", "seed"),
+    ("sampler", "steps"),
+]
 EVERY_OTHER = "**Apply Cache** computes about every other step and extrapolates the rest: about twice as fast."
 
 FLUX_FILES = {
@@ -220,7 +229,10 @@ WAN = stock(
     [
         "clip", "vae", "shift", "shift_2", "positive", "negative", "latent", "first", "sampler", "decode", "video",
     ],
-    [("positive", "text"), ("latent", "width"), ("latent", "height"), ("latent", "length"), ("first", "noise_seed")],
+    [
+        ("positive", "text", "prompt"), ("latent", "width"), ("latent", "height"), ("latent", "length"),
+        ("first", "noise_seed"),
+    ],
     "save", 2.0, ["load", "load_2"],
 )  # fmt: skip
 
@@ -256,7 +268,7 @@ LTX = stock(
     },
     ["clip", "positive", "negative", "rate", "latent", "euler", "sigmas", "sampler", "decode", "video"],
     [
-        ("positive", "text"), ("latent", "width"), ("latent", "height"), ("latent", "length"),
+        ("positive", "text", "prompt"), ("latent", "width"), ("latent", "height"), ("latent", "length"),
         ("sampler", "noise_seed"), ("sigmas", "steps"),
     ],
     "save", 2.0,
@@ -265,7 +277,7 @@ LTX = stock(
 STOCK = [FLUX, QWEN, Z_IMAGE, SDXL, WAN, LTX]
 
 
-def blueprint(name: str, nodes: dict[str, Node], promoted: list[tuple[str, str]]) -> Template:
+def blueprint(name: str, nodes: dict[str, Node], promoted: list[Promoted]) -> Template:
     """A subgraph for the node library, from MODEL to MODEL: what stands between a loader and a sampler."""
     first, last = list(nodes)[0], list(nodes)[-1]
     nodes[first]["inputs"] = {"model": ("load", 0)}

@@ -2,28 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-BLUE, GREEN, VIOLET = "#3f789e", "#4a8a5a", "#7a5a9e"
+BLUE, GREEN = "#3f789e", "#4a8a5a"
 Node = dict[str, Any]
+Promoted = tuple[str, str] | tuple[str, str, str]  # members, with spaces between; their widget; a name for it
 
 
 @dataclass(frozen=True)
 class Subgraph:
-    """`members` become one node; `promoted` are their widgets, of a node and a name, that it shows.
+    """`members` become one node; `promoted` are their widgets that it shows.
 
-    `alone`: the other nodes only say what comes in and goes out, and are taken off again. `down` and `size` are as of
-    other nodes.
+    A promoted widget is of one member or of several, which then share its value, and may be shown under another name.
+    `inputs` and `outputs` name the models that go into a member and what comes out of one. `alone`: the other nodes
+    only say what comes in and goes out, and are taken off again. `down` and `size` are as of other nodes.
     """
 
     title: str
     members: list[str]
-    promoted: list[tuple[str, str]]
+    promoted: list[Promoted]
     alone: bool = False
     key: str = "subgraph"
     down: int = 0
     size: tuple[int, int] = (400, 0)
+    inputs: dict[str, str] = field(default_factory=dict)
+    outputs: dict[str, str] = field(default_factory=dict)
+
+    def columns(self, nodes: dict[str, Node]) -> list[list[str]]:
+        """The members from left to right, each behind all that is wired into it."""
+        depth: dict[str, int] = {}
+
+        def behind(key: str) -> int:
+            if key not in depth:
+                sources = {source for source, _ in nodes[key]["inputs"].values()} & set(self.members)
+                depth[key] = 1 + max(map(behind, sources), default=-1)
+            return depth[key]
+
+        deepest = max(map(behind, self.members))
+        return [[key for key in self.members if depth[key] == column] for column in range(deepest + 1)]
+
+    def spec(self, nodes: dict[str, Node]) -> dict[str, Any]:
+        promoted = [
+            {"keys": keys.split(), "name": name, "shown": (*shown, name)[0]} for keys, name, *shown in self.promoted
+        ]
+        return {**asdict(self), "columns": self.columns(nodes), "promoted": promoted}
 
 
 @dataclass(frozen=True)
@@ -40,10 +64,13 @@ class Template:
     models: dict[str, dict[str, str]] = field(default_factory=dict)
     runs_here: bool = True
     subgraphs: tuple[Subgraph, ...] = ()
+    gap: int = 60
 
     def spec(self) -> dict[str, Any]:
-        inner = [asdict(subgraph) for subgraph in self.subgraphs]
-        return {"nodes": self.nodes, "columns": self.columns, "groups": self.groups, "subgraphs": inner}
+        inner = [subgraph.spec(self.nodes) for subgraph in self.subgraphs]
+        return {
+            "nodes": self.nodes, "columns": self.columns, "groups": self.groups, "subgraphs": inner, "gap": self.gap
+        }  # fmt: skip
 
     def files(self) -> list[tuple[str, str]]:
         return [(model["directory"], model["name"]) for model in self.models.values()]
@@ -95,30 +122,37 @@ def chain(
     }
 
 
-def decoded(key: str) -> Node:
-    return {**node("VAEDecode", {"samples": (f"sample_{key}", 0), "vae": ("vae", 0)}), "size": [220, 0]}
+Run = tuple[tuple[str, int], str, dict[str, Any]]  # the model, a label, and settings of the sampler
 
 
-def sampled(runs: dict[str, tuple[tuple[str, int], str, dict[str, Any]]], repeats: int = 0) -> dict[str, Node]:
+def sampled(runs: dict[str, Run], repeats: int = 0, given: Callable[..., Any] = wires) -> dict[str, Node]:
     """A Sample and a VAE Decode for every run, and the Compare of all, which samples them `repeats` times again."""
     nodes, inputs = {}, {}
     for i, (key, (model, label, settings)) in enumerate(runs.items()):
-        nodes[f"sample_{key}"] = node("QandC_Sample", wires(model), f"Sample: {label}", label=label, **settings)
-        nodes[f"decode_{key}"] = decoded(key)
+        nodes[f"sample_{key}"] = node("QandC_Sample", given(model), f"Sample: {label}", label=label, **settings)
+        nodes[f"decode_{key}"] = node("VAEDecode", {"samples": (f"sample_{key}", 0), "vae": ("vae", 0)})
         inputs |= {f"images.image{i}": (f"decode_{key}", 0)}
     for i, key in enumerate(runs):
         inputs |= {f"reports.report{i}": (f"sample_{key}", 1)}
-    nodes["compare"] = {**node("QandC_Compare", inputs, repeats=repeats), "size": [860, 440 + 180 * len(runs)]}
+    nodes["compare"] = {
+        **node("QandC_Compare", inputs, repeats=repeats),
+        "size": [860, min(440 + 180 * len(runs), 1080)],
+    }
     return nodes
+
+
+def same_noise(title: str, runs: dict[str, str], **place: Any) -> Subgraph:
+    """What `sampled` makes but Compare, with one seed for all; `runs` are their labels."""
+    samples, decoders = ([f"{part}_{key}" for key in runs] for part in ("sample", "decode"))
+    return Subgraph(
+        title, [*samples, "vae", *decoders], [(" ".join(samples), "seed"), ("vae", "vae_name")], key="runs",
+        inputs=dict(zip(samples, runs.values())),
+        outputs={**dict(zip(decoders, runs.values())), **{s: f"report: {runs[s[7:]]}" for s in samples}}, **place,
+    )  # fmt: skip
 
 
 def down(nodes: dict[str, Node], **pixels: int) -> dict[str, Node]:
     return {key: {**spec, "down": pixels.get(key, 0)} for key, spec in nodes.items()}
-
-
-# The wires of what is sampled pass above the column of calibrating, those of the reports above the decoders.
-BELOW_WIRES = {"decode_full": 690}
-SAMPLED = ["sample_full", "sample_fast", "vae"]
 
 
 DEMO = {"steps": 50, "cfg": 1.5, "sampler_name": "ddpm", "scheduler": "normal"}
@@ -130,17 +164,16 @@ DEMO_SOURCES = sources("built-in demo", "0-9", 32, 10, "pixel_space")
 
 CHAIN = Subgraph(
     "Calibrate, quantize, compensate", ["calibrate", "quantize", "compensate"],
-    [("calibrate", "trajectories"), ("quantize", "format"), ("compensate", "pairs")], down=720, size=(320, 0),
+    [("calibrate", "trajectories"), ("quantize", "format"), ("compensate", "pairs")], down=180, size=(300, 0),
 )  # fmt: skip
-CHAIN_COLUMNS = [
-    ["note"], ["load", "label", "latent"], ["cache"], ["subgraph"], SAMPLED, ["decode_full", "decode_fast"],
-    ["compare"],
-]  # fmt: skip
+# The chain stands above the wires from the model to the runs.
+CHAIN_COLUMNS = [["note", "load", "label", "latent"], ["cache"], ["subgraph"], ["runs"], ["compare"]]
 CHAIN_GROUPS = [
     group("Model and classes", BLUE, "load", "label", "latent"),
     group("Cached, quantized, compensated", GREEN, "cache", "subgraph"),
-    group("The same noise, twice", VIOLET, "sample_full", "sample_fast"),
 ]
+TWICE = "The same noise, twice"
+CHAIN_RUNS = same_noise(TWICE, {"full": "full precision", "fast": "Q&C"}, down=440, size=(300, 0))
 QUICKSTART = Template(
     "1 Quickstart",
     {
@@ -152,7 +185,7 @@ QUICKSTART = Template(
             "of both.\n"
             "3. Both models sample the same noise, and **Compare** measures.\n\n"
             "Run again with another seed: calibration is kept, only sampling runs.",
-            340, 340,
+            340, 300,
         ),
         **down(
             {
@@ -163,13 +196,16 @@ QUICKSTART = Template(
                     "fast": (("compensate", 0), "Q&C", SMOOTH),
                 }, repeats=2),
             },
-            cache=900, **BELOW_WIRES,
         ),
     },
-    CHAIN_COLUMNS, CHAIN_GROUPS, subgraphs=(CHAIN,),
+    CHAIN_COLUMNS, CHAIN_GROUPS, subgraphs=(CHAIN, CHAIN_RUNS),
 )  # fmt: skip
 
-SIX = ("full", "quantized", "cached", "both", "fast", "fewer")
+SIX = {
+    "full": "full precision", "quantized": "quantized only", "cached": "cached only", "both": "quantized and cached",
+    "fast": "Q&C, all parts", "fewer": "full precision, 17 steps",
+}  # fmt: skip
+SIX_MODELS = {"full": "load", "quantized": "quantize_only", "cached": "cache", "both": "quantize", "fast": "compensate"}
 ABLATION = Template(
     "Paper, ablation",
     {
@@ -186,29 +222,23 @@ ABLATION = Template(
             method="paper",
         ),
         **sampled({
-            "full": (("load", 0), "full precision", DEMO),
-            "quantized": (("quantize_only", 0), "quantized only", DEMO),
-            "cached": (("cache", 0), "cached only", DEMO),
-            "both": (("quantize", 0), "quantized and cached", DEMO),
-            "fast": (("compensate", 0), "Q&C, all parts", DEMO),
-            "fewer": (("load", 0), "full precision, 17 steps", {**DEMO, "steps": 17}),
+            run: ((SIX_MODELS.get(run, "load"), 0), label, {**DEMO, "steps": 17} if run == "fewer" else DEMO)
+            for run, label in SIX.items()
         }),
     },
-    [["note"], ["load", "label", "latent", "vae"], ["subgraph"], ["runs"], ["compare"]],
-    [
-        group("Model and classes", BLUE, *SOURCES),
-        group("The parts, and six runs from the same noise", GREEN, "subgraph", "runs"),
-    ],
+    [["note", "load", "label", "latent"], ["subgraph"], ["runs"], ["compare"]],
+    [group("Model and classes", BLUE, "load", "label", "latent")],
     subgraphs=(
         Subgraph(
             "The parts", ["cache", "calibrate", "quantize", "compensate", "quantize_only"],
-            [("cache", "policy.interval"), ("calibrate", "trajectories"), ("quantize", "format")], down=620,
+            [("cache", "policy.interval"), ("calibrate", "trajectories"), ("quantize quantize_only", "format")],
             size=(320, 0),
+            outputs={
+                "cache": "cached", "quantize_only": "quantized", "quantize": "quantized and cached",
+                "compensate": "all parts",
+            },
         ),
-        Subgraph(
-            "Six runs", [f"{part}_{run}" for part in ("sample", "decode") for run in SIX], [], key="runs",
-            size=(320, 0),
-        ),
+        same_noise("Six runs from the same noise", SIX, down=280, size=(320, 0)),
     ),
 )  # fmt: skip
 
@@ -221,7 +251,7 @@ DIT_XL = Template(
             f"- models/diffusion_models/{XL_FILE}\n- models/vae/{VAE_FILE}\n\n"
             "The weights are CC BY-NC 4.0: not for commercial use. A file of the original repository (.pt) or of "
             "diffusers works as well. Class Label takes ImageNet names: *golden retriever, otter, balloon*.",
-            340, 340,
+            340, 320,
         ),
         **down(
             {
@@ -232,7 +262,6 @@ DIT_XL = Template(
                     "fast": (("compensate", 0), "Q&C", XL),
                 }),
             },
-            cache=900, **BELOW_WIRES,
         ),
         "save": node("SaveImage", {"images": ("decode_fast", 0)}, filename_prefix="qandc/dit_xl2"),
     },
@@ -251,7 +280,7 @@ DIT_XL = Template(
         },
     },
     runs_here=False,
-    subgraphs=(CHAIN,),
+    subgraphs=(CHAIN, CHAIN_RUNS),
 )  # fmt: skip
 
 QUANTIZE = Template(
@@ -264,7 +293,7 @@ QUANTIZE = Template(
             "template 9 Quantize Wan 2.1. Then ComfyUI's own loader loads the file, with or without this pack.\n\n"
             "Quantize shows the error of every layer and of the whole model. **Apply Cache** goes behind it, or "
             "before it and TAP Calibrate.",
-            420, 340,
+            360, 340,
         ),
         **down(
             {
@@ -277,18 +306,15 @@ QUANTIZE = Template(
                     "fast": (("quantize", 0), "quantized", SMOOTH),
                 }),
             },
-            calibrate=810, quantize=720, **BELOW_WIRES,
+            calibrate=400, quantize=280, save=60,
         ),
     },
-    [
-        ["note"], ["load", "label", "latent"], ["calibrate"], ["quantize"], [*SAMPLED, "save"],
-        ["decode_full", "decode_fast"], ["compare"],
-    ],
+    [["load", "label", "latent", "note"], ["calibrate"], ["quantize"], ["runs", "save"], ["compare"]],
     [
         group("Model and classes", BLUE, "load", "label", "latent"),
         group("Calibrate and quantize", GREEN, "calibrate", "quantize"),
-        group("Check it", VIOLET, "sample_full", "sample_fast"),
     ],
+    subgraphs=(same_noise(TWICE, {"full": "full precision", "fast": "quantized"}, size=(300, 0)),),
 )  # fmt: skip
 
 WAN_FILES = {
@@ -299,15 +325,12 @@ WAN_FILES = {
 WAN_SETTINGS = {"steps": 30, "cfg": 6.0, "sampler_name": "uni_pc", "scheduler": "simple"}
 
 
-def wan_sample(label: str, model: tuple[str, int]) -> Node:
-    inputs = {
-        "model": model, "positive": ("positive", 0), "negative": ("negative", 0), "latent_image": ("latent", 0),
-    }  # fmt: skip
-    return node("QandC_Sample", inputs, f"Sample: {label}", label=label, **WAN_SETTINGS)
+def wan_wires(model: tuple[str, int]) -> dict[str, tuple[str, int]]:
+    return {"model": model, "positive": ("positive", 0), "negative": ("negative", 0), "latent_image": ("latent", 0)}
 
 
 def prompt(text: str) -> Node:
-    return {**node("CLIPTextEncode", {"clip": ("clip", 0)}, text=text), "size": [300, 110]}
+    return node("CLIPTextEncode", {"clip": ("clip", 0)}, text=text)
 
 
 WAN = Template(
@@ -315,12 +338,13 @@ WAN = Template(
     {
         "note": note(
             "## Quantize a model of a stock loader\n\nWan 2.1 (1.3B) as the example; Flux, Qwen-Image, Z-Image and "
-            "other models go the same way: put their loaders on the left.\n\nNeeds three files (Apache-2.0); the "
+            "other models go the same way: in place of the subgraph put loaders, prompts and latent of your own "
+            "workflow.\n\nNeeds three files (Apache-2.0); the "
             "frontend offers to download them:\n\n"
             + "".join(f"- models/{folder}/{name}\n" for folder, name in WAN_FILES.values())
             + "\nCalibration samples a few videos, with the prompts that are wired: write some of your own. The saved "
             "file, in output/diffusion_models, is for **Load Diffusion Model**.",
-            400, 340,
+            360, 340,
         ),
         "load": node("UNETLoader", unet_name=WAN_FILES["UNETLoader"][1]),
         "clip": node("CLIPLoader", clip_name=WAN_FILES["CLIPLoader"][1], type="wan"),
@@ -329,47 +353,25 @@ WAN = Template(
         "positive": prompt("a fox runs through fresh snow, morning light"),
         "negative": prompt("blurry, low quality"),
         "latent": node("EmptyHunyuanLatentVideo", width=832, height=480, length=33),
-        "calibrate": {
-            **node(
-                "QandC_TAPCalibrate",
-                {
-                    "model": ("shift", 0), "positive": ("positive", 0), "negative": ("negative", 0),
-                    "latent_image": ("latent", 0),
-                },
-                **WAN_SETTINGS, trajectories=4, samples=40, batch_size=1,
-            ),
-            "down": 810,
-        },
-        "quantize": {
-            **node("QandC_Quantize", {"model": ("shift", 0), "calibration": ("calibrate", 0)}), "down": 720,
-        },
-        "save": node("ModelSave", {"model": ("quantize", 0)}, filename_prefix="diffusion_models/wan2.1_t2v_1.3B_w8a8"),
-        "sample_full": wan_sample("16 bits", ("shift", 0)),
-        "sample_fast": wan_sample("8 bits", ("quantize", 0)),
-        "decode_full": {**decoded("full"), "down": BELOW_WIRES["decode_full"]},
-        "decode_fast": decoded("fast"),
-        "compare": {
-            **node("QandC_Compare", {
-                "images.image0": ("decode_full", 0), "images.image1": ("decode_fast", 0),
-                "reports.report0": ("sample_full", 1), "reports.report1": ("sample_fast", 1),
-            }),
-            "size": [860, 800],
-        },
+        **down(
+            {
+                "calibrate": node(
+                    "QandC_TAPCalibrate", wan_wires(("shift", 0)), **WAN_SETTINGS, trajectories=4, samples=40,
+                    batch_size=1,
+                ),
+                "quantize": node("QandC_Quantize", {"model": ("shift", 0), "calibration": ("calibrate", 0)}),
+                "save": node(
+                    "ModelSave", {"model": ("quantize", 0)}, filename_prefix="diffusion_models/wan2.1_t2v_1.3B_w8a8"
+                ),
+                **sampled({
+                    "full": (("shift", 0), "16 bits", WAN_SETTINGS), "fast": (("quantize", 0), "8 bits", WAN_SETTINGS),
+                }, given=wan_wires),
+            },
+            calibrate=400, quantize=280, save=60,
+        ),
     },
-    [
-        ["note", "load", "clip"],
-        ["shift", "positive", "negative", "latent"],
-        ["calibrate"],
-        ["quantize"],
-        [*SAMPLED, "save"],
-        ["decode_full", "decode_fast"],
-        ["compare"],
-    ],
-    [
-        group("Text and video size", BLUE, "shift", "positive", "negative", "latent"),
-        group("Calibrate and quantize", GREEN, "calibrate", "quantize"),
-        group("Check it", VIOLET, "sample_full", "sample_fast"),
-    ],
+    [["subgraph", "note"], ["calibrate"], ["quantize"], ["runs", "save"], ["compare"]],
+    [group("Calibrate and quantize", GREEN, "calibrate", "quantize")],
     {
         type: {
             "name": name,
@@ -380,6 +382,17 @@ WAN = Template(
         for type, (folder, name) in WAN_FILES.items()
     },
     runs_here=False,
+    subgraphs=(
+        Subgraph(
+            "Model, prompts, size", ["load", "clip", "shift", "positive", "negative", "latent"],
+            [
+                ("load", "unet_name"), ("positive", "text", "prompt"), ("negative", "text", "negative prompt"),
+                ("latent", "width"), ("latent", "height"), ("latent", "length"),
+            ],
+            size=(340, 0), outputs={"positive": "positive", "negative": "negative"},
+        ),
+        same_noise(TWICE, {"full": "16 bits", "fast": "8 bits"}, size=(300, 0)),
+    ),
 )  # fmt: skip
 
 TEMPLATES = [QUICKSTART, ABLATION, DIT_XL, QUANTIZE, WAN]

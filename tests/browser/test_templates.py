@@ -9,14 +9,17 @@ from pathlib import Path
 import pytest
 
 from tests.browser.frontend import Frontend, chromium, open_frontend
+from tests.browser.make_templates import WINDOW, view
 from tests.browser.stock_templates import BLUEPRINTS, STOCK
 from tests.browser.templates import TEMPLATES
 from tests.comfyui.checkouts import Checkout, parameters
 from tests.comfyui.server import Server
+from tests.official.templates import Checker
 
 WORKFLOWS = Path(__file__).parents[2] / "workflows"
 SUBGRAPHS = Path(__file__).parents[2] / "subgraphs"
 BY_NAME = {template.name: template for template in (*TEMPLATES, *STOCK)}
+READABLE = 0.6  # the zoom below which the canvas draws no text
 SMALL = {"steps": 4, "trajectories": 4, "samples": 16, "clusters": 4, "pairs": 4, "batch_size": 4}
 
 pytestmark = pytest.mark.skipif(chromium() is None, reason="no Chromium: install it, or set CHROMIUM to its path")
@@ -39,6 +42,11 @@ def server(request, tmp_path_factory) -> Iterator[Server]:
 def frontend(server) -> Iterator[Frontend]:
     with open_frontend(server.address) as opened:
         yield opened
+
+
+@pytest.fixture(scope="module")
+def object_info(server) -> dict:
+    return server.object_info()
 
 
 def read(path: Path) -> dict:
@@ -78,26 +86,62 @@ def test_run_shows_the_comparison(frontend, name):
         "() => app.graph._nodes.filter(n => n.type === 'QandC_Compare').map(n => n.imgs?.[0]?.naturalWidth ?? 0)"
     )
     assert shown and min(shown) > 500
+    check_layout(frontend)  # words and pictures on the nodes have grown them
 
 
-WINDOW = (1880, 950)  # of a browser at 1920 x 1080, without its bars
 RECTANGLES = "() => app.graph._nodes.map(n => [n.title, ...(n.boundingRect ?? n._bounding)])"
 
 
-@pytest.mark.parametrize("name", BY_NAME)
-def test_opens_with_text_that_can_be_read_and_nothing_over_another(frontend, name):
-    frontend.load(read(WORKFLOWS / f"{name}.json"), name)
+def check_layout(frontend: Frontend) -> None:
+    """No node over another, no wire over a node, no advanced input open; all large enough to be drawn with text."""
     boxes = frontend.page.evaluate(RECTANGLES)
-    width = max(x + w for _, x, _, w, _ in boxes) - min(x for _, x, *_ in boxes)
-    height = max(y + h for _, _, y, _, h in boxes) - min(y for _, _, y, *_ in boxes)
-    assert min(WINDOW[0] / width, WINDOW[1] / height) >= 0.6  # below it the canvas draws no text
-    assert frontend.page.evaluate("() => app.canvas.ds.scale") >= 0.6
-    assert len(boxes) <= (8 if BY_NAME[name] in STOCK else 16)
+    assert view([box[1:] for box in boxes])["scale"] >= READABLE
     for i, (one, x, y, w, h) in enumerate(boxes):
         for other, x2, y2, w2, h2 in boxes[:i]:
             assert x >= x2 + w2 or x2 >= x + w or y >= y2 + h2 or y2 >= y + h, f"{one} lies on {other}"
     assert frontend.wires_over_nodes() == []
     assert frontend.open_advanced() == []
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_opens_with_text_that_can_be_read_and_nothing_over_another(frontend, name):
+    """Loaded as a file, which keeps the view that is stored in it."""
+    frontend.load(read(WORKFLOWS / f"{name}.json"), name)
+    check_layout(frontend)
+    assert frontend.page.evaluate("() => app.canvas.ds.scale") >= READABLE
+    assert len(frontend.page.evaluate(RECTANGLES)) <= (8 if BY_NAME[name] in STOCK else 10)
+
+
+@pytest.fixture
+def at_1080p(frontend) -> Iterator[Frontend]:
+    """The window of a browser that fills a screen of 1920 x 1080, with the frontend's own limit for text."""
+    page, limit = frontend.page, "LiteGraph.Canvas.MinFontSizeForLOD"
+    before, size = page.evaluate("limit => app.extensionManager.setting.get(limit)", limit), page.viewport_size
+    page.set_viewport_size(dict(zip(("width", "height"), WINDOW)))
+    page.evaluate("limit => app.extensionManager.setting.set(limit, 8)", limit)
+    page.wait_for_timeout(500)
+    yield frontend
+    page.evaluate("([limit, before]) => app.extensionManager.setting.set(limit, before)", [limit, before])
+    page.set_viewport_size(size)
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_opens_from_the_dialog_with_all_of_it_in_view_and_text_drawn(at_1080p, name):
+    """The dialog fits the graph into the window, whatever view is stored."""
+    at_1080p.open_template("ComfyUI-QandC", name)
+    scale, coarse, outside = at_1080p.page.evaluate(
+        """() => { const {ds, low_quality} = app.canvas, [x, y, width, height] = app.canvas.visible_area;
+        return [ds.scale, low_quality, app.graph._nodes.filter(n => { const [l, t, w, h] = n.boundingRect;
+          return l < x || t < y || l + w > x + width || t + h > y + height }).map(n => n.title)] }"""
+    )
+    assert scale >= READABLE and not coarse and outside == []
+    assert at_1080p.errors == []
+
+
+@pytest.mark.parametrize("name", [*BY_NAME, *(blueprint.name for blueprint in BLUEPRINTS)])
+def test_links_fit_the_nodes_of_this_comfyui(object_info, name):
+    workflow = read((WORKFLOWS if name in BY_NAME else SUBGRAPHS) / f"{name}.json")
+    assert Checker(workflow, object_info).problems() == set()
 
 
 def test_advanced_inputs_open_and_close(frontend):

@@ -49,13 +49,11 @@ def short_of_memory() -> None:
 def main() -> None:
     checkout, base, mode = sys.argv[1:]
     with fake.device() as device:
-        h = host.Host(checkout, base, FLAGS[mode])
+        h = host.Host(checkout, base, FLAGS[mode], dynamic=real.WANTED and mode == "pages")
         kernels_of_torch()
         if mode == "low":
             short_of_memory()
-        if real.WANTED and mode == "pages":
-            host.enable_dynamic_vram()
-        elif mode in ("pages", "refused"):
+        if mode in ("pages", "refused") and not real.WANTED:
             pages.enable(REFUSED if mode == "refused" else 0)
         print("RESULTS " + json.dumps(Checks(h, device).found()))
 

@@ -205,6 +205,39 @@ def test_nothing_is_null_that_was_undefined(path):
     assert nulls(json.loads(path.read_text(encoding="utf-8"))) == []
 
 
+def loose_ends(subgraph):
+    """Inputs and outputs of a subgraph that lead nowhere, and links that no slot of a node has."""
+    inputs = {(node["id"], slot.get("link")) for node in subgraph["nodes"] for slot in node.get("inputs", [])}
+    outputs = {
+        (node["id"], link)
+        for node in subgraph["nodes"]
+        for slot in node.get("outputs", [])
+        for link in slot["links"] or []
+    }
+    inputs |= {(-20, link) for slot in subgraph["outputs"] for link in slot["linkIds"]}
+    outputs |= {(-10, link) for slot in subgraph["inputs"] for link in slot["linkIds"]}
+    links = {link["id"] for link in subgraph["links"]}
+    slots = [*subgraph["inputs"], *subgraph["outputs"]]
+    return [slot["name"] for slot in slots if not slot["linkIds"] or set(slot["linkIds"]) - links] + [
+        link["id"]
+        for link in subgraph["links"]
+        if (link["origin_id"], link["id"]) not in outputs or (link["target_id"], link["id"]) not in inputs
+    ]
+
+
+@pytest.mark.parametrize("path", [*WORKFLOWS, *sorted(ROOT.glob("subgraphs/*.json"))], ids=lambda path: path.stem)
+def test_no_subgraph_shows_what_leads_nowhere(path):
+    content = json.loads(path.read_text(encoding="utf-8"))
+    for subgraph in (content.get("definitions") or {}).get("subgraphs") or []:
+        assert loose_ends(subgraph) == [], subgraph["name"]
+        shown = [slot["name"] for slot in subgraph["inputs"]]
+        assert len(set(shown)) == len(shown), f"{subgraph['name']}: two inputs of one name"
+        for node in content["nodes"]:
+            if node["type"] == subgraph["id"]:
+                assert [slot["name"] for slot in node["inputs"]] == shown, subgraph["name"]
+                assert len([slot for slot in node["inputs"] if slot.get("widget")]) == len(node["widgets_values"])
+
+
 @each_workflow
 def test_stored_widget_values_fit_the_nodes(path):
     problems = {f"{node['type']} {node['id']}": widget_problems(node) for node in ours(path)}
