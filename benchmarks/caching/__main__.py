@@ -7,9 +7,9 @@
 
 Trains the flow model first where out/digits_flow.safetensors is absent (15 minutes). What the JSON files have is not
 measured again: a call goes on where an earlier one stopped, and `--anew` begins the parts from the beginning. All parts
-together take about two hours of one core; `fidelity`, `samplers`, `compensation` and `chain` share theirs out over
---jobs cores, and begin nothing after --seconds. `packs` are folders of other packs (packs.py). Writes caching*.json,
-.md and .png into benchmarks/results.
+together take about two hours of one core; `fidelity`, `solution`, `samplers`, `compensation` and `chain` share theirs
+out over --jobs cores, and begin nothing after --seconds. `packs` are folders of other packs (packs.py). Writes
+caching*.json, .md and .png into benchmarks/results.
 """
 
 from __future__ import annotations
@@ -41,7 +41,12 @@ SCRIPTS = {
     "overhead": ("overhead.py",),
 }
 PARTS = ("fidelity", *SCRIPTS)
-SHARED_OUT = ("samplers", "compensation", "chain")  # over cores, and their tables are made by a further call
+SHARED_OUT = (
+    "solution",
+    "samplers",
+    "compensation",
+    "chain",
+)  # over cores, and their tables are made by a further call
 KNOWN = {"waits": "host waits a step, on a fake device", "overhead": "pairs"}  # where a file of two parts has each
 
 

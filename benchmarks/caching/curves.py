@@ -80,12 +80,12 @@ def seconds(row: dict, image: int) -> float:
 
 def cell(settings: list[dict], at: float, measure: str, place: Callable[[dict, int], float]) -> str:
     """Mean and standard error over the images."""
-    found = []
-    for image in range(len(settings[0]["calls"])):
+    found: list[float | None] = []
+    for image in range(len(settings[0]["calls"]) if measure in settings[0] else 0):
         points = {place(row, image): row[measure][image] for row in settings}
         found.append(value_at(points, at, 0.75))
     known = [value for value in found if value is not None]
-    if len(known) < len(found):
+    if not known or len(known) < len(found):
         return "-"
     error = statistics.stdev(known) / len(known) ** 0.5 if len(known) > 1 else float("nan")
     if measure == "psnr":

@@ -31,6 +31,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 DIGITS = next(ROOT.glob("*/d*/digits_dit.safetensors"))
 CLASSIFIER = ".".join((*DIGITS.parent.relative_to(ROOT).parts, "classifier"))
 IMAGES = 16
+CLASSES = 40  # of the built-in model
 MOST_PSNR = 150.0  # dB, of equal images
 
 
@@ -46,7 +47,7 @@ class Subject:
     scheduler: str
     cfg: float
     decode: Callable[[torch.Tensor], torch.Tensor]
-    attention: torch.nn.Module  # of the first block: it runs where the network computes
+    attention: str  # module of the first block: it runs where the network computes
     steps: int = 50
 
     def sigmas(self) -> torch.Tensor:
@@ -60,7 +61,8 @@ class Subject:
         import comfy.sample
 
         calls: list[int] = []
-        hook = self.attention.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
+        attention = patcher.model.diffusion_model.get_submodule(self.attention)  # of a quantized model, its own
+        hook = attention.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
         noise = torch.randn(self.latent.shape, generator=torch.Generator().manual_seed(seed))
         try:
             out = comfy.sample.sample(
@@ -76,9 +78,18 @@ def digits(host: Host, sampler: str) -> Subject:
     patcher = host.module("nodes.comfyui.model.dit").load_dit_patcher(DIGITS)
     labels = ",".join(str(i % 10) for i in range(IMAGES))
     positive, negative = host.module("nodes.class_label").ClassLabel.execute(labels, "none").args
-    attention = patcher.model.diffusion_model.blocks[0].attn
     empty = torch.zeros(IMAGES, 3, 32, 32)
-    return Subject(patcher, positive, negative, empty, sampler, "normal", 1.5, lambda x: x, attention)
+    return Subject(patcher, positive, negative, empty, sampler, "normal", 1.5, lambda x: x, "blocks.0.attn")
+
+
+def built_in(host: Host, sampler: str) -> Subject:
+    """The built-in model at its own guidance."""
+    patcher = host.module("nodes.comfyui.model.dit").load_dit_patcher("demo")
+    labels = ",".join(str(3 * i % CLASSES) for i in range(IMAGES))
+    positive, negative = host.module("nodes.class_label").ClassLabel.execute(labels, "none").args
+    guidance = host.module("nodes.comfyui.defaults").DIT.cfg
+    empty = torch.zeros(IMAGES, 3, 32, 32)
+    return Subject(patcher, positive, negative, empty, sampler, "normal", guidance, lambda x: x, "blocks.0.attn")
 
 
 def flow(host: Host, weights: str, sampler: str, steps: int) -> Subject:
@@ -95,12 +106,18 @@ def flow(host: Host, weights: str, sampler: str, steps: int) -> Subject:
     none = torch.full((IMAGES,), flow_model.CLASSES)
     patcher = comfy.model_patcher.ModelPatcher(model, cpu, cpu)
     positive, negative = [[flow_model.context(labels), {}]], [[flow_model.context(none), {}]]
-    attention, empty = model.diffusion_model.layers[0].attention, torch.zeros(IMAGES, 16, 8, 8)
+    empty = torch.zeros(IMAGES, 16, 8, 8)
 
     def decode(latent: torch.Tensor) -> torch.Tensor:
         return flow_model.decode(model.latent_format.process_in(latent))
 
-    return Subject(patcher, positive, negative, empty, sampler, "simple", 1.5, decode, attention, steps)
+    return Subject(patcher, positive, negative, empty, sampler, "simple", 1.5, decode, "layers.0.attention", steps)
+
+
+def models(host: Host, weights: str, sampler: str, steps: int) -> dict[str, Subject]:
+    """All models; nothing about caches was chosen on the built-in one."""
+    made = {"digits DiT": digits(host, sampler), "flow": flow(host, weights, sampler, steps)}
+    return made | ({"built-in": built_in(host, sampler)} if DIGITS.parent.name == "digits" else {})
 
 
 def copied_input(patcher):
@@ -253,12 +270,15 @@ class Measures:
         pairs = zip(self.features(images), self.features(reference))
         return sum((a - b).square().sum(dim=1).mean(dim=(1, 2)) for a, b in pairs).tolist()
 
-    def __call__(self, images: torch.Tensor, reference: torch.Tensor) -> dict[str, list[float]]:
+    def __call__(
+        self, images: torch.Tensor, reference: torch.Tensor, perceptual: bool = True
+    ) -> dict[str, list[float]]:
         found = {
             "errors": relative_l2(images, reference),
             "psnr": self.psnr(images, reference).clamp(max=MOST_PSNR).tolist(),
-            "perceptual": self.perceptual(images, reference),
         }
+        if perceptual:
+            found["perceptual"] = self.perceptual(images, reference)
         return {name: [float(f"{value:.4g}") for value in values] for name, values in found.items()}
 
 
@@ -270,7 +290,9 @@ def seconds_of(run: Callable, seeds: list[int]) -> tuple[float, list]:
 
 
 def subjects(host: Host, weights: str) -> dict[str, Callable[[], Subject]]:
+    untuned = {"built-in, ddim, 50 steps": lambda: built_in(host, "ddim")} if DIGITS.parent.name == "digits" else {}
     return {
+        **untuned,
         "digits DiT, ddim, 50 steps": lambda: digits(host, "ddim"),
         "digits DiT, ddpm, 50 steps": lambda: digits(host, "ddpm"),
         "flow, euler, 50 steps": lambda: flow(host, weights, "euler", 50),
@@ -288,7 +310,7 @@ def rows_of(name: str, subject: Subject, method: str, settings: dict, full, meas
         row |= {"seconds": round(taken, 4), "full seconds": round(seconds, 4)}
         row["calls"] = [calls for _, calls in results for _ in range(IMAGES)]
         images, reference = torch.cat([r for r, _ in results]), torch.cat([*full.values()])
-        yield {**row, **measures(images, reference)}
+        yield {**row, **measures(images, reference, perceptual=not name.startswith("built-in"))}
 
 
 def row_key(row: dict) -> tuple:

@@ -105,6 +105,7 @@ class Runs:
         sampler = sampler_object(self.subject.sampler)
         name = wrappers.sampler_function_name(sampler).removeprefix("sample_")
         facts = {"sampler": name, "noisy": wrappers.declares_noise(sampler), "guided": True}
+        facts["flow"] = wrappers.is_flow(self.subject.patcher.model)
         return presets.Preset(level=level).plan(steps, **facts)
 
 
@@ -254,6 +255,9 @@ def main() -> None:
 
     fidelity.IMAGES = IMAGES
     made = {"digits DiT": fidelity.digits(host, "euler"), "flow": fidelity.flow(host, str(args.flow), "euler", 50)}
+
+    if fidelity.DIGITS.parent.name == "digits":
+        made["built-in"] = fidelity.built_in(host, "euler")
 
     @cache
     def converged(name: str):

@@ -3,22 +3,29 @@
     COMFYUI/.venv/bin/python benchmarks/caching/solution.py COMFYUI BASE out/digits_flow.safetensors
 
 BASE is a ComfyUI base directory with the pack in custom_nodes. The solution is dpmpp_2m with 400 steps. Writes
-results/caching-solution.json and .md; --report alone writes the .md again.
+results/caching-solution.json after each run and goes on where it stands; --report writes caching-solution.md from it.
 """
 
 from __future__ import annotations
 
-import json
 import random
 import statistics
 import sys
+from collections.abc import Iterator
+from functools import cache
+from itertools import product
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import fidelity
+import shared
 import torch
 
+if TYPE_CHECKING:
+    from host import Host
+
 RESULTS = Path(__file__).parents[1] / "results"
-IMAGES, STEPS, SOLUTION = 12, 50, 400
+IMAGES, STEPS, SOLUTION = 16, 50, 400
 DRAWS = 4000  # of the bootstrap
 CALLS = (15, 20, 25)
 PLAIN = (
@@ -27,55 +34,76 @@ PLAIN = (
 )  # fmt: skip
 TWO_CALLS = ("heun", "dpm_2")
 CACHED = ("dpmpp_2m", "res_multistep")
+WAYS = {  # order, and whether a calibration places the steps
+    "as the presets": (1, False),
+    "calibrated, order 1": (1, True),
+    "calibrated, order 2": (2, True),
+}
+
+
+def row_key(row: dict) -> tuple:
+    return row["subject"], row["method"], row["calls"]
 
 
 def main() -> None:
-    if sys.argv[1:] == ["--report"]:
-        rows = json.loads((RESULTS / "caching-solution.json").read_text(encoding="utf-8"))
-        (RESULTS / "caching-solution.md").write_text(report(rows), encoding="utf-8")
+    parser = shared.options(__doc__ or "", RESULTS / "caching-solution.json")
+    args = parser.parse_args()
+    if args.report:
+        args.out.with_suffix(".md").write_text(report(shared.read(args.out)), encoding="utf-8")
         return
-    checkout, base, weights = sys.argv[1:4]
     sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "comfyui" / "inside"))
     from host import Host
 
-    host = Host(checkout, base)
+    host = Host(args.comfyui, args.base)
     fidelity.IMAGES = IMAGES
-    policies, runs = host.module("qandc_core.caching.policies"), host.module("qandc_core.caching.runs")
-    caching = host.module("nodes.comfyui.cache.attach")
-    rows: list[dict] = []
+    made = fidelity.models(host, str(args.flow), "dpmpp_2m", STEPS)
 
-    def add(name: str, method: str, calls: int, images, solution) -> None:
-        rows.append({"subject": name, "method": method, "calls": calls})
-        rows[-1]["errors"] = fidelity.relative_l2(images, solution)
-        print(name, method, calls, statistics.mean(rows[-1]["errors"]), file=sys.stderr, flush=True)
+    @cache
+    def solution(name: str) -> torch.Tensor:
+        made[name].sampler = "dpmpp_2m"
+        return made[name].images(made[name].patcher, 0, SOLUTION)[0]
 
+    def work(unit: tuple[str, str]) -> None:
+        name, sampler = unit
+        target, subject = solution(name), made[name]
+        subject.sampler = sampler
+        for method, calls, images in runs(host, subject, sampler):
+            row = {"subject": name, "method": method, "calls": calls, "errors": fidelity.relative_l2(images, target)}
+            shared.keep(args.out, [row], row_key)
+
+    done = {row_key(row) for row in shared.read(args.out) if len(row["errors"]) == IMAGES}
+    units = [
+        (name, sampler)
+        for name in made
+        for sampler in (*CACHED, *(sampler for sampler in PLAIN if sampler not in CACHED))
+        if shared.chosen(name, args.only) and not methods(name, sampler) <= done
+    ]
     with torch.inference_mode():
-        for name, subject in {
-            "digits DiT": fidelity.digits(host, "dpmpp_2m"),
-            "flow": fidelity.flow(host, weights, "dpmpp_2m", STEPS),
-        }.items():
-            solution = subject.images(subject.patcher, 0, SOLUTION)[0]
-            for sampler in PLAIN:
-                subject.sampler = sampler
-                for calls in CALLS:
-                    steps = calls // 2 if sampler in TWO_CALLS else calls
-                    add(name, f"{sampler}, plain", calls, subject.images(subject.patcher, 0, steps)[0], solution)
-            for sampler in CACHED:
-                subject.sampler = sampler
-                add(name, f"{sampler}, plain", STEPS, subject.images(subject.patcher, 0, STEPS)[0], solution)
-                known = runs.StepDistances(fidelity.calibrated(host, subject))
-                for calls in CALLS:
-                    for text, choices in {
-                        "as the presets": {"order": 1},
-                        "calibrated, order 1": {"order": 1, "distances": known},
-                        "calibrated, order 2": {"order": 2, "distances": known},
-                    }.items():
-                        policy = policies.StepCount(calls, **choices)
-                        made = caching.apply_cache(subject.patcher, caching.CacheSettings(policy, "whole prediction"))
-                        images = subject.images(made, 0)[0]
-                        add(name, f"{sampler} 50 with Apply Cache, {text}", calls, images, solution)
-    (RESULTS / "caching-solution.json").write_text(json.dumps(rows, indent=0) + "\n", encoding="utf-8")
-    (RESULTS / "caching-solution.md").write_text(report(rows), encoding="utf-8")
+        shared.in_turns(units, work, args.jobs, args.seconds)
+
+
+def methods(name: str, sampler: str) -> set[tuple]:
+    """Keys of a sampler's rows."""
+    cached = [f"{sampler} 50 with Apply Cache, {text}" for text in WAYS] if sampler in CACHED else []
+    found = {(name, method, calls) for method in (f"{sampler}, plain", *cached) for calls in CALLS}
+    return found | ({(name, f"{sampler}, plain", STEPS)} if cached else set())
+
+
+def runs(host: Host, subject: fidelity.Subject, sampler: str) -> Iterator[tuple[str, int, torch.Tensor]]:
+    """Method, model calls and images."""
+    policies, stored = host.module("qandc_core.caching.policies"), host.module("qandc_core.caching.runs")
+    caching = host.module("nodes.comfyui.cache.attach")
+    for calls in CALLS:
+        steps = calls // 2 if sampler in TWO_CALLS else calls
+        yield f"{sampler}, plain", calls, subject.images(subject.patcher, 0, steps)[0]
+    if sampler not in CACHED:
+        return
+    yield f"{sampler}, plain", STEPS, subject.images(subject.patcher, 0, STEPS)[0]
+    known = stored.StepDistances(fidelity.calibrated(host, subject))
+    for calls, (text, (order, planned)) in product(CALLS, WAYS.items()):
+        policy = policies.StepCount(calls, order=order, distances=known if planned else None)
+        made = caching.apply_cache(subject.patcher, caching.CacheSettings(policy, "whole prediction"))
+        yield f"{sampler} 50 with Apply Cache, {text}", calls, subject.images(made, 0)[0]
 
 
 def report(rows: list[dict]) -> str:
@@ -84,7 +112,8 @@ def report(rows: list[dict]) -> str:
         "# A good solver with Apply Cache against plain samplers",
         "",
         f"Relative L2 to the solution (dpmpp_2m, {SOLUTION} steps), mean and standard error over {count} images with",
-        "their own noise, cfg 1.5. A column is a number of model calls; heun and dpm_2 make two a step. Made by",
+        f"their own noise; ComfyUI 0.33.0, float32 on CPU ({shared.machines(rows)}).",
+        "A column is a number of model calls; heun and dpm_2 make two a step. Made by",
         "`benchmarks/caching/solution.py`.",
         "",
     ]

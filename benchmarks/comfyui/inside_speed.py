@@ -27,7 +27,7 @@ import fidelity
 import speed_models
 import speed_variants
 import torch
-from host import Host, enable_dynamic_vram
+from host import Host
 from inside_large import forget_peak, resident
 from speed_variants import STOCK, Variant
 
@@ -48,10 +48,7 @@ def start(checkout: str, base: str, options: dict[str, Any]) -> Host:
 
         comfy.options.enable_args_parsing()
         importlib.import_module("comfy.cli_args")
-    host = Host(checkout, base)
-    if options["dynamic"]:
-        enable_dynamic_vram()
-    return host
+    return Host(checkout, base, dynamic=options["dynamic"])
 
 
 class Watch:

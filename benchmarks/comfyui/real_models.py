@@ -38,7 +38,14 @@ Z_IMAGE = {
 WAN = {
     "image_model": "wan2.1", "model_type": "t2v", "dim": 1536, "out_dim": 16, "num_heads": 12, "ffn_dim": 8960,
     "num_layers": 30, "patch_size": (1, 2, 2), "freq_dim": 256, "window_size": (-1, -1), "qk_norm": True,
-    "cross_attn_norm": True, "eps": 1e-6, "in_dim": 16, "text_dim": 4096,
+    "cross_attn_norm": True, "eps": 1e-6, "in_dim": 16,
+}  # fmt: skip
+SDXL = {
+    "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320, "num_res_blocks": [2, 2, 2],
+    "channel_mult": [1, 2, 4], "transformer_depth": [0, 0, 2, 2, 10, 10], "transformer_depth_middle": 10,
+    "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10], "context_dim": 2048, "adm_in_channels": 2816,
+    "num_classes": "sequential", "use_spatial_transformer": True, "use_linear_in_transformer": True, "legacy": False,
+    "use_temporal_attention": False,
 }  # fmt: skip
 SIZES = {
     "flux-dev": Size(
@@ -46,16 +53,21 @@ SIZES = {
         {"pooled_output": (1, 768), "guidance": 3.5},
     ),
     "z-image": Size("Z-Image, 1024 x 1024", "ZImage", Z_IMAGE, (1, 16, 128, 128), (1, 128, 2560)),
+    "sdxl": Size(
+        "SDXL, 1024 x 1024", "SDXL", SDXL, (1, 4, 128, 128), (1, 77, 2048), {"pooled_output": (1, 1280)},
+    ),
     "wan-1.3b": Size("Wan 2.1 1.3B, 832 x 480, 33 frames", "WAN21_T2V", WAN, (1, 16, 9, 60, 104), (1, 512, 4096)),
 }  # fmt: skip
 
 
 def load(size: Size, dtype: torch.dtype) -> Any:
     """As Load Diffusion Model loads a file of bfloat16; float8_e4m3fn is its choice fp8_e4m3fn_fast."""
+    import comfy.memory_management
     import comfy.sd
 
     fast = {"dtype": dtype, "fp8_optimizations": True} if dtype.itemsize == 1 else {}
-    tensors = {name: tensor.to(dtype) for name, tensor in random_weights(size)}
+    dynamic = comfy.memory_management.aimdo_enabled  # then ComfyUI takes the tensors as they are, a file's on the host
+    tensors = {name: tensor.to("cpu" if dynamic else None, dtype) for name, tensor in random_weights(size)}
     patcher = comfy.sd.load_diffusion_model_state_dict(tensors, model_options=fast)
     found = type(patcher.model.model_config).__name__
     if found != size.config:
@@ -63,20 +75,26 @@ def load(size: Size, dtype: torch.dtype) -> Any:
     return patcher
 
 
-def random_weights(size: Size) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of a file, in bfloat16: scaled by their inputs, so that the model neither fades out nor overflows,
-    and gains around 1.
-    """
-    import comfy.model_management
+def shapes(size: Size) -> dict[str, torch.Size]:
+    """Of every tensor of a file."""
     import comfy.supported_models
 
     config = getattr(comfy.supported_models, size.config)(dict(size.unet))
     config.unet_config.update(size.unet)
     config.set_inference_dtype(torch.bfloat16, None)
-    shapes = config.get_model({}, "", device=torch.device("meta")).diffusion_model.state_dict()
+    model = config.get_model({}, "", device=torch.device("meta"))
+    return {name: tensor.shape for name, tensor in model.diffusion_model.state_dict().items()}
+
+
+def random_weights(size: Size) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of a file, in bfloat16: scaled by their inputs, so that the model neither fades out nor overflows,
+    and gains around 1.
+    """
+    import comfy.model_management
+
     device = comfy.model_management.get_torch_device()
     generator = torch.Generator(device).manual_seed(5)
-    for name, shape in ((name, tensor.shape) for name, tensor in shapes.items()):
+    for name, shape in shapes(size).items():
         gain = len(shape) == 1 and not name.endswith("bias")
         scale = 0.02 if len(shape) < 2 else shape[1:].numel() ** -0.5
         values = torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16)

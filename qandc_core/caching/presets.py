@@ -32,7 +32,7 @@ class Preset(Placed):
             raise ValueError(f"level must be one of {', '.join(LEVELS)}, got {self.level!r}.")
 
     def planned(self, run: RunFacts, inside: range) -> Plan:
-        sampler, speedup = SamplerFacts.named(run.sampler, run.noisy), LEVELS[self.level]
+        sampler, speedup = SamplerFacts.named(run.sampler, run.noisy, run.flow), LEVELS[self.level]
         if self.level == "auto" and run.guided is False and run.total <= DISTILLED:
             plan = Plan(run.total, 0, set(range(run.total)))
             plan.warnings.append(f"{run.total} steps without guidance are left as they are, as of a distilled model")

@@ -8,6 +8,7 @@ from benchmarks.comfyui.__main__ import measure
 from benchmarks.comfyui.tables import report
 
 from .checkouts import parameters
+from .inside_programs import install_pack, run_program
 
 STEPS = 6
 OPTIONS = {
@@ -76,6 +77,20 @@ def test_quantized_models_are_smaller(rows):
     assert rows["W4A8"]["model_bytes"] < rows["W8A8"]["model_bytes"] < rows["stock"]["model_bytes"]
     assert list(rows["W8A8"]["layers"]) == ["W8A8"] and list(rows["W4A8"]["layers"]) == ["W4A8"]
     assert all(row["peak_bytes"] >= row["model_bytes"] for row in rows.values())
+
+
+def test_models_have_their_released_sizes(tmp_path_factory):
+    """Detection finds what the benchmark made them of; billions of parameters as their model cards say."""
+    newest = next((p.values[0] for p in parameters() if not p.marks), None)
+    if newest is None:
+        pytest.skip("no ComfyUI that starts here")
+    base = tmp_path_factory.mktemp("sizes")
+    install_pack(base)
+    found = run_program(newest, "released_sizes", base)
+    billions = {"flux-dev": 11.9, "z-image": 6.15, "sdxl": 2.57, "wan-1.3b": 1.42}
+    assert {name: round(size.pop("billions"), 2) for name, size in found.items()} == pytest.approx(billions, rel=0.01)
+    classes = {"flux-dev": "Flux", "z-image": "ZImage", "sdxl": "SDXL", "wan-1.3b": "WAN21_T2V"}
+    assert found == {name: {"class": kind, "other": {}} for name, kind in classes.items()}
 
 
 def test_the_table_holds_every_row_and_what_failed(run):

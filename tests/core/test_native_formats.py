@@ -10,7 +10,7 @@ from comfy_kitchen.tensor import AsymW4A8Int8Layout, QuantizedTensor, TensorWise
 from torch import nn
 
 from qandc_core.calibration.statistics import SAMPLING_DAMPING, LayerStatistics
-from qandc_core.quantization.formats import BY_NAME, finer, packed_format
+from qandc_core.quantization.formats import BY_NAME, finer, fitting, packed_format
 from qandc_core.quantization.formats.grouped import Grouped, GroupedGrid
 from qandc_core.quantization.formats.w4a8 import W4A8
 from qandc_core.quantization.formats.w6a8 import W6A8
@@ -607,3 +607,12 @@ def test_every_level_decodes_to_itself():
 def test_the_widest_weight_takes_the_highest_code():
     rotated = rotate(gaussian(8, 32), 16)
     assert quantize(rotated, int8_grid(rotated, False)).abs().max() == 127
+
+
+@pytest.mark.parametrize(("state", "able"), [((True, False), "W8A8"), ((True, True), "W4A8"), ((False, False), "W4A8")])
+def test_layers_that_the_cuda_kernels_of_four_bits_refuse_stay_at_eight(monkeypatch, state, able):
+    """Measured on an H200: they rotate 256 inputs and raise on other groups, which every other backend takes."""
+    found = dict(zip(("available", "disabled"), state), unavailable_reason=None, capabilities=[])
+    monkeypatch.setattr(comfy_kitchen, "list_backends", lambda: {"cuda": found})
+    assert [fitting(W4A8, 64, inputs)[0].name for inputs in (640, 1152, 2432)] == [able] * 3
+    assert fitting(W4A8, 64, 768)[0] is W4A8

@@ -181,12 +181,31 @@ def test_presets_stay_within_what_a_sampler_of_high_order_bears(name):
     assert len(Preset(level="fast").plan(50, sampler=name, noisy=False, guided=True).steps) == 25
 
 
-def test_presets_compute_more_where_three_predictions_meet_noise():
+@pytest.mark.parametrize("total, two, three", [(8, 6, 8), (12, 8, 12), (20, 14, 13), (30, 20, 13), (50, 34, 16)])
+def test_presets_compute_more_where_several_predictions_meet_noise(total, two, three):
     counts = {
-        name: len(Preset(level="fast").plan(8, sampler=name, noisy=True, guided=True).steps)
-        for name in ("dpmpp_2m_sde", "dpmpp_3m_sde", "dpmpp_3m_sde_gpu")
+        name: len(Preset(level="fast").plan(total, sampler=name, noisy=True, guided=True).steps)
+        for name in ("dpmpp_2m_sde", "dpmpp_2m_sde_gpu", "dpmpp_2m_sde_heun", "dpmpp_3m_sde", "dpmpp_3m_sde_gpu")
     }
-    assert counts == {"dpmpp_2m_sde": 4, "dpmpp_3m_sde": 6, "dpmpp_3m_sde_gpu": 6}
+    assert list(counts.values()) == [two, two, two, three, three]
+
+
+@pytest.mark.parametrize(
+    "sampler, noisy, pays",
+    [
+        ("euler_cfg_pp", False, True),
+        ("euler_ancestral_cfg_pp", True, True),
+        ("dpmpp_2m_cfg_pp", False, False),
+        ("dpmpp_2s_ancestral_cfg_pp", True, False),
+        ("res_multistep_ancestral_cfg_pp", True, False),
+    ],
+)
+def test_presets_leave_cfg_plus_plus_alone_on_flow_models_where_it_does_not_converge(sampler, noisy, pays):
+    facts = {"sampler": sampler, "noisy": noisy, "guided": True}
+    assert len(Preset().plan(30, flow=False, **facts).steps) == 15
+    plan = Preset().plan(30, flow=True, **facts)
+    assert len(plan.steps) == (15 if pays else 30)
+    assert (plan.review(plan.steps) == [f"30 steps of {sampler}: nothing to gain; use 15 steps"]) == (not pays)
 
 
 def test_presets_forecast_by_what_the_sampler_and_the_steps_allow():

@@ -21,6 +21,7 @@ from .base import Format
 from .traced_grouped import STOCK_LAYOUT, traced
 
 GROUP = 16  # weights that share a relative scale
+ROTATED = 256  # inputs: the only group that comfy-kitchen's CUDA kernels of these formats rotate
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,9 @@ class Grouped(Format):
         """The tensors `parts` that comfy-kitchen's own quantizer makes of weight (N, K), to nearest."""
 
     lowest = 0  # the first code in use
+
+    def takes(self, outputs: int, inputs: int) -> bool:
+        return super().takes(outputs, inputs) and (inputs % ROTATED == 0 or not has_cuda_kernels())
 
     def available(self) -> bool:
         import comfy_kitchen
@@ -103,6 +107,16 @@ class Grouped(Format):
 
     def traced(self, weight: Any) -> Any:
         return traced(weight) if weight._layout_cls == STOCK_LAYOUT else weight
+
+
+def has_cuda_kernels() -> bool:
+    """True if comfy-kitchen multiplies on CUDA here: its kernels raise on layers that are rotated in smaller groups,
+    where its other backends take them.
+    """
+    import comfy_kitchen
+
+    state = comfy_kitchen.list_backends().get("cuda", {"available": False})
+    return bool(state["available"]) and not state["disabled"]
 
 
 def gptq_codes(rotated: Tensor, grid: GroupedGrid, hessian: Hessian, damping: float) -> Tensor:

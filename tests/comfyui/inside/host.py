@@ -13,11 +13,18 @@ from typing import Any
 
 
 class Host:
-    """ComfyUI, on CPU by default, with the pack of `base`/custom_nodes; call it once, before anything imports comfy."""
+    """ComfyUI, on CPU by default, with the pack of `base`/custom_nodes; call it once, before anything imports comfy.
 
-    def __init__(self, checkout: str, base: str, flags: Sequence[str] = ("--cpu",)):
+    With `dynamic` on a GPU with dynamic VRAM, which main.py turns on by default on NVIDIA.
+    """
+
+    def __init__(self, checkout: str, base: str, flags: Sequence[str] = ("--cpu",), dynamic: bool = False):
         sys.path.insert(0, checkout)
         sys.argv = ["main.py", *flags, "--base-directory", base]
+        if dynamic:
+            import comfy_aimdo.control
+
+            comfy_aimdo.control.init()  # its other modules find its library only where they are imported later
         import comfy.options
 
         comfy.options.enable_args_parsing()
@@ -27,6 +34,8 @@ class Host:
         self.pack = str(Path(base, "custom_nodes", "ComfyUI-QandC"))
         if not asyncio.run(nodes.load_custom_node(self.pack)):
             raise RuntimeError("the pack did not load")
+        if dynamic:
+            enable_dynamic_vram()
 
     def module(self, name: str) -> ModuleType:
         """A module of the pack, such as nodes.comfyui.cache.attach or qandc_core.sampling.generate."""
@@ -37,13 +46,11 @@ class Host:
 
 
 def enable_dynamic_vram() -> None:
-    """On a GPU, as main.py does by default on NVIDIA; once, before a model is loaded."""
     import comfy.memory_management
     import comfy.model_management as mm
     import comfy.model_patcher
     import comfy_aimdo.control
 
-    comfy_aimdo.control.init()
     if not comfy_aimdo.control.init_devices((device.index, 0) for device in mm.get_all_torch_devices()):
         raise RuntimeError("comfy-aimdo does not work here")
     comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
