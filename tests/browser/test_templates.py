@@ -69,11 +69,16 @@ def test_api_twin_has_every_wire_that_is_written_down(name):
     assert wired((node["class_type"], node["inputs"]) for node in twin) == wired(written)
 
 
+def computed(prompt: dict) -> dict:
+    """Without titles and what newer frontends add to them, such as the pack of a node."""
+    return {key: (node["class_type"], node["inputs"]) for key, node in prompt.items()}
+
+
 @pytest.mark.parametrize("name", BY_NAME)
 def test_opens_with_no_node_missing_and_equals_its_api_twin(frontend, name):
     frontend.load(read(WORKFLOWS / f"{name}.json"), name)
     assert frontend.missing_nodes() == []
-    assert frontend.prompt() == read(WORKFLOWS / "api" / f"{name}.json")
+    assert computed(frontend.prompt()) == computed(read(WORKFLOWS / "api" / f"{name}.json"))
     assert frontend.errors == []
 
 
