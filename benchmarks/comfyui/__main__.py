@@ -31,7 +31,7 @@ from .tables import report
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results"
-REAL = ("flux-dev", "z-image", "wan-1.3b")  # real_models.SIZES
+REAL = ("flux-dev", "z-image", "sdxl", "wan-1.3b")  # real_models.SIZES
 
 
 def measure(checkout: Checkout, options: dict[str, Any], threads: int) -> Iterator[dict[str, Any]]:

@@ -40,12 +40,22 @@ WAN = {
     "num_layers": 30, "patch_size": (1, 2, 2), "freq_dim": 256, "window_size": (-1, -1), "qk_norm": True,
     "cross_attn_norm": True, "eps": 1e-6, "in_dim": 16,
 }  # fmt: skip
+SDXL = {
+    "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320, "num_res_blocks": [2, 2, 2],
+    "channel_mult": [1, 2, 4], "transformer_depth": [0, 0, 2, 2, 10, 10], "transformer_depth_middle": 10,
+    "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10], "context_dim": 2048, "adm_in_channels": 2816,
+    "num_classes": "sequential", "use_spatial_transformer": True, "use_linear_in_transformer": True, "legacy": False,
+    "use_temporal_attention": False,
+}  # fmt: skip
 SIZES = {
     "flux-dev": Size(
         "Flux.1 dev, 1024 x 1024", "Flux", FLUX, (1, 16, 128, 128), (1, 256, 4096),
         {"pooled_output": (1, 768), "guidance": 3.5},
     ),
     "z-image": Size("Z-Image, 1024 x 1024", "ZImage", Z_IMAGE, (1, 16, 128, 128), (1, 128, 2560)),
+    "sdxl": Size(
+        "SDXL, 1024 x 1024", "SDXL", SDXL, (1, 4, 128, 128), (1, 77, 2048), {"pooled_output": (1, 1280)},
+    ),
     "wan-1.3b": Size("Wan 2.1 1.3B, 832 x 480, 33 frames", "WAN21_T2V", WAN, (1, 16, 9, 60, 104), (1, 512, 4096)),
 }  # fmt: skip
 

@@ -56,6 +56,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--settings", nargs="+", type=setting, help="pixels x batch, such as 256x8")
     parser.add_argument("--model", help="a size of the DiT paper")
+    parser.add_argument("--only", default="", help="parts of the rows' names, separated by semicolons")
     parser.add_argument("--seconds", type=float, default=420.0, help="begin no further row after as long")
     parser.add_argument("--out", type=Path, default=RESULTS)
     return parser.parse_args()
@@ -84,7 +85,7 @@ def main() -> None:
         stem.with_suffix(".md").write_text(markdown({**about, **result}), encoding="utf-8")
         note(f"{stem}.md")
 
-    speed_table(preset(model), settings, device, args.seconds, note, save, quick=device.type == "cpu")
+    speed_table(preset(model), settings, device, args.seconds, note, save, device.type == "cpu", args.only)
 
 
 if __name__ == "__main__":

@@ -84,15 +84,17 @@ class Machine:
 
 def speed_table(
     config: DiTConfig, settings: Sequence[Setting], device: torch.device, seconds: float, note: Note,
-    save: Save = lambda result: None, quick: bool = False,
+    save: Save = lambda result: None, quick: bool = False, only: str = "",
 ) -> dict[str, Any]:  # fmt: skip
-    """JSON of everything, save(result) as it grows; after `seconds` no further row begins."""
+    """JSON of everything, save(result) as it grows; after `seconds` no further row begins. `only` keeps the first
+    subject and those whose names hold one of its parts, which semicolons separate.
+    """
     machine = Machine(device, config, note, time.perf_counter() + seconds, quick)
-    subjects = [*float_subjects(device), *integer_subjects(device, machine.kernels)]
+    subjects = named([*float_subjects(device), *integer_subjects(device, machine.kernels)], only)
     benches = {setting: Bench(device, setting, note, longest=3.0 if i else 15.0) for i, setting in enumerate(settings)}
     main, rows = benches[settings[0]], list[Row]()
     result: dict[str, Any] = {"ceilings": asdict(machine.ceilings), "kernels": machine.kernels, "rows": rows}
-    for bench, subject in ordered(benches, subjects, kernel_subjects(device, machine.all_kernels)):
+    for bench, subject in ordered(benches, subjects, [] if only else kernel_subjects(device, machine.all_kernels)):
         rows += measure_subject(bench, subject, machine.model_of, machine.more_time)
         save(result)
     machine.ceilings = best_of(machine.ceilings, measure_ceilings(device, quick))
@@ -111,6 +113,12 @@ def speed_table(
             result[part] = found
         save(result)
     return result
+
+
+def named(subjects: Sequence[Subject], only: str) -> list[Subject]:
+    parts = [part for part in only.split(";") if part]
+    chosen = [subject for subject in subjects[1:] if not parts or any(part in subject.name for part in parts)]
+    return [*subjects[:1], *chosen]
 
 
 def ordered(

@@ -87,9 +87,9 @@ def test_models_have_their_released_sizes(tmp_path_factory):
     base = tmp_path_factory.mktemp("sizes")
     install_pack(base)
     found = run_program(newest, "released_sizes", base)
-    billions = {"flux-dev": 11.9, "z-image": 6.15, "wan-1.3b": 1.42}
+    billions = {"flux-dev": 11.9, "z-image": 6.15, "sdxl": 2.57, "wan-1.3b": 1.42}
     assert {name: round(size.pop("billions"), 2) for name, size in found.items()} == pytest.approx(billions, rel=0.01)
-    classes = {"flux-dev": "Flux", "z-image": "ZImage", "wan-1.3b": "WAN21_T2V"}
+    classes = {"flux-dev": "Flux", "z-image": "ZImage", "sdxl": "SDXL", "wan-1.3b": "WAN21_T2V"}
     assert found == {name: {"class": kind, "other": {}} for name, kind in classes.items()}
 
 
