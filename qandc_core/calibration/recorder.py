@@ -28,7 +28,7 @@ from .calls import ModelCall
 from .choice import reduced
 from .layer_inputs import HELD_OUT_TOKENS, call_of, of_samples
 from .memory import StatisticsPlan, plan_statistics
-from .run import width_of
+from .standing import width_of
 from .statistics import LayerStatistics, observed
 from .stream import Reservoir, Strata
 
