@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-RUNS = (2, 4, 6, 8, 12, 16, 24, 32, 40)
-MANY, IMAGES, SAMPLES = 20, 32, 1024  # runs of so many images, of which as many samples are taken as there may be
+RUNS = (6, 8, 12, 16, 24, 32, 40)
+MANY, IMAGES, SAMPLES = 10, 32, 1024  # runs of so many images, of which as many samples are taken as there may be
 SUBJECTS = ("digits DiT, ddim, 50 steps", "flow, euler, 30 steps")
 sys.path[:0] = [
     str(ROOT / folder) for folder in ("tests/comfyui/inside", "benchmarks/caching", "benchmarks/quantization")

@@ -135,9 +135,9 @@ def taken_out(old: Calibration | None, recording: Recording, name: str) -> Layer
 def measured(before: LayerRecord, run: LayerRecord, device: torch.device | str) -> list[float]:
     """Merges both in `run`. By how much that lowers the layer's error on the run's inputs, where it is measured."""
     probe = run.kept.get("probe")
-    old = moment_of(before, device) if probe is not None else None
+    old = moment_of(before) if probe is not None else None
     run.merge(before)
-    new = moment_of(run, device) if probe is not None else None
+    new = moment_of(run) if probe is not None else None
     if probe is None or old is None or new is None:
         return []
     try:
@@ -146,11 +146,11 @@ def measured(before: LayerRecord, run: LayerRecord, device: torch.device | str) 
         return []
 
 
-def moment_of(record: LayerRecord, device: torch.device | str) -> Moment | None:
+def moment_of(record: LayerRecord) -> Moment | None:
     """As GPTQ takes it."""
     layer = finished(record)
     moment = layer.second_moment()
-    return None if moment is None else (moment.to(device), DAMPING + layer.sampling_damping)
+    return None if moment is None else (moment, DAMPING + layer.sampling_damping)
 
 
 def finished(record: LayerRecord) -> LayerStatistics:

@@ -196,7 +196,7 @@ class FakeDevice(TorchDispatchMode):
             fill(out)
         if self.graph is not None:
             self.graph.record(func, given, out)
-        if (name in COPIES and target.type == "cpu") or (name is aten.copy_ and not isinstance(args[0], DeviceTensor)):
+        if target.type == "cpu" or (name is aten.copy_ and not isinstance(args[0], DeviceTensor)):
             return args[0] if name is aten.copy_ else out
         owners = {t.inner.untyped_storage().data_ptr(): t.memory for t in ours}
         return tree_map(lambda t: self.wrap(t, known, owners) if isinstance(t, Tensor) else t, out)
