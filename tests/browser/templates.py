@@ -164,7 +164,7 @@ DEMO_SOURCES = sources("built-in demo", "0-9", 32, 10, "pixel_space")
 
 CHAIN = Subgraph(
     "Calibrate, quantize, compensate", ["calibrate", "quantize", "compensate"],
-    [("calibrate", "trajectories"), ("quantize", "format"), ("compensate", "pairs")], down=180, size=(300, 0),
+    [("calibrate", "trajectories"), ("quantize", "format"), ("compensate", "pairs")], down=290, size=(300, 0),
 )  # fmt: skip
 # The chain stands above the wires from the model to the runs.
 CHAIN_COLUMNS = [["note", "load", "label", "latent"], ["cache"], ["subgraph"], ["runs"], ["compare"]]
@@ -173,7 +173,7 @@ CHAIN_GROUPS = [
     group("Cached, quantized, compensated", GREEN, "cache", "subgraph"),
 ]
 TWICE = "The same noise, twice"
-CHAIN_RUNS = same_noise(TWICE, {"full": "full precision", "fast": "Q&C"}, down=440, size=(300, 0))
+CHAIN_RUNS = same_noise(TWICE, {"full": "full precision", "fast": "Q&C"}, down=560, size=(300, 0))
 QUICKSTART = Template(
     "1 Quickstart",
     {
