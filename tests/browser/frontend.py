@@ -41,10 +41,15 @@ class Frontend:
         self.page.evaluate("([w, name]) => app.loadGraphData(w, true, true, name)", [workflow, name])
         self.page.wait_for_timeout(wait)
 
-    def open_template(self, pack: str, name: str) -> None:
-        """As users do: Templates, the pack, the card."""
+    def open_templates(self, pack: str) -> None:
+        """The dialog, at the templates of the pack."""
         self.page.evaluate("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
         self.page.get_by_text(pack, exact=True).first.click()
+        self.page.wait_for_timeout(1500)
+
+    def open_template(self, pack: str, name: str) -> None:
+        """As users do: Templates, the pack, the card."""
+        self.open_templates(pack)
         self.page.get_by_test_id(f"template-workflow-{name}").click()
         self.page.get_by_test_id("template-workflows-content").wait_for(state="hidden")
         self.page.wait_for_timeout(2000)

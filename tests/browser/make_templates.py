@@ -67,7 +67,7 @@ BUILD = """async ({columns, nodes, groups, subgraphs, gap}) => {
         fit(made[key], size(key));
         y += down(key) + (column[column.indexOf(key) - 1]?.startsWith('note') ? 40 : 0);  // for the title of a group
         made[key].pos = [x, y + 40];
-        y += made[key].size[1] + 80;
+        y += made[key].size[1] + 100;  // Nodes 2.0 draws a title and a foot beyond this
         width = Math.max(width, made[key].size[0]);
       }
       x += width + gap;
@@ -161,7 +161,7 @@ BUILD = """async ({columns, nodes, groups, subgraphs, gap}) => {
   for (const {title, color, members} of groups) {
     const boxes = members.map(key => made[key]).map(n => [n.pos[0], n.pos[1] - 30, n.size[0], n.size[1] + 30]);
     const left = Math.min(...boxes.map(b => b[0])) - 20, top = Math.min(...boxes.map(b => b[1])) - 55;
-    const right = Math.max(...boxes.map(b => b[0] + b[2])) + 20, bottom = Math.max(...boxes.map(b => b[1] + b[3])) + 20;
+    const right = Math.max(...boxes.map(b => b[0] + b[2])) + 20, bottom = Math.max(...boxes.map(b => b[1] + b[3])) + 45;
     const group = new LiteGraph.LGraphGroup(title);
     group.pos = [left, top];
     group.size = [right - left, bottom - top];

@@ -164,7 +164,7 @@ DEMO_SOURCES = sources("built-in demo", "0-9", 32, 10, "pixel_space")
 
 CHAIN = Subgraph(
     "Calibrate, quantize, compensate", ["calibrate", "quantize", "compensate"],
-    [("calibrate", "trajectories"), ("quantize", "format"), ("compensate", "pairs")], down=180, size=(300, 0),
+    [("calibrate", "trajectories"), ("quantize", "format"), ("compensate", "pairs")], down=290, size=(300, 0),
 )  # fmt: skip
 # The chain stands above the wires from the model to the runs.
 CHAIN_COLUMNS = [["note", "load", "label", "latent"], ["cache"], ["subgraph"], ["runs"], ["compare"]]
@@ -173,7 +173,7 @@ CHAIN_GROUPS = [
     group("Cached, quantized, compensated", GREEN, "cache", "subgraph"),
 ]
 TWICE = "The same noise, twice"
-CHAIN_RUNS = same_noise(TWICE, {"full": "full precision", "fast": "Q&C"}, down=440, size=(300, 0))
+CHAIN_RUNS = same_noise(TWICE, {"full": "full precision", "fast": "Q&C"}, down=560, size=(300, 0))
 QUICKSTART = Template(
     "1 Quickstart",
     {
@@ -213,7 +213,7 @@ ABLATION = Template(
             "## What each part does\n\nSix runs from the same noise: full precision, quantized only, cached only, both "
             "together without and with variance compensation, and full precision with as many steps as the cached runs "
             "compute.\n\nThe parts and the runs are in the two subgraphs. Times are measured on this machine.",
-            300, 340,
+            320, 300,
         ),
         **DEMO_SOURCES,
         **chain(DEMO, CALIBRATION, 64),
@@ -336,7 +336,7 @@ def prompt(text: str) -> Node:
 WAN = Template(
     "9 Quantize Wan 2.1",
     {
-        "note": note(
+        "note": {"down": 80, **note(
             "## Quantize a model of a stock loader\n\nWan 2.1 (1.3B) as the example; Flux, Qwen-Image, Z-Image and "
             "other models go the same way: in place of the subgraph put loaders, prompts and latent of your own "
             "workflow.\n\nNeeds three files (Apache-2.0); the "
@@ -345,7 +345,7 @@ WAN = Template(
             + "\nCalibration samples a few videos, with the prompts that are wired: write some of your own. The saved "
             "file, in output/diffusion_models, is for **Load Diffusion Model**.",
             360, 340,
-        ),
+        )},
         "load": node("UNETLoader", unet_name=WAN_FILES["UNETLoader"][1]),
         "clip": node("CLIPLoader", clip_name=WAN_FILES["CLIPLoader"][1], type="wan"),
         "vae": node("VAELoader", vae_name=WAN_FILES["VAELoader"][1]),

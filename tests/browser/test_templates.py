@@ -92,13 +92,21 @@ def test_run_shows_the_comparison(frontend, name):
 RECTANGLES = "() => app.graph._nodes.map(n => [n.title, ...(n.boundingRect ?? n._bounding)])"
 
 
+def lying_on_others(boxes: list[list]) -> list[str]:
+    """Of nodes as name, left, top, width and height."""
+    return [
+        f"{one} lies on {other}"
+        for i, (one, x, y, w, h) in enumerate(boxes)
+        for other, x2, y2, w2, h2 in boxes[:i]
+        if not (x >= x2 + w2 or x2 >= x + w or y >= y2 + h2 or y2 >= y + h)
+    ]
+
+
 def check_layout(frontend: Frontend) -> None:
     """No node over another, no wire over a node, no advanced input open; all large enough to be drawn with text."""
     boxes = frontend.page.evaluate(RECTANGLES)
     assert view([box[1:] for box in boxes])["scale"] >= READABLE
-    for i, (one, x, y, w, h) in enumerate(boxes):
-        for other, x2, y2, w2, h2 in boxes[:i]:
-            assert x >= x2 + w2 or x2 >= x + w or y >= y2 + h2 or y2 >= y + h, f"{one} lies on {other}"
+    assert lying_on_others(boxes) == []
     assert frontend.wires_over_nodes() == []
     assert frontend.open_advanced() == []
 
@@ -136,6 +144,37 @@ def test_opens_from_the_dialog_with_all_of_it_in_view_and_text_drawn(at_1080p, n
     )
     assert scale >= READABLE and not coarse and outside == []
     assert at_1080p.errors == []
+
+
+@pytest.fixture
+def nodes_2(frontend) -> Iterator[Frontend]:
+    """Nodes drawn as HTML, which makes them taller."""
+    choose = "drawn => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', drawn)"
+    frontend.page.evaluate(choose, True)
+    yield frontend
+    frontend.page.evaluate(choose, False)
+
+
+def test_no_node_lies_on_another_in_nodes_2(nodes_2):
+    overlaps = {}
+    for name in BY_NAME:
+        nodes_2.load(read(WORKFLOWS / f"{name}.json"), name)
+        boxes = nodes_2.page.locator("[data-node-id]").evaluate_all(
+            """nodes => nodes.map(node => { const {x, y, width, height} = node.getBoundingClientRect();
+            return [node.dataset.nodeId, x, y, width, height] })"""
+        )
+        assert len(boxes) == len(nodes_2.page.evaluate(RECTANGLES)), name
+        overlaps[name] = lying_on_others(boxes)
+    assert not {name: found for name, found in overlaps.items() if found}
+
+
+def test_the_dialog_lists_them_in_order(frontend):
+    frontend.open_templates("ComfyUI-QandC")
+    listed = frontend.page.locator("[data-testid^=template-workflow-]").evaluate_all(
+        "cards => cards.map(card => card.dataset.testid.replace('template-workflow-', ''))"
+    )
+    frontend.page.keyboard.press("Escape")
+    assert listed == sorted(BY_NAME)
 
 
 @pytest.mark.parametrize("name", [*BY_NAME, *(blueprint.name for blueprint in BLUEPRINTS)])

@@ -34,6 +34,8 @@ FAMILIES = {
 # The noise that a random network predicts is none: where predictions are of noise, each step is a large one.
 CHANGE = {"5 SDXL": 1.0}
 LIMITS = {"width": 64, "height": 64, "length": 9, "steps": 12, "start_at_step": 6}
+QUANTIZED = "9 Quantize Wan 2.1"
+LITTLE = {"trajectories": 2, "samples": 16, "clusters": 4}
 LOADERS = {"UNETLoader": "unet_name", "CheckpointLoaderSimple": "ckpt_name"}
 LEFT_OUT = ("CLIPLoader", "DualCLIPLoader", "VAELoader", "VAEDecode", "CreateVideo", "SaveVideo", "SaveImage")
 WRITE = """
@@ -59,7 +61,7 @@ def server(request, tmp_path_factory) -> Iterator[Server]:
         *set(FAMILIES.values()),
     ]  # fmt: skip
     subprocess.run(command, check=True, capture_output=True, timeout=300)
-    for name, family in FAMILIES.items():
+    for name, family in {**FAMILIES, QUANTIZED: "Wan 2.1"}.items():
         for file in model_files(template(name)):
             shutil.copy(running.models / f"{family}.safetensors", running.models / file)
     os.environ["QANDC_TINY"] = str(PROGRAMS)
@@ -79,11 +81,11 @@ def model_files(prompt: dict) -> list[str]:
     return [node["inputs"][LOADERS[node["class_type"]]] for node in loaders]
 
 
-def small(prompt: dict, family: str) -> dict:
+def small(prompt: dict, family: str, limits: dict[str, int] = LIMITS) -> dict:
     """The prompt with small sizes, prompts of TinyText, and the last sampler's latent saved."""
     found = {}
     for key, node in prompt.items():
-        inputs = {name: min(value, LIMITS[name]) if name in LIMITS and isinstance(value, int) else value
+        inputs = {name: min(value, limits[name]) if name in limits and isinstance(value, int) else value
                   for name, value in node["inputs"].items()}  # fmt: skip
         kind = node["class_type"]
         if kind == "CLIPTextEncode":
@@ -134,3 +136,30 @@ def test_template_runs_in_full(server, name):
             assert 0.4 * steps <= computed <= 0.6 * steps
     assert cached.isfinite().all() and full.std() > 0
     assert 1e-4 < float((cached - full).norm() / full.norm()) < CHANGE.get(name, 0.5)
+
+
+def test_a_stock_model_is_calibrated_quantized_compared_and_saved(server):
+    """The template in full, its frames shown by TinyDecode; what it saved then samples what the quantized model did."""
+    whole = template(QUANTIZED)
+    prompt = small(whole, "Wan 2.1", {**LIMITS, **LITTLE})
+    for key, node in whole.items():
+        if node["class_type"] == "VAEDecode":
+            prompt[key] = {"class_type": "TinyDecode", "inputs": {"samples": node["inputs"]["samples"]}}
+    of = {node["class_type"]: key for key, node in prompt.items()}
+    fast = next(k for k, node in prompt.items() if node["inputs"].get("model") == [of["QandC_Quantize"], 0]
+                and node["class_type"] == "QandC_Sample")  # fmt: skip
+    prompt["latent"]["inputs"]["samples"] = [fast, 0]
+    run, quantized = sampled(server, prompt)
+    assert re.search(r"\d+ W8A8 layers", run.texts[of["QandC_Quantize"]])
+    assert run.outputs[of["QandC_Compare"]]["images"]
+    (saved,) = (server.base / "output" / "diffusion_models").glob("wan2.1_t2v_1.3B_w8a8*.safetensors")
+    loader = {"class_type": "UNETLoader", "inputs": {"unet_name": saved.name, "weight_dtype": "default"}}
+    needed = {key: prompt[key] for key in (of["TinyText"], of["EmptyHunyuanLatentVideo"], fast, "latent")}
+    for key, node in prompt.items():
+        if node["class_type"] == "TinyText":
+            needed[key] = node
+    needed["saved"], needed[of["ModelSamplingSD3"]] = loader, prompt[of["ModelSamplingSD3"]]
+    needed[of["ModelSamplingSD3"]]["inputs"]["model"] = ["saved", 0]
+    needed[fast]["inputs"]["model"] = [of["ModelSamplingSD3"], 0]
+    _, loaded = sampled(server, needed)
+    assert torch.equal(loaded, quantized)

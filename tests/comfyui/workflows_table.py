@@ -1,9 +1,15 @@
-"""Writes docs/workflows.md from the newest ComfyUI checkout: python -m tests.comfyui.workflows_table"""
+"""Writes docs/workflows.md from the newest ComfyUI checkouts: python -m tests.comfyui.workflows_table [FOLDER]
+
+FOLDER may hold what inside/topology_checks.py has printed, as VERSION.*.out; it is run where nothing is there.
+"""
 
 from __future__ import annotations
 
+import json
+import sys
 import tempfile
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +51,7 @@ With each node the workflow gave the plain image again, bit for bit, when the no
 {rows}
 
 {notes}
+{older}
 
 {templates}
 Written by `python -m tests.comfyui.workflows_table`.
@@ -55,13 +62,38 @@ NOTES = """- DualModelGuider takes two models: Apply Cache on the first covers b
   two halves compute 6 and in one run 5."""
 
 
-def table(results: dict[str, dict], version: str, object_info: dict[str, Any]) -> str:
-    failed = [name for name, found in results.items() if "absent" not in found and not sound(found)]
+def table(by_version: Mapping[str, dict[str, dict]], object_info: dict[str, Any]) -> str:
+    """The rows of the first version, and a line on each of the others."""
+    failed = [
+        f"{name} on {version}"
+        for version, results in by_version.items()
+        for name, found in results.items()
+        if "absent" not in found and not sound(found)
+    ]
     if failed:
         raise SystemExit(f"no table: {', '.join(failed)} failed")
+    (version, results), *others = by_version.items()
     lines = [line(COLUMNS), line("---" for _ in COLUMNS)]
     lines += [line((name, *cells(found))) for name, found in results.items() if "absent" not in found]
-    return TEXT.format(version=version, rows="\n".join(lines), notes=NOTES, templates=section(object_info, version))
+    return TEXT.format(
+        version=version, rows="\n".join(lines), notes=NOTES,
+        older="\n".join(older(*other) for other in others), templates=section(object_info, version),
+    )  # fmt: skip
+
+
+def older(version: str, results: dict[str, dict]) -> str:
+    """How a version compares with the newest, wrapped as an entry of the list."""
+    made = {name: found for name, found in results.items() if "absent" not in found}
+    cells = [(found.get("absent"), found.get("error", 0.0)) for row in made.values() for found in map(row.get, CELLS)]
+    lacking = [found["absent"] for found in results.values() if "absent" in found]
+    lacking = [reason.removeprefix("this ComfyUI has ") for reason in (*lacking, *(r for r, _ in cells if r))]
+    text = (
+        f"- ComfyUI {version}: {len(made)} of {len(results)} rows, all as above; "
+        f"the largest difference is {max(error for _, error in cells):.0e}."
+    )
+    if lacking:
+        text += f" It has {', '.join(dict.fromkeys(lacking))}."
+    return textwrap.fill(text, 120, subsequent_indent="  ")
 
 
 def line(cells) -> str:
@@ -84,8 +116,8 @@ def cells(found: dict) -> tuple[str, ...]:
 
 
 def sound(found: dict) -> bool:
-    """Whether every cell is what the text says of it."""
-    return not any(problems(name, found[name]) for name in CELLS)
+    """Whether every cell that this ComfyUI can have is what the text says of it."""
+    return not any(problems(name, found[name]) for name in CELLS if "absent" not in found[name])
 
 
 def problems(column: str, cell: dict) -> list[str]:
@@ -135,13 +167,29 @@ def checks(checkout: Checkout) -> dict[str, dict]:
         return run_program(checkout, "topology_checks", Path(base))
 
 
+def printed(folder: Path, checkout: Checkout) -> dict[str, dict]:
+    """What runs of the program that are over have printed."""
+    lines = [line for file in sorted(folder.glob(f"{checkout.name}.*.out")) for line in file.read_text().splitlines()]
+    return {
+        name: found
+        for line in lines
+        if line.startswith("RESULTS ")
+        for name, found in json.loads(line.removeprefix("RESULTS ")).items()
+    }
+
+
 def main() -> None:
-    newest = checkouts()[0]
+    newest, *others = checkouts()[:3]
     if newest.version < FLOOR:
         raise SystemExit(f"ComfyUI {newest.name} is older than the oldest that the nodes support")
+    known = {
+        checkout: printed(Path(sys.argv[1]), checkout) if sys.argv[1:] else {}
+        for checkout in (newest, *(other for other in others if other.version >= FLOOR))
+    }
+    found = {checkout.name: results or checks(checkout) for checkout, results in known.items()}
     object_info = schemas(newest)
     recorded.write(object_info)
-    TABLE.write_text(table(checks(newest), newest.name, object_info), encoding="utf-8")
+    TABLE.write_text(table(found, object_info), encoding="utf-8")
     print(f"wrote {TABLE}")
 
 

@@ -1,4 +1,4 @@
-"""A custom node pack for tests: prompts without a text encoder, and ComfyUI's networks in tiny sizes.
+"""A custom node pack for tests: prompts without a text encoder, images without a VAE, ComfyUI's networks in tiny sizes.
 
 The text encoders of the official graphs take gigabytes and are not what is tested. $QANDC_TINY names the folder of the
 programs that define the tiny models.
@@ -31,4 +31,17 @@ class TinyText:
         return (families.conditioning(stock_models.SAMPLED[family].family, len(text)),)
 
 
-NODE_CLASS_MAPPINGS = {"TinyText": TinyText}
+class TinyDecode:
+    """The first three channels of a video's latent as the colours of its frames."""
+
+    CATEGORY, FUNCTION, RETURN_TYPES = "test", "decode", ("IMAGE",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"samples": ("LATENT",)}}
+
+    def decode(self, samples):
+        return (samples["samples"][:, :3].permute(0, 2, 3, 4, 1).flatten(0, 1).sigmoid(),)
+
+
+NODE_CLASS_MAPPINGS = {"TinyText": TinyText, "TinyDecode": TinyDecode}
