@@ -22,10 +22,10 @@ from .start import RESULTS, run_inside
 PHASES = ("make", "calibrate", "W8A8", "W4A8")
 TEXT = """DiT of {depth} blocks of width {width} (random weights, {model:.2f} GiB in float32), 256 px, {threads} threads
 of {machine}, ComfyUI {comfyui}: TAP Calibrate with {samples} samples of {trajectories} trajectories,
-{steps} steps, guidance {cfg:g}, Apply Cache with interval {interval}, memory_gb {memory_gb:g}, takes {calibrate};
-Quantize takes {W8A8} to W8A8 and {W4A8} to W4A8, its own model
-included. Made by `python -m benchmarks.quantization.large`.
+{steps} steps, guidance {cfg:g}, Apply Cache with interval {interval}, memory_gb {memory_gb:g}, takes {calibrate}.
 """
+QUANTIZED = "Quantize takes {words} to {format}, its own model included.\n"
+MADE = "Made by `python -m benchmarks.quantization.large`.\n"
 
 
 def measure(options: dict[str, Any], threads: int, phases: list[str], file: Path) -> dict[str, Any]:
@@ -46,8 +46,10 @@ def words(phase: dict[str, float]) -> str:
 
 
 def report(data: dict[str, Any]) -> str:
-    phases = {name: words(phase) for name, phase in data["phases"].items() if name != "make"}
-    return TEXT.format(**{**data, **phases, "model": data["phases"]["calibrate"]["model"] / 2**30})
+    phases = {name: words(phase) for name, phase in data["phases"].items() if phase}
+    text = TEXT.format(**{**data, **phases, "model": data["phases"]["calibrate"]["model"] / 2**30})
+    done = [QUANTIZED.format(words=phases[name], format=name) for name in PHASES[2:] if name in phases]
+    return "".join([text, *done, f"{data.get('note', '')}\n".lstrip("\n"), MADE])
 
 
 def main() -> None:
@@ -66,7 +68,7 @@ def main() -> None:
     options = vars(parser.parse_args())
     out, threads, phases = options.pop("out"), options.pop("threads"), options.pop("phases")
     data = measure(options, threads, phases, out / "quantization-large.json")
-    if set(PHASES) <= data["phases"].keys():
+    if "calibrate" in data["phases"]:
         (out / "quantization-large.md").write_text(report(data), encoding="utf-8")
         print(report(data))
 

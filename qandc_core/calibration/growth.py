@@ -24,8 +24,9 @@ from .calls import pack_calls, unpack_calls
 from .file import Calibration, load_calibration, read_header
 from .fingerprint import Fingerprint, same_model
 from .gain import DAMPING, Moment, lowered
-from .recorder import LayerRecord, RecordingConfig, RunRecord
+from .recorder import RecordingConfig
 from .recording import Recording, Schedule, describe
+from .records import LayerRecord, RunRecord
 from .statistics import LayerStatistics, check_finite
 from .stream import Reservoir
 

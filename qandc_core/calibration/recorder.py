@@ -16,7 +16,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass
 from threading import Lock
 from typing import Any
 
@@ -28,14 +29,15 @@ from .calls import ModelCall
 from .choice import reduced
 from .layer_inputs import HELD_OUT_TOKENS, call_of, of_samples
 from .memory import StatisticsPlan, plan_statistics
-from .run import width_of
-from .statistics import LayerStatistics, observed
-from .stream import Reservoir, Strata
+from .records import PROBE_TOKENS, LayerRecord, Room, RunRecord
+from .standing import width_of
+from .statistics import observed
+from .stream import Strata
 
 SPARSEST = 10  # at most one sample in ten is observed
 SHARE, FEWEST, MOST = 4, 64, 1024  # one token in four enters a layer's sums, within these limits per sample
 HELD_OUT_A_RUN = 2
-PROBES, PROBE_TOKENS, PROBE_WIDTH = 4, 256, 4096  # layers on which it is measured what a run adds
+PROBES, PROBE_WIDTH = 4, 4096  # layers on which it is measured what a run adds
 Layers = Sequence[tuple[str, nn.Module]]
 
 
@@ -61,74 +63,6 @@ class RecordingConfig:
         tokens, held_out = self.tokens if self.hessians else 0, HELD_OUT_TOKENS if self.held_out else 0
         aside = PROBES * PROBE_TOKENS * 2 * min(max(widths, default=0), PROBE_WIDTH)
         return plan_statistics(widths, max(0, int(self.memory_gb * 2**30) - aside), tokens, held_out)
-
-
-@dataclass
-class Room:
-    """Bytes of a device that may be taken; what does not fit goes to the CPU."""
-
-    device: torch.device
-    left: int
-
-    def take(self, size: int) -> torch.device:
-        """Where `size` bytes go."""
-        if size > self.left:
-            return torch.device("cpu")
-        self.left -= size
-        return self.device
-
-
-@dataclass
-class LayerRecord:
-    """Statistics of one layer: sums, and inputs by purpose."""
-
-    statistics: LayerStatistics
-    kept: dict[str, Reservoir]
-
-    @classmethod
-    def empty(cls, width: int, space: StatisticsPlan, probe: bool, room: Room) -> LayerRecord:
-        statistics = LayerStatistics.empty(width, device=room.device)
-        if space.hessian(width):
-            statistics.hessian = torch.zeros(width, width, device=room.take(4 * width**2))
-        capacities = {"inputs": space.inputs(width), "held_out": space.held_out, "probe": PROBE_TOKENS * probe}
-        kept = {
-            kind: Reservoir.empty(tokens, width, room.take(2 * tokens * width))
-            for kind, tokens in capacities.items()
-            if tokens
-        }
-        return cls(statistics, kept)
-
-    def fetch(self) -> None:
-        """Brings everything to the CPU."""
-        self.statistics.fetch()
-        for kept in self.kept.values():
-            kept.memory = kept.memory.cpu()
-
-    def merge(self, other: LayerRecord) -> None:
-        """Adds what another record of the layer holds, on the CPU as this one, as one pass over both would have."""
-        self.statistics.merge(other.statistics)
-        for kind, kept in other.kept.items():
-            if kind in self.kept:
-                self.kept[kind].add(kept.tokens, kept.keys)
-            else:
-                self.kept[kind] = kept
-
-
-@dataclass
-class RunRecord:
-    """The result of one run: its layers by name, held-out calls with their keys, and the predictions by noise level."""
-
-    layers: dict[str, LayerRecord]
-    calls: list[tuple[float, ModelCall]] = field(default_factory=list)
-    predictions: list[tuple[float, Tensor]] = field(default_factory=list)
-    samples: int = 0
-
-    @property
-    def num_bytes(self) -> int:
-        """Of the layers' sums and inputs."""
-        sums = [record.statistics.hessian for record in self.layers.values()]
-        kept = [kept.memory for record in self.layers.values() for kept in record.kept.values()]
-        return sum(tensor.nbytes for tensor in (*sums, *kept) if tensor is not None)
 
 
 class Draws:
@@ -268,6 +202,17 @@ class Recorder:
             seed = int(torch.randint(2**62, (), generator=self.generator))
             self.places[network] = Place(found, space, Room(device, room()), seed)
         return self.places[network]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the layers' sums and inputs."""
+        return sum(record.num_bytes for place in self.places.values() for record in place.records.values())
+
+    def taken(self) -> Recorder:
+        """Another recorder with all that was recorded; this one is empty afterwards."""
+        found = copy(self)
+        self.close()
+        return found
 
     @torch.inference_mode()
     def result(self) -> RunRecord:

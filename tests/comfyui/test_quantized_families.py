@@ -130,17 +130,16 @@ def used(found) -> Callable[[str], Callable[[str, str], tuple[dict, float]]]:
 
 
 def test_loras(used, subtests):
-    """On top of quantized weights and before quantizing, within twice the error of quantizing alone."""
+    """After quantizing, before it and in a saved file, within twice the error of quantizing alone."""
     loras = used("LoRA")
     for family, format in IN_USE:
         with subtests.test(f"{family}, {format}"):
             result, error = loras(family, format)
             assert result["effect"] > 0.1
-            assert max(result["after"], result["baked"], result["kept"]) < 2 * error
+            assert max(result[how] for how in ("after", "baked", "kept", "kept, saved")) < 2 * error
             assert result["after, removed"] is True and result["kept, removed"] is True
             assert result["not on the source"] is True and result["source stays"] is True
             assert result["baked patches"] == 0 and len(set(result["kept patches"])) == 1
-            assert result["kept, saved"] <= 1e-3
 
 
 def test_clones_and_unloading_change_nothing(used, subtests):

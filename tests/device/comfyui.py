@@ -73,7 +73,22 @@ class InThisThread(Executor):
 
     def submit(self, function, /, *args, **kwargs):
         done = Future()
-        done.set_result(function(*args, **kwargs))
+        try:
+            done.set_result(function(*args, **kwargs))
+        except Exception as error:
+            done.set_exception(error)
+        return done
+
+
+class Later(Executor):
+    """Work of another thread that has not begun when the run returns."""
+
+    def __init__(self):
+        self.work = []
+
+    def submit(self, function, /, *args, **kwargs):
+        done = Future()
+        self.work.append(lambda: done.set_result(function(*args, **kwargs)))
         return done
 
 
@@ -149,9 +164,9 @@ class Checks:
         recorder = (
             self.h.node("QandC_CalibrateFromRuns").execute(plain, "device", True, 8, True, 1.0, 400, 4, 0).args[0]
         )
-        waits = self.waits_for_a_prediction(recorder)
-        recording.settle()
         recording.adding = InThisThread()
+        waits = self.waits_for_a_prediction(recorder)
+        left = self.waits_of_a_run(recorder, recording) - self.waits_of_a_run(plain, recording)
         same = torch.equal(self.run(recorder)[0], self.run(plain)[0])
         file = self.h.module("nodes.comfyui.files").named_path("device")
         made = self.h.module("qandc_core").load_calibration(file)
@@ -161,7 +176,19 @@ class Checks:
             "same": same, "runs": made.recording.runs, "waits": waits, "layers": len(made.statistics),
             "kinds": kinds, "finite": all(bool(s.finite()) for s in layers),
             "measured": len(made.recording.history), "distances": made.distances is not None,
+            "waits until it returns": left,
         }  # fmt: skip
+
+    def waits_of_a_run(self, model, recording) -> int:
+        """Until the sampler returns, with statistics that count as large; they are added afterwards."""
+        later = Later()
+        with mock.patch.multiple(recording, adding=later, AT_ONCE=-1, settle=lambda: None):
+            self.device.waits.clear()
+            self.run(model)
+            waits = sum(self.device.waits.values())
+            for work in later.work:
+                work()
+        return waits
 
     def halved(self, plain) -> dict:
         """TAP Calibrate of eight images at once where two fit, against two at once: layers that differ."""

@@ -5,15 +5,16 @@ OUTER_SAMPLE and found in the options of that run alone, so several samplers and
 own; it is freed however the run ends, and only a run that ended well is added. A guider with two models samples both
 under the wrappers of its main one, so the main one's node records the other one too where that has a node.
 
-Reading, merging and writing gigabytes of statistics takes seconds, so a thread does it while the image is decoded and
-the next run begins. That run waits for it before it keeps anything of its own: memory holds one run's statistics. What
-is small is added at once.
+Bringing gigabytes of statistics to the CPU, merging and writing them takes seconds, so a thread does it while the image
+is decoded and the next run begins. That run waits for it before it keeps anything of its own: memory holds one run's
+statistics. What is small is added at once, and where the device has less memory left than the statistics take, they
+leave it before the run returns.
 """
 
 from __future__ import annotations
 
 import logging
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,21 +102,20 @@ class RunRecorder:
 
     def end(self, recorder: Recorder, schedule: RunSchedule, device: torch.device) -> None:
         """Has a run added that ended well; what it adds is measured on the device."""
-        try:
-            record = recorder.result()
-        except (ValueError, RuntimeError) as error:
-            self.say(f"this run was not added, {error}", logging.WARNING)
-        else:
-            small = record.num_bytes <= AT_ONCE
-            # With the context of the run, which says whose words the node shows if the job has ended by then.
-            done = adding.submit(copy_context().run, self.add, record, schedule, device)
-            if small:
-                done.result()
+        size = recorder.num_bytes
+        record: Future[RunRecord] = adding.submit(recorder.taken().result)
+        # With the context of the run, which says whose words the node shows if the job has ended by then.
+        done = adding.submit(copy_context().run, self.add, record, schedule, device)
+        if size <= AT_ONCE:
+            done.result()
+        elif size > mm.get_free_memory(device):
+            wait([record])
 
-    def add(self, record: RunRecord, schedule: RunSchedule, device: torch.device) -> None:
+    def add(self, record: Future[RunRecord], schedule: RunSchedule, device: torch.device) -> None:
         """Where adding fails, the image is still there and the file is as it was."""
         try:
-            self.say(add_run(self.path, self.fingerprint, record, schedule, self.config, device).describe())
+            found = add_run(self.path, self.fingerprint, record.result(), schedule, self.config, device)
+            self.say(found.describe())
         except (ValueError, OSError, RuntimeError) as error:
             self.say(f"this run was not added, {error}", logging.WARNING)
 

@@ -24,12 +24,12 @@ from ..quantize.weights import is_quantized
 
 HALF = torch.float16  # holds every float8 value
 # What a patcher notes on modules while they are loaded: names, and how further names begin.
-OF_A_PATCHER = {
-    "weight_function", "bias_function", "weight_lowvram_function", "bias_lowvram_function", "comfy_patched_weights",
-    "comfy_force_cast_weights", "prev_comfy_cast_weights", "seed_key", "model_loaded_weight_memory",
-    "lowvram_patch_counter", "model_lowvram", "current_weight_patches_uuid", "model_offload_buffer_memory",
-    "current_patcher", "_v", "_comfy_graph", "beside", "hooked", "qandc_besides",
-}  # fmt: skip
+OF_A_PATCHER = set(
+    "weight_function bias_function weight_lowvram_function bias_lowvram_function comfy_patched_weights "
+    "comfy_force_cast_weights prev_comfy_cast_weights seed_key model_loaded_weight_memory lowvram_patch_counter "
+    "model_lowvram current_weight_patches_uuid model_offload_buffer_memory current_patcher _v _comfy_graph beside "
+    "hooked qandc_besides".split()
+)
 OF_DYNAMIC_MEMORY = ("_v_", "_pin", "_prefetch", "dynamic_")
 
 

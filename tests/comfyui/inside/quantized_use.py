@@ -75,7 +75,7 @@ def loras(case: Case) -> dict[str, Any]:
         "kept patches": [len(kept.patches), len(layers)],
     }
     saved = comfy.sd.load_diffusion_model(str(save(kept, "kept")))
-    found["kept, saved"] = relative(case.run(saved), case.run(kept))
+    found["kept, saved"] = relative(case.run(saved), wanted)
     bare = kept.clone()
     bare.patches = {}
     bare.patches_uuid = None

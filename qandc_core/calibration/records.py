@@ -1,0 +1,82 @@
+"""What a recorded run leaves of each layer, on the device while it goes on and on the CPU afterwards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .calls import ModelCall
+from .memory import StatisticsPlan
+from .statistics import LayerStatistics
+from .stream import Reservoir
+
+PROBE_TOKENS = 256  # of a layer on which it is measured what a run adds
+
+
+@dataclass
+class Room:
+    """Bytes of a device that may be taken; what does not fit goes to the CPU."""
+
+    device: torch.device
+    left: int
+
+    def take(self, size: int) -> torch.device:
+        """Where `size` bytes go."""
+        if size > self.left:
+            return torch.device("cpu")
+        self.left -= size
+        return self.device
+
+
+@dataclass
+class LayerRecord:
+    """Statistics of one layer: sums, and inputs by purpose."""
+
+    statistics: LayerStatistics
+    kept: dict[str, Reservoir]
+
+    @classmethod
+    def empty(cls, width: int, space: StatisticsPlan, probe: bool, room: Room) -> LayerRecord:
+        statistics = LayerStatistics.empty(width, device=room.device)
+        if space.hessian(width):
+            statistics.hessian = torch.zeros(width, width, device=room.take(4 * width**2))
+        capacities = {"inputs": space.inputs(width), "held_out": space.held_out, "probe": PROBE_TOKENS * probe}
+        kept = {
+            kind: Reservoir.empty(tokens, width, room.take(2 * tokens * width))
+            for kind, tokens in capacities.items()
+            if tokens
+        }
+        return cls(statistics, kept)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of X^T X and the kept inputs."""
+        held = [self.statistics.hessian, *(kept.memory for kept in self.kept.values())]
+        return sum(tensor.nbytes for tensor in held if tensor is not None)
+
+    def fetch(self) -> None:
+        """Brings everything to the CPU."""
+        self.statistics.fetch()
+        for kept in self.kept.values():
+            kept.memory = kept.memory.cpu()
+
+    def merge(self, other: LayerRecord) -> None:
+        """Adds what another record of the layer holds, on the CPU as this one, as one pass over both would have."""
+        self.statistics.merge(other.statistics)
+        for kind, kept in other.kept.items():
+            if kind in self.kept:
+                self.kept[kind].add(kept.tokens, kept.keys)
+            else:
+                self.kept[kind] = kept
+
+
+@dataclass
+class RunRecord:
+    """The result of one run: its layers by name, held-out calls with their keys, and the predictions by noise level."""
+
+    layers: dict[str, LayerRecord]
+    calls: list[tuple[float, ModelCall]] = field(default_factory=list)
+    predictions: list[tuple[float, Tensor]] = field(default_factory=list)
+    samples: int = 0
