@@ -44,13 +44,13 @@ class Frontend:
     def open_templates(self, pack: str) -> None:
         """The dialog, at the templates of the pack."""
         self.page.evaluate("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
-        self.page.get_by_text(pack, exact=True).first.click()
+        self.page.get_by_text(pack, exact=True).first.evaluate("entry => entry.click()")
         self.page.wait_for_timeout(1500)
 
     def open_template(self, pack: str, name: str) -> None:
         """As users do: Templates, the pack, the card."""
         self.open_templates(pack)
-        self.page.get_by_test_id(f"template-workflow-{name}").click()
+        self.page.get_by_test_id(f"template-workflow-{name}").evaluate("card => card.click()")
         self.page.get_by_test_id("template-workflows-content").wait_for(state="hidden")
         self.page.wait_for_timeout(2000)
 

@@ -69,11 +69,16 @@ def test_api_twin_has_every_wire_that_is_written_down(name):
     assert wired((node["class_type"], node["inputs"]) for node in twin) == wired(written)
 
 
+def computed(prompt: dict) -> dict:
+    """Without titles and what newer frontends add to them, such as the pack of a node."""
+    return {key: (node["class_type"], node["inputs"]) for key, node in prompt.items()}
+
+
 @pytest.mark.parametrize("name", BY_NAME)
 def test_opens_with_no_node_missing_and_equals_its_api_twin(frontend, name):
     frontend.load(read(WORKFLOWS / f"{name}.json"), name)
     assert frontend.missing_nodes() == []
-    assert frontend.prompt() == read(WORKFLOWS / "api" / f"{name}.json")
+    assert computed(frontend.prompt()) == computed(read(WORKFLOWS / "api" / f"{name}.json"))
     assert frontend.errors == []
 
 
@@ -86,7 +91,7 @@ def test_run_shows_the_comparison(frontend, name):
         "() => app.graph._nodes.filter(n => n.type === 'QandC_Compare').map(n => n.imgs?.[0]?.naturalWidth ?? 0)"
     )
     assert shown and min(shown) > 500
-    check_layout(frontend)  # words and pictures on the nodes have grown them
+    check_sizes(frontend.page.evaluate(RECTANGLES))  # words and pictures on the nodes have grown them
 
 
 RECTANGLES = "() => app.graph._nodes.map(n => [n.title, ...(n.boundingRect ?? n._bounding)])"
@@ -102,20 +107,19 @@ def lying_on_others(boxes: list[list]) -> list[str]:
     ]
 
 
-def check_layout(frontend: Frontend) -> None:
-    """No node over another, no wire over a node, no advanced input open; all large enough to be drawn with text."""
-    boxes = frontend.page.evaluate(RECTANGLES)
+def check_sizes(boxes: list[list]) -> None:
+    """No node lies on another, and fitted into the window all are large enough to be drawn with text."""
     assert view([box[1:] for box in boxes])["scale"] >= READABLE
     assert lying_on_others(boxes) == []
-    assert frontend.wires_over_nodes() == []
-    assert frontend.open_advanced() == []
 
 
 @pytest.mark.parametrize("name", BY_NAME)
 def test_opens_with_text_that_can_be_read_and_nothing_over_another(frontend, name):
     """Loaded as a file, which keeps the view that is stored in it."""
     frontend.load(read(WORKFLOWS / f"{name}.json"), name)
-    check_layout(frontend)
+    check_sizes(frontend.page.evaluate(RECTANGLES))
+    assert frontend.wires_over_nodes() == []
+    assert frontend.open_advanced() == []
     assert frontend.page.evaluate("() => app.canvas.ds.scale") >= READABLE
     assert len(frontend.page.evaluate(RECTANGLES)) <= (8 if BY_NAME[name] in STOCK else 10)
 
@@ -174,7 +178,7 @@ def test_the_dialog_lists_them_in_order(frontend):
         "cards => cards.map(card => card.dataset.testid.replace('template-workflow-', ''))"
     )
     frontend.page.keyboard.press("Escape")
-    assert listed == sorted(BY_NAME)
+    assert listed == sorted(BY_NAME, key=str.lower)
 
 
 @pytest.mark.parametrize("name", [*BY_NAME, *(blueprint.name for blueprint in BLUEPRINTS)])
