@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -77,12 +78,14 @@ def load(size: Size, dtype: torch.dtype) -> Any:
 
 def shapes(size: Size) -> dict[str, torch.Size]:
     """Of every tensor of a file."""
+    import comfy.memory_management
     import comfy.supported_models
 
     config = getattr(comfy.supported_models, size.config)(dict(size.unet))
     config.unet_config.update(size.unet)
     config.set_inference_dtype(torch.bfloat16, None)
-    model = config.get_model({}, "", device=torch.device("meta"))
+    with patch.object(comfy.memory_management, "aimdo_enabled", False):  # else layers wait for a file's weights
+        model = config.get_model({}, "", device=torch.device("meta"))
     return {name: tensor.shape for name, tensor in model.diffusion_model.state_dict().items()}
 
 

@@ -27,20 +27,15 @@ TEXT = """# Quantize on {billions:.2f} billion parameters
 
 `python -m benchmarks.quantization.size`: FLUX.1's network in its published width (3072) with {double} of 19 double
 and {single} of 38 single blocks, random weights in bfloat16 ({model:.2f} GiB), {threads} threads of {machine},
-ComfyUI {comfyui}. One run, on a machine that other work shared.
+ComfyUI {comfyui}. One run.
 
 - W8A8, rounded to nearest, the whole model: {W8A8[seconds]:.0f} s, at most {W8A8[peak]:.1f} GiB in memory, the source
-  included.
-- W4A8 with gptq, the first block of each kind, after TAP Calibrate ({W4A8[calibrating]:.0f} s): at most
-  {W4A8[peak]:.1f} GiB.
-
-| layer | W8A8 nearest, s | W4A8 gptq, s |
-|---|---|---|
-{rows}
-
-All 57 blocks of FLUX.1 (12 billion parameters), from these seconds of a layer: W8A8 nearest {W8A8[whole]:.0f} min, W4A8
-gptq {W4A8[whole]:.0f} min on these processors.
+  included. All 57 blocks of FLUX.1 (12 billion parameters) take {W8A8[whole]:.0f} min by these seconds of a layer.
 """
+GPTQ = """- W4A8 with gptq, the first block of each kind, after TAP Calibrate ({W4A8[calibrating]:.0f} s): at most
+  {W4A8[peak]:.1f} GiB. All 57 blocks take {W4A8[whole]:.0f} min.
+"""
+HEADINGS = {"W8A8": "W8A8 nearest, s", "W4A8": "W4A8 gptq, s"}
 
 
 def measure(options: dict[str, Any], threads: int, file: Path) -> dict[str, Any]:
@@ -68,17 +63,19 @@ def by_class(layers: dict[str, float]) -> dict[str, float]:
 
 def report(data: dict[str, Any]) -> str:
     phases = {}
-    for name in ("W8A8", "W4A8"):
+    for name in (name for name in PHASES[1:] if name in data["phases"]):
         phase, layers = data["phases"][name], by_class(data["phases"][name]["layers"])
         whole = sum(seconds * data["whole"][layer.split(".")[0]] for layer, seconds in layers.items())
         phases[name] = {**phase, "peak": phase["peak"] / 2**30, "layers": layers, "whole": whole / 60}
-    rows = "\n".join(
-        f"| {layer} | {seconds:.1f} | {phases['W4A8']['layers'][layer]:.1f} |"
-        for layer, seconds in phases["W8A8"]["layers"].items()
-    )
     billions = data["phases"]["make"]["parameters"] / 1e9
     model = data["phases"]["W8A8"]["model"] / 2**30
-    return TEXT.format(**{**data, **phases, "rows": rows, "billions": billions, "model": model})
+    text = TEXT.format(**{**data, **phases, "billions": billions, "model": model})
+    text += GPTQ.format(**phases) if "W4A8" in phases else ""
+    text += f"\n{data['note']}\n" if "note" in data else ""
+    lines = [f"| layer | {' | '.join(HEADINGS[name] for name in phases)} |", "|---" * (len(phases) + 1) + "|"]
+    for layer in phases["W8A8"]["layers"]:
+        lines.append(f"| {layer} | {' | '.join(format(phases[name]['layers'][layer], '.1f') for name in phases)} |")
+    return text + "\n" + "\n".join(lines) + "\n"
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """The speed table on a model small enough for a CPU, its goals and its Markdown."""
 
 import copy
+import json
 from dataclasses import asdict
 
 import pytest
@@ -24,7 +25,7 @@ from benchmarks.speed.models import (
 )
 from benchmarks.speed.runs import Bench, Measured, Setting, schedules
 from qandc_core.fused.kernels import reference
-from qandc_core.models import DiTConfig
+from qandc_core.models import DiTConfig, preset
 
 CPU = torch.device("cpu")
 CONFIG = DiTConfig(input_size=16, hidden_size=64, depth=2, num_heads=2)
@@ -242,3 +243,22 @@ def test_the_command_writes_the_part_asked_for(tmp_path, monkeypatch, capsys):
     assert '"seconds": 0.125' in (tmp_path / "out" / "bench-cpu.json").read_text()
     out = capsys.readouterr().out
     assert "bench-cpu.json" in out and "\n".join(sentences) in out
+
+
+def test_the_timing_of_the_papers_model_goes_on_where_it_stands(tmp_path, monkeypatch, capsys):
+    from benchmarks.speed import paper_size
+
+    monkeypatch.setattr(paper_size, "STEPS", 5)
+    monkeypatch.setattr(paper_size, "preset", lambda name: preset(name, depth=1, hidden_size=64, num_heads=4))
+    command = ["--model", "DiT-S/8", "--pixels", "64", "--out", str(tmp_path)]
+    paper_size.main([*command, "--rounds", "1"])
+    first = json.loads((tmp_path / "speed-dit-xl-cpu.json").read_text())["seconds"]
+    paper_size.main([*command, "--rounds", "2"])
+    found = json.loads((tmp_path / "speed-dit-xl-cpu.json").read_text())["seconds"]
+    assert set(found) == {way.name for way in paper_size.WAYS} and all(len(values) == 2 for values in found.values())
+    assert all(found[name][0] == values[0] > 0 for name, values in first.items())
+    assert "2 interleaved round(s)" in (tmp_path / "speed-dit-xl-cpu.md").read_text()
+    paper_size.main([*command, "--rounds", "3", "--seconds", "0"])
+    assert "No time for another round; 2 of 3" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="choose another --out"):
+        paper_size.main([*command, "--images", "2"])

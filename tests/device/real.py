@@ -40,6 +40,9 @@ class RealDevice:
     held = property(lambda self: torch.cuda.memory_allocated())
     peak = property(lambda self: torch.cuda.max_memory_allocated())
 
+    def reset_peak(self) -> None:
+        torch.cuda.reset_peak_memory_stats()
+
 
 @contextlib.contextmanager
 def device() -> Iterator[RealDevice]:
