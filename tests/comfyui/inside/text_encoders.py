@@ -227,18 +227,16 @@ def names(host: Host) -> dict[str, Any]:
 
 
 def cancelled(host: Host) -> dict[str, Any]:
-    """Cancel is pressed while the prompts are read, and while layers are rounded."""
+    """Cancel is pressed when the prompts begin to be read, and half way."""
     import comfy.model_management as mm
     import comfy.utils
 
     clip = load(host, QUICK, files(host, QUICK))
     exact, found = encode(clip), {}
-    for after in (3, 30):
-        shown = []
+    for part in (0.0, 0.5):
 
-        def press(value, total, *args, shown=shown, after=after, **kwargs):
-            shown.append(value)
-            if len(shown) == after:
+        def press(value, total, *args, part=part, **kwargs):
+            if part * total <= value < total:
                 mm.interrupt_current_processing()
 
         comfy.utils.set_progress_bar_global_hook(press)
@@ -251,7 +249,7 @@ def cancelled(host: Host) -> dict[str, Any]:
             comfy.utils.set_progress_bar_global_hook(None)
             mm.interrupt_current_processing(False)
         hooks = [m for m in clip.cond_stage_model.modules() if m._forward_pre_hooks or m._forward_hooks]
-        found[after] = {"ended": ended, "same": equal(encode(clip), exact), "hooks": len(hooks)}
+        found[part] = {"ended": ended, "same": equal(encode(clip), exact), "hooks": len(hooks)}
     return found
 
 
