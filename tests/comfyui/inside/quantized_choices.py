@@ -102,30 +102,31 @@ def model_errors(host: Host) -> dict[str, dict]:
 
 
 def cancelled(host: Host) -> dict:
-    """Cancel is pressed when the fourth layer is done -> how often progress was shown until the end."""
+    """Cancel is pressed when the fourth layer is done -> how many were until the end."""
     import comfy.model_management as mm
-    import comfy.utils
 
-    full, shown = load(host, "Flux"), []
+    full, done = load(host, "Flux"), []
     before = {name: value.clone() for name, value in full.model.state_dict().items()}
+    work = host.module("nodes.comfyui.quantize.work").Work
+    did = work.did
 
-    def press(value, total, *args, **kwargs):
-        shown.append(value)
-        if len(shown) == 4:
+    def press(self, *args):
+        done.append(args)
+        if len(done) == 4:
             mm.interrupt_current_processing()
+        did(self, *args)
 
-    comfy.utils.set_progress_bar_global_hook(press)
     try:
-        node(host, full)
+        with patch.object(work, "did", press):
+            node(host, full)
         ended = "finished"
     except mm.InterruptProcessingException:
         ended = "interrupted"
     finally:
-        comfy.utils.set_progress_bar_global_hook(None)
         mm.interrupt_current_processing(False)
     after = full.model.state_dict()
     same = after.keys() == before.keys() and all(torch.equal(after[name], value) for name, value in before.items())
-    return {"ended": ended, "shown": len(shown), "same": same, "layers": len(node(host, full)[1])}
+    return {"ended": ended, "done": len(done), "same": same, "layers": len(node(host, full)[1])}
 
 
 def another_calibration(host: Host) -> str:

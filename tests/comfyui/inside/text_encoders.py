@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from host import Host, main, relative
@@ -227,29 +228,32 @@ def names(host: Host) -> dict[str, Any]:
 
 
 def cancelled(host: Host) -> dict[str, Any]:
-    """Cancel is pressed when the prompts begin to be read, and half way."""
+    """Cancel is pressed while the prompts are read, and while layers are rounded."""
     import comfy.model_management as mm
-    import comfy.utils
 
     clip = load(host, QUICK, files(host, QUICK))
     exact, found = encode(clip), {}
-    for part in (0.0, 0.5):
+    work = host.module("nodes.comfyui.quantize.work").Work
+    did = work.did
+    for kind in ("calls", "rounding"):
+        done = []
 
-        def press(value, total, *args, part=part, **kwargs):
-            if part * total <= value < total:
+        def press(self, what, *args, kind=kind, done=done):
+            done += [what] * (what == kind)
+            if len(done) == 3:
                 mm.interrupt_current_processing()
+            did(self, what, *args)
 
-        comfy.utils.set_progress_bar_global_hook(press)
         try:
-            quantize(host, clip)
+            with patch.object(work, "did", press):
+                quantize(host, clip)
             ended = "finished"
         except mm.InterruptProcessingException:
             ended = "interrupted"
         finally:
-            comfy.utils.set_progress_bar_global_hook(None)
             mm.interrupt_current_processing(False)
         hooks = [m for m in clip.cond_stage_model.modules() if m._forward_pre_hooks or m._forward_hooks]
-        found[part] = {"ended": ended, "same": equal(encode(clip), exact), "hooks": len(hooks)}
+        found[kind] = {"ended": ended, "same": equal(encode(clip), exact), "hooks": len(hooks)}
     return found
 
 
