@@ -171,6 +171,7 @@ class Checks:
         later = Later()
         with mock.patch.multiple(recording, adding=later, wait=later.finish, AT_ONCE=-1, settle=lambda: None):
             waits = self.waits_for_a_prediction(recorder)
+            until_returned = self.waits_of_a_run(recorder) - self.waits_of_a_run(plain)
         later.finish()
         recording.adding = InThisThread()
         same = torch.equal(self.run(recorder)[0], self.run(plain)[0])
@@ -182,7 +183,14 @@ class Checks:
             "same": same, "runs": made.recording.runs, "waits": waits, "layers": len(made.statistics),
             "kinds": kinds, "finite": all(bool(s.finite()) for s in layers),
             "measured": len(made.recording.history), "distances": made.distances is not None,
+            "waits until it returns": until_returned,
         }  # fmt: skip
+
+    def waits_of_a_run(self, model) -> int:
+        self.run(model)  # brings its weights back
+        self.device.waits.clear()
+        self.run(model)
+        return sum(self.device.waits.values())
 
     def halved(self, plain) -> dict:
         """TAP Calibrate of eight images at once where two fit, against two at once: layers that differ."""

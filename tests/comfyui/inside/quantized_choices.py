@@ -11,6 +11,7 @@ import families
 import torch
 from family_list import FAMILIES
 from host import Host, main
+from host import cancelled as cancelled_work
 from quantized_families import available, calibrate, load, slug
 from stock_models import STOCK
 
@@ -103,30 +104,12 @@ def model_errors(host: Host) -> dict[str, dict]:
 
 def cancelled(host: Host) -> dict:
     """Cancel is pressed when the fourth layer is done -> how many were until the end."""
-    import comfy.model_management as mm
-
-    full, done = load(host, "Flux"), []
+    full = load(host, "Flux")
     before = {name: value.clone() for name, value in full.model.state_dict().items()}
-    work = host.module("nodes.comfyui.quantize.work").Work
-    did = work.did
-
-    def press(self, *args):
-        done.append(args)
-        if len(done) == 4:
-            mm.interrupt_current_processing()
-        did(self, *args)
-
-    try:
-        with patch.object(work, "did", press):
-            node(host, full)
-        ended = "finished"
-    except mm.InterruptProcessingException:
-        ended = "interrupted"
-    finally:
-        mm.interrupt_current_processing(False)
+    ended, done = cancelled_work(host, lambda: node(host, full), "rounding", 4)
     after = full.model.state_dict()
     same = after.keys() == before.keys() and all(torch.equal(after[name], value) for name, value in before.items())
-    return {"ended": ended, "done": len(done), "same": same, "layers": len(node(host, full)[1])}
+    return {"ended": ended, "done": done, "same": same, "layers": len(node(host, full)[1])}
 
 
 def another_calibration(host: Host) -> str:

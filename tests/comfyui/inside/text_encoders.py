@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from host import Host, main, relative
+from host import cancelled as cancelled_work
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_encoders import tiny_encoders, write_encoder
@@ -229,29 +229,10 @@ def names(host: Host) -> dict[str, Any]:
 
 def cancelled(host: Host) -> dict[str, Any]:
     """Cancel is pressed while the prompts are read, and while layers are rounded."""
-    import comfy.model_management as mm
-
     clip = load(host, QUICK, files(host, QUICK))
     exact, found = encode(clip), {}
-    work = host.module("nodes.comfyui.quantize.work").Work
-    did = work.did
     for kind in ("calls", "rounding"):
-        done = []
-
-        def press(self, what, *args, kind=kind, done=done):
-            done += [what] * (what == kind)
-            if len(done) == 3:
-                mm.interrupt_current_processing()
-            did(self, what, *args)
-
-        try:
-            with patch.object(work, "did", press):
-                quantize(host, clip)
-            ended = "finished"
-        except mm.InterruptProcessingException:
-            ended = "interrupted"
-        finally:
-            mm.interrupt_current_processing(False)
+        ended, _ = cancelled_work(host, lambda: quantize(host, clip), kind, 3)
         hooks = [m for m in clip.cond_stage_model.modules() if m._forward_pre_hooks or m._forward_hooks]
         found[kind] = {"ended": ended, "same": equal(encode(clip), exact), "hooks": len(hooks)}
     return found
