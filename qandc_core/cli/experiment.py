@@ -48,7 +48,7 @@ def run(args: argparse.Namespace, process: Distributed) -> None:
 def evaluate(args: argparse.Namespace, process: Distributed) -> Iterator[dict[str, Any]]:
     """The result, again after each part, so that hours of work are not lost to a later one."""
     from ..evaluation.experiment import Evaluation, Experiment, hardware, real_floor, run_factors, run_main
-    from ..evaluation.judges import DigitsJudge, InceptionJudge, Judge
+    from ..evaluation.judges import BuiltInJudge, InceptionJudge, Judge
     from ..evaluation.variants import Workbench
 
     if args.model != "demo" and not (args.vae and args.inception and args.reference):
@@ -56,7 +56,7 @@ def evaluate(args: argparse.Namespace, process: Distributed) -> Iterator[dict[st
     model, config = load(args), sampling(args)
     judge: Judge
     if args.model == "demo":
-        judge = DigitsJudge()
+        judge = BuiltInJudge()
     else:
         judge = InceptionJudge(args.inception, args.vae, args.reference, device(args))
     candidates = replace(CANDIDATES, trajectories=args.trajectories, samples=args.samples, batch_size=args.batch)

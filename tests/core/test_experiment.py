@@ -32,7 +32,7 @@ from qandc_core.evaluation.experiment import (
     sample,
     summarize,
 )
-from qandc_core.evaluation.judges import DigitsJudge, InceptionJudge, Judgement, Reference
+from qandc_core.evaluation.judges import BuiltInJudge, InceptionJudge, Judgement, Reference
 from qandc_core.evaluation.metrics import FeatureStatistics
 from qandc_core.evaluation.tables import factor_table, markdown, plot_main
 from qandc_core.evaluation.variants import Variant, Workbench, balanced_labels
@@ -60,17 +60,17 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def digits():
-    return DigitsJudge()
+def pictures():
+    return BuiltInJudge()
 
 
-def experiment(model, digits, sizes=SIZES, log=silent):
-    return Experiment(Workbench(model, SAMPLING, PLAN, pairs=4), digits, sizes, ALONE, log)
+def experiment(model, pictures, sizes=SIZES, log=silent):
+    return Experiment(Workbench(model, SAMPLING, PLAN, pairs=4), pictures, sizes, ALONE, log)
 
 
 @pytest.fixture(scope="module")
-def shared(model, digits):
-    return experiment(model, digits)
+def shared(model, pictures):
+    return experiment(model, pictures)
 
 
 # --- sampling and rows ------------------------------------------------------------------------------------------------
@@ -103,9 +103,9 @@ def test_the_plain_variant_sampled_again_is_full_precision_bit_for_bit(shared):
     assert torch.equal(again, shared.full_samples(FULL, 1))
 
 
-def test_rows_are_deterministic(model, digits):
+def test_rows_are_deterministic(model, pictures):
     variant = replace(MAIN_ROWS[-1], steps=STEPS)
-    first, second = (experiment(model, digits).row(variant) for _ in range(2))
+    first, second = (experiment(model, pictures).row(variant) for _ in range(2))
     assert first == second
     assert 0 < first["metrics"]["relative_l2"]["mean"] < 1
     assert len(first["factors"]) == STEPS and len(first["factors"][0]) == 3
@@ -120,20 +120,20 @@ def test_fewer_steps_are_compared_with_all_steps(shared):
     assert error > 0
 
 
-def test_full_precision_is_sampled_once_for_each_sampler_and_seed(model, digits, monkeypatch):
+def test_full_precision_is_sampled_once_for_each_sampler_and_seed(model, pictures, monkeypatch):
     calls = []
     original = module.sample
     monkeypatch.setattr(module, "sample", lambda *args: calls.append(args[1:]) or original(*args))
-    run = experiment(model, digits)
+    run = experiment(model, pictures)
     for variant in (FULL, FORA, replace(FULL, sampler="ddim"), replace(FORA, sampler="ddim")):
         run.row(variant)
     # Two seeds times two samplers, in full precision and with the cache.
     assert len(calls) == 8 and len(run.full) == 4
 
 
-def test_every_row_is_logged_with_its_numbers(model, digits):
+def test_every_row_is_logged_with_its_numbers(model, pictures):
     lines = []
-    run = experiment(model, digits, replace(SIZES, seeds=(1,)), lines.append)
+    run = experiment(model, pictures, replace(SIZES, seeds=(1,)), lines.append)
     row = run.row(FORA)
     assert len(lines) == 1 and lines[0].startswith("cache ")
     assert f"{row['metrics']['relative_l2']['mean']:.4f}" in lines[0]
@@ -154,8 +154,8 @@ def brute_precision(real, fake, k=3):
     return (np.linalg.norm(fake[:, None] - real[None], axis=2) <= radii[None]).any(1).mean()
 
 
-class FewDigits(DigitsJudge):
-    """200 of the real digits, so that brute force stays small."""
+class FewPictures(BuiltInJudge):
+    """200 of the real pictures, so that brute force stays small."""
 
     def __init__(self):
         super().__init__()
@@ -164,7 +164,7 @@ class FewDigits(DigitsJudge):
 
 
 def test_judge_against_numpy():
-    few = FewDigits()
+    few = FewPictures()
     generator = torch.Generator().manual_seed(0)
     full = torch.rand(60, 3, 32, 32, generator=generator) * 3 - 1.5
     samples, labels = full + 0.3 * torch.randn(full.shape, generator=generator), balanced_labels(60, 10)
@@ -187,21 +187,21 @@ def test_judge_against_numpy():
     assert scores["recall"][0] == pytest.approx(brute_precision(features, real))
 
 
-def test_the_digits_judge_knows_its_own_reference(digits):
-    real = digits.reference
-    assert real.features.shape == real.floor_features.shape == (2004, 64)
+def test_the_judge_knows_its_own_reference(pictures):
+    real = pictures.reference
+    assert real.features.shape == real.floor_features.shape == (4000, 64)
     assert real.statistics.frechet(FeatureStatistics.of(real.features)) == pytest.approx(0, abs=1e-6)
-    noise = digits(torch.rand(200, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1)
+    noise = pictures(torch.rand(200, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1)
     assert torch.allclose(noise.probabilities.sum(1), torch.ones(200))
     distance = FeatureStatistics.of(noise.features).frechet(real.statistics)
-    assert distance > 20 * real_floor(digits, 2004)["mean"]
+    assert distance > 20 * real_floor(pictures, 4000)["mean"]
 
 
-def test_the_floor_is_a_distance_of_real_from_real(digits):
-    few, many, all_of_them = (real_floor(digits, count) for count in (100, 1000, 10**6))
+def test_the_floor_is_a_distance_of_real_from_real(pictures):
+    few, many, all_of_them = (real_floor(pictures, count) for count in (100, 1000, 10**6))
     assert few["mean"] > many["mean"] > all_of_them["mean"] > 0  # FD is biased upwards where images are few
-    assert few["standard_error"] > 0 and few["images"] == 100 and all_of_them["images"] == 2004
-    exact = FeatureStatistics.of(digits.reference.floor_features).frechet(digits.reference.statistics)
+    assert few["standard_error"] > 0 and few["images"] == 100 and all_of_them["images"] == 4000
+    exact = FeatureStatistics.of(pictures.reference.floor_features).frechet(pictures.reference.statistics)
     assert all_of_them["mean"] == pytest.approx(exact, rel=1e-4)
 
 
@@ -278,10 +278,10 @@ SETUP = {
 
 
 @pytest.fixture(scope="module")
-def main_result(model, digits):
+def main_result(model, pictures):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "measure_time", fixed_time())
-        return run_main(experiment(model, digits), 4, 3)
+        return run_main(experiment(model, pictures), 4, 3)
 
 
 def test_the_main_table_has_eight_rows_the_last_in_the_measured_time(main_result):
@@ -346,8 +346,8 @@ def test_every_factor_row_differs_from_the_base_in_its_factor():
         assert changed and changed <= fields[group], variant.name
 
 
-def test_the_factors_run_and_fill_their_table(model, digits):
-    rows = run_factors(experiment(model, digits, Evaluation(images=4, seeds=(1,), batch=4)))
+def test_the_factors_run_and_fill_their_table(model, pictures):
+    rows = run_factors(experiment(model, pictures, Evaluation(images=4, seeds=(1,), batch=4)))
     assert [(row["group"], row["name"]) for row in rows] == [(group, v.name) for group, v in factor_rows()]
     error = {row["name"]: row["metrics"]["relative_l2"]["mean"] for row in rows}
     assert error["full precision"] == error["full precision, DDIM"] == 0
