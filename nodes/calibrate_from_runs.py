@@ -28,7 +28,7 @@ class CalibrateFromRuns(io.ComfyNode):
             display_name="Calibrate from Runs",
             category=schema.CATEGORY,
             description="Adds every run that samples with this model to a calibration: any sampler, guider, prompt, "
-            "size and LoRA, at almost no extra time. Each queued run adds to the file; the node says when there "
+            "size and LoRA, without sampling twice. Each queued run adds to the file; the node says when there "
             "are enough.",
             search_aliases=["calibration", "record", "ptq", "gptq", "statistics", "any sampler"],
             inputs=[

@@ -64,6 +64,16 @@ class Frontend:
     def prompt(self) -> dict:
         return self.page.evaluate("async () => (await app.graphToPrompt()).output")
 
+    def settled_prompt(self) -> dict:
+        """The prompt once it no longer changes: some nodes set widgets a while after they are loaded."""
+        last, now = None, self.prompt()
+        for _ in range(25):
+            if now == last:
+                break
+            self.page.wait_for_timeout(200)
+            last, now = now, self.prompt()
+        return now
+
     def serialize(self) -> dict:
         """The graph as it is saved: what is undefined is left out, which would arrive here as null."""
         return json.loads(self.page.evaluate("() => JSON.stringify(app.graph.serialize())"))

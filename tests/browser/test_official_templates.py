@@ -69,9 +69,9 @@ def class_of(prompt: dict, value) -> str:
 def test_template_with_the_node(frontend, object_info, name):
     workflow = sampling_templates()[name]
     frontend.load(workflow, name, wait=200)
-    plain = frontend.prompt()
+    plain = frontend.settled_prompt()
     frontend.load(with_cache(workflow, default_widgets(object_info[NODE])), name, wait=200)
-    prompt = frontend.prompt()
+    prompt = frontend.settled_prompt()
     assert set(frontend.missing_nodes()) == absent(workflow, object_info)
     samplers = [node for node in prompt.values() if node["class_type"] in TARGETS]
     assert samplers or not any(node["class_type"] in TARGETS for node in plain.values())

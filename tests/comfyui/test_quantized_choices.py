@@ -55,7 +55,7 @@ def test_patterns_that_match_nothing_are_named(found):
 def test_cancelling_stops_at_the_next_layer_and_leaves_the_source_as_it_was(found):
     result = found("cancelled")
     assert result["ended"] == "interrupted"
-    assert result["shown"] == 4 < result["layers"]
+    assert result["done"] == 4 < result["layers"]
     assert result["same"]
 
 

@@ -81,7 +81,7 @@ class InThisThread(Executor):
 
 
 class Later(Executor):
-    """Work of another thread that has not begun when the run returns."""
+    """Work of another thread that has not begun when the run returns, unless the run waits for it."""
 
     def __init__(self):
         self.work = []
@@ -90,6 +90,10 @@ class Later(Executor):
         done = Future()
         self.work.append(lambda: done.set_result(function(*args, **kwargs)))
         return done
+
+    def finish(self, *awaited) -> None:
+        while self.work:
+            self.work.pop(0)()
 
 
 class Checks:
@@ -164,9 +168,12 @@ class Checks:
         recorder = (
             self.h.node("QandC_CalibrateFromRuns").execute(plain, "device", True, 8, True, 1.0, 400, 4, 0).args[0]
         )
+        later = Later()
+        with mock.patch.multiple(recording, adding=later, wait=later.finish, AT_ONCE=-1, settle=lambda: None):
+            waits = self.waits_for_a_prediction(recorder)
+            until_returned = self.waits_of_a_run(recorder) - self.waits_of_a_run(plain)
+        later.finish()
         recording.adding = InThisThread()
-        waits = self.waits_for_a_prediction(recorder)
-        left = self.waits_of_a_run(recorder, recording) - self.waits_of_a_run(plain, recording)
         same = torch.equal(self.run(recorder)[0], self.run(plain)[0])
         file = self.h.module("nodes.comfyui.files").named_path("device")
         made = self.h.module("qandc_core").load_calibration(file)
@@ -176,19 +183,14 @@ class Checks:
             "same": same, "runs": made.recording.runs, "waits": waits, "layers": len(made.statistics),
             "kinds": kinds, "finite": all(bool(s.finite()) for s in layers),
             "measured": len(made.recording.history), "distances": made.distances is not None,
-            "waits until it returns": left,
+            "waits until it returns": until_returned,
         }  # fmt: skip
 
-    def waits_of_a_run(self, model, recording) -> int:
-        """Until the sampler returns, with statistics that count as large; they are added afterwards."""
-        later = Later()
-        with mock.patch.multiple(recording, adding=later, AT_ONCE=-1, settle=lambda: None):
-            self.device.waits.clear()
-            self.run(model)
-            waits = sum(self.device.waits.values())
-            for work in later.work:
-                work()
-        return waits
+    def waits_of_a_run(self, model) -> int:
+        self.run(model)  # brings its weights back
+        self.device.waits.clear()
+        self.run(model)
+        return sum(self.device.waits.values())
 
     def halved(self, plain) -> dict:
         """TAP Calibrate of eight images at once where two fit, against two at once: layers that differ."""

@@ -90,15 +90,17 @@ def test_features_wait_where_the_node_says(found):
 
 
 def test_runs_are_recorded_on_the_device(found):
-    """The image is the same to the bit, the file holds what runs elsewhere leave in it, and the host waits once the run
-    has ended: longer runs hold out more calls, which are fetched then. Statistics that do not fit beside the model are
-    fetched at every call that is observed.
+    """The image is the same to the bit, the file holds what runs elsewhere leave in it, and the host does not wait for
+    statistics before the run returns. Those that do not fit beside the model are fetched at every call that is
+    observed.
     """
     recorded = found["recorded"]
     assert recorded["same"] and recorded["finite"] and recorded["distances"] and recorded["layers"] > 20
-    assert recorded["runs"] == 5 and recorded["measured"] == 4 and recorded["kinds"] == ["hessian", "inputs"]
+    assert recorded["runs"] == 6 and recorded["measured"] == 5 and recorded["kinds"] == ["hessian", "inputs"]
     if found["mode"] not in ("low", "refused"):
-        assert recorded["waits"] <= found["waits"]["plain"] + 1 and recorded["waits until it returns"] <= 2
+        assert recorded["waits"] <= found["waits"]["plain"] + 1
+    if found["mode"] == "half":  # in the others weights are brought in on the way
+        assert recorded["waits until it returns"] < recorded["layers"] / 2
 
 
 def test_out_of_memory_halves_the_images_at_once(found):

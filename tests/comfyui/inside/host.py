@@ -6,10 +6,11 @@ import asyncio
 import importlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 
 class Host:
@@ -59,6 +60,29 @@ def enable_dynamic_vram() -> None:
 
 def relative(a, b) -> float:
     return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+def cancelled(host: Host, call: Callable[[], Any], kind: str, after: int) -> tuple[str, int]:
+    """Presses Cancel when call() has done so much work of a kind -> how it ended, and how much was done until then."""
+    import comfy.model_management as mm
+
+    work, done = host.module("nodes.comfyui.quantize.work").Work, []
+    did = work.did
+
+    def press(self, what, *args):
+        done.extend([what] * (what == kind))
+        if len(done) == after:
+            mm.interrupt_current_processing()
+        did(self, what, *args)
+
+    try:
+        with patch.object(work, "did", press):
+            call()
+        return "finished", len(done)
+    except mm.InterruptProcessingException:
+        return "interrupted", len(done)
+    finally:
+        mm.interrupt_current_processing(False)
 
 
 def main(checks: dict[str, Any]) -> None:

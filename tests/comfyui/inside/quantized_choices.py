@@ -11,6 +11,7 @@ import families
 import torch
 from family_list import FAMILIES
 from host import Host, main
+from host import cancelled as cancelled_work
 from quantized_families import available, calibrate, load, slug
 from stock_models import STOCK
 
@@ -102,30 +103,13 @@ def model_errors(host: Host) -> dict[str, dict]:
 
 
 def cancelled(host: Host) -> dict:
-    """Cancel is pressed when the fourth layer is done -> how often progress was shown until the end."""
-    import comfy.model_management as mm
-    import comfy.utils
-
-    full, shown = load(host, "Flux"), []
+    """Cancel is pressed when the fourth layer is done -> how many were until the end."""
+    full = load(host, "Flux")
     before = {name: value.clone() for name, value in full.model.state_dict().items()}
-
-    def press(value, total, *args, **kwargs):
-        shown.append(value)
-        if len(shown) == 4:
-            mm.interrupt_current_processing()
-
-    comfy.utils.set_progress_bar_global_hook(press)
-    try:
-        node(host, full)
-        ended = "finished"
-    except mm.InterruptProcessingException:
-        ended = "interrupted"
-    finally:
-        comfy.utils.set_progress_bar_global_hook(None)
-        mm.interrupt_current_processing(False)
+    ended, done = cancelled_work(host, lambda: node(host, full), "rounding", 4)
     after = full.model.state_dict()
     same = after.keys() == before.keys() and all(torch.equal(after[name], value) for name, value in before.items())
-    return {"ended": ended, "shown": len(shown), "same": same, "layers": len(node(host, full)[1])}
+    return {"ended": ended, "done": done, "same": same, "layers": len(node(host, full)[1])}
 
 
 def another_calibration(host: Host) -> str:

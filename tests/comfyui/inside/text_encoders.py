@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from host import Host, main, relative
+from host import cancelled as cancelled_work
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_encoders import tiny_encoders, write_encoder
@@ -228,30 +229,12 @@ def names(host: Host) -> dict[str, Any]:
 
 def cancelled(host: Host) -> dict[str, Any]:
     """Cancel is pressed while the prompts are read, and while layers are rounded."""
-    import comfy.model_management as mm
-    import comfy.utils
-
     clip = load(host, QUICK, files(host, QUICK))
     exact, found = encode(clip), {}
-    for after in (3, 30):
-        shown = []
-
-        def press(value, total, *args, shown=shown, after=after, **kwargs):
-            shown.append(value)
-            if len(shown) == after:
-                mm.interrupt_current_processing()
-
-        comfy.utils.set_progress_bar_global_hook(press)
-        try:
-            quantize(host, clip)
-            ended = "finished"
-        except mm.InterruptProcessingException:
-            ended = "interrupted"
-        finally:
-            comfy.utils.set_progress_bar_global_hook(None)
-            mm.interrupt_current_processing(False)
+    for kind in ("calls", "rounding"):
+        ended, _ = cancelled_work(host, lambda: quantize(host, clip), kind, 3)
         hooks = [m for m in clip.cond_stage_model.modules() if m._forward_pre_hooks or m._forward_hooks]
-        found[after] = {"ended": ended, "same": equal(encode(clip), exact), "hooks": len(hooks)}
+        found[kind] = {"ended": ended, "same": equal(encode(clip), exact), "hooks": len(hooks)}
     return found
 
 
