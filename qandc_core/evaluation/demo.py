@@ -29,24 +29,13 @@ from .experiment import hardware
 from .figure import FigureRow, comparison_figure
 from .judges import BuiltInJudge
 from .metrics import psnr, relative_l2, ssim
-from .variants import Variant, Workbench
+from .variants import RECOMMENDED, Variant, Workbench
 
 DEMO_SAMPLING = SamplingConfig(50, 2.0, "ddim")  # adds no noise, so that features can be extrapolated
 # Small, so that all of it takes less than a minute on two cores.
 DEMO_CALIBRATION, DEMO_PAIRS = CalibrationConfig(trajectories=8, samples=100, clusters=25), 10
 REPEATS = 3
 SHOWN = ("cat", "panda", "penguin", "butterfly", "apple", "sunflower", "rocket", "house", "heart", "car")
-RECOMMENDED = Variant(
-    "Q&C: W8A8 + cache + TAP + VC",
-    bits=(8, 8),
-    interval=3,
-    selection=DEMO_CALIBRATION.selection,
-    time_scale=DEMO_CALIBRATION.time_scale,
-    computed_only=DEMO_CALIBRATION.computed_only,
-    compensation="variance_match",
-    order=1,
-    sampler=DEMO_SAMPLING.sampler,
-)
 NAIVE = Variant("naive W8A8 + cache", bits=(8, 8), interval=3, sampler=DEMO_SAMPLING.sampler)
 
 
