@@ -1,0 +1,137 @@
+"""Writes docs/quantized.md from runs on the newest ComfyUI checkout: python -m tests.comfyui.quantized_table
+
+With --parts FOLDER what was found is kept there, and a run that was broken off goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from tests.kitchens import unpacked
+
+from .checkouts import Checkout, checkouts
+from .families_table import line
+from .formats import SINCE
+from .inside_programs import REPOSITORY, install_pack, run_program
+from .test_quantized_families import families
+
+TABLE = REPOSITORY / "docs" / "quantized.md"
+KITCHENS = ("0.2.31", "0.2.40")  # of ComfyUI 0.33.0, and the latest
+USES = ("LoRA", "low VRAM", "compile")
+TEXT = """# Model families under Quantize
+
+Each row is ComfyUI's own model class in a tiny, randomly filled configuration, quantized by Quantize to nearest and
+sampled for three steps with euler, simple and cfg 2, on ComfyUI {version}, eager kernels on a CPU. Where versions of
+comfy-kitchen give the same numbers they share a row. Numbers are relative L2 differences:
+
+- Samples: from those in full precision. Random networks amplify errors; trained ones are in [results.md](results.md).
+- File: what ModelSave wrote, loaded by ComfyUI without this pack (`load_diffusion_model` and the node UNETLoader, the
+  larger of two), from the samples of the model that was saved. Saved once more it is the same to the bit on every row.
+- LoRA: a LoRA on every quantized layer, put on after Quantize, from full precision with the same LoRA; and baked in.
+- Offloaded: one call with weights that are cast at every call, from the call in full precision.
+- Compiled: the whole network by core's torch.compile wrapper with a backend that runs its graphs as they are, from the
+  samples without; and in how many graphs.
+
+{rows}
+
+Written by `python -m tests.comfyui.quantized_table`.
+"""
+COLUMNS = (
+    "Family", "Format", "comfy-kitchen", "Layers", "Times smaller", "Samples", "File", "LoRA after", "LoRA baked in",
+    "Offloaded", "Compiled",
+)  # fmt: skip
+
+
+def measured(checkout: Checkout, version: str, parts: Path) -> dict[str, Any]:
+    """Family and format -> what the programs found on this comfy-kitchen."""
+    with tempfile.TemporaryDirectory() as name:
+        base = Path(name)
+        (base / "kitchen").mkdir()
+        kitchen = unpacked(version, base / "kitchen")
+        install_pack(base)
+
+        def saved_and_loaded() -> dict[str, Any]:
+            saved = run_program(checkout, "quantized_families", base, kitchen)
+            return {"saved": saved, "stock": run_program(checkout, "stock_load", base, kitchen)}
+
+        found = kept(parts / f"{version}.json", saved_and_loaded)
+        for family in families():
+            only = (family, *USES)
+            path = parts / f"{version}-{family}.json"
+            found |= kept(path, lambda only=only: run_program(checkout, "quantized_use", base, kitchen, only))
+    return found
+
+
+def kept(path: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    if not path.exists():
+        path.write_text(json.dumps(compute()), encoding="utf-8")
+        print(path.stem, flush=True)
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def rows(found: dict[str, Any]) -> dict[tuple[str, str], tuple[str, ...]]:
+    """Family and format -> the cells from the fourth column on."""
+    table = {}
+    for family in families():
+        for format, used in found[family].items():
+            saved, stock = found["saved"][family][format], found["stock"][f"{family}, {format}"]
+            table[family, format] = cells(family, saved, stock, used)
+    return table
+
+
+def cells(family: str, saved: dict[str, Any], stock: dict[str, Any], used: dict[str, Any]) -> tuple[str, ...]:
+    failed = [part for part in (saved, stock, *used.values()) if "failed" in part]
+    if failed or saved["saved again"] is not True or not (saved["configured"] and stock["configured"]):
+        raise SystemExit(f"no table: {family} failed {failed}")
+    before, after = saved["reported"]
+    compiled = used["compile"]["quantized"]
+    if isinstance(compiled, str):
+        raise SystemExit(f"no table: {family} compiled: {compiled}")
+    return (
+        ", ".join(f"{count} {format}" for format, count in saved["layers"].items()),
+        f"{before / after:.1f}",
+        f"{saved['error']:.4f}",
+        shown(max(stock["direct"], stock["UNETLoader"])),
+        f"{used['LoRA']['after']:.4f}",
+        f"{used['LoRA']['baked']:.4f}",
+        f"{used['low VRAM']['plain']['offloaded']:.4f}",
+        f"{shown(compiled)} in {used['compile']['graphs']['quantized']}",
+    )
+
+
+def shown(difference: float) -> str:
+    return f"{difference:.0e}" if difference else "0"
+
+
+def table(found: dict[str, dict[str, Any]], version: str) -> str:
+    """The document of comfy-kitchen version -> what was found on it."""
+    lines, every = [line(COLUMNS), line("---" for _ in COLUMNS)], {name: rows(value) for name, value in found.items()}
+    for key in product(families(), SINCE):
+        same: dict[tuple[str, ...], list[str]] = {}
+        for kitchen, values in every.items():
+            if key in values:
+                same.setdefault(values[key], []).append(kitchen)
+        lines += [line((*key, ", ".join(kitchens), *values)) for values, kitchens in same.items()]
+    return TEXT.format(version=version, rows="\n".join(lines))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--parts", type=Path, help="folder that keeps what was found")
+    args, newest = parser.parse_args(), checkouts()[0]
+    with tempfile.TemporaryDirectory() as parts:
+        folder = args.parts or Path(parts)
+        folder.mkdir(parents=True, exist_ok=True)
+        found = {version: measured(newest, version, folder) for version in KITCHENS}
+    TABLE.write_text(table(found, newest.name), encoding="utf-8")
+    print(f"wrote {TABLE}")
+
+
+if __name__ == "__main__":
+    main()
