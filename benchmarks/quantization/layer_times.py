@@ -31,8 +31,8 @@ CASES = {"W8A8, nearest": ("W8A8", "nearest"), "W8A8, GPTQ": ("W8A8", "gptq"), "
 TEXT = """# Seconds to round a layer
 
 Layers of FLUX.1's shapes, random weights in bfloat16, {tokens} tokens of random inputs kept for X^T X and {held_out}
-held out, float32, {threads} thread of {machine}; torch {torch}, comfy-kitchen {kitchen}. One layer each, with X^T X and
-its factor made for it. Made by `python -m benchmarks.quantization.layer_times`.
+held out, float32, one thread of {machine}; torch {torch}, comfy-kitchen {kitchen}. One layer each, with X^T X and
+its factor made for it; seconds of the processor. Made by `python -m benchmarks.quantization.layer_times`.
 
 {rows}
 
@@ -51,9 +51,9 @@ def seconds(outputs: int, inputs: int, format: str, rounding: str) -> float:
     statistics.update(x)
     statistics.keep_inputs(x)
     statistics.keep_held_out(x[:HELD_OUT])
-    begun = time.perf_counter()
+    begun = time.process_time()
     quantize_weight("layer", weight, None, NativeConfig(format, rounding), statistics)
-    return time.perf_counter() - begun
+    return time.process_time() - begun
 
 
 def key(shape: tuple[int, int], case: str) -> str:
@@ -75,14 +75,13 @@ def report(data: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(1)
     file = args.out / "quantization-layers.json"
     data = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     data |= {
-        "machine": cpu_name(), "threads": args.threads, "torch": torch.__version__, "tokens": TOKENS,
+        "machine": cpu_name(), "torch": torch.__version__, "tokens": TOKENS,
         "held_out": HELD_OUT, "kitchen": version("comfy-kitchen"), "seconds": data.get("seconds", {}),
     }  # fmt: skip
     for shape in dict.fromkeys(DOUBLE + SINGLE):
