@@ -22,13 +22,14 @@ from .inside_programs import REPOSITORY, install_pack, run_program
 from .test_quantized_families import families
 
 TABLE = REPOSITORY / "docs" / "quantized.md"
-KITCHENS = ("0.2.31", "0.2.40")  # of ComfyUI 0.33.0, and the latest
+OLDEST, NEWEST = "0.2.31", "0.2.40"  # of ComfyUI 0.33.0, and the latest
 USES = ("LoRA", "low VRAM", "compile")
 TEXT = """# Model families under Quantize
 
 Each row is ComfyUI's own model class in a tiny, randomly filled configuration, quantized by Quantize to nearest and
-sampled for three steps with euler, simple and cfg 2, on ComfyUI {version}, eager kernels on a CPU. Where versions of
-comfy-kitchen give the same numbers they share a row. Numbers are relative L2 differences:
+sampled for three steps with euler, simple and cfg 2, on ComfyUI {version} with comfy-kitchen {newest}, eager kernels on a
+CPU. The last column says whether layers, sizes, samples and files are the same with {oldest}, else its samples and file.
+Numbers are relative L2 differences:
 
 - Samples: from those in full precision. Random networks amplify errors; trained ones are in [results.md](results.md).
 - File: what ModelSave wrote, loaded by ComfyUI without this pack (`load_diffusion_model` and the node UNETLoader, the
@@ -43,12 +44,12 @@ comfy-kitchen give the same numbers they share a row. Numbers are relative L2 di
 Written by `python -m tests.comfyui.quantized_table`.
 """
 COLUMNS = (
-    "Family", "Format", "comfy-kitchen", "Layers", "Times smaller", "Samples", "File", "LoRA after", "LoRA baked in",
-    "Offloaded", "Compiled",
+    "Family", "Format", "Layers", "Times smaller", "Samples", "File", "LoRA after", "LoRA baked in", "Offloaded",
+    "Compiled", "On comfy-kitchen 0.2.31",
 )  # fmt: skip
 
 
-def measured(checkout: Checkout, version: str, parts: Path) -> dict[str, Any]:
+def measured(checkout: Checkout, version: str, parts: Path, used: bool) -> dict[str, Any]:
     """Family and format -> what the programs found on this comfy-kitchen."""
     with tempfile.TemporaryDirectory() as name:
         base = Path(name)
@@ -61,7 +62,7 @@ def measured(checkout: Checkout, version: str, parts: Path) -> dict[str, Any]:
             return {"saved": saved, "stock": run_program(checkout, "stock_load", base, kitchen)}
 
         found = kept(parts / f"{version}.json", saved_and_loaded)
-        for family in families():
+        for family in families() if used else ():
             only = (family, *USES)
             path = parts / f"{version}-{family}.json"
             found |= kept(path, lambda only=only: run_program(checkout, "quantized_use", base, kitchen, only))
@@ -75,29 +76,31 @@ def kept(path: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def rows(found: dict[str, Any]) -> dict[tuple[str, str], tuple[str, ...]]:
-    """Family and format -> the cells from the fourth column on."""
-    table = {}
-    for family in families():
-        for format, used in found[family].items():
-            saved, stock = found["saved"][family][format], found["stock"][f"{family}, {format}"]
-            table[family, format] = cells(family, saved, stock, used)
-    return table
-
-
-def cells(family: str, saved: dict[str, Any], stock: dict[str, Any], used: dict[str, Any]) -> tuple[str, ...]:
-    failed = [part for part in (saved, stock, *used.values()) if "failed" in part]
+def saved_cells(found: dict[str, Any], family: str, format: str) -> tuple[str, ...]:
+    """What became of the model, and of its file in ComfyUI without this pack."""
+    if format not in found["saved"][family]:
+        return ()
+    saved, stock = found["saved"][family][format], found["stock"][f"{family}, {format}"]
+    failed = [part["failed"] for part in (saved, stock) if "failed" in part]
     if failed or saved["saved again"] is not True or not (saved["configured"] and stock["configured"]):
-        raise SystemExit(f"no table: {family} failed {failed}")
+        raise SystemExit(f"no table: {family} in {format} failed {failed}")
     before, after = saved["reported"]
-    compiled = used["compile"]["quantized"]
-    if isinstance(compiled, str):
-        raise SystemExit(f"no table: {family} compiled: {compiled}")
     return (
         ", ".join(f"{count} {format}" for format, count in saved["layers"].items()),
         f"{before / after:.1f}",
         f"{saved['error']:.4f}",
         shown(max(stock["direct"], stock["UNETLoader"])),
+    )
+
+
+def used_cells(used: dict[str, Any]) -> tuple[str, ...]:
+    failed = [part["failed"] for part in used.values() if "failed" in part]
+    if failed:
+        raise SystemExit(f"no table: {failed}")
+    compiled = used["compile"]["quantized"]
+    if isinstance(compiled, str):
+        raise SystemExit(f"no table: {compiled}")
+    return (
         f"{used['LoRA']['after']:.4f}",
         f"{used['LoRA']['baked']:.4f}",
         f"{used['low VRAM']['plain']['offloaded']:.4f}",
@@ -109,16 +112,14 @@ def shown(difference: float) -> str:
     return f"{difference:.0e}" if difference else "0"
 
 
-def table(found: dict[str, dict[str, Any]], version: str) -> str:
-    """The document of comfy-kitchen version -> what was found on it."""
-    lines, every = [line(COLUMNS), line("---" for _ in COLUMNS)], {name: rows(value) for name, value in found.items()}
-    for key in product(families(), SINCE):
-        same: dict[tuple[str, ...], list[str]] = {}
-        for kitchen, values in every.items():
-            if key in values:
-                same.setdefault(values[key], []).append(kitchen)
-        lines += [line((*key, ", ".join(kitchens), *values)) for values, kitchens in same.items()]
-    return TEXT.format(version=version, rows="\n".join(lines))
+def table(newest: dict[str, Any], oldest: dict[str, Any], version: str) -> str:
+    """The document of what was found on the newest and the oldest comfy-kitchen."""
+    lines = [line(COLUMNS), line("---" for _ in COLUMNS)]
+    for family, format in product(families(), SINCE):
+        cells, before = (saved_cells(found, family, format) for found in (newest, oldest))
+        same = "the same" if before == cells else ", ".join(before[2:]) or "-"
+        lines.append(line((family, format, *cells, *used_cells(newest[family][format]), same)))
+    return TEXT.format(version=version, newest=NEWEST, oldest=OLDEST, rows="\n".join(lines))
 
 
 def main() -> None:
@@ -128,8 +129,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as parts:
         folder = args.parts or Path(parts)
         folder.mkdir(parents=True, exist_ok=True)
-        found = {version: measured(newest, version, folder) for version in KITCHENS}
-    TABLE.write_text(table(found, newest.name), encoding="utf-8")
+        found = measured(newest, NEWEST, folder, used=True), measured(newest, OLDEST, folder, used=False)
+    TABLE.write_text(table(*found, newest.name), encoding="utf-8")
     print(f"wrote {TABLE}")
 
 
