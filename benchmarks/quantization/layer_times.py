@@ -3,13 +3,14 @@
     python -m benchmarks.quantization.layer_times
 
 Random weights and inputs; every shape is measured in every format, one layer each. What quantization-layers.json has is
-not measured again. Writes it after each layer, and quantization-layers.md at the end, into benchmarks/results.
+not measured again. Writes it and quantization-layers.md after each layer into benchmarks/results; "-" is not measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -64,12 +65,14 @@ def report(data: dict[str, Any]) -> str:
     shapes, found = list(dict.fromkeys(DOUBLE + SINGLE)), data["seconds"]
     lines = [f"| outputs x inputs | {' | '.join(CASES)} |", "|---|" + "---:|" * len(CASES)]
     for shape in shapes:
-        lines.append(f"| {shape[0]} x {shape[1]} | {' | '.join(f'{found[key(shape, case)]:.1f}' for case in CASES)} |")
+        cells = (f"{found[name]:.1f}" if (name := key(shape, case)) in found else "-" for case in CASES)
+        lines.append(f"| {shape[0]} x {shape[1]} | {' | '.join(cells)} |")
     sums = [f"| parameters | {' | '.join(f'{case}, min' for case in CASES)} |", "|---|" + "---:|" * len(CASES)]
     for name, (double, single) in MODELS.items():
         layers = double * DOUBLE + single * SINGLE
-        totals = (sum(found[key(shape, case)] for shape in layers) / 60 for case in CASES)
-        sums.append(f"| {name} | {' | '.join(f'{total:.0f}' for total in totals)} |")
+        seconds = {case: [found.get(key(shape, case), math.nan) for shape in layers] for case in CASES}
+        totals = (sum(parts) / 60 for parts in seconds.values())
+        sums.append(f"| {name} | {' | '.join('-' if math.isnan(total) else f'{total:.0f}' for total in totals)} |")
     return TEXT.format(**data, rows="\n".join(lines), sums="\n".join(sums))
 
 
@@ -89,8 +92,8 @@ def main() -> None:
             if key(shape, case) not in data["seconds"]:
                 data["seconds"][key(shape, case)] = seconds(*shape, *options)
                 file.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+                (args.out / "quantization-layers.md").write_text(report(data), encoding="utf-8")
                 print(key(shape, case), f"{data['seconds'][key(shape, case)]:.1f}", flush=True)
-    (args.out / "quantization-layers.md").write_text(report(data), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -19,17 +19,18 @@ from .checkouts import Checkout, checkouts
 from .families_table import line
 from .formats import SINCE
 from .inside_programs import REPOSITORY, install_pack, run_program
-from .test_quantized_families import families
+from .test_quantized_families import COMPILED, families
 
 TABLE = REPOSITORY / "docs" / "quantized.md"
 OLDEST, NEWEST = "0.2.31", "0.2.40"  # of ComfyUI 0.33.0, and the latest
+USED = ("Flux", "SD 3.5", "Wan 2.1", "Qwen-Image", "Lumina 2")
 USES = ("LoRA", "low VRAM", "compile")
 TEXT = """# Model families under Quantize
 
 Each row is ComfyUI's own model class in a tiny, randomly filled configuration, quantized by Quantize to nearest and
-sampled for three steps with euler, simple and cfg 2, on ComfyUI {version} with comfy-kitchen {newest}, eager kernels on a
-CPU. The last column says whether layers, sizes, samples and files are the same with {oldest}, else its samples and file.
-Numbers are relative L2 differences:
+sampled for three steps with euler, simple and cfg 2, on ComfyUI {version} with comfy-kitchen {newest}, eager kernels on
+a CPU. The last column says whether layers, sizes, samples and files are the same with {oldest}, else its samples and
+file. Numbers are relative L2 differences:
 
 - Samples: from those in full precision. Random networks amplify errors; trained ones are in [results.md](results.md).
 - File: what ModelSave wrote, loaded by ComfyUI without this pack (`load_diffusion_model` and the node UNETLoader, the
@@ -38,6 +39,7 @@ Numbers are relative L2 differences:
 - Offloaded: one call with weights that are cast at every call, from the call in full precision.
 - Compiled: the whole network by core's torch.compile wrapper with a backend that runs its graphs as they are, from the
   samples without; and in how many graphs.
+- "-" was not tried.
 
 {rows}
 
@@ -62,8 +64,8 @@ def measured(checkout: Checkout, version: str, parts: Path, used: bool) -> dict[
             return {"saved": saved, "stock": run_program(checkout, "stock_load", base, kitchen)}
 
         found = kept(parts / f"{version}.json", saved_and_loaded)
-        for family in families() if used else ():
-            only = (family, *USES)
+        for family in USED if used else ():
+            only = (family, *(USES if family in COMPILED else USES[:-1]))
             path = parts / f"{version}-{family}.json"
             found |= kept(path, lambda only=only: run_program(checkout, "quantized_use", base, kitchen, only))
     return found
@@ -97,14 +99,14 @@ def used_cells(used: dict[str, Any]) -> tuple[str, ...]:
     failed = [part["failed"] for part in used.values() if "failed" in part]
     if failed:
         raise SystemExit(f"no table: {failed}")
-    compiled = used["compile"]["quantized"]
+    compiled = used["compile"]["quantized"] if "compile" in used else 0.0
     if isinstance(compiled, str):
         raise SystemExit(f"no table: {compiled}")
     return (
         f"{used['LoRA']['after']:.4f}",
         f"{used['LoRA']['baked']:.4f}",
         f"{used['low VRAM']['plain']['offloaded']:.4f}",
-        f"{shown(compiled)} in {used['compile']['graphs']['quantized']}",
+        f"{shown(compiled)} in {used['compile']['graphs']['quantized']}" if "compile" in used else "-",
     )
 
 
@@ -118,7 +120,8 @@ def table(newest: dict[str, Any], oldest: dict[str, Any], version: str) -> str:
     for family, format in product(families(), SINCE):
         cells, before = (saved_cells(found, family, format) for found in (newest, oldest))
         same = "the same" if before == cells else ", ".join(before[2:]) or "-"
-        lines.append(line((family, format, *cells, *used_cells(newest[family][format]), same)))
+        used = used_cells(newest[family][format]) if family in USED else ["-"] * 4
+        lines.append(line((family, format, *cells, *used, same)))
     return TEXT.format(version=version, newest=NEWEST, oldest=OLDEST, rows="\n".join(lines))
 
 

@@ -292,11 +292,12 @@ def checks(host: Host, name: str, kinds: list[str]) -> dict[str, dict]:
 
 
 def kinds_of(name: str) -> list[str]:
-    """The checks that are asked for, else all; compiling takes long, not for every family."""
+    """The checks that argv names, which the host replaces, else all; compiling takes long, not for every family."""
     asked = [kind for kind in CHECKS if kind in sys.argv[3:]]
     return asked or [kind for kind in CHECKS if kind != "compile" or name in COMPILED]
 
 
 if __name__ == "__main__":
     chosen = [name for name in STOCK if name in sys.argv[3:]] or USED
-    main({name: lambda host, name=name: checks(host, name, kinds_of(name)) for name in chosen})
+    kinds = {name: kinds_of(name) for name in chosen}
+    main({name: lambda host, name=name: checks(host, name, kinds[name]) for name in chosen})
