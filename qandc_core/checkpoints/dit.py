@@ -28,7 +28,7 @@ from ..models.layouts import (
 )
 from ..values import check_finite, real_number, whole_number
 
-DEMO = Path(__file__).parents[1] / "demo" / "digits_dit.safetensors"
+DEMO = Path(__file__).parents[1] / "demo" / "pictures_dit.safetensors"
 FOLDER_WEIGHTS = tuple(
     f"diffusion_pytorch_model.{ending}" for ending in ("safetensors", "safetensors.index.json", "bin", "bin.index.json")
 )
@@ -83,6 +83,8 @@ def read_dit(
 
     path = locate(source)
     tensors, metadata = read_tensors(path)
+    if path == DEMO:  # kept in half precision to be small
+        tensors = {key: tensor.float() for key, tensor in tensors.items()}
     with reading(path):
         metadata = {**metadata, **pop_metadata(tensors)}
         tensors = dequantized(strip_prefix(tensors))
