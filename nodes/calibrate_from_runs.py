@@ -10,7 +10,7 @@ from comfy_execution.graph_utils import ExecutionBlocker
 from ..qandc_core.calibration.file import load_calibration
 from ..qandc_core.calibration.growth import check_recording
 from ..qandc_core.calibration.presets import CUSTOM
-from ..qandc_core.calibration.presets import recorded as recorded_by
+from ..qandc_core.calibration.presets import preset_recording as recorded_by
 from ..qandc_core.calibration.recorder import RecordingConfig
 from ..qandc_core.calibration.recording import describe
 from . import schema
@@ -112,7 +112,7 @@ class CalibrateFromRuns(io.ComfyNode):
         config = RecordingConfig(samples, hessians, memory_gb, tokens, held_out, reset)
         config = recorded_by(preset, config, mm.get_total_memory(torch.device("cpu")))
         if not record:
-            return io.NodeOutput(without_recording(model), recorded(path, model, node_id))
+            return io.NodeOutput(without_recording(model), recorded_calibration(path, model, node_id))
         recorder = RunRecorder(path, config, fingerprint_of(model), node_id)
         made = record_runs(model, recorder)
         check_writable()
@@ -121,7 +121,7 @@ class CalibrateFromRuns(io.ComfyNode):
         return io.NodeOutput(made, ExecutionBlocker(None))
 
 
-def recorded(path: Path, model, node_id: str | None):
+def recorded_calibration(path: Path, model, node_id: str | None):
     """The calibration that runs of this model made, or what blocks nodes that need it."""
     settle()
     if not path.is_file():

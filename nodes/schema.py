@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import comfy.samplers
 from comfy_api.v0_0_2 import io
 
-from ..qandc_core.calibration.presets import PRESETS
+from ..qandc_core.calibration.presets import PRESET_NAMES
 from .comfyui.settings import AUTO, AUTO_CFG, AUTO_STEPS, LAST_STEP
 
 Calibration = io.Custom("QANDC_CALIBRATION")
@@ -177,7 +177,7 @@ def tokens(**flags: bool) -> io.Input:
 
 
 def preset(sets: str) -> io.Input:
-    return io.Combo.Input("preset", options=list(PRESETS), default=PRESETS[0], optional=True, tooltip=sets)
+    return io.Combo.Input("preset", options=list(PRESET_NAMES), default=PRESET_NAMES[0], optional=True, tooltip=sets)
 
 
 def parse_numbers(text: str, names: Mapping[str, int] | None = None, example: str = "0-4, 8") -> tuple[int, ...]:

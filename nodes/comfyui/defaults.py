@@ -13,7 +13,7 @@ import comfy.model_management as mm
 import torch
 
 from ...qandc_core.calibration.choice import CalibrationConfig
-from ...qandc_core.calibration.presets import CUSTOM, planned
+from ...qandc_core.calibration.presets import CUSTOM, preset_config
 from ...qandc_core.calibration.presets import images_at_once as fitting
 from .making import distinct_trajectories
 from .model.dit import is_dit
@@ -91,7 +91,9 @@ def suited_plan(preset: str, plan: CalibrationConfig, patcher, latent: dict[str,
         tokens = max(1, sum(part[0, 0].numel() for part in parts) // PATCH)
         width = widths[len(widths) // 2] if widths else 1
         memory = mm.get_total_memory(torch.device("cpu"))
-        plan = replace(planned(preset, plan, width, tokens, settings.steps_on(patcher), memory), batch_size=AUTO_COUNT)
+        plan = replace(
+            preset_config(preset, plan, width, tokens, settings.steps_on(patcher), memory), batch_size=AUTO_COUNT
+        )
     trajectories = distinct_trajectories(settings, latent, plan.trajectories)
     at_once = plan.batch_size or images_at_once(patcher, latent)
     return replace(plan, trajectories=trajectories, batch_size=min(at_once, trajectories))

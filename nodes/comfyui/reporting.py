@@ -114,7 +114,7 @@ class ReportRecorder:
             report.computed = [True] * (report.steps if report.finished else len(report.seconds))
         if repeated.get() is None:
             found = self.report()
-            show(self.node, words_of(found) if found is not None else "")
+            show(self.node, report_words(found) if found is not None else "")
 
     def keep(self, report: RunReport, now: tuple[Prompt, str, int] | None) -> None:
         """Takes in a run in place of what its sampler did in an earlier job."""
@@ -142,7 +142,7 @@ class ReportRecorder:
         return replace(joined(found), label=self.label or found[-1].label) if found else None
 
 
-def recorded(value: ReportRecorder | RunReport | None) -> RunReport | None:
+def current_report(value: ReportRecorder | RunReport | None) -> RunReport | None:
     """The report that a wire carries, as it is now."""
     return value.report() if isinstance(value, ReportRecorder) else value
 
@@ -226,7 +226,7 @@ def paged_weights(patcher) -> int:
     return max(0, patcher.loaded_size() - patcher.model.model_loaded_weight_memory)
 
 
-def words_of(report: RunReport) -> str:
+def report_words(report: RunReport) -> str:
     """The report in the lines that a node shows, two of which it shows without being made larger."""
     steps = f"{report.computed_steps} of {report.computed_steps + report.reused_steps} steps computed"
     runs = f" in {report.parts} runs" if report.parts > 1 else ""

@@ -15,7 +15,7 @@ import torch
 
 from ...qandc_core.sampling.report import RunReport
 
-KEY = "qandc"
+NOTES = "qandc"
 REPORT = "qandc_report"  # key of the wrappers that record runs, and where a script puts a report into the options
 QUANTIZATION = "qandc_quantization"  # where a model's options hold what Quantize measured
 WRAPPERS = comfy.patcher_extension.WrappersMP
@@ -108,15 +108,15 @@ def on_one_device(patcher) -> bool:
 def note(patcher, topic: str, text: str, detail: str = "") -> None:
     """Notes what a node attached: a text for reports, and in full what a saved compensation depends on."""
     options = patcher.model_options["transformer_options"]
-    options[KEY] = {**options.get(KEY, {}), topic: (text, detail)}
+    options[NOTES] = {**options.get(NOTES, {}), topic: (text, detail)}
 
 
 def labels(patcher) -> str:
     """The caches, quantization and compensation that our nodes put on this model, in words."""
-    noted = patcher.model_options["transformer_options"].get(KEY, {})
+    noted = patcher.model_options["transformer_options"].get(NOTES, {})
     return ", ".join(text for text, _ in noted.values() if text)
 
 
 def details(patcher) -> dict[str, str]:
-    noted = patcher.model_options["transformer_options"].get(KEY, {})
+    noted = patcher.model_options["transformer_options"].get(NOTES, {})
     return {topic: detail for topic, (_, detail) in noted.items() if detail}

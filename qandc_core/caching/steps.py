@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-TOLERANCE = 1e-4  # relative, between a noise level of the schedule and the same level as a sampler computes it
+LEVEL_TOLERANCE = 1e-4  # relative, between a noise level of the schedule and the same level as a sampler computes it
 
 
 def same_level(first: float, second: float) -> bool:
-    return abs(first - second) <= TOLERANCE * max(abs(first), abs(second))
+    return abs(first - second) <= LEVEL_TOLERANCE * max(abs(first), abs(second))
 
 
 class Steps:

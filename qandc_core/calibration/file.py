@@ -23,7 +23,14 @@ from .fingerprint import Fingerprint, fingerprint_tensors, same_model
 from .recording import Recording, read_recording
 from .statistics import BINS, LayerStatistics
 
-__all__ = ["FINGERPRINT", "Calibration", "fingerprint", "fingerprint_tensors", "load_calibration", "read_header"]
+__all__ = [
+    "FINGERPRINT",
+    "Calibration",
+    "fingerprint",
+    "fingerprint_tensors",
+    "load_calibration",
+    "read_calibration_header",
+]
 FORMAT, VERSION = "qandc-calibration", 1
 REMEDY = "calibrate again"
 FINGERPRINT = "qandc_fingerprint"
@@ -145,7 +152,7 @@ class Calibration:
         save_tensors(tensors or {"empty": torch.zeros(1)}, path, {"qandc": json.dumps(header)})
 
 
-def read_header(path: Path) -> dict[str, Any]:
+def read_calibration_header(path: Path) -> dict[str, Any]:
     """The header of a calibration file, without its tensors. Raises OSError or ValueError on any other file."""
     with reading(path, REMEDY):
         with safe_open(path, "pt") as file:

@@ -97,7 +97,7 @@ def quantize_model(
     if process.world > 1:
         for (name, linear), owner in zip(layers, taken):
             if owner != process.rank:
-                replacements[name] = QuantizedLinear.like(linear, fitting(format, linear), config.backend)
+                replacements[name] = QuantizedLinear.like(linear, packable(format, linear), config.backend)
             receive(replacements[name], owner, process)
     setattr(model, FINGERPRINT, fingerprint(model))
     for name, replacement in replacements.items():
@@ -118,7 +118,7 @@ def rounding_cost(linear: nn.Linear) -> float:
     return linear.in_features**2 * (linear.in_features / 3 + linear.out_features)
 
 
-def fitting(format: LinearFormat, linear: nn.Linear) -> LinearFormat:
+def packable(format: LinearFormat, linear: nn.Linear) -> LinearFormat:
     """The format, or its 8 bits for a layer with an odd number of inputs, which cannot be packed in pairs."""
     return replace(format, w_bits=8) if format.packed and linear.in_features % 2 else format
 
@@ -139,7 +139,7 @@ def quantize_linear(
     weight = linear.weight.detach().float()
     if not torch.isfinite(weight).all():
         raise ValueError(f"The weight of {name} holds values that are not finite; the checkpoint is damaged.")
-    format = fitting(format, linear)
+    format = packable(format, linear)
     grid = weight_grid(weight, format.w_bits, format.symmetric)
     if config.rounding == "gptq":
         hessian = None if statistics is None else statistics.second_moment(weight.device)

@@ -29,7 +29,7 @@ def about(seconds: float) -> str:
 
 
 @dataclass
-class Share:
+class Pace:
     """One kind of work: how much there is, how much is done, and the seconds that took."""
 
     total: float
@@ -46,7 +46,7 @@ class Estimate:
     """`totals` are amounts of each kind of work in units of its own; work of one kind follows upon another."""
 
     def __init__(self, totals: Mapping[str, float], clock: Callable[[], float] = time.monotonic):
-        self.shares = {kind: Share(total) for kind, total in totals.items()}
+        self.shares = {kind: Pace(total) for kind, total in totals.items()}
         self.clock, self.last, self.spent = clock, clock(), 0.0
 
     def resume(self) -> None:

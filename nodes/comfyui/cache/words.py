@@ -6,7 +6,7 @@ from ..status import sentences
 from .run import ModelRun
 
 
-def words_of(run: ModelRun, ended: str = "") -> str:
+def cache_words(run: ModelRun, ended: str = "") -> str:
     """The number of computed steps, the speedup of the model calls, and every warning on its own line.
 
     A node shows two lines before it has to be made larger, so what a user must know comes first. `ended` says why a

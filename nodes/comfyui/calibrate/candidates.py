@@ -6,13 +6,13 @@ from torch import Tensor
 
 from ....qandc_core.calibration.choice import Candidates, features_of
 from ....qandc_core.calibration.layer_inputs import Watch
-from ..cache.attach import KEY as CACHE
 from ..cache.attach import is_reused
+from ..cache.calls import CACHE
 from ..compensation import preserved_scale
 from ..wrappers import is_flow, scalar, step_at
 
 
-def conditions_of(options: dict) -> int:
+def condition_count(options: dict) -> int:
     """Number of conditions side by side in the batch of a model call."""
     return len(options.get("uuids", (None,)))
 
@@ -64,7 +64,7 @@ class Collecting:
 
         if not is_counted(executor, self.model, transformer_options):
             return call()
-        count = conditions_of(transformer_options)
+        count = condition_count(transformer_options)
         self.conditions += count
         if self.watch is None:
             return call()

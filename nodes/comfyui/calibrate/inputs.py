@@ -15,7 +15,7 @@ import comfy.utils
 from torch import nn
 
 from ....qandc_core.calibration.digest import Digest, Sampled, digest
-from ..cache.attach import KEY as CACHE
+from ..cache.calls import CACHE
 from ..quantize.weights import base_tensors
 from ..wrappers import REPORT, details
 
@@ -59,7 +59,7 @@ OF_A_RUN = {
 
 def digest_of_inputs(*values: Any) -> Digest:
     """Equal only for equal values, models among them, in any process; what it cannot tell makes it unique."""
-    found = digest(*values, replace=Standing())
+    found = digest(*values, replace=StandIns())
     if not found.known:
         log.info(
             "Q&C: a cancelled run of these inputs cannot be resumed, because %s cannot be compared.",
@@ -68,7 +68,7 @@ def digest_of_inputs(*values: Any) -> Digest:
     return found
 
 
-class Standing:
+class StandIns:
     """What stands for ComfyUI's objects: of a model what it computes with, not where its weights are just now."""
 
     def __init__(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ....qandc_core.calibration.layer_inputs import Observer
-from .candidates import conditions_of, is_counted
+from .candidates import condition_count, is_counted
 
 
 class Observing:
@@ -25,4 +25,4 @@ class Observing:
         if not is_counted(executor, self.model, transformer_options):
             return call()
         conditions = {"c_concat": c_concat, "c_crossattn": c_crossattn, "control": control, **kwargs}
-        return self.observer.called(call, x, t, conditions, conditions_of(transformer_options))
+        return self.observer.called(call, x, t, conditions, condition_count(transformer_options))

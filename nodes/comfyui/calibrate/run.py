@@ -24,7 +24,7 @@ from .inputs import digest_of_inputs
 from .layer_inputs import Observing
 
 __all__ = ["SELECTIONS", "CalibrationConfig", "calibrate", "digest_of"]
-KEY = "qandc_calibration"
+CALIBRATION = "qandc_calibration"
 VERSION = 4  # of what a partial file notes
 
 
@@ -89,8 +89,8 @@ class SamplingHost:
         """One sampling run whose predictions and model calls pass through `watch`."""
         watched = self.progress.timed(self.patcher.clone())
         on_one_device(watched)  # whose layers are observed
-        replace_wrapper(watched, WRAPPERS.PREDICT_NOISE, KEY, watch.predict_noise)
-        replace_wrapper(watched, WRAPPERS.APPLY_MODEL, KEY, watch.apply_model)
+        replace_wrapper(watched, WRAPPERS.PREDICT_NOISE, CALIBRATION, watch.predict_noise)
+        replace_wrapper(watched, WRAPPERS.APPLY_MODEL, CALIBRATION, watch.apply_model)
         images = images_of(self.latent, image_numbers(batch, self.settings.count))
         sample_new(watched, self.settings, images, batch.seed, self.progress.step, batch.first, batch.prompt)
 

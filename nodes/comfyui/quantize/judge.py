@@ -19,7 +19,7 @@ from ....qandc_core.quantization.sensitivity import answering_as
 FEW = 3  # calls that tell shares of the error
 
 
-class Judge:
+class HeldOutError:
     """Compares with the patcher, as it is, on these calls; `called` is told of every answer."""
 
     def __init__(self, patcher, calls: tuple[ModelCall, ...], called: Callable[[], None]):

@@ -21,11 +21,11 @@ from ....qandc_core.quantization.sensitivity import grouped
 from ....qandc_core.sampling.clock import Stopwatch
 from ..wrappers import QUANTIZATION, note, on_one_device
 from .formats import backend, check_supported
-from .judge import FEW, Judge
+from .judge import FEW, HeldOutError
 from .layers import all_linears, check_loras, check_not_paper, narrower, packed_name, quantizable
 from .patcher import as_native
-from .rebuild import again, compiled_again, rebuilt, shapes_read_by_detection, stored_dtype
-from .weights import SourceWeights, fingerprint_of, is_quantized
+from .rebuild import compiled_again, rebuilt, rebuilt_again, shapes_read_by_detection, stored_dtype
+from .weights import SourceWeights, fingerprint_of, is_packed
 from .work import Work
 
 log = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ def quantize_native(
     calls = calibration.held_out if calibration is not None else ()
     work = planned_work(patcher, settings, layers, len(calls), node_id)
     weights = SourceWeights(patcher, settings.loras == "bake", stored_dtype(patcher.model.model_config))
-    judge = Judge(patcher, calls, work.called) if calls else None
+    judge = HeldOutError(patcher, calls, work.called) if calls else None
     if judge is not None:
         judge.prepare()  # first, so that the time of a call is known
     quantized = quantized_weights(weights, layers, settings, calibration, work, judge)
@@ -107,7 +107,7 @@ def chosen_layers(patcher, settings: NativeSettings) -> list[str]:
 def check_decodable(layers: list[tuple[str, Any]], loader: str) -> None:
     """Raises ValueError on weights that are neither floating point nor packed by ComfyUI, such as GGUF's."""
     for name, module in layers:
-        if not (is_quantized(module.weight) or module.weight.is_floating_point()):
+        if not (is_packed(module.weight) or module.weight.is_floating_point()):
             raise ValueError(
                 f"The weight of {name} is a {type(module.weight).__name__} of {module.weight.dtype}, expected floating "
                 f"point; load the model with {loader} from a file of 16 bits."
@@ -143,7 +143,7 @@ def quantized_weights(
     settings: NativeSettings,
     calibration: Calibration | None,
     work: Work,
-    judge: Judge | None,
+    judge: HeldOutError | None,
 ) -> dict[str, NativeLayer | None]:
     """Every layer's tensors; None where it stays as it is. Raises ValueError where all of them do."""
     device, network = mm.get_torch_device(), weights.patcher.model.diffusion_model
@@ -178,13 +178,13 @@ def quantized_weights(
     return found
 
 
-def judge_of_layers(judge: Judge, settings: NativeSettings) -> Judge:
+def judge_of_layers(judge: HeldOutError, settings: NativeSettings) -> HeldOutError:
     """The judge of the layers by themselves: LoRAs that are kept on top are no part of them."""
     if settings.loras == "bake" or not judge.patcher.patches:
         return judge
     plain = judge.patcher.clone()
     plain.patches, plain.patches_uuid = {}, uuid.uuid4()
-    return Judge(plain, judge.calls, judge.called)
+    return HeldOutError(plain, judge.calls, judge.called)
 
 
 def planned_work(patcher, settings: NativeSettings, names: list[str], calls: int, node_id: str | None) -> Work:
@@ -225,7 +225,7 @@ def assembled(weights: SourceWeights, quantized: dict[str, NativeLayer | None]):
         tensors |= {f"{name}.{key}": value.cpu() for key, value in layer.tensors.items()}
     fresh = rebuilt(patcher, tensors)
     setattr(fresh.model.diffusion_model, FINGERPRINT, fingerprint_of(patcher))
-    fresh.cached_patcher_init = (again, (fresh,))
+    fresh.cached_patcher_init = (rebuilt_again, (fresh,))
     model = as_native(patcher.clone(model_override=fresh.get_clone_model_override()))
     model.cached_patcher_init = fresh.cached_patcher_init
     if weights.bake:

@@ -21,7 +21,7 @@ from ....qandc_core.quantization.adapters import Beside
 from ....qandc_core.quantization.formats import packed_format
 from .beside import BesideLayer, beside_of
 from .finer import decode_at_call, file_mark, finer_format, finer_parts, for_file, growth, holds_patched, stored_patched
-from .weights import is_quantized
+from .weights import is_packed
 
 
 class Backup(NamedTuple):
@@ -156,7 +156,7 @@ class NativePatcher:
         for name, module in model.named_modules():
             key = f"{prefix}{name}.weight"
             weight: Any = self.unpatched(key) if key in self.besides() else getattr(module, "weight", None)
-            if is_quantized(weight):
+            if is_packed(weight):
                 gone.update(weight.state_dict(f"{name}.weight"))
                 replaced |= self.saved_parts(name, module, weight, prefix)
         rest = super().model_state_dict_for_saving(WithoutTensors(model, gone | replaced.keys()), prefix)  # type: ignore[misc]
@@ -188,7 +188,7 @@ class NativePatcher:
         if self.besides().get(key, weight) is None:
             with holds_patched(self.owner(key), weight):
                 return super().patch_weight_to_device(key, device_to=device_to, **how)  # type: ignore[misc]
-        if not is_quantized(weight) or (key in self.patches and key not in self.besides()):  # type: ignore[attr-defined]
+        if not is_packed(weight) or (key in self.patches and key not in self.besides()):  # type: ignore[attr-defined]
             return super().patch_weight_to_device(key, device_to=device_to, **how)  # type: ignore[misc]
         if not how.get("force_cast"):
             return weight
@@ -283,7 +283,7 @@ class NativePatcher:
 def decode(weight: Any) -> Tensor:
     """A weight (N, K) in float32 that may be changed."""
     wide = weight.to(dtype=torch.float32)
-    return wide.dequantize() if is_quantized(wide) else wide.clone()
+    return wide.dequantize() if is_packed(wide) else wide.clone()
 
 
 class PaperPatcher:
