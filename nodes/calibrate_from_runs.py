@@ -17,7 +17,7 @@ from . import schema
 from .comfyui.calibrate.recording import RunRecorder, record_runs, settle, without_recording
 from .comfyui.files import check_writable, file_state, named_path
 from .comfyui.quantize.weights import fingerprint_of
-from .comfyui.status import show
+from .comfyui.status import node_of, show
 
 
 class CalibrateFromRuns(io.ComfyNode):
@@ -46,7 +46,7 @@ class CalibrateFromRuns(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "samples",
-                    default=8,
+                    default=RecordingConfig.samples,
                     min=1,
                     max=1024,
                     tooltip="Calibration samples per run, spread over its steps, prompts and images; at most a tenth "
@@ -57,7 +57,7 @@ class CalibrateFromRuns(io.ComfyNode):
                 schema.tokens(),
                 io.Int.Input(
                     "held_out",
-                    default=8,
+                    default=RecordingConfig.held_out,
                     min=0,
                     max=256,
                     advanced=True,
@@ -65,7 +65,7 @@ class CalibrateFromRuns(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "reset",
-                    default=0,
+                    default=RecordingConfig.reset,
                     min=0,
                     max=2**31,
                     advanced=True,
@@ -108,7 +108,7 @@ class CalibrateFromRuns(io.ComfyNode):
         reset: int,
         preset: str = CUSTOM,
     ) -> io.NodeOutput:
-        path, node_id = named_path(name), getattr(cls.hidden, "unique_id", None)
+        path, node_id = named_path(name), node_of(cls)
         config = RecordingConfig(samples, hessians, memory_gb, tokens, held_out, reset)
         config = recorded_by(preset, config, mm.get_total_memory(torch.device("cpu")))
         if not record:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import comfy.samplers
 from comfy_api.v0_0_2 import io
 
+from ..qandc_core.calibration.choice import CalibrationConfig
 from ..qandc_core.calibration.presets import PRESET_NAMES
 from .comfyui.settings import AUTO, AUTO_CFG, AUTO_STEPS, LAST_STEP
 
@@ -146,7 +147,7 @@ def wired_sampling() -> list[io.Input]:
 def hessians() -> io.Input:
     return io.Boolean.Input(
         "hessians",
-        default=True,
+        default=CalibrationConfig.hessians,
         advanced=True,
         tooltip="Collect the input Hessian (X^T X) of every layer, which GPTQ needs. Off saves memory.",
     )
@@ -155,7 +156,7 @@ def hessians() -> io.Input:
 def memory_gb(**flags: bool) -> io.Input:
     return io.Float.Input(
         "memory_gb",
-        default=4.0,
+        default=CalibrationConfig.memory_gb,
         min=0.1,
         max=1024.0,
         step=0.1,
@@ -167,7 +168,7 @@ def memory_gb(**flags: bool) -> io.Input:
 def tokens(**flags: bool) -> io.Input:
     return io.Int.Input(
         "tokens",
-        default=4096,
+        default=CalibrationConfig.tokens,
         min=64,
         max=1048576,
         advanced=True,

@@ -13,6 +13,7 @@ import comfy.model_management as mm
 import torch
 from torch import Tensor
 
+from ...qandc_core.caching.steps import step_at
 from ...qandc_core.calibration.choice import Batch, CalibrationConfig
 from ...qandc_core.compensation.correction import (
     Shapes,
@@ -39,7 +40,6 @@ from .wrappers import (
     reports_of,
     sampler_function_name,
     scalar,
-    step_at,
 )
 
 COMPENSATION = "qandc_compensation"
@@ -71,12 +71,9 @@ class Correcting:
         run = RunState(sigmas.tolist(), sampler_function_name(sampler), parts if len(parts) > 1 else ())
         check_falling(run.sigmas)
         self.begin(guider, sampler, run, noise, [part[0] for part in parts])
-        saved, options = guider.model_options, options_of_run(guider)
-        options[COMPENSATION] = run
-        try:
+        with options_of_run(guider) as options:
+            options[COMPENSATION] = run
             return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
-        finally:
-            guider.model_options = saved
 
     def predict_noise(self, executor, x, timestep, model_options, seed):
         run: RunState = model_options["transformer_options"][COMPENSATION]

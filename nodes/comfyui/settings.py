@@ -273,5 +273,10 @@ def images_of(latent: dict[str, Any], numbers: Sequence[int]) -> dict[str, Any]:
     return taken
 
 
+def parts_of(latent) -> list[Tensor]:
+    """The tensors of a latent: several where it is nested, as of video and sound."""
+    return latent.unbind() if latent.is_nested else [latent]
+
+
 def batch_of(latent) -> int:
-    return len(latent.unbind()[0]) if latent.is_nested else len(latent)
+    return len(parts_of(latent)[0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -39,12 +39,6 @@ def reports_of(options: Mapping[str, Any]) -> list[RunReport]:
     """The reports that a run with these transformer_options fills in."""
     own = options.get(REPORT)
     return [*reports.get(), *([] if own is None else [own])]
-
-
-def step_at(sigmas: Sequence[float], sigma: float) -> int:
-    """The step of a falling schedule that a model call at `sigma` belongs to: the last that begins at or above it."""
-    begun = [i for i, start in enumerate(sigmas[:-1]) if start >= sigma * (1 - 1e-4)]
-    return begun[-1] if begun else 0
 
 
 def scalar(sigma: torch.Tensor) -> float:
@@ -87,10 +81,15 @@ def samples_flow(patcher) -> bool:
     return isinstance(patcher.get_model_object("model_sampling"), comfy.model_sampling.CONST)
 
 
-def options_of_run(guider) -> dict[str, Any]:
+@contextmanager
+def options_of_run(guider) -> Iterator[dict[str, Any]]:
     """transformer_options that this run alone sees; wrappers put its state there, never into the model."""
-    guider.model_options = comfy.model_patcher.create_model_options_clone(guider.model_options)
-    return guider.model_options["transformer_options"]
+    saved = guider.model_options
+    guider.model_options = comfy.model_patcher.create_model_options_clone(saved)
+    try:
+        yield guider.model_options["transformer_options"]
+    finally:
+        guider.model_options = saved
 
 
 def replace_wrapper(patcher, kind: str, key: str, wrapper) -> None:

@@ -14,7 +14,7 @@ from math import ceil, isfinite
 
 from .plans import BudgetPlan, CountedPlan, Place, Plan, SpeedupPlan
 from .runs import RunFacts, StepDistances
-from .schedule import SPACING, CacheConfig, check_order, spread
+from .schedule import SPACING, CacheConfig, check_order, check_reuse, spread
 
 
 @dataclass(frozen=True)
@@ -270,10 +270,17 @@ class ErrorBudget(CachePolicy):
 
 @dataclass(frozen=True)
 class PolicyConfig:
-    """A policy and what it reuses, for an engine that learns the number of steps with each run."""
+    """A policy and what it reuses, for an engine that learns the number of steps with each run.
+
+    `reuse` "branch" keeps attention and MLP outputs before the gate (FORA), "block" what each block adds, "prediction"
+    the predicted clean image, which needs a FusedDiT: only its loop sees predictions.
+    """
 
     policy: CachePolicy
     reuse: str = "branch"
+
+    def __post_init__(self) -> None:
+        check_reuse(self.reuse)
 
     @property
     def order(self) -> int:

@@ -11,6 +11,12 @@ def same_level(first: float, second: float) -> bool:
     return abs(first - second) <= LEVEL_TOLERANCE * max(abs(first), abs(second))
 
 
+def step_at(sigmas: Sequence[float], sigma: float) -> int:
+    """The step of a falling schedule that a model call at `sigma` belongs to: the last that begins at or above it."""
+    begun = [i for i, start in enumerate(sigmas[:-1]) if start >= sigma * (1 - LEVEL_TOLERANCE)]
+    return begun[-1] if begun else 0
+
+
 class Steps:
     """Locates noise levels in a schedule (T + 1,) that falls, rises or does both, in the order in which they come.
 

@@ -16,6 +16,7 @@ from .tap import tap_select
 
 FEATURES = 16384  # values of a sample that TAP clusters; larger latents are averaged down to this
 SELECTIONS = ("tap", "stratified", "random")
+SURPLUS = 2.0  # with that many candidates for a sample, statistics of all still cost less than sampling anew
 
 
 class Batch(NamedTuple):

@@ -64,8 +64,3 @@ def left_to_gain(history: Sequence[float], runs: int) -> float | None:
     numbers = (max(k, 2) for k in range(runs - len(latest) + 1, runs + 1))
     c = sum(log / (1 / (k - 1) + 1 / k) for k, log in zip(numbers, latest)) / len(latest)
     return -math.expm1(-max(c, 0.0) / runs / 2)
-
-
-def is_enough(history: Sequence[float], runs: int) -> bool:
-    left = left_to_gain(history, runs)
-    return left is not None and left < ENOUGH

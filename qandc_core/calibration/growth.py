@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..caching.steps import step_at
 from ..files import reading
 from .calls import pack_calls, unpack_calls
 from .file import Calibration, load_calibration, read_calibration_header
@@ -166,8 +167,7 @@ def distances_of(run: RunRecord, schedule: RunSchedule) -> ScheduleSums | None:
         return None  # a schedule that rises, as of unsampling
     by_step: dict[int, Tensor] = {}
     for level, values in run.predictions:
-        begun = [i for i, start in enumerate(schedule.sigmas[:-1]) if start >= level * (1 - 1e-4)]
-        by_step.setdefault(begun[-1] if begun else 0, values)
+        by_step.setdefault(step_at(sigmas, level), values)
     found = [by_step[step] for step in range(steps) if step in by_step]
     if not schedule.whole or not steps or len(found) < steps or len({len(values) for values in found}) > 1:
         return None

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ..numerics import is_out_of_memory
 from .calls import ModelCall
-from .choice import reduced
+from .choice import CalibrationConfig, reduced
 from .layer_inputs import HELD_OUT_TOKENS, call_of, of_samples
 from .memory import StatisticsPlan, plan_statistics
 from .records import PROBE_TOKENS, LayerRecord, Room, RunRecord
@@ -48,10 +48,10 @@ class RecordingConfig:
     """
 
     samples: int = 8
-    hessians: bool = True
-    memory_gb: float = 4.0
-    tokens: int = 4096
-    held_out: int = 8
+    hessians: bool = CalibrationConfig.hessians
+    memory_gb: float = CalibrationConfig.memory_gb
+    tokens: int = CalibrationConfig.tokens
+    held_out: int = CalibrationConfig.held_out
     reset: int = 0
 
     def strata(self, total: int) -> int:

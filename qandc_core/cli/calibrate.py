@@ -4,8 +4,9 @@ import argparse
 from copy import deepcopy
 from dataclasses import replace
 
-from ..calibration.choice import SELECTIONS, CalibrationConfig
+from ..calibration.choice import SELECTIONS, SURPLUS, CalibrationConfig
 from ..calibration.file import Calibration
+from ..diffusion.classes import balanced_labels
 from ..distributed import Distributed
 from .common import (
     CACHE_INTERVAL,
@@ -24,7 +25,6 @@ from .common import (
 
 SUMMARY = "calibrate a model with the cache on, and fit the variance compensation"
 DEFAULT = CalibrationConfig()
-SURPLUS = 2.0  # with that many candidates, their statistics still cost less than sampling anew
 SCHEDULE_LABELS, FIT_SEED = 16, 401  # calibration samples with its own seed and those after it
 
 
@@ -88,7 +88,7 @@ def calibrated(args: argparse.Namespace, process: Distributed) -> Calibration:
         surplus=SURPLUS,
     )
     if args.optimal_steps:
-        few = labels(SCHEDULE_LABELS, classes)
+        few = balanced_labels(SCHEDULE_LABELS, classes)
         distances = process.shared(lambda: feature_distances(model, few, config, seed=settings.seed))
         schedule = optimal_schedule(distances, len(range(0, args.steps, args.cache_interval)))
     if args.cache_interval > 1:
@@ -105,12 +105,7 @@ def calibrated(args: argparse.Namespace, process: Distributed) -> Calibration:
         rounding = "gptq" if args.hessians else "nearest"
         codes = QuantizationConfig(rounding=rounding)
         quantize_model(fast, args.w_bits, args.a_bits, DIT_SKIP, calibration, codes, process=process)
-        pairs = labels(args.pairs, classes)
+        pairs = balanced_labels(args.pairs, classes)
         variance = fit_variance_compensation(model, fast, pairs, config, seed=FIT_SEED, process=process)
         calibration = calibration.with_variance(variance)
     return calibration
-
-
-def labels(count: int, classes: int) -> list[int]:
-    """Every class in turn."""
-    return [i % classes for i in range(count)]

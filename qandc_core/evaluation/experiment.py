@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..compensation.correction import VarianceCompensation
+from ..diffusion.classes import balanced_labels
 from ..diffusion.process import SamplingConfig
 from ..distributed import Distributed, all_gather_tensors
 from ..models.dit import DiT
@@ -26,7 +27,7 @@ from .metrics import (
     relative_l2,
     standard_error,
 )
-from .variants import Variant, Workbench, balanced_labels
+from .variants import Variant, Workbench
 
 Log = Callable[[str], None]
 

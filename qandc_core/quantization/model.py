@@ -15,7 +15,7 @@ from ..models.dit import check_open
 from ..models.layers import named_linears
 from ..values import real_number
 from .clipping import CLIPPINGS, activation_bounds
-from .gptq import gptq_codes
+from .gptq import ROUNDINGS, gptq_codes, rounding_cost
 from .grids import Grid, affine_grid, quantize, symmetric_grid, weight_grid
 from .linear import LinearFormat, QuantizedLinear
 from .matmul import BACKENDS
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from ..calibration.statistics import LayerStatistics
 
 NATIVE_SKIP = ("t_embedder",)  # of our DiT in ComfyUI's formats: modulations, a third of its weights, are quantized
-ROUNDINGS = ("nearest", "gptq")
 
 
 @dataclass(frozen=True)
@@ -111,11 +110,6 @@ def quantize_model(
 def receive(layer: QuantizedLinear, owner: int, process: Distributed) -> None:
     """Gives the layer the values that its owner computed."""
     layer.load_state_dict({key: process.sent(value.cpu(), owner) for key, value in layer.state_dict().items()})
-
-
-def rounding_cost(linear: nn.Linear) -> float:
-    """Operations of gptq: a factorization of X^T X, and products with its factor."""
-    return linear.in_features**2 * (linear.in_features / 3 + linear.out_features)
 
 
 def packable(format: LinearFormat, linear: nn.Linear) -> LinearFormat:

@@ -14,7 +14,6 @@ from ..compensation.correction import VarianceCompensation, compensate
 from ..diffusion.process import NoiseSource, ReverseProcess, SamplingConfig
 from ..models.dit import PatchGrid
 from .clock import StepClock
-from .clock import synchronize as synchronize
 from .report import RunReport, peak_memory, reset_peak_memory
 
 

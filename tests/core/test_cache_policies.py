@@ -38,7 +38,7 @@ from qandc_core.caching.policies import (
 )
 from qandc_core.caching.runs import TOLERANCE, StepDistances
 from qandc_core.caching.schedule import CacheConfig, affordable, optimal_schedule, spaced_steps, spread
-from qandc_core.sampling.clock import CallTimes
+from qandc_core.sampling.clock import CallTimes, mark
 
 parts = st.tuples(st.floats(0, 1), st.floats(0, 1))
 seeds = st.integers(0, 2**31)
@@ -805,13 +805,13 @@ def test_there_is_no_speedup_before_both_kinds_of_call_were_seen(kind):
 
 def test_marks_on_the_cpu_are_seconds():
     times, cpu = CallTimes(), torch.device("cpu")
-    begun = times.mark(cpu)
-    times.add(begun, times.mark(cpu), False)
+    begun = mark(cpu)
+    times.add(begun, mark(cpu), False)
     assert 0 <= times.seconds(False)[0] < 60
 
 
 def test_calls_on_a_device_without_a_clock_stay_unknown():
     times, device = CallTimes(), torch.device("meta")
     for reused in (False, True):
-        times.add(times.mark(device), times.mark(device), reused)
+        times.add(mark(device), mark(device), reused)
     assert not times.known and times.speedup() is None

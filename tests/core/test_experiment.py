@@ -207,7 +207,7 @@ def test_the_floor_is_a_distance_of_real_from_real(digits):
 
 def test_no_floor_without_other_real_images():
     class Other:
-        reference = Reference(FeatureStatistics.empty(2))
+        reference = Reference(FeatureStatistics.of(torch.randn(3, 2)))
 
     assert real_floor(Other(), 10) is None
 

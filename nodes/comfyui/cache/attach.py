@@ -19,6 +19,7 @@ from ....qandc_core.caching.cost import reuse_cost
 from ....qandc_core.caching.families import block_lists
 from ....qandc_core.caching.features import FeatureCache
 from ....qandc_core.numerics import relative_error
+from ....qandc_core.sampling.clock import mark
 from ....qandc_core.sampling.report import RunReport
 from ..model.dit import DiTModel
 from ..status import show
@@ -41,33 +42,30 @@ class RunWrapper:
         self.settings = settings
 
     def __call__(self, executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
-        guider = executor.class_obj
-        saved, options = guider.model_options, options_of_run(guider)
-        inside_compile(options)
-        mask = args[0] if args else kwargs.get("denoise_mask")
-        run = ModelRun(
-            self.settings, sigmas, sampler, samples_flow(guider.model_patcher), mask, getattr(guider, "cfg", None)
-        )
-        for text in (*self.settings.warnings, *other_caches(guider.model_patcher, guider.model_options)):
-            run.warn(text)
-        options[CACHE] = run
-        keep_inside(options)
-        keep_unconditional(guider.model_options, run)
-        begun, ended = running.set((*running.get(), self)), "The run did not end."
-        try:
-            out = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
-            run.finish()
-            ended = ""
-            log.log(logging.WARNING if run.warnings else logging.INFO, run.summary())
-            return out
-        finally:
-            show(self.settings.node, cache_words(run, ended))
-            running.reset(begun)
-            for report in reports_of(options):
-                fill_report(report, run)
-            run.caches.clear()
-            run.blocks.clear()
-            guider.model_options = saved
+        guider, mask = executor.class_obj, args[0] if args else kwargs.get("denoise_mask")
+        flow = samples_flow(guider.model_patcher)
+        with options_of_run(guider) as options:
+            inside_compile(options)
+            run = ModelRun(self.settings, sigmas, sampler, flow, mask, getattr(guider, "cfg", None))
+            for text in (*self.settings.warnings, *other_caches(guider.model_patcher, guider.model_options)):
+                run.warn(text)
+            options[CACHE] = run
+            keep_inside(options)
+            keep_unconditional(guider.model_options, run)
+            begun, ended = running.set((*running.get(), self)), "The run did not end."
+            try:
+                out = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+                run.finish()
+                ended = ""
+                log.log(logging.WARNING if run.warnings else logging.INFO, run.summary())
+                return out
+            finally:
+                show(self.settings.node, cache_words(run, ended))
+                running.reset(begun)
+                for report in reports_of(options):
+                    fill_report(report, run)
+                run.caches.clear()
+                run.blocks.clear()
 
 
 def keep_unconditional(model_options: dict[str, Any], run: ModelRun) -> None:
@@ -145,7 +143,7 @@ class ModelWrapper:
             return call()
         with run.lock:
             known, cache = self.placed(run, model, x, c_crossattn, control, transformer_options)
-        begun = run.times.mark(x.device)
+        begun = mark(x.device)
         try:
             out = CALLS[run.reuse](run, cache, model, transformer_options, call)
         except comfy.model_management.OOM_EXCEPTION:
@@ -153,7 +151,7 @@ class ModelWrapper:
                 raise
             out = without_features(run, cache, x.device, call)
         with run.lock:
-            run.times.add(begun, run.times.mark(x.device), cache.run.reusing)
+            run.times.add(begun, mark(x.device), cache.run.reusing)
             run.record(cache, known)
         return out
 

@@ -77,27 +77,25 @@ class RunRecorder:
         runs += [RecordedRun(node, patcher, len(sigmas) - 1) for node, patcher in others_recorded(guider)]
         for run in runs:
             run.node.check(run.patcher)
-        saved, options = guider.model_options, options_of_run(guider)
-        caches = CACHE in options.get("wrappers", {}).get(WRAPPERS.OUTER_SAMPLE, {}) or bool(
-            other_caches(guider.model_patcher, guider.model_options)
-        )
-        schedule = RunSchedule(
-            sigmas.tolist(), sampler_function_name(sampler).removeprefix("sample_"), declares_noise(sampler), not caches
-        )
-        options[RECORDING] = runs
-        keep_innermost(options)
-        begun = recording_now.set((*recording_now.get(), *(run.node for run in runs)))
-        try:
-            out = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
-            for run in runs:
-                if run.recorder.strata is not None:  # at a CFG of 1 a guider leaves its second model out
-                    run.node.end(run.recorder, schedule, run.patcher.load_device)
-            return out
-        finally:
-            recording_now.reset(begun)
-            for run in runs:
-                run.recorder.close()
-            guider.model_options = saved
+        with options_of_run(guider) as options:
+            caches = CACHE in options.get("wrappers", {}).get(WRAPPERS.OUTER_SAMPLE, {}) or bool(
+                other_caches(guider.model_patcher, guider.model_options)
+            )
+            name = sampler_function_name(sampler).removeprefix("sample_")
+            schedule = RunSchedule(sigmas.tolist(), name, declares_noise(sampler), not caches)
+            options[RECORDING] = runs
+            keep_innermost(options)
+            begun = recording_now.set((*recording_now.get(), *(run.node for run in runs)))
+            try:
+                out = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+                for run in runs:
+                    if run.recorder.strata is not None:  # at a CFG of 1 a guider leaves its second model out
+                        run.node.end(run.recorder, schedule, run.patcher.load_device)
+                return out
+            finally:
+                recording_now.reset(begun)
+                for run in runs:
+                    run.recorder.close()
 
     def end(self, recorder: Recorder, schedule: RunSchedule, device: torch.device) -> None:
         """Has a run added that ended well; what it adds is measured on the device."""

@@ -12,10 +12,11 @@ import comfy.model_management as mm
 from torch import nn
 
 from ....qandc_core.calibration.file import FINGERPRINT, Calibration
-from ....qandc_core.quantization.budget import FLOAT, TRIES, Budget, LayerSource, quantize_layers, stored_bytes
+from ....qandc_core.quantization.budget import TRIES, Budget, LayerSource, quantize_layers
 from ....qandc_core.quantization.formats import BY_NAME
+from ....qandc_core.quantization.gptq import rounding_cost
 from ....qandc_core.quantization.native import COLLAPSE, NativeConfig, NativeLayer
-from ....qandc_core.quantization.report import LayerReport, QuantizationReport
+from ....qandc_core.quantization.report import QuantizationReport, layer_reports
 from ....qandc_core.quantization.selection import unmatched
 from ....qandc_core.quantization.sensitivity import grouped
 from ....qandc_core.sampling.clock import Stopwatch
@@ -71,7 +72,7 @@ def quantize_native(
     error = None if judge is None else judge.of_model(model)
     report = QuantizationReport(
         settings.format,
-        layer_reports(weights, quantized),
+        layer_reports(quantized, weights.bytes(quantized)),
         watch.seconds(),
         backend(settings.format, model.load_device),
         error,
@@ -196,24 +197,9 @@ def planned_work(patcher, settings: NativeSettings, names: list[str], calls: int
     return Work(patcher, rounding, asked, node_id)
 
 
-def rounding_cost(module: Any) -> float:
-    """Operations of gptq on a layer, for shares of the time: a factorization of X^T X and a product with it."""
-    return module.in_features**2 * (module.in_features / 3 + module.out_features)
-
-
 def working_memory(module: Any) -> int:
     """Memory to round one layer: X^T X and its factor, and the weight a few times, in float32."""
     return 4 * module.in_features * (3 * module.in_features + 6 * module.out_features)
-
-
-def layer_reports(weights: SourceWeights, quantized: dict[str, NativeLayer | None]) -> list[LayerReport]:
-    before = weights.bytes(quantized)
-    return [
-        LayerReport(name, FLOAT, 0.0, before[name], before[name])
-        if layer is None
-        else LayerReport(name, layer.format, layer.error, before[name], stored_bytes(layer))
-        for name, layer in quantized.items()
-    ]
 
 
 def assembled(weights: SourceWeights, quantized: dict[str, NativeLayer | None]):
