@@ -133,7 +133,7 @@ def unfilled(reports: dict, found: dict) -> list[str]:
     empty = [key for key in reports if reports[key] is not None and found[key.removeprefix("report")] is None]
     if not empty:
         return []
-    return [f"{', '.join(empty)}: nothing was sampled behind that Run Report; put it in front of the sampler"]
+    return [f"{', '.join(empty)}: nothing was sampled with the model of that Run Report; put it before the sampler"]
 
 
 def unequal_jobs(runs) -> list[str]:

@@ -79,7 +79,7 @@ def wired_sampling() -> list[io.Input]:
         io.Guider.Input(
             "guider",
             optional=True,
-            tooltip="The GUIDER of SamplerCustomAdvanced. It decides over positive, negative and cfg here.",
+            tooltip="The GUIDER of SamplerCustomAdvanced. It replaces positive, negative and cfg.",
         ),
         io.Sampler.Input(
             "sampler", optional=True, tooltip="The SAMPLER of a custom sampler node, instead of sampler_name."
@@ -100,8 +100,8 @@ def wired_sampling() -> list[io.Input]:
             max=LAST_STEP,
             optional=True,
             advanced=True,
-            tooltip="As in KSampler (Advanced): the step that this model begins with. A model that goes on where "
-            "another stopped also needs that one's latent, and add_noise off.",
+            tooltip="As in KSampler (Advanced): the first step of this model. To continue the run of another model, "
+            "also wire that one's latent and turn add_noise off.",
         ),
         io.Int.Input(
             "end_at_step",
@@ -119,8 +119,8 @@ def wired_sampling() -> list[io.Input]:
             advanced=True,
             label_on="enable",
             label_off="disable",
-            tooltip="As in KSampler (Advanced): whether the noise of the steps after "
-            "end_at_step stays for another model.",
+            tooltip="As in KSampler (Advanced): keep the noise that is left after end_at_step, for another model to "
+            "remove.",
         ),
         io.Boolean.Input(
             "add_noise",
@@ -129,7 +129,7 @@ def wired_sampling() -> list[io.Input]:
             advanced=True,
             label_on="enable",
             label_off="disable",
-            tooltip="As in KSampler (Advanced): off where the latent comes with noise from another sampler.",
+            tooltip="As in KSampler (Advanced): turn off if the latent already contains noise from another sampler.",
         ),
         io.Float.Input(
             "denoise",

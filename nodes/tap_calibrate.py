@@ -118,7 +118,7 @@ class TAPCalibrate(io.ComfyNode):
                     max=1000.0,
                     step=0.1,
                     advanced=True,
-                    tooltip="TAP: how many steps apart two samples count as different in time. Larger values let "
+                    tooltip="TAP: distance in steps at which two samples count as different in time. Larger values let "
                     "clusters span more steps.",
                 ),
                 io.Boolean.Input(

@@ -65,7 +65,7 @@ class VarianceCompensate(io.ComfyNode):
                     default=AUTO_COUNT,
                     min=0,
                     max=4096,
-                    tooltip="Images sampled with both models. More give a steadier fit and take longer. 0 = chosen "
+                    tooltip="Images sampled with both models. More give a more stable fit and take longer. 0 = chosen "
                     "for the size, 4 to 64.",
                 ),
                 *schema.sampler_settings("of the fit, the same as in the Sample node"),

@@ -210,7 +210,7 @@ def fit_compensation(
         except Exception as error:
             if largest == 1 or not mm.is_oom(error):
                 raise
-        log.warning("Q&C compensation: out of memory with %d pairs at once, goes on with %d.", largest, largest // 2)
+        log.warning("Q&C compensation: out of memory with %d pairs at once, continuing with %d.", largest, largest // 2)
         plan = replace(plan, batch_size=largest // 2)
         del pairing
         gc.collect()

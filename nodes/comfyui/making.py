@@ -31,7 +31,7 @@ def require_wires(file: str, **inputs) -> None:
     if not absent:
         return
     reason = (
-        "To calibrate anew" if file == NEW else f"The file {Path(file).name} is not in output/qandc here; to make it"
+        "To calibrate again" if file == NEW else f"The file {Path(file).name} is not in output/qandc here; to make it"
     )
     raise ValueError(f"{reason}, connect {', '.join(absent)}, or pick another file.")
 

@@ -63,8 +63,8 @@ class Settings:
         part = (self.start_at_step, self.end_at_step, self.denoise)
         if self.sigmas is not None and part != (0, LAST_STEP, 1.0):
             raise ValueError(
-                "start_at_step, end_at_step and denoise choose a part of the schedule that the widgets make; take the "
-                "part of the wired sigmas with SplitSigmas, and leave the three as they were."
+                "start_at_step, end_at_step and denoise apply to the schedule of the widgets; split the wired sigmas "
+                "with SplitSigmas instead, and reset the three to their defaults."
             )
 
     def schedule(self, patcher) -> Tensor:

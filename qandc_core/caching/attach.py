@@ -105,7 +105,7 @@ def policy_of(interval: int | CachePolicy, steps: Iterable[int] | None, order: i
             Interval(interval, order=order or 0) if steps is None else ChosenSteps(frozenset(steps), order=order or 0)
         )
     if steps is not None or order is not None:
-        raise ValueError("A policy holds steps and order itself; leave `steps` and `order` out beside it.")
+        raise ValueError("A policy holds steps and order itself; omit `steps` and `order`.")
     return interval
 
 

@@ -85,9 +85,9 @@ class CountedPlan(Plan):
     def review(self, steps: Collection[int]) -> list[str]:
         found, least = super().review(steps), len(self.steps)
         if self.asked < least < self.total:
-            found.append(f"{self.asked} computed steps asked, at least {least} necessary{self.part}")
+            found.append(f"{self.asked} computed steps requested, at least {least} are needed{self.part}")
         elif max(least, self.asked) < len(steps) < self.total:
-            found.append(f"{self.asked} computed steps asked, {len(steps)} were computed")
+            found.append(f"{self.asked} computed steps requested, {len(steps)} were computed")
         return found
 
 
@@ -124,11 +124,11 @@ class SpeedupPlan(Plan):
     def review(self, steps: Collection[int]) -> list[str]:
         found, planned = super().review(steps), self.reached(len(self.steps))
         if 1 < planned < KEPT * self.speedup:
-            found.append(f"{self.speedup:g}x asked, {planned:.2g}x possible{self.because()}")
+            found.append(f"{self.speedup:g}x requested, {planned:.2g}x possible{self.because()}")
         elif len(self.steps) < len(steps) < self.total and self.reached(len(steps)) < 0.9 * self.speedup:
             reached = self.reached(len(steps))
             found.append(
-                f"{self.speedup:g}x asked, {reached:.2g}x reached: {len(steps)} of {self.total} steps were computed"
+                f"{self.speedup:g}x requested, {reached:.2g}x reached: {len(steps)} of {self.total} steps were computed"
             )
         return found
 

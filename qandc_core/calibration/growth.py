@@ -230,11 +230,11 @@ def check_recording(path: Path, model: str, config: RecordingConfig) -> Mapping[
     if not same_model(Fingerprint(header["model"], header.get("sketch", "")), model):
         raise ValueError(
             f"{path.name} holds runs of another model (fingerprint {header['model'][:8]}, this model has {model[:8]}); "
-            "choose another name, or change reset to begin it anew."
+            "choose another name, or change reset to start over."
         )
     if begun != wanted:
         settings = ", ".join(f"{key} = {value}" for key, value in begun.items())
-        raise ValueError(f"{path.name} was begun with {settings}; set them so, or change reset to begin it anew.")
+        raise ValueError(f"{path.name} was started with {settings}; use these settings, or change reset to start over.")
     return recording
 
 

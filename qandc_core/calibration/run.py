@@ -119,7 +119,7 @@ class Calibrating:
         if largest == 1:
             return False
         self.plan = replace(self.plan, batch_size=largest // 2)
-        log.warning("Q&C calibration: out of memory with %d images at once, goes on with %d.", largest, largest // 2)
+        log.warning("Q&C calibration: out of memory with %d images at once, continuing with %d.", largest, largest // 2)
         if self.partial is not None:
             self.partial.unlink(missing_ok=True)
         return True
@@ -135,7 +135,7 @@ class Calibrating:
             self.plan = replace(self.plan, batch_size=state.batch_size)
         except Exception as error:  # a damaged file fails in as many ways as it has fields
             aside = self.partial.with_name(f"{self.partial.name}.damaged")
-            log.warning("Q&C calibration: starts afresh, %s is damaged (%s).", self.partial.name, error)
+            log.warning("Q&C calibration: %s is damaged (%s); starting over.", self.partial.name, error)
             os.replace(self.partial, aside)
             return None
         log.info("Q&C calibration: resumes from %s.", self.partial.name)
@@ -162,7 +162,7 @@ class Calibrating:
         ran = set[str]().union(*self.process.gathered(found))
         unused = [name for name, _ in self.layers if name not in ran]
         if unused:
-            log.info("Q&C calibration: %d layers never run, such as %s; they are left out.", len(unused), unused[0])
+            log.info("Q&C calibration: %d layers never run, such as %s; they are excluded.", len(unused), unused[0])
         choice = self.process.shared(lambda: candidates.choose(self.plan))
         missing, batch_size = candidates.missing(), self.plan.batch_size
         state = CalibrationState(choice, candidates.distances(), {}, missing=missing, batch_size=batch_size)

@@ -28,7 +28,7 @@ def strip_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     chosen = averages[0] if averages else min(prefixes, key=len)
     others = tuple(prefix for prefix in prefixes if prefix.startswith(chosen) and prefix != chosen)
     if len(averages) > 1:
-        log.warning("The file holds %d moving averages; %s is taken.", len(averages), chosen.rstrip("."))
+        log.warning("The file holds %d moving averages; using %s.", len(averages), chosen.rstrip("."))
     return {
         key.removeprefix(chosen): value
         for key, value in tensors.items()

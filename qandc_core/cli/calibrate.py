@@ -41,7 +41,7 @@ def add(command: argparse.ArgumentParser) -> None:
         default=DEFAULT.selection,
         help=f"how calibration samples are chosen (default {DEFAULT.selection})",
     )
-    apart = "TAP: how many steps apart two samples count as different in time"
+    apart = "TAP: distance in steps at which two samples count as different in time"
     add_number(command, "--time-scale", positive, apart, DEFAULT.time_scale, "STEPS")
     command.add_argument("--all-steps", action="store_true", help="also choose samples of steps that the cache reuses")
     add_number(command, "--pairs", at_least(0), "pairs of runs for the compensation, 0 for none", 64)

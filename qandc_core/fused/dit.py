@@ -172,7 +172,7 @@ def fuse_dit(
     if not isinstance(model, DiT):
         raise ValueError(f"fuse_dit takes this package's DiT (load_dit), got {type(model).__name__}.")
     if feature_cache(model) is not None:
-        raise ValueError("Take the cache off first (remove_cache) and apply one to the fused model.")
+        raise ValueError("Remove the cache first (remove_cache) and apply one to the fused model.")
     chosen = pick_kernels(kernels, model.pos_embed.device)
     dtype = model.pos_embed.dtype
     layers = {name: fused_linear(layer, chosen, dtype) for name, layer in source_layers(model, native or {}).items()}

@@ -229,7 +229,7 @@ class DeviceLoop:
     def forget_moved_weights(self) -> None:
         """Drops graphs of weights that lie elsewhere by now. Raises ValueError where they left the device."""
         if self.model.pos_embed.device != self.device or self.model.pos_embed.dtype != self.dtype:
-            raise ValueError(f"The model left {self.device} or {self.dtype} since its loop was made; make a new loop.")
+            raise ValueError(f"The model is no longer on {self.device} in {self.dtype}; make a new loop.")
         found = addresses(self.model)
         if found != self.recorded:
             self.programs.clear()

@@ -69,7 +69,7 @@ def test_what_cannot_be_recorded_is_refused_in_one_sentence(run, subtests):
     found = run("recording")["refused"]
     words = {
         "other model": "holds runs of another model",
-        "other plan": "was begun with hessians = True",
+        "other plan": "was started with hessians = True",
         "compiled": "take torch.compile off",
         "compiled later": "take torch.compile off",
         "quantized": "quantized already",

@@ -314,7 +314,7 @@ def test_what_cannot_be_added_is_refused_and_leaves_the_file(tmp_path):
         broken.layers["blocks.0.mlp.fc1"].statistics.update(torch.full((1, 32), math.nan))
     cases = {
         "runs of another model": ("b" * 32, recorded(dit(), 1)[1], PLAN),
-        "begun with hessians": ("a" * 32, recorded(dit(), 1)[1], RecordingConfig(tokens=99)),
+        "started with hessians": ("a" * 32, recorded(dit(), 1)[1], RecordingConfig(tokens=99)),
         "not finite": ("a" * 32, broken, PLAN),
         "none of its model calls": ("a" * 32, RunRecord({}, samples=1), PLAN),
         "raise samples": ("a" * 32, RunRecord({}), PLAN),

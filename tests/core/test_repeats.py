@@ -106,9 +106,9 @@ def test_rounds_replace_the_times_of_the_runs_as_they_were():
     assert rows[1]["speedup"] == "2.00x (2.00-2.10)" and rows[2]["speedup"] == "-"
     text = run_comparison(again)[1]
     assert "**fast: 2.00x (2.00-2.10) as fast, range of the rounds, PSNR" in text.splitlines()[0]
-    assert "median of 3 rounds in turns after one that does not count" in text
+    assert "median of 3 interleaved rounds after a warm-up" in text
     single = run_comparison(runs)[1]
-    assert "1.00x as fast, one run each" in single and "one run each, set-up of the first included" in single
+    assert "1.00x as fast, one run each" in single and "one run each, the set-up of the first included" in single
 
 
 def test_a_run_that_cannot_be_sampled_again_keeps_its_time():

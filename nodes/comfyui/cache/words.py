@@ -22,7 +22,8 @@ def cache_words(run: ModelRun, ended: str = "") -> str:
         lines.append(f"{run.not_visited} steps were not visited by the sampler")
     if computed < visited and gain is not None:
         lines.append(
-            f"{gain:.2g}x is timed: all model calls as long as the median computed one, against what they took"
+            f"{gain:.2g}x is measured: the time of all model calls if each took as long as the median computed one, "
+            "over their actual time"
         )
     if run.reuse:
         lines.append(f"reuses {run.reuse}, {run.reason}; {run.peak_bytes / 2**20:.1f} MiB")

@@ -57,7 +57,7 @@ class RunRecorder:
         check_not_quantized(network)
         if is_compiled(patcher):
             raise ValueError(
-                "A compiled model does not show what its layers see; take torch.compile off, or set record to off."
+                "The layer inputs of a compiled model cannot be recorded; remove torch.compile, or set record to off."
             )
         layers = calibrated(network)
         if not layers:

@@ -77,7 +77,7 @@ class SamplingHost:
         if not collecting.call:
             raise ValueError(
                 f"The guider {type(self.settings.guider).__name__} samples without ComfyUI's CFGGuider, so its model "
-                "calls cannot be seen; wire a guider of ComfyUI's."
+                "calls cannot be observed; use one of ComfyUI's guiders."
             )
 
     def observe(self, observer: Observer, batch: Batch) -> None:

@@ -78,13 +78,14 @@ class TextReport:
     prompts: int
 
     def said(self) -> list[str]:
-        """Sentences about the files, the encoders that stay, and the prompts."""
+        """Sentences about the files, the encoders that are not quantized, and the prompts."""
         found = [
-            f"{p.name}: {sizes(p.before, p.after)} with all that stays, {percent(p.error[0])} error" for p in self.parts
+            f"{p.name}: {sizes(p.before, p.after)} with all other weights, {percent(p.error[0])} error"
+            for p in self.parts
         ]
         if self.stay:
             found.append(
-                "as they are: " + ", ".join(f"{name} {size / 2**20:.0f} MiB" for name, size in self.stay.items())
+                "not quantized: " + ", ".join(f"{name} {size / 2**20:.0f} MiB" for name, size in self.stay.items())
             )
         return [*found, f"calibrated on {self.prompts} prompts" if self.prompts else "rounded to nearest"]
 
@@ -149,8 +150,8 @@ def chosen_encoders(clip, settings: TextSettings) -> dict[Encoder, dict[str, Any
     if not able:
         names = ", ".join(encoder.name for encoder in encoders_of(clip)) or type(clip.cond_stage_model).__name__
         raise ValueError(
-            f"ComfyUI's loaders take no quantized {names}; Quantize Text Encoder is for T5, umT5, Qwen, Llama, Gemma, "
-            "Mistral and their like."
+            f"ComfyUI's loaders do not support a quantized {names}; Quantize Text Encoder is for T5, umT5, Qwen, "
+            "Llama, Gemma, Mistral and their like."
         )
     found = {}
     refusal = f"This CLIP has no linear layer left to quantize with skip = {', '.join(settings.skip) or 'nothing'}."

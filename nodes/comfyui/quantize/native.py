@@ -174,7 +174,7 @@ def quantized_weights(
         raise ValueError(
             f"Nothing would be quantized: in {settings.format} and every finer format all {len(names)} layers have a "
             f"relative error above max_layer_error = {settings.budget.max_error or 0:g} or sizes that the format does "
-            "not take; raise max_layer_error, or set 0 for no limit."
+            "not support; raise max_layer_error, or set 0 for no limit."
         )
     return found
 
@@ -218,7 +218,7 @@ def assembled(weights: SourceWeights, quantized: dict[str, NativeLayer | None]):
         model.patches, model.patches_uuid = {}, uuid.uuid4()
     replaced = [key for key in patcher.object_patches if key.startswith("diffusion_model.")]
     if replaced:
-        log.warning("Parts that another node put into the model stay in full precision: %s", ", ".join(replaced))
+        log.warning("Parts that another node put into the model are kept in full precision: %s", ", ".join(replaced))
     if on_one_device(model):
         log.warning("Q&C quantization: on one device; put the node for several GPUs after Quantize.")
     compiled_again(model, patcher)

@@ -303,7 +303,7 @@ class PaperPatcher:
 
 
 REFUSAL = (
-    "A model quantized by the method paper takes no LoRAs, LoRA hooks or merges afterwards; apply them before "
+    "A model quantized by the method paper does not support LoRAs, LoRA hooks or merges; apply them before "
     "Quantize, or choose the method native."
 )
 
