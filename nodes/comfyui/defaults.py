@@ -1,4 +1,4 @@
-"""What a sampler node's widgets take where they are left to the model: steps, cfg, sampler, scheduler, batch size.
+"""Defaults by model, for widgets of a sampler node that are set to auto: steps, cfg, sampler, scheduler, batch size.
 
 The numbers are those of ComfyUI's official templates (comfyui-workflow-templates-json 0.1.50) for the undistilled model
 of each family. Nothing in the weights tells a distilled one (turbo, lightning) from it.
@@ -54,7 +54,7 @@ FAMILIES = {  # by the class in comfy.supported_models; a subclass takes its par
 
 
 def suited(patcher) -> Suited:
-    """What this MODEL's family is mostly sampled with."""
+    """The usual settings of this MODEL's family."""
     if is_dit(patcher):
         return DIT
     kinds = type(getattr(patcher.model, "model_config", None)).__mro__

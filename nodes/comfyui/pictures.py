@@ -53,7 +53,7 @@ def report_picture(report: QuantizationReport) -> Image.Image:
 
 
 def to_image(figure: Image.Image) -> Tensor:
-    """As an IMAGE (1, H, W, 3)."""
+    """A picture as an IMAGE (1, H, W, 3)."""
     return torch.from_numpy(np.asarray(figure).astype(np.float32) / 255)[None]
 
 

@@ -85,7 +85,7 @@ def sample(
     prompt: int = 0,
     first: int = 0,
 ) -> Tensor:
-    """What KSampler, KSampler (Advanced), SamplerCustom or SamplerCustomAdvanced does with the same settings."""
+    """Samples as KSampler, KSampler (Advanced), SamplerCustom or SamplerCustomAdvanced does with these settings."""
     samples = settings.guider_on(patcher, prompt, first).sample(
         noise,
         latent,

@@ -94,8 +94,8 @@ class CountedPlan(Plan):
 class SpeedupPlan(Plan):
     """As many computed steps as cost 1 / speedup of a run that computes all, given what a reused step costs.
 
-    Where the steps outside start..end or a dear reuse put the speedup out of reach, one warning says what is left. With
-    a reuse dearer than the whole promise, steps are planned as if it were free: computing still fewer would spoil the
+    Where the steps outside start..end or a costly reuse put the speedup out of reach, one warning says what is left. With
+    a reuse that costs more than the target allows, steps are planned as if it were free: computing still fewer would spoil the
     image and not keep the promise either.
     """
 
@@ -211,7 +211,7 @@ class BudgetPlan(Plan):
 
 
 def root_mean_squares(tensors: Sequence[Tensor]) -> list[float]:
-    """Of each, read in one wait for the device."""
+    """The root mean square of each tensor, read in one wait for the device."""
     return torch.stack([values.square().mean().sqrt() for values in tensors]).tolist()
 
 

@@ -1,4 +1,4 @@
-"""What more runs of calibration would gain: by how much the error of GPTQ's rounding would fall, by the runs alone.
+"""The gain from more calibration runs: how far the error of GPTQ's rounding would fall, estimated from the runs alone.
 
 GPTQ rounds a layer's columns one after the other and lets each make up for the errors before it. With the second
 moment of the inputs H = U D U^T, U unit upper triangular, rounding errors R on the grid become weight errors

@@ -149,7 +149,7 @@ def measured(before: LayerRecord, run: LayerRecord, device: torch.device | str) 
 
 
 def moment_of(record: LayerRecord) -> Moment | None:
-    """As GPTQ takes it."""
+    """X^T X of a layer and the damping that GPTQ adds to it."""
     layer = finished(record)
     moment = layer.second_moment()
     return None if moment is None else (moment, DAMPING + layer.sampling_damping)

@@ -207,7 +207,7 @@ class Recorder:
 
     @property
     def num_bytes(self) -> int:
-        """Of the layers' sums and inputs."""
+        """Size of the layers' sums and inputs."""
         return sum(record.num_bytes for place in self.places.values() for record in place.records.values())
 
     def taken(self) -> Recorder:

@@ -66,7 +66,7 @@ class Host(Protocol):
         """Samples the same images and hands every model call through the observer."""
 
     def ran_out_of_memory(self, error: Exception) -> bool:
-        """Whether fewer images at once may help; memory that is no longer used is given back."""
+        """True if fewer images at once may help; frees memory that is no longer used."""
 
 
 @torch.inference_mode()

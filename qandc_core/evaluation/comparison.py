@@ -158,7 +158,7 @@ def mean(values: Sequence[float]) -> float:
 
 
 def mismatches(runs: Sequence[ComparedRun]) -> list[str]:
-    """What makes the runs no fair comparison; a run without report says nothing of its settings."""
+    """Differences that make the comparison unfair; without a report the settings of a run are not known."""
     lines = unlike_settings([run.report for run in runs if run.report is not None])
     found = [f"Not the same run: {'; '.join(lines)}."] if lines else []
     sizes = [run.size for run in runs]

@@ -155,7 +155,7 @@ class Moments:
         return self.hessian
 
     def rotated(self, width: int) -> FactoredHessian:
-        """That of the inputs as a format rotates them."""
+        """X^T X of the inputs as a format rotates them."""
         group = rotation_group(width)
         assert group is not None and self.hessian is not None
         if self.guide is None:
@@ -164,7 +164,7 @@ class Moments:
 
 
 def same_inputs(a: LayerStatistics | None, b: LayerStatistics) -> bool:
-    """Whether two layers saw the same inputs, by what is kept of them."""
+    """True if two layers have the same inputs, judged by the statistics of them."""
     if a is None or a is b:
         return a is b
     kept = ((a.mean, b.mean), (a.hessian, b.hessian), (a.inputs, b.inputs))

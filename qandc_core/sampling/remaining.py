@@ -1,4 +1,4 @@
-"""How long work still takes, each kind of it at the pace that it has had so far, and in words."""
+"""Remaining time, estimated for each kind of work from its pace so far, and in words."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ class Estimate:
         self.clock, self.last, self.spent = clock, clock(), 0.0
 
     def resume(self) -> None:
-        """What happened since the last call was no work."""
+        """Excludes the time since the last call."""
         self.last = self.clock()
 
     def did(self, kind: str, amount: float) -> None:
-        """All that happened since the last call was this."""
+        """Counts the time since the last call for this kind of work."""
         now, share = self.clock(), self.shares[kind]
         share.done, share.seconds = share.done + amount, share.seconds + now - self.last
         self.spent, self.last = self.spent + now - self.last, now

@@ -345,7 +345,7 @@ def test_a_speedup_is_kept_by_what_is_counted_or_the_rest_is_said(total, speedup
     plan = Speedup(speedup, start=part[0], end=part[1]).plan(total, cost=cost)
     left = counted(plan, cost)
     short = left < KEPT * speedup
-    said = [text for text in plan.review(computed_by(plan)) if "x asked" in text]
+    said = [text for text in plan.review(computed_by(plan)) if "x requested" in text]
     if short and len(computed_by(plan)) < total and left > 1:
         assert len(said) == 1 and said[0].startswith(f"{speedup:g}x requested, {left:.2g}x possible")
     else:

@@ -69,7 +69,7 @@ def frame_of(sample: Tensor | None, conds: list, x_in: Tensor, model_options: di
 
 
 def base_piece(sample: Tensor | None, x_in: Tensor, window: Any) -> Hashable | None:
-    """Which piece of the sample x_in is; None where that cannot be told."""
+    """The piece of the sample that x_in is; None where it cannot be determined."""
     if sample is None or x_in is sample:
         return None if sample is None else WHOLE
     if window is not None and is_window(sample, x_in, window):

@@ -33,7 +33,7 @@ def is_reusing(options: dict) -> bool:
 
 
 def is_counted(executor, model, options: dict) -> bool:
-    """Whether this is a call of the model itself: guiders may have a second one, and caches repeat a call."""
+    """True for a call of the model itself: guiders may have a second model, and caches repeat a call."""
     return executor.class_obj is model and not is_self_test(options)
 
 

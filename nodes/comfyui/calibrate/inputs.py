@@ -1,4 +1,4 @@
-"""What the result of a sampling node depends on, as a digest: models, prompts, controls, hooks, patches, settings."""
+"""A digest of the inputs of a sampling node: models, prompts, controls, hooks, patches, settings."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def digest_of_inputs(*values: Any) -> Digest:
 
 
 class StandIns:
-    """What stands for ComfyUI's objects: of a model what it computes with, not where its weights are just now."""
+    """Stand-ins for ComfyUI's objects: for a model what it computes with, not where its weights are at the moment."""
 
     def __init__(self) -> None:
         self.networks: dict[int, str] = {}
@@ -133,7 +133,7 @@ def original(patcher, key: str) -> Any:
 
 
 def vars_of_config(model) -> list:
-    """Of what a model was made, and in what precision it computes."""
+    """The configuration of a model, and the precision in which it computes."""
     config = getattr(model, "model_config", None)
     precision = getattr(model, "manual_cast_dtype", None), getattr(model, "model_type", None)
     return [type(config), getattr(config, "unet_config", None), getattr(config, "sampling_settings", None), *precision]

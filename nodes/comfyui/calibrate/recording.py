@@ -109,7 +109,7 @@ class RunRecorder:
             wait([record])
 
     def add(self, record: Future[RunRecord], schedule: RunSchedule, device: torch.device) -> None:
-        """Where adding fails, the image is still there and the file is as it was."""
+        """Adds the run; where that fails, the image is still there and the file is unchanged."""
         try:
             found = add_run(self.path, self.fingerprint, record.result(), schedule, self.config, device)
             self.say(found.describe())

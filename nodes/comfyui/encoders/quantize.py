@@ -60,7 +60,7 @@ class TextSettings:
 
 @dataclass(frozen=True)
 class Part:
-    """What became of one encoder: its size in a file before and after, and its error (see QuantizationReport)."""
+    """The result for one encoder: its size in a file before and after, and its error (see QuantizationReport)."""
 
     name: str
     before: int

@@ -47,7 +47,7 @@ class NativePatcher:
         return {key: value for key, value in found.items() if has_parameter(self.model, key)}  # type: ignore[attr-defined]
 
     def besides(self) -> dict[str, Beside | None]:
-        """What this patcher's patches add beside each layer with a weight in one of our formats; None where they change
+        """The patches of each layer in one of our formats that are computed beside it; None where they change
         the weight.
         """
         if self.known_besides[0] != self.patches_uuid:  # type: ignore[attr-defined]
