@@ -94,9 +94,9 @@ class CountedPlan(Plan):
 class SpeedupPlan(Plan):
     """As many computed steps as cost 1 / speedup of a run that computes all, given what a reused step costs.
 
-    Where the steps outside start..end or a costly reuse put the speedup out of reach, one warning says what is left. With
-    a reuse that costs more than the target allows, steps are planned as if it were free: computing still fewer would spoil the
-    image and not keep the promise either.
+    Where the steps outside start..end or a costly reuse put the speedup out of reach, one warning says what is left.
+    Where a reused step costs more than the target allows for any, steps are planned as if it were free: computing
+    still fewer would spoil the image and not reach the target either.
     """
 
     def __init__(self, total: int, order: int, inside: range, speedup: float, place: Place = spread, cost: float = 0.0):
