@@ -76,7 +76,7 @@ def measure_step_times(
     from ..caching.attach import apply_cache_to_dit
     from ..models.layers import DIT_SKIP
     from ..quantization.model import linear_weight_bytes, quantize_model, quantized_layers
-    from ..sampling.generate import generate
+    from ..sampling.generate import sample_images
 
     if interval < 2 or config.steps < 2:
         raise ValueError(f"No step is reused with {config.steps} steps and interval {interval}; use 2 or more of both.")
@@ -88,7 +88,7 @@ def measure_step_times(
         apply_cache_to_dit(subject, interval)
     for number in range(1 + rounds):
         for name, subject in subjects.items():
-            _, report = generate(subject, class_labels, config.steps, config.cfg_scale, config.sampler)
+            _, report = sample_images(subject, class_labels, config)
             for taken, computed in zip(report.seconds, report.computed):
                 if number:
                     seconds[name][computed].append(taken)

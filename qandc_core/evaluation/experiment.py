@@ -16,7 +16,7 @@ from ..diffusion.process import SamplingConfig
 from ..distributed import Distributed, all_gather_tensors
 from ..models.dit import DiT
 from ..sampling.clock import Stopwatch
-from ..sampling.generate import generate
+from ..sampling.generate import sample_images
 from .judges import Judge
 from .metrics import (
     FeatureStatistics,
@@ -93,19 +93,7 @@ def sample(
     shard = run.shard(count, batch)
     for at in range(shard.start, shard.stop, batch):
         part = labels[at : min(at + batch, shard.stop)]
-        x, _ = generate(
-            model,
-            part,
-            config.steps,
-            config.cfg_scale,
-            config.sampler,
-            seed,
-            spacing=config.spacing,
-            variance=config.variance,
-            guidance_channels=config.guidance_channels,
-            compensation=compensation,
-            first_index=at,
-        )
+        x, _ = sample_images(model, part, config, seed, compensation=compensation, first_index=at)
         parts.append(x.cpu())
     mine = torch.cat(parts) if parts else torch.empty(0, *generate_shape(model))
     return all_gather_tensors(mine)
@@ -222,9 +210,7 @@ def measure_time(
         for variant, model in built:
             config = bench.config(variant)
             correction = unfitted_compensation(config, model.config.in_channels) if variant.compensation else None
-            _, report = generate(
-                model, labels, config.steps, config.cfg_scale, config.sampler, seed=99, compensation=correction
-            )
+            _, report = sample_images(model, labels, config, seed=99, compensation=correction)
             seconds[variant.name].append(report.total_seconds)
     first = torch.tensor(seconds[variants[0].name])
     return {

@@ -70,8 +70,8 @@ def test_what_cannot_be_recorded_is_refused_in_one_sentence(run, subtests):
     words = {
         "other model": "holds runs of another model",
         "other plan": "was started with hessians = True",
-        "compiled": "take torch.compile off",
-        "compiled later": "take torch.compile off",
+        "compiled": "remove torch.compile",
+        "compiled later": "remove torch.compile",
         "quantized": "quantized already",
         "quantized later": "quantized already",
         "other kind": "was not made by Calibrate from Runs",

@@ -238,11 +238,11 @@ def test_time_is_positive(shared):
 def test_time_is_measured_in_turns_and_paired(shared, monkeypatch):
     clock, calls = iter([1.0, 0.5, 2.0, 0.5, 4.0, 4.0]), []
 
-    def fake(model, labels, steps, *args, **kwargs):
-        calls.append((steps, len(labels)))
-        return None, RunReport("ddpm", steps, len(labels), 2.0, "cpu", seconds=[next(clock)])
+    def fake(model, labels, config, *args, **kwargs):
+        calls.append((config.steps, len(labels)))
+        return None, RunReport("ddpm", config.steps, len(labels), 2.0, "cpu", seconds=[next(clock)])
 
-    monkeypatch.setattr(module, "generate", fake)
+    monkeypatch.setattr(module, "sample_images", fake)
     timing = measure_time(shared.bench, [FULL, replace(FULL, name="b", steps=2)], batch=5, repeats=3)
     assert calls == [(STEPS, 5), (2, 5)] * 3
     expected = {"seconds": 0.5, "speedup": 2.0, "speedup_low": 1.0, "speedup_high": 4.0}
@@ -250,13 +250,13 @@ def test_time_is_measured_in_turns_and_paired(shared, monkeypatch):
 
 
 def test_compensated_rows_are_timed_with_a_correction_of_every_step(shared, monkeypatch):
-    given, sample = [], module.generate
+    given, sample = [], module.sample_images
 
     def watched(*args, compensation=None, **kwargs):
         given.append(compensation)
         return sample(*args, compensation=compensation, **kwargs)
 
-    monkeypatch.setattr(module, "generate", watched)
+    monkeypatch.setattr(module, "sample_images", watched)
     measure_time(shared.bench, [FORA, replace(FORA, name="+ VC", compensation="variance_match")], batch=2, repeats=1)
     without, correction = given
     assert without is None
