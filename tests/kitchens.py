@@ -21,7 +21,7 @@ def unpacked(version: str, folder: Path) -> Path:
         *pip, "download", "-q", "--no-deps", "--only-binary=:all:", "--platform", "any", "--implementation", "py",
         "--abi", "none", "--python-version", "3.12", "--retries", "0", "-d", folder, f"comfy-kitchen=={version}",
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     if done.returncode:
         pytest.skip(f"comfy-kitchen {version} cannot be downloaded: {done.stderr.strip()[-200:]}")
     (wheel,) = folder.glob(f"comfy_kitchen-{version}-*.whl")

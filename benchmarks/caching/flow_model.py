@@ -64,7 +64,7 @@ def train(
     from comfy.ops import disable_weight_init
 
     sys.path.insert(0, str(Path(__file__).parents[2]))
-    from qandc_core.demo.data import split_digits
+    from benchmarks.digits.data import split_digits
 
     comfy.model_management.in_training = True  # its fused kernels have no gradient
     (images, labels), _ = split_digits(archive)

@@ -34,6 +34,18 @@ class Drawings:
     def where(self, mask: Tensor) -> Drawings:
         return Drawings(self.pictures[mask], self.labels[mask], self.packages[mask])
 
+    def to(self, device: torch.device | str) -> Drawings:
+        """Generators of what is made of them have to be of the same device."""
+        return Drawings(*(tensor.to(device) for tensor in vars(self).values()))
+
+
+def device_of_choice() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def generator_like(like: Tensor, seed: int) -> Generator:
+    return Generator(like.device).manual_seed(seed)
+
 
 def save_drawings(drawings: Drawings, path: Path, metadata: dict[str, str]) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -72,14 +84,14 @@ def on_ground(colour: Tensor, alpha: Tensor, ground: Tensor) -> Tensor:
 
 
 def uniform(shape: tuple[int, ...], low: float, high: float, generator: Generator) -> Tensor:
-    return torch.rand(shape, generator=generator) * (high - low) + low
+    return torch.rand(shape, generator=generator, device=generator.device) * (high - low) + low
 
 
 def warp(labels: Tensor, generator: Generator) -> Tensor:
     """Where each pixel is read from, (B, 64, 64, 2): an affine map of each picture, and a smooth bend."""
     count = len(labels)
-    may_flip = torch.tensor([thing.flip for thing in CLASSES])[labels]
-    flip = torch.where(may_flip & (torch.rand(count, generator=generator) < 0.5), -1.0, 1.0)
+    may_flip = torch.tensor([thing.flip for thing in CLASSES], device=labels.device)[labels]
+    flip = torch.where(may_flip & (uniform((count,), 0, 1, generator) < 0.5), -1.0, 1.0)
     angle = uniform((count,), -0.2, 0.2, generator)
     # Reading from a wider field makes the drawing smaller: 0.85 to 1.06 of its size, and up to 6 % of stretch.
     size = uniform((count,), 0.94, 1.18, generator)
@@ -95,7 +107,7 @@ def warp(labels: Tensor, generator: Generator) -> Tensor:
 def recolour(colour: Tensor, alpha: Tensor, labels: Tensor, generator: Generator) -> Tensor:
     """Turns the hue as far as the class allows, and changes contrast and brightness by up to 12 %."""
     count = len(labels)
-    reach = torch.tensor([thing.hue for thing in CLASSES])[labels]
+    reach = torch.tensor([thing.hue for thing in CLASSES], device=labels.device)[labels]
     turn = 2 * math.pi * reach * uniform((count,), -1, 1, generator)
     turned = torch.einsum("bij,bjhw->bihw", hue_rotation(turn), colour)
     gain = uniform((count, 1, 1, 1), 0.88, 1.06, generator)
@@ -107,8 +119,8 @@ def recolour(colour: Tensor, alpha: Tensor, labels: Tensor, generator: Generator
 def hue_rotation(turn: Tensor) -> Tensor:
     """Matrices (B, 3, 3) that rotate RGB about the grey axis by `turn` (B,) radians (Rodrigues' formula)."""
     cos, sin = turn.cos()[:, None, None], turn.sin()[:, None, None] / math.sqrt(3)
-    cross = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]])
-    return cos * torch.eye(3) + (1 - cos) / 3 + sin * cross
+    cross = turn.new_tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]])
+    return cos * torch.eye(3, device=turn.device) + (1 - cos) / 3 + sin * cross
 
 
 def contrasting_ground(colour: Tensor, alpha: Tensor, generator: Generator) -> Tensor:
@@ -116,12 +128,13 @@ def contrasting_ground(colour: Tensor, alpha: Tensor, generator: Generator) -> T
     mean = colour.sum(dim=(2, 3)) / alpha.sum(dim=(2, 3)).clamp_min(1e-3)
     grounds = pastel(3 * len(colour), generator).view(len(colour), 3, 3)
     farthest = (grounds - mean[:, None]).square().sum(-1).argmax(1)
-    return grounds[torch.arange(len(colour)), farthest][:, :, None, None]
+    return grounds[torch.arange(len(colour), device=colour.device), farthest][:, :, None, None]
 
 
 def pastel(count: int, generator: Generator) -> Tensor:
     """Light colours (count, 3) of any hue."""
-    hue = uniform((count, 1), 0, 1, generator) + torch.tensor([0.0, 1 / 3, 2 / 3])
+    hue = uniform((count, 1), 0, 1, generator)
+    hue = hue + hue.new_tensor([0.0, 1 / 3, 2 / 3])
     full = (2 + 2 * (2 * math.pi * hue).cos()).clamp(0, 3) / 3
     saturation, value = uniform((count, 1), 0.1, 0.42, generator), uniform((count, 1), 0.88, 1.0, generator)
     return value * (1 - saturation * (1 - full))

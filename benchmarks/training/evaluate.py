@@ -12,15 +12,15 @@ import argparse
 from pathlib import Path
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from qandc_core.checkpoints.dit import load_dit
+from qandc_core.demo.judge import PicturesJudge, classify, load_judge
 from qandc_core.models.dit import DiT
 from qandc_core.sampling.generate import generate
 
 from .classes import CLASSES
-from .drawings import Drawings, augment, load_drawings, on_ground, warped
-from .judge import PicturesJudge, classify, load_judge
+from .drawings import Drawings, augment, device_of_choice, generator_like, load_drawings, on_ground, warped
 from .train import picture_grid
 
 BORDER = 2  # pixels at the edge whose median is taken for the ground
@@ -28,29 +28,39 @@ BORDER = 2  # pixels at the edge whose median is taken for the ground
 
 def sampled(model: DiT, each: int, steps: int, cfg_scale: float, sampler: str) -> tuple[Tensor, Tensor]:
     """`each` pictures of every class, in order of class, and their labels."""
-    labels = torch.arange(model.config.num_classes).repeat_interleave(each)
+    labels = torch.arange(model.config.num_classes, device=model.pos_embed.device).repeat_interleave(each)
     parts, first = [], 0
-    for part in labels.split(200):
+    for part in labels.split(200 if labels.device.type == "cpu" else 1000):
         parts.append(generate(model, part, steps, cfg_scale, sampler, seed=1, first_index=first)[0])
         first += len(part)
     return torch.cat(parts).clamp(-1, 1), labels
 
 
-def report_recognised(judge: PicturesJudge, images: Tensor, labels: Tensor) -> None:
-    _, probabilities = classify(judge, images)
-    right = (probabilities.argmax(1) == labels).double()
-    none = (probabilities.argmax(1) == len(CLASSES)).double()
-    print(f"recognised: {100 * right.mean():.1f} % of {len(labels)}; taken for nothing: {100 * none.mean():.1f} %")
-    by_class = [(float(right[labels == c].mean()), thing.name) for c, thing in enumerate(CLASSES)]
-    print("worst: " + ", ".join(f"{name} {100 * share:.0f} %" for share, name in sorted(by_class)[:8]))
+def share_recognised(judge: PicturesJudge, images: Tensor, labels: Tensor) -> Tensor:
+    """Of the pictures of every class the share that the judge takes for it, (classes,)."""
+    answers = classify(judge, images)[1].argmax(1)
+    right = (answers == labels).double()
+    return torch.stack([right[labels == c].mean() for c in range(len(CLASSES))])
+
+
+def report_recognised(name: str, shares: Tensor, count: int) -> None:
+    print(f"{name}: recognises {100 * shares.mean():.1f} % of {count}")
+    worst = sorted((round(100 * float(share)), thing.name) for share, thing in zip(shares, CLASSES))
+    print("  worst: " + ", ".join(f"{thing} {share} %" for share, thing in worst[:10]))
+
+
+def recognised_by_all(paths: list[Path], images: Tensor, labels: Tensor) -> Tensor:
+    """The mean over several judges."""
+    judges = [load_judge(path)[0].to(images.device) for path in paths]
+    return torch.stack([share_recognised(judge, images, labels) for judge in judges]).mean(0)
 
 
 class Bank:
     """Many augmentations of every drawing, without their ground."""
 
     def __init__(self, drawings: Drawings, repeats: int, seed: int):
-        self.indices = torch.arange(len(drawings)).repeat_interleave(repeats)
-        generator = Generator().manual_seed(seed)
+        self.indices = torch.arange(len(drawings), device=drawings.labels.device).repeat_interleave(repeats)
+        generator = generator_like(drawings.labels, seed)
         parts = [warped(drawings, part, generator) for part in self.indices.split(1000)]
         self.colour, self.alpha = (torch.cat(layers) for layers in zip(*parts))
         self.labels = drawings.labels[self.indices]
@@ -68,7 +78,7 @@ class Bank:
 
 def ground_of(image: Tensor) -> Tensor:
     """The ground of a picture (3, H, W) in [-1, 1], as a colour (3, 1, 1) in [0, 1]."""
-    edge = torch.ones(image.shape[1:], dtype=torch.bool)
+    edge = torch.ones(image.shape[1:], dtype=torch.bool, device=image.device)
     edge[BORDER:-BORDER, BORDER:-BORDER] = False
     return (image[:, edge].median(dim=1).values[:, None, None] + 1) / 2
 
@@ -77,8 +87,9 @@ def report_copied(drawings: Drawings, images: Tensor, labels: Tensor, repeats: i
     """Prints median distances; returns the nearest real picture of each."""
     bank = Bank(drawings, repeats, seed=2)
     found = [bank.nearest(image, int(label)) for image, label in zip(images, labels)]
-    fresh = torch.randint(len(drawings), (len(images),), generator=Generator().manual_seed(3))
-    real = augment(drawings, fresh, Generator().manual_seed(4))
+    generator = generator_like(images, 3)
+    fresh = torch.randint(len(drawings), (len(images),), generator=generator, device=images.device)
+    real = augment(drawings, fresh, generator)
     known, new = ([
         bank.nearest(image, int(drawings.labels[i]), int(i) if leave_out else None)[0] for image, i in zip(real, fresh)
     ] for leave_out in (False, True))  # fmt: skip
@@ -97,17 +108,23 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder for the grids")
     parser.add_argument("--each", type=int, default=10, help="pictures of every class")
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--cfg", type=float, default=2.0)
+    parser.add_argument("--cfg", type=float, nargs="+", default=[2.0], help="guidance; pictures are of the first")
+    parser.add_argument("--folds", type=Path, nargs="*", default=[], help="judges that never saw some of the artists")
     parser.add_argument("--sampler", default="ddpm")
     parser.add_argument("--bank", type=int, default=100, help="augmentations of every drawing to look for copies in")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    drawings = load_drawings(args.drawings)
-    model = load_dit(args.model, dtype=torch.float32)
-    images, labels = sampled(model, args.each, args.steps, args.cfg, args.sampler)
-    report_recognised(load_judge(args.judge), images, labels)
+    device = device_of_choice()
+    drawings = load_drawings(args.drawings).to(device)
+    model = load_dit(args.model, dtype=torch.float32, device=device)
+    for scale in reversed(args.cfg):
+        images, labels = sampled(model, args.each, args.steps, scale, args.sampler)
+        report_recognised(f"guidance {scale:g}", recognised_by_all([args.judge], images, labels), len(images))
+        if args.folds:
+            shares = recognised_by_all(args.folds, images, labels)
+            report_recognised(f"guidance {scale:g}, judges without some artists", shares, len(images))
     picture_grid(images, 2 * args.each).save(args.out / "grid.png")
-    some = torch.arange(0, len(images), max(1, args.each // 2))
+    some = torch.arange(0, len(images), max(1, args.each // 2), device=device)
     nearest = report_copied(drawings, images[some], labels[some], args.bank)
     pairs = torch.stack([images[some], torch.stack(nearest)], 1)
     rows = [torch.cat([part[:, 0], part[:, 1]]) for part in pairs.split(20)]

@@ -1,4 +1,4 @@
-"""Makes drawings.safetensors of the npm packages that ATTRIBUTION.md lists (needs `pip install resvg-py`).
+"""Makes drawings.safetensors of the npm packages that qandc_core/demo/ATTRIBUTION.md lists; needs resvg-py.
 
 python -m benchmarks.training.prepare DIR, where DIR holds the archives that `npm pack` wrote.
 """

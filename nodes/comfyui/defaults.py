@@ -33,7 +33,7 @@ class Suited(NamedTuple):
     scheduler: str = "simple"
 
 
-DIT = Suited(50, 1.5, "ddpm", "normal")
+DIT = Suited(50, 2.0, "ddpm", "normal")
 NOISE_ADDED, FLOW = Suited(25, 8.0, "euler", "normal"), Suited(20, 4.0)
 FAMILIES = {  # by the class in comfy.supported_models; a subclass takes its parent's
     "Flux": Suited(20, 1.0),

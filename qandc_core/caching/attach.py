@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -12,10 +13,47 @@ from .blocks import CachedStreams
 from .cost import reuse_cost
 from .families import BRANCHED, DIFFUSERS, diffusers_lists
 from .features import CachedBranch, FeatureCache
-from .policies import CachePolicy, ChosenSteps, Interval, PolicyConfig
-from .schedule import CacheConfig
+from .policies import CachePolicy, ChosenSteps, Interval
+from .schedule import CacheConfig, check_reuse
 
 ATTRIBUTE = "feature_cache"
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """A policy and what it reuses, for an engine that learns the number of steps with each run.
+
+    `reuse` "branch" keeps attention and MLP outputs before the gate (FORA), "block" what each block adds, "prediction"
+    the predicted clean image, which needs a FusedDiT: only its loop sees predictions.
+    """
+
+    policy: CachePolicy
+    reuse: str = "branch"
+
+    def __post_init__(self) -> None:
+        check_reuse(self.reuse)
+
+    @property
+    def order(self) -> int:
+        return self.policy.order
+
+    def computes(self, step: int) -> bool:
+        raise ValueError(
+            f"{type(self.policy).__name__} needs the number of steps: sample with generate(), or give num_steps to "
+            "apply_cache_to_dit."
+        )
+
+    keeps = computes
+
+    def for_run(self, total: int, cost: float = 0.0, sampler: str = "") -> CacheConfig:
+        """Raises ValueError where the steps are decided during the run."""
+        if not self.policy.decided_before:
+            raise ValueError(
+                f"{type(self.policy).__name__} decides each step during the run, but this loop fixes all steps before "
+                "it; use another policy, such as Speedup."
+            )
+        plan = self.policy.plan(total, cost=cost, sampler=sampler)
+        return CacheConfig(1, frozenset(plan.steps), self.reuse, plan.order)
 
 
 def is_ours(blocks: Any) -> bool:

@@ -28,7 +28,7 @@ from .native import dequantized
 from .prefixes import strip_prefix
 from .quantized import is_quantized, load_quantized
 
-DEMO = Path(__file__).parents[1] / "demo" / "digits_dit.safetensors"
+DEMO = Path(__file__).parents[1] / "demo" / "pictures_dit.safetensors"
 FOLDER_WEIGHTS = tuple(
     f"diffusion_pytorch_model.{ending}" for ending in ("safetensors", "safetensors.index.json", "bin", "bin.index.json")
 )
@@ -75,6 +75,8 @@ def read_dit(
     """
     path = locate(source)
     tensors, metadata = read_tensors(path)
+    if path == DEMO:  # kept in half precision to be small
+        tensors = {key: tensor.float() for key, tensor in tensors.items()}
     with reading(path):
         metadata = {**metadata, **pop_metadata(tensors)}
         tensors = dequantized(strip_prefix(tensors))

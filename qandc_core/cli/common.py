@@ -109,7 +109,7 @@ def add_sampling(command: argparse.ArgumentParser) -> None:
 
 def add_guidance(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--cfg", type=finite, default=None, help="guidance scale (default 1.5 for the demo model, else 4)"
+        "--cfg", type=finite, default=None, help="guidance scale (default 2 for the demo model, else 4)"
     )
 
 
@@ -145,5 +145,5 @@ def load(args: argparse.Namespace) -> DiT:
 
 
 def sampling(args: argparse.Namespace) -> SamplingConfig:
-    scale = args.cfg if args.cfg is not None else (1.5 if args.model == "demo" else 4.0)
+    scale = args.cfg if args.cfg is not None else (2.0 if args.model == "demo" else 4.0)
     return SamplingConfig(args.steps, scale, args.sampler)

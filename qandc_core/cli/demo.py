@@ -11,7 +11,7 @@ SUMMARY = "the built-in model in full precision and with Q&C, side by side"
 
 def add(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for the picture and the report")
-    command.add_argument("--images", type=at_least(1), default=20, help="images in every row (default 20)")
+    command.add_argument("--images", type=at_least(1), default=8, help="images in every row (default 8)")
     command.add_argument("--seed", type=at_least(0), default=0, help="seed of the noise (default 0)")
 
 

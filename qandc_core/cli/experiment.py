@@ -3,17 +3,20 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import shutil
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from ..calibration.choice import CalibrationConfig
+from ..calibration.file import fingerprint
 from ..distributed import Distributed
 from ..files import save_text, written_whole
 from .common import add_candidates, add_model, add_sampling, at_least, device, load, log, sampling
 
 PARTS = ("main", "factors")
+PARTS_FOLDER = "unfinished"  # beside the result, until there is one
 
 # As many samples as the paper takes; no run is set aside, for no error of single layers is measured.
 CANDIDATES = CalibrationConfig(trajectories=64, samples=800, clusters=100, held_out=0)
@@ -42,13 +45,15 @@ def run(args: argparse.Namespace, process: Distributed) -> None:
         if process.rank == 0:
             write(args, result)
     if process.rank == 0:
+        shutil.rmtree(args.out / PARTS_FOLDER, ignore_errors=True)
         print((args.out / "ablation.md").read_text())
 
 
 def evaluate(args: argparse.Namespace, process: Distributed) -> Iterator[dict[str, Any]]:
-    """The result, again after each part, so that hours of work are not lost to a later one."""
+    """The result, again after each part. What is sampled is kept, so that the same command goes on where it stopped."""
     from ..evaluation.experiment import Evaluation, Experiment, hardware, real_floor, run_factors, run_main
-    from ..evaluation.judges import DigitsJudge, InceptionJudge, Judge
+    from ..evaluation.judges import BuiltInJudge, InceptionJudge, Judge
+    from ..evaluation.kept import Kept
     from ..evaluation.variants import Workbench
 
     if args.model != "demo" and not (args.vae and args.inception and args.reference):
@@ -56,11 +61,10 @@ def evaluate(args: argparse.Namespace, process: Distributed) -> Iterator[dict[st
     model, config = load(args), sampling(args)
     judge: Judge
     if args.model == "demo":
-        judge = DigitsJudge()
+        judge = BuiltInJudge()
     else:
         judge = InceptionJudge(args.inception, args.vae, args.reference, device(args))
     candidates = replace(CANDIDATES, trajectories=args.trajectories, samples=args.samples, batch_size=args.batch)
-    bench = Workbench(model, config, candidates, args.pairs)
     time_batch, repeats = min(64, args.num_images), 3
     result: dict[str, Any] = {
         "command": shlex.join(["python", "-m", "qandc_core", *args.argv]),
@@ -79,6 +83,8 @@ def evaluate(args: argparse.Namespace, process: Distributed) -> Iterator[dict[st
         },
         "floor": real_floor(judge, args.num_images),
     }
+    kept = Kept(args.out / PARTS_FOLDER).under([fingerprint(model), hardware(), asdict(config), asdict(candidates)])
+    bench = Workbench(model, config, candidates, args.pairs, kept=kept)
     main = Evaluation(args.num_images, tuple(args.seeds), args.batch)
     if "main" in args.parts:
         result["main"] = run_main(Experiment(bench, judge, main, process, log), time_batch, repeats)

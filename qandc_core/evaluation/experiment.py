@@ -5,19 +5,22 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
+import scipy.stats
 import torch
 from torch import Tensor
 
 from ..compensation.correction import VarianceCompensation
 from ..diffusion.classes import balanced_labels
 from ..diffusion.process import SamplingConfig
-from ..distributed import Distributed, all_gather_tensors
+from ..distributed import ALONE, Distributed, all_gather_tensors
 from ..models.dit import DiT
 from ..sampling.clock import Stopwatch
 from ..sampling.generate import sample_images
 from .judges import Judge
+from .kept import Kept
 from .metrics import (
     FeatureStatistics,
     bootstrap_standard_error,
@@ -27,9 +30,23 @@ from .metrics import (
     relative_l2,
     standard_error,
 )
-from .variants import Variant, Workbench
+from .solvers import SOLVERS, scheduler, solve
+from .variants import RECOMMENDED, Variant, Workbench
 
 Log = Callable[[str], None]
+
+# What each part adds: (row, the row that it is compared with), the same noise in both.
+COMPARED = (
+    ("quantization only", "full precision"),
+    ("cache only", "full precision"),
+    ("naive both", "full precision"),
+    ("naive both", "cache only"),
+    ("+ VC", "naive both"),
+    ("+ TAP", "naive both"),
+    ("+ TAP + VC", "naive both"),
+    ("+ TAP + VC", "+ VC"),
+    ("+ TAP + VC", "full precision"),
+)
 
 MAIN_ROWS = (
     Variant("full precision"),
@@ -79,23 +96,35 @@ class Evaluation:
     batch: int = 125
 
 
+@dataclass(frozen=True)
+class Sampler:
+    """How the images of a row are made: the accelerated model, its compensation, or a solver of diffusers."""
+
+    model: DiT
+    config: SamplingConfig
+    compensation: VarianceCompensation | None = None
+    solver: str | None = None
+
+    def __call__(self, labels: Tensor, seed: int, first_index: int = 0) -> Tensor:
+        config = self.config
+        if self.solver is not None:
+            chosen = scheduler(self.solver, self.model.config.prediction)
+            return solve(self.model, labels, config, chosen, seed, first_index)
+        x, _ = sample_images(self.model, labels, config, seed, compensation=self.compensation, first_index=first_index)
+        return x
+
+
 def sample(
-    model: DiT,
-    compensation: VarianceCompensation | None,
-    config: SamplingConfig,
-    count: int,
-    batch: int,
-    seed: int,
-    run: Distributed,
+    sampler: Sampler, count: int, batch: int, seed: int, run: Distributed = ALONE, kept: Kept | None = None
 ) -> Tensor:
     """Samples (count, C, H, W) for balanced classes, this process's share of them gathered with the others'."""
-    labels, parts = balanced_labels(count, model.config.num_classes), []
-    shard = run.shard(count, batch)
+    kept, shard = kept or Kept(), run.shard(count, batch)
+    labels, parts = balanced_labels(count, sampler.model.config.num_classes), []
     for at in range(shard.start, shard.stop, batch):
         part = labels[at : min(at + batch, shard.stop)]
-        x, _ = sample_images(model, part, config, seed, compensation=compensation, first_index=at)
-        parts.append(x.cpu())
-    mine = torch.cat(parts) if parts else torch.empty(0, *generate_shape(model))
+        made = partial(sampler, part, seed, at)
+        parts.append(kept.tensor(f"seed {seed}, images {at} to {at + len(part) - 1}", made).cpu())
+    mine = torch.cat(parts) if parts else torch.empty(0, *generate_shape(sampler.model))
     return all_gather_tensors(mine)
 
 
@@ -111,26 +140,36 @@ def per_image(values: Tensor) -> Score:
     return float(values.double().mean()), standard_error(values)
 
 
-def judge(judge: Judge, samples: Tensor, labels: Tensor, full: Tensor) -> dict[str, Score]:
-    """All metrics of one run, errors over its images; `full` are the full-precision samples with the same noise."""
+@dataclass(frozen=True)
+class Judged:
+    """One run: every metric with its error over the images, and the values (N,) of those that each image has."""
+
+    scores: dict[str, Score]
+    values: dict[str, Tensor]
+
+
+def judge(judge: Judge, samples: Tensor, labels: Tensor, full: Tensor) -> Judged:
+    """All metrics of one run; `full` are the full-precision samples with the same noise."""
     images, reference = judge.decode(samples), judge.decode(full)
     seen, real = judge(images), judge.reference
-    finite = psnr(images.clamp(-1, 1), reference.clamp(-1, 1)).clamp(max=100)
+    values = {
+        "psnr": psnr(images.clamp(-1, 1), reference.clamp(-1, 1)).clamp(max=100),
+        "relative_l2": relative_l2(samples, full),
+    }
     distance = FeatureStatistics.of(seen.features).frechet(real.statistics)
     scores: dict[str, Score] = {
         "frechet_distance": (distance, distance_error(seen.features, real.statistics)),
         "inception_score": (inception_score(seen.probabilities).mean, None),
-        "psnr": per_image(finite),
-        "relative_l2": per_image(relative_l2(samples, full)),
     }
     if seen.spatial is not None and real.spatial is not None:
         scores["spatial_frechet_distance"] = (FeatureStatistics.of(seen.spatial).frechet(real.spatial), None)
     else:
-        scores["class_accuracy"] = per_image(100.0 * (seen.probabilities.argmax(1) == labels))
+        values["class_accuracy"] = 100.0 * (seen.probabilities.argmax(1) == labels)
+    scores |= {name: per_image(found) for name, found in values.items()}
     if real.features is not None:
         both = precision_recall(real.features, seen.features)
         scores |= {"precision": (both.precision, None), "recall": (both.recall, None)}
-    return scores
+    return Judged(scores, values)
 
 
 def distance_error(features: Tensor, real: FeatureStatistics) -> float | None:
@@ -151,32 +190,36 @@ def summarize(per_seed: list[dict[str, Score]]) -> dict[str, dict[str, float | N
 
 
 class Experiment:
-    """Runs rows, keeping the full-precision samples of every (sampler, seed) for comparison."""
+    """Runs rows, keeping the full-precision samples of every (sampler, seed) for comparison, and what was judged."""
 
     def __init__(self, bench: Workbench, judge: Judge, evaluation: Evaluation, run: Distributed, log: Log):
         self.bench, self.judge, self.evaluation, self.run, self.log = bench, judge, evaluation, run, log
         self.full: dict[Any, Tensor] = {}
+        self.judged: dict[str, list[Judged]] = {}
 
     def full_samples(self, variant: Variant, seed: int) -> Tensor:
         # A run with fewer steps is compared with the full number of steps.
         key = (variant.sampler, self.evaluation.images, seed)
         if key not in self.full:
             config = replace(self.bench.sampling, sampler=variant.sampler)
-            size = self.evaluation
-            self.full[key] = sample(self.bench.model, None, config, size.images, size.batch, seed, self.run)
+            self.full[key] = self.samples(Sampler(self.bench.model, config), seed, f"full precision, {variant.sampler}")
         return self.full[key]
+
+    def samples(self, sampler: Sampler, seed: int, made_of: Any) -> Tensor:
+        size = self.evaluation
+        return sample(sampler, size.images, size.batch, seed, self.run, self.bench.kept.under([made_of, asdict(size)]))
 
     def row(self, variant: Variant, group: str = "main") -> dict[str, Any]:
         watch, size = Stopwatch(), self.evaluation
         model, compensation = self.bench.build(variant)
-        config, labels = self.bench.config(variant), balanced_labels(size.images, model.config.num_classes)
-        plain = variant.bits is None and variant.interval == 1 and variant.steps == self.bench.sampling.steps
-        per_seed = []
+        sampler = Sampler(model, self.bench.config(variant), compensation, variant.solver)
+        labels, judged = balanced_labels(size.images, model.config.num_classes), []
         for seed in size.seeds:
             full = self.full_samples(variant, seed)
-            samples = full if plain else sample(model, compensation, config, size.images, size.batch, seed, self.run)
-            per_seed.append(judge(self.judge, samples, labels, full))
-        summary = summarize(per_seed)
+            samples = full if self.is_full(variant) else self.samples(sampler, seed, asdict(variant))
+            judged.append(judge(self.judge, samples, labels, full))
+        per_seed = [run.scores for run in judged]
+        self.judged[variant.name], summary = judged, summarize(per_seed)
         self.log(
             f"{variant.name:32} FD {summary['frechet_distance']['mean']:8.2f}  "
             f"relative L2 {summary['relative_l2']['mean']:.4f}  ({watch.seconds():.0f} s)"
@@ -191,6 +234,35 @@ class Experiment:
             "factors": factors,
         }
 
+    def is_full(self, variant: Variant) -> bool:
+        full = Variant(variant.name, sampler=variant.sampler, steps=self.bench.sampling.steps)
+        return variant == full
+
+    def difference(self, name: str, other: str) -> dict[str, Any]:
+        """How far the first row lies above the second in every metric: mean, and the 95 % interval of Student's t.
+
+        Paired by image, over all seeds, where each image has a value of its own; else by seed, of which two are needed.
+        """
+        first, second = self.judged[name], self.judged[other]
+        metrics: dict[str, dict[str, float]] = {}
+        for key in first[0].scores:
+            if key in first[0].values:
+                a, b = (torch.cat([run.values[key] for run in runs]) for runs in (first, second))
+            else:
+                a, b = (
+                    torch.tensor([run.scores[key][0] for run in runs], dtype=torch.float64) for runs in (first, second)
+                )
+            if len(a) > 1:
+                metrics[key] = interval(a.double() - b.double())
+        return {"row": name, "minus": other, "metrics": metrics}
+
+
+def interval(differences: Tensor, confidence: float = 0.95) -> dict[str, float]:
+    """Mean of the values (N,) and the interval that Student's t gives it."""
+    mean, error = float(differences.mean()), standard_error(differences) or 0.0
+    reach = float(scipy.stats.t.ppf((1 + confidence) / 2, len(differences) - 1)) * error
+    return {"mean": mean, "low": mean - reach, "high": mean + reach}
+
 
 def unfitted_compensation(config: SamplingConfig, channels: int) -> VarianceCompensation:
     """A correction of every step, for timing: fitting takes minutes, and the cost is the same whatever the factors."""
@@ -203,15 +275,18 @@ def measure_time(
     bench: Workbench, variants: list[Variant], batch: int = 64, repeats: int = 3
 ) -> dict[str, dict[str, float]]:
     """Wall seconds of one batch for each variant, interleaved so that a slow spell of the machine hits all alike."""
-    built = [(v, bench.build(replace(v, compensation=None))[0]) for v in variants]
+    built = []
+    for variant in variants:
+        model, config = bench.build(replace(variant, compensation=None))[0], bench.config(variant)
+        correction = unfitted_compensation(config, model.config.in_channels) if variant.compensation else None
+        built.append((variant.name, Sampler(model, config, correction, variant.solver)))
     labels = balanced_labels(batch, bench.model.config.num_classes)
     seconds: dict[str, list[float]] = {v.name: [] for v in variants}
     for _ in range(repeats):
-        for variant, model in built:
-            config = bench.config(variant)
-            correction = unfitted_compensation(config, model.config.in_channels) if variant.compensation else None
-            _, report = sample_images(model, labels, config, seed=99, compensation=correction)
-            seconds[variant.name].append(report.total_seconds)
+        for name, sampler in built:
+            watch = Stopwatch()
+            sampler(labels, seed=99).cpu()
+            seconds[name].append(watch.seconds())
     first = torch.tensor(seconds[variants[0].name])
     return {
         name: {
@@ -259,20 +334,47 @@ def cpu_name() -> str:
 
 
 def run_main(experiment: Experiment, time_batch: int, time_repeats: int) -> dict[str, Any]:
-    """The eight main rows; the last, full precision with fewer steps, takes the steps that fit Q&C's measured time."""
+    """Every part of the method on and off, and what is shipped, each beside plain runs of fewer steps in its time."""
     bench, log = experiment.bench, experiment.log
-    steps = bench.sampling.steps
-    timing = measure_time(
-        bench, [replace(v, steps=steps, sampler=bench.sampling.sampler) for v in MAIN_ROWS], time_batch, time_repeats
-    )
+
+    def timed(variants: list[Variant]) -> dict[str, dict[str, float]]:
+        # Clocks differ between processes, but all must sample as many steps.
+        kept = bench.kept.under([asdict(v) for v in variants])
+        measured = partial(measure_time, bench, variants, time_batch, time_repeats)
+        return experiment.run.shared(lambda: kept.json("seconds", measured))
+
+    timing: dict[str, dict[str, float]] = {}
+    rows: list[Variant] = []
+    for group in (main_rows(bench), shipped_rows(bench)):
+        timing |= timed(group)
+        steps = max(1, round(bench.sampling.steps / timing[group[-1].name]["speedup"]))
+        plain = plain_rows(group[0], steps)
+        timing |= {name: values for name, values in timed([group[0], *plain]).items() if name not in timing}
+        rows += [*group, *plain]
+    rows = list({row.name: row for row in rows}.values())
     for name, values in timing.items():
         log(f"{name:32} {values['seconds']:.2f} s  {values['speedup']:.2f}x")
-    # Clocks differ between processes, but all must sample the same number of steps: that of rank 0.
-    fewer = int(all_gather_tensors(torch.tensor([max(1, round(steps / timing["+ TAP + VC"]["speedup"]))]))[0])
-    rows = [replace(v, steps=steps, sampler=bench.sampling.sampler) for v in MAIN_ROWS]
-    rows.append(replace(rows[0], name=f"full precision, {fewer} steps", steps=fewer))
-    timing[rows[-1].name] = measure_time(bench, [rows[0], rows[-1]], time_batch, time_repeats)[rows[-1].name]
-    return {"rows": [experiment.row(v) for v in rows], "timing": timing}
+    found = [experiment.row(row) for row in rows]
+    pairs = [*COMPARED, *((shipped_rows(bench)[-1].name, row.name) for row in plain)]
+    return {"rows": found, "timing": timing, "differences": [experiment.difference(*pair) for pair in pairs]}
+
+
+def main_rows(bench: Workbench) -> list[Variant]:
+    return [replace(v, steps=bench.sampling.steps, sampler=bench.sampling.sampler) for v in MAIN_ROWS]
+
+
+def shipped_rows(bench: Workbench) -> list[Variant]:
+    """Full precision with the sampler of what is shipped, and that."""
+    shipped = replace(RECOMMENDED, steps=bench.sampling.steps)
+    return [Variant(f"full precision, {shipped.sampler}", sampler=shipped.sampler, steps=shipped.steps), shipped]
+
+
+def plain_rows(full: Variant, steps: int) -> list[Variant]:
+    """Full precision in fewer steps: the same sampler, and the solvers where it adds no noise."""
+    rows = [replace(full, name=f"{full.name}, {steps} steps", steps=steps)]
+    if full.sampler == "ddim":
+        rows += [replace(rows[0], name=f"{solver}, {steps} steps", solver=solver) for solver in SOLVERS]
+    return rows
 
 
 def run_factors(experiment: Experiment) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Who judges the images: the digits classifier for the built-in model, the FID Inception network for ImageNet."""
+"""Who judges the images: a small network for the built-in model, the FID Inception network for ImageNet."""
 
 from __future__ import annotations
 
@@ -42,21 +42,20 @@ class Judge(Protocol):
     def __call__(self, images: Tensor) -> Judgement: ...
 
 
-class DigitsJudge:
-    """Features and classes from the shipped classifier; the samples are the images."""
+class BuiltInJudge:
+    """Features and classes from the shipped network; the samples are the images."""
 
     def __init__(self) -> None:
-        from ..demo.classifier import load_classifier
+        from ..demo.judge import load_judge
 
-        self.model, real = load_classifier()
-        held_out = real["held_out"]
-        self.reference = Reference(FeatureStatistics.of(held_out), held_out, None, real["training"])
+        self.model, real = load_judge()
+        self.reference = Reference(FeatureStatistics.of(real["reference"]), real["reference"], None, real["floor"])
 
     def decode(self, samples: Tensor) -> Tensor:
         return samples
 
     def __call__(self, images: Tensor) -> Judgement:
-        from ..demo.classifier import classify
+        from ..demo.judge import classify
 
         return Judgement(*classify(self.model, images))
 

@@ -45,6 +45,23 @@ def factor_table(rows: list[dict[str, Any]]) -> str:
     return metrics_table([{**row, "name": f"{row['group']}: {row['name']}"} for row in rows])
 
 
+def differences_table(differences: list[dict[str, Any]]) -> str:
+    """One line for each pair of rows: mean and 95 % interval."""
+    columns = [c for c in COLUMNS if any(c[1] in pair["metrics"] for pair in differences)]
+    lines = ["| " + " | ".join(["", *(name for name, _, _ in columns)]) + " |", "|" + "---|" * (1 + len(columns))]
+    for pair in differences:
+        cells = [between(pair["metrics"].get(key), pattern) for _, key, pattern in columns]
+        lines.append("| " + " | ".join([f"{pair['row']} - {pair['minus']}", *cells]) + " |")
+    return "\n".join(lines)
+
+
+def between(value: dict[str, float] | None, pattern: str) -> str:
+    if value is None:
+        return "-"
+    mean, low, high = (pattern.format(value[key]) for key in ("mean", "low", "high"))
+    return f"{mean} ({low} to {high})"
+
+
 def markdown(result: dict[str, Any]) -> str:
     """The whole report."""
     setup = result["setup"]
@@ -63,7 +80,13 @@ def markdown(result: dict[str, Any]) -> str:
             f"+- {result['floor']['standard_error']:.2f}."
         )
     if result.get("main"):
-        parts.append(metrics_table(result["main"]["rows"], result["main"]["timing"]))
+        parts += [
+            metrics_table(result["main"]["rows"], result["main"]["timing"]),
+            "## Differences from the same noise",
+            "Mean and 95 % interval of Student's t: over all images for accuracy, PSNR and relative L2, over the seeds "
+            "for the others.",
+            differences_table(result["main"]["differences"]),
+        ]
     if result.get("factors"):
         parts += [
             "## Other factors, one at a time",

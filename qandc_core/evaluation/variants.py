@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
+
+from torch import Tensor
 
 from ..caching.attach import apply_cache_to_dit
 from ..caching.schedule import optimal_schedule
 from ..calibration.choice import CalibrationConfig
 from ..calibration.distances import feature_distances
-from ..calibration.file import Calibration
+from ..calibration.file import Calibration, load_calibration
 from ..calibration.run import calibrate
 from ..calibration.trajectories import DiTTrajectories
 from ..compensation.correction import VarianceCompensation
@@ -21,6 +23,7 @@ from ..diffusion.process import SamplingConfig
 from ..models.dit import DiT
 from ..models.layers import DIT_SKIP
 from ..quantization.model import QuantizationConfig, quantize_model
+from .kept import Kept
 
 # Neither shares noise with the other or with the images that are judged; calibration takes a seed for each batch.
 CALIBRATION_SEED, FIT_SEED = 503, 502
@@ -48,6 +51,7 @@ class Variant:
     optimal: bool = False
     sampler: str = "ddpm"
     steps: int = 50
+    solver: str | None = None  # of SOLVERS, in the place of the sampler; for full precision alone
 
     @property
     def cache(self) -> tuple[Any, ...]:
@@ -57,6 +61,21 @@ class Variant:
     @property
     def needs_calibration(self) -> bool:
         return self.bits is not None and (self.static or self.rounding == "gptq")
+
+
+CHOICE = CalibrationConfig()  # of calibration samples, as every command chooses them
+# What the demonstration shows. DDIM adds no noise, so that features can be extrapolated.
+RECOMMENDED = Variant(
+    "Q&C: W8A8 + cache + TAP + VC",
+    bits=(8, 8),
+    interval=3,
+    selection=CHOICE.selection,
+    time_scale=CHOICE.time_scale,
+    computed_only=CHOICE.computed_only,
+    compensation="variance_match",
+    order=1,
+    sampler="ddim",
+)
 
 
 @dataclass
@@ -71,6 +90,7 @@ class Workbench:
     calibration_config: CalibrationConfig
     pairs: int = 256
     skip: Sequence[str] = DIT_SKIP
+    kept: Kept = field(default_factory=Kept)
     made: dict[Any, Any] = field(default_factory=dict)
 
     @property
@@ -107,11 +127,16 @@ class Workbench:
             seed=CALIBRATION_SEED,
         )
         key = ("calibration", variant.cache, config)
-        if key not in self.made:
+
+        def made() -> Calibration:
             host = DiTTrajectories(
                 self.cached(variant), range(self.classes), self.config(variant), skip_patterns=self.skip
             )
-            self.made[key] = replace(calibrate(host, config), sampling=self.config(variant))
+            return replace(calibrate(host, config), sampling=self.config(variant))
+
+        if key not in self.made:
+            kept = self.kept.under([variant.cache, asdict(config)])
+            self.made[key] = kept.file("calibration.safetensors", made, Calibration.save, load_calibration)
         return self.made[key]
 
     def quantize(self, variant: Variant, calibration: Calibration | None) -> DiT:
@@ -124,18 +149,25 @@ class Workbench:
 
     def compensate(self, variant: Variant, model: DiT) -> VarianceCompensation | None:
         """Fits the variant's compensation for its accelerated model."""
-        if variant.compensation is None:
+        method = variant.compensation
+        if method is None:
             return None
-        return fit_variance_compensation(
-            self.model,
-            model,
-            balanced_labels(self.pairs, self.classes),
-            self.config(variant),
-            method=variant.compensation,
-            start=variant.compensation_start,
-            seed=FIT_SEED,
-            batch_size=self.calibration_config.batch_size,
-        )
+
+        def fitted() -> dict[str, Tensor]:
+            found = fit_variance_compensation(
+                self.model,
+                model,
+                balanced_labels(self.pairs, self.classes),
+                self.config(variant),
+                method=method,
+                start=variant.compensation_start,
+                seed=FIT_SEED,
+                batch_size=self.calibration_config.batch_size,
+            )
+            return {name: getattr(found, name) for name in ("sigmas", "mean", "factor")}
+
+        kept = self.kept.under(asdict(variant)).tensors("compensation", fitted)
+        return VarianceCompensation(**kept, method=method)
 
     def build(self, variant: Variant) -> tuple[DiT, VarianceCompensation | None]:
         model = self.quantize(variant, self.calibration(variant) if variant.needs_calibration else None)

@@ -24,7 +24,7 @@ from .linear import KERNELS, GatedResidual, Int8Linear, Modulation, fused_linear
 from .loop import generate_on_device
 
 if TYPE_CHECKING:
-    from ..caching.policies import PolicyConfig
+    from ..caching.attach import PolicyConfig
     from ..quantization.native import NativeLayer
 
 

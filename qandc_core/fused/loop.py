@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..caching.attach import PolicyConfig
 from ..caching.forecast import forecast_rows
-from ..caching.policies import PolicyConfig
 from ..caching.schedule import CacheConfig
 from ..compensation.correction import VarianceCompensation, compensate
 from ..diffusion.guidance import guide, split_variance

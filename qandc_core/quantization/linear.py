@@ -136,7 +136,7 @@ class QuantizedLinear(nn.Module):
         for part, out in zip(rows.split(block), y.split(block)):
             grid = self.input_grid(part.float())
             codes = quantize(part.float(), grid)
-            out.copy_(self.rescale(PRODUCTS[backend](codes, weights), codes, grid))
+            self.rescale(PRODUCTS[backend](codes, weights), codes, grid, out)
         return y.view(*x.shape[:-1], self.out_features)
 
     def on(self, device: torch.device) -> QuantizedLinear:
@@ -147,17 +147,22 @@ class QuantizedLinear(nn.Module):
             object.__setattr__(layer, kind, moved)
         return layer
 
-    def rescale(self, accumulated: Tensor, codes: Tensor, grid: Grid) -> Tensor:
-        y = accumulated.float()
-        if self.format.static:
-            y.sub_(grid.zero * self.row_sums)
+    def rescale(self, accumulated: Tensor, codes: Tensor, grid: Grid, out: Tensor) -> None:
+        """Writes the layer's output; what is the same for all rows is put into one factor and one addend first."""
+        y, factor = accumulated.float(), self.weight_scale
+        addend = torch.zeros_like(factor) if self.bias is None else self.bias.float()
         if self.weight_zero is not None:
             shifted = codes.float().sum(dim=1, keepdim=True) - self.in_features * grid.zero
             y.sub_(shifted * self.weight_zero)
-        y.mul_(grid.scale)
-        if self.bias is None:
-            return y.mul_(self.weight_scale)
-        return torch.addcmul(self.bias.float(), y, self.weight_scale)
+        if self.format.static:
+            factor = factor * grid.scale
+            addend = addend - grid.zero * self.row_sums * factor
+        else:
+            y.mul_(grid.scale)
+        if out.dtype == y.dtype:
+            torch.addcmul(addend, y, factor, out=out)
+        else:
+            out.copy_(torch.addcmul(addend, y, factor))
 
     def kitchen_linear(self, x: Tensor) -> Tensor:
         """comfy-kitchen's fused dynamic W8A8 kernel."""

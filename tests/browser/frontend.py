@@ -1,10 +1,17 @@
-"""ComfyUI's own frontend in headless Chromium."""
+"""ComfyUI's own frontend in headless Chromium.
+
+Most of what the frontend does it does later: it fits the view when a file has arrived, draws in animation frames, and
+lets nodes grow when pictures are there. Nothing here waits for a time, which a busy machine makes too short. Every
+method waits for what it caused, and then for `settled`. $QANDC_CPU_THROTTLE, such as 10, makes the page that many times
+slower, to try this.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +27,53 @@ SETTINGS = {
     "LiteGraph.Canvas.MinFontSizeForLOD": 0,
 }
 
+LIMIT = 120  # seconds that anything may take on a busy machine
+QUIET = 300  # milliseconds in which nothing may change
+# What a test may look at: the view as it is drawn, and the places of nodes on the canvas and as HTML.
+SEEN = """() => {
+  const {ds, visible_area, canvas, graph} = app.canvas, [x, y, width, height] = visible_area
+  const drawn = Math.abs(x + ds.offset[0]) + Math.abs(y + ds.offset[1]) < 0.01
+    && Math.abs(width * ds.scale - canvas.width) + Math.abs(height * ds.scale - canvas.height) < 1
+  const html = [...document.querySelectorAll('[data-node-id]')]
+  const whole = [...document.images].every(image => image.complete)
+  if (!drawn || !whole || (LiteGraph.vueNodesMode && html.length !== graph._nodes.length)) return null
+  return JSON.stringify([ds.scale, [...ds.offset], canvas.width, canvas.height,
+    graph._nodes.map(node => [node.id, ...(node.boundingRect ?? node._bounding)]),
+    html.map(node => { const {x, y, width, height} = node.getBoundingClientRect(); return [x, y, width, height] })])
+}"""
+# Timers of the page itself: what it put off for less than `quiet` before this was called is done when it ends.
+STEADY = """([look, quiet, limit]) => new Promise((done, failed) => {
+  const read = eval(`(${look})`), begun = performance.now()
+  let last = null, since = begun, frames = 0
+  const again = () => {
+    app.canvas.setDirty(true, true)
+    const now = read(), time = performance.now()
+    if (now === null || now !== last) [last, since, frames] = [now, time, 0]
+    if (now !== null && frames++ >= 5 && time - since >= quiet) return setTimeout(done, 0)
+    if (time - begun > limit) return failed(new Error(`not steady after ${limit} ms: ${now}`))
+    requestAnimationFrame(again)
+  }
+  setTimeout(again, quiet)
+})"""
+READY = (
+    """() => window.app?.graph && app.canvas && app.api.clientId && app.extensionManager?.workflow?.activeWorkflow"""
+)
+# Opening a template goes on after its dialog has closed; this counts the graphs that have been loaded.
+COUNT_LOADS = """() => { const load = app.loadGraphData; window.loads = 0
+  app.loadGraphData = async function (...given) {
+    try { return await load.apply(this, given) } finally { window.loads++ } } }"""
+# Every node that is in view and was given pictures has them, on the canvas and as HTML.
+PICTURES_SHOWN = """() => app.canvas.visible_nodes.every(node => {
+  const wanted = app.nodeOutputs[node.id]?.images?.length ?? 0
+  const html = document.querySelectorAll(`[data-node-id="${node.id}"] img`)
+  const shown = [...(LiteGraph.vueNodesMode ? html : node.imgs ?? [])].filter(image => image.naturalWidth)
+  return !wanted || shown.length > 0 })"""
+BOX = "() => String(document.querySelectorAll('input[role=combobox]').length)"
+RESULTS = "() => [...document.querySelectorAll('[data-testid=result-item]')].map(item => item.textContent).join('\\n')"
+HELP_SHOWN = """type => { const page = document.querySelector('.node-help-content')
+  const title = LiteGraph.registered_node_types[type].title
+  return page?.querySelector('h1')?.innerText === title && [...page.querySelectorAll('img')].every(i => i.complete) }"""
+
 EVERY_NODE = """
 const inside = graph => graph._nodes.flatMap(n => [n, ...(n.subgraph ? inside(n.subgraph) : [])]);
 """
@@ -34,25 +88,52 @@ class Frontend:
     def __init__(self, page: Any):
         self.page = page
         self.errors: list[str] = []
+        self.requests: set[Any] = set()  # that the server has not answered yet
         page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.on("request", lambda request: self.requests.add(request))
+        for ended in ("requestfinished", "requestfailed"):
+            page.on(ended, lambda request: self.requests.discard(request))
 
-    def load(self, workflow: dict, name: str, wait: int = 1500) -> None:
-        """`wait` is in milliseconds, for what the frontend does after it has loaded a graph."""
+    def steady(self, look: str = SEEN, quiet: int = QUIET) -> None:
+        """Waits until what the JavaScript function `look` gives no longer changes and is not null.
+
+        It also waits for the server's answers: what comes with them may change the page.
+        """
+        deadline = time.monotonic() + LIMIT
+        while True:
+            asked = {request for request in self.requests if request.url.startswith(self.page.url.split("#")[0])}
+            self.page.evaluate(STEADY, [look, quiet, LIMIT * 1000])
+            if not asked & self.requests:
+                return
+            assert time.monotonic() < deadline, f"no answer to {[request.url for request in asked]}"
+
+    def wait_for(self, condition: str, argument: Any = None, limit: float = LIMIT) -> None:
+        """Waits until the JavaScript function is true."""
+        self.page.wait_for_function(condition, arg=argument, timeout=limit * 1000)
+
+    def load(self, workflow: dict, name: str) -> None:
         self.page.evaluate("([w, name]) => app.loadGraphData(w, true, true, name)", [workflow, name])
-        self.page.wait_for_timeout(wait)
+        self.steady()
 
     def open_templates(self, pack: str) -> None:
         """The dialog, at the templates of the pack."""
         self.page.evaluate("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
         self.page.get_by_text(pack, exact=True).first.evaluate("entry => entry.click()")
-        self.page.wait_for_timeout(1500)
+        ours = self.page.evaluate("async pack => (await app.api.getWorkflowTemplates())[pack]", pack)
+        self.wait_for(
+            """ours => { const listed = [...document.querySelectorAll('[data-testid^=template-workflow-]')];
+            return listed.length && listed.every(card => ours.includes(card.dataset.testid)) }""",
+            [f"template-workflow-{name}" for name in ours],
+        )
 
     def open_template(self, pack: str, name: str) -> None:
         """As users do: Templates, the pack, the card."""
         self.open_templates(pack)
+        loads = self.page.evaluate("() => window.loads")
         self.page.get_by_test_id(f"template-workflow-{name}").evaluate("card => card.click()")
         self.page.get_by_test_id("template-workflows-content").wait_for(state="hidden")
-        self.page.wait_for_timeout(2000)
+        self.wait_for("loads => window.loads > loads", loads)
+        self.steady()
 
     def missing_nodes(self) -> list[str]:
         """Types that the frontend does not know, inside subgraphs too."""
@@ -67,10 +148,8 @@ class Frontend:
     def settled_prompt(self) -> dict:
         """The prompt once it no longer changes: some nodes set widgets a while after they are loaded."""
         last, now = None, self.prompt()
-        for _ in range(25):
-            if now == last:
-                break
-            self.page.wait_for_timeout(200)
+        while now != last:
+            self.steady()
             last, now = now, self.prompt()
         return now
 
@@ -99,7 +178,9 @@ class Frontend:
         self.page.wait_for_function("() => window.ended", timeout=timeout * 1000)
         kind, detail = self.page.evaluate("() => window.ended")
         assert kind == "execution_success", detail
-        self.page.wait_for_timeout(1500)
+        self.steady()
+        self.wait_for(PICTURES_SHOWN)
+        self.steady()
 
     def wires_over_nodes(self) -> list[str]:
         """Nodes that lie in the way of a wire between two others, as the curves of the canvas run."""
@@ -145,7 +226,7 @@ class Frontend:
             const [width, height] = [(right - left) * s + 24, (bottom - top) * s + 24];
             return {x: e.x + side - 12, y: e.y + head - 12, width, height} }"""
         )
-        self.page.wait_for_timeout(6000)  # until notices of the finished job are gone
+        self.steady()
         return area
 
     def search(self, *words: str) -> dict[str, list[str]]:
@@ -155,14 +236,13 @@ class Frontend:
         box, found = self.page.locator("input[role=combobox]"), {}
         for _ in range(5):  # on a busy machine the two clicks may be taken for two single ones
             self.page.mouse.dblclick(640, 420)
-            self.page.wait_for_timeout(2500)
+            self.steady(BOX)
             if box.count():
                 break
         for word in words:
-            box.fill("")
-            self.page.wait_for_timeout(400)
-            box.fill(word)
-            self.page.wait_for_timeout(1200)
+            for text in ("", word):
+                box.fill(text)
+                self.steady(RESULTS)
             found[word] = [text.strip() for text in self.page.get_by_test_id("result-item").all_text_contents()]
         self.page.keyboard.press("Escape")
         return found
@@ -178,7 +258,8 @@ class Frontend:
         content = self.page.locator(".node-help-content")
         if not content.count():
             self.page.get_by_test_id("info-button").click()
-        self.page.wait_for_timeout(1500)
+        self.wait_for(HELP_SHOWN, node_type)
+        self.steady()
         return content.evaluate(
             """e => ({title: e.querySelector("h1")?.innerText, picture: e.querySelector("img")?.naturalWidth ?? 0,
             width: e.getBoundingClientRect().width, needed: Math.max(...[e, ...e.querySelectorAll("*")].map(
@@ -200,12 +281,18 @@ def open_frontend(
         browser = playwright.chromium.launch(executable_path=chromium(), args=FLAGS)
         try:
             page = browser.new_page(viewport={"width": width, "height": height})
+            page.set_default_timeout(LIMIT * 1000)
+            if throttle := os.environ.get("QANDC_CPU_THROTTLE"):
+                slower = page.context.new_cdp_session(page)
+                slower.send("Emulation.setCPUThrottlingRate", {"rate": float(throttle)})
+            frontend = Frontend(page)
             for name, value in {**SETTINGS, "Comfy.Locale": locale, "Comfy.VueNodes.Enabled": nodes_2}.items():
                 page.request.post(f"http://{address}/settings/{name}", data=json.dumps(value))
             page.goto(f"http://{address}")
-            page.wait_for_function("() => window.app?.graph && window.app.extensionManager", timeout=90_000)
-            page.wait_for_timeout(2500)
+            frontend.wait_for(READY)
+            page.evaluate(COUNT_LOADS)
+            frontend.steady()
             page.keyboard.press("Escape")
-            yield Frontend(page)
+            yield frontend
         finally:
             browser.close()

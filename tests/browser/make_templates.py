@@ -32,6 +32,7 @@ WORKFLOWS = ROOT / "workflows"
 NOTES = ("MarkdownNote", "Note")
 # Title of a template's picture, and what it says; of one that runs here, the label of the run beside the full one.
 HALF = "computes half of the steps"
+SHOWN = 4  # images of a run in a picture
 CARDS = {
     "1 Quickstart": ("Quickstart", "Q&C"),
     "2 Flux.1 dev": ("Flux.1 dev", HALF),
@@ -234,14 +235,18 @@ def picture(server: Server, template: Template) -> Image.Image:
         return plan_card(template, title, says)
     prompt = json.loads((WORKFLOWS / "api" / f"{template.name}.json").read_text(encoding="utf-8"))
     samples = {key: node["inputs"]["label"] for key, node in prompt.items() if node["class_type"] == "QandC_Sample"}
+    shown = [key for key in samples if samples[key] in ("full precision", says)]
     for key, node in list(prompt.items()):
-        if node["class_type"] == "VAEDecode":
+        if node["class_type"] == "VAEDecode" and node["inputs"]["samples"][0] in shown:
             prompt[f"images of {node['inputs']['samples'][0]}"] = {
                 "class_type": "SaveImage", "inputs": {"images": [key, 0], "filename_prefix": "card"}
             }  # fmt: skip
+        if node["class_type"] in ("QandC_Compare", "ModelSave"):
+            del prompt[key]  # else all runs are sampled, some of them again
+        if node["class_type"] == "EmptyLatentImage":
+            node["inputs"]["batch_size"] = SHOWN
     run = server.succeed(prompt)
-    shown = [key for key in samples if samples[key] in ("full precision", says)]
-    images = {key: [Image.open(BytesIO(png)) for png in server.saved(run, f"images of {key}")[:4]] for key in shown}
+    images = {key: [Image.open(BytesIO(png)) for png in server.saved(run, f"images of {key}")] for key in shown}
     return result_card(title, [(samples[key], images[key]) for key in shown])
 
 

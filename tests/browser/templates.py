@@ -155,12 +155,13 @@ def down(nodes: dict[str, Node], **pixels: int) -> dict[str, Node]:
     return {key: {**spec, "down": pixels.get(key, 0)} for key, spec in nodes.items()}
 
 
-DEMO = {"steps": 50, "cfg": 1.5, "sampler_name": "ddpm", "scheduler": "normal"}
+DEMO = {"steps": 50, "cfg": 2.0, "sampler_name": "ddpm", "scheduler": "normal"}
 SMOOTH = {**DEMO, "sampler_name": "ddim"}  # adds no noise, so that predictions can be forecast
 XL = {"steps": 50, "cfg": 4.0, "sampler_name": "ddpm", "scheduler": "normal"}
-CALIBRATION = {"trajectories": 32, "samples": 400}
+CALIBRATION = {"trajectories": 16, "samples": 200}
 SOURCES = ("load", "label", "latent", "vae")
-DEMO_SOURCES = sources("built-in demo", "0-9", 32, 10, "pixel_space")
+THINGS = "cat, panda, penguin, butterfly, apple, sunflower, rocket, house, heart, car"
+DEMO_SOURCES = sources("built-in demo", THINGS, 32, 10, "pixel_space")
 
 CHAIN = Subgraph(
     "Calibrate, quantize, compensate", ["calibrate", "quantize", "compensate"],
@@ -178,7 +179,8 @@ QUICKSTART = Template(
     "1 Quickstart",
     {
         "note": note(
-            "## Q&C quickstart\n\nPress **Run**. Nothing is downloaded: the demo model draws the digits 0 to 9.\n\n"
+            "## Q&C quickstart\n\nPress **Run**. Nothing is downloaded: the built-in model draws forty things, such as "
+            "cats, rockets and hearts.\n\n"
             "1. **Apply Cache** computes one step in three and forecasts the others.\n"
             "2. In the subgraph **TAP Calibrate** samples with the cache on and notes what every layer sees, "
             "**Quantize** turns the layers into 8-bit integers, and **Variance Compensate** corrects the drift "
@@ -190,7 +192,7 @@ QUICKSTART = Template(
         **down(
             {
                 **DEMO_SOURCES,
-                **chain(SMOOTH, CALIBRATION, 64, {"policy": "speedup", "policy.speedup": 3.0}),
+                **chain(SMOOTH, CALIBRATION, 16, {"policy": "speedup", "policy.speedup": 3.0}),
                 **sampled({
                     "full": (("load", 0), "full precision", SMOOTH),
                     "fast": (("compensate", 0), "Q&C", SMOOTH),
@@ -216,7 +218,7 @@ ABLATION = Template(
             320, 300,
         ),
         **DEMO_SOURCES,
-        **chain(DEMO, CALIBRATION, 64),
+        **chain(DEMO, CALIBRATION, 32),
         "quantize_only": node(
             "QandC_Quantize", {"model": ("load", 0), "calibration": ("calibrate", 0)}, "Quantize, no cache",
             method="paper",
@@ -300,7 +302,7 @@ QUANTIZE = Template(
                 **DEMO_SOURCES,
                 "calibrate": node("QandC_TAPCalibrate", wires(("load", 0)), **SMOOTH, **CALIBRATION),
                 "quantize": node("QandC_Quantize", {"model": ("load", 0), "calibration": ("calibrate", 0)}),
-                "save": node("ModelSave", {"model": ("quantize", 0)}, filename_prefix="diffusion_models/digits_w8a8"),
+                "save": node("ModelSave", {"model": ("quantize", 0)}, filename_prefix="diffusion_models/built_in_w8a8"),
                 **sampled({
                     "full": (("load", 0), "full precision", SMOOTH),
                     "fast": (("quantize", 0), "quantized", SMOOTH),

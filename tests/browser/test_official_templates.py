@@ -68,9 +68,9 @@ def class_of(prompt: dict, value) -> str:
 @pytest.mark.parametrize("name", THIRTY)
 def test_template_with_the_node(frontend, object_info, name):
     workflow = sampling_templates()[name]
-    frontend.load(workflow, name, wait=200)
+    frontend.load(workflow, name)
     plain = frontend.settled_prompt()
-    frontend.load(with_cache(workflow, default_widgets(object_info[NODE])), name, wait=200)
+    frontend.load(with_cache(workflow, default_widgets(object_info[NODE])), name)
     prompt = frontend.settled_prompt()
     assert set(frontend.missing_nodes()) == absent(workflow, object_info)
     samplers = [node for node in prompt.values() if node["class_type"] in TARGETS]

@@ -92,10 +92,10 @@ def test_words_and_pictures_are_on_the_nodes_after_a_run(server, nodes_2):
         frontend.set_widgets({"seed": 10 + nodes_2, "max_layer_error": 0.3 + 0.1 * nodes_2})
         frontend.show_all()
         frontend.run()
-        for name, words in SAID.items():
+        for words in SAID.values():
             # Line breaks of a text are spaces in Nodes 2.0.
             found = frontend.page.get_by_text(re.compile(words.replace(" ", r"\s+")))
-            assert any(one.is_visible() for one in found.all()), name
+            found.filter(visible=True).first.wait_for()
         hidden = frontend.page.evaluate(HIDDEN)
         assert hidden and max(hidden) <= 1, hidden
         shown = frontend.page.evaluate(

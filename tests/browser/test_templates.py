@@ -131,7 +131,7 @@ def at_1080p(frontend) -> Iterator[Frontend]:
     before, size = page.evaluate("limit => app.extensionManager.setting.get(limit)", limit), page.viewport_size
     page.set_viewport_size(dict(zip(("width", "height"), WINDOW)))
     page.evaluate("limit => app.extensionManager.setting.set(limit, 8)", limit)
-    page.wait_for_timeout(500)
+    frontend.wait_for("() => app.canvas.min_font_size_for_lod === 8 && app.canvas.canvas.width === innerWidth")
     yield frontend
     page.evaluate("([limit, before]) => app.extensionManager.setting.set(limit, before)", [limit, before])
     page.set_viewport_size(size)
@@ -155,6 +155,7 @@ def nodes_2(frontend) -> Iterator[Frontend]:
     """Nodes drawn as HTML, which makes them taller."""
     choose = "drawn => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', drawn)"
     frontend.page.evaluate(choose, True)
+    frontend.wait_for("() => LiteGraph.vueNodesMode")
     yield frontend
     frontend.page.evaluate(choose, False)
 
@@ -174,9 +175,9 @@ def test_no_node_lies_on_another_in_nodes_2(nodes_2):
 
 def test_the_dialog_lists_them_in_order(frontend):
     frontend.open_templates("ComfyUI-QandC")
-    listed = frontend.page.locator("[data-testid^=template-workflow-]").evaluate_all(
-        "cards => cards.map(card => card.dataset.testid.replace('template-workflow-', ''))"
-    )
+    cards = frontend.page.locator("[data-testid^=template-workflow-]")
+    cards.nth(len(BY_NAME) - 1).wait_for()  # they are added as they come into view
+    listed = cards.evaluate_all("cards => cards.map(card => card.dataset.testid.replace('template-workflow-', ''))")
     frontend.page.keyboard.press("Escape")
     assert listed == sorted(BY_NAME, key=str.lower)
 

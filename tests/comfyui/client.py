@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import select
 import struct
 import urllib.error
 import urllib.request
@@ -13,7 +14,7 @@ from typing import Any
 
 import websocket
 
-TIMEOUT = 120
+TIMEOUT = 300  # seconds that an answer or the next message may take on a busy machine
 TEXT, PREVIEW_WITH_METADATA = 3, 4
 
 
@@ -141,12 +142,17 @@ class Running:
         if kind == PREVIEW_WITH_METADATA:
             self.result.previews[json.loads(frame[8 : 8 + length])["node_id"]] += 1
 
-    def wait_for_progress(self, node: str) -> int:
-        """The step that the node reports first."""
+    def wait_for_progress(self, node: str) -> None:
         while not self.result.progress[node] and not self.ended:
             self.listen()
         assert self.result.progress[node], f"the run ended without progress: {self.result}"
-        return self.result.progress[node][0][0]
+
+    def interrupt(self, node: str) -> int:
+        """Interrupts the run; the last step that the node had reported when ComfyUI had heard of it."""
+        self.client.interrupt()
+        while not self.ended and select.select([self.socket.sock], [], [], 0)[0]:
+            self.listen()
+        return self.result.progress[node][-1][0]
 
     def finish(self) -> Run:
         try:

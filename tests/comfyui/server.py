@@ -10,12 +10,12 @@ import time
 from fnmatch import fnmatch
 from pathlib import Path
 
-from .checkouts import Checkout
+from .checkouts import FLOOR, Checkout
 from .client import Client, Run
 
 ROOT = Path(__file__).parents[2]
 FOLDER = "ComfyUI-QandC"
-START = 120  # seconds
+START = 300  # seconds, on a busy machine
 FLAGS = ("--cpu", "--preview-method", "latent2rgb", "--disable-metadata", "--disable-api-nodes")
 
 
@@ -55,6 +55,9 @@ class Server(Client):
             self.checkout.python, "main.py", *FLAGS, "--port", str(self.port), "--base-directory", str(self.base),
             "--database-url", "sqlite:///:memory:",
         ]  # fmt: skip
+        if self.checkout.version >= FLOOR:
+            # Newer versions drop results that are in use where other programs leave little memory.
+            command += ["--cache-ram", "0"]
         # Models this small gain nothing from threads.
         environment = {"OMP_NUM_THREADS": "1", **os.environ}
         with open(self.log_file, "wb") as log:

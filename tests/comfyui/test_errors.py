@@ -70,9 +70,9 @@ def sampled(model_name: str = "built-in demo", classes: str = "0-9") -> Graph:
     return graph
 
 
-@bad_input("QandC_Sample", "class id 11", "0 to 9")
+@bad_input("QandC_Sample", "class id 41", "0 to 39")
 def class_out_of_range():
-    return sampled(classes="11")
+    return sampled(classes="41")
 
 
 @bad_input("QandC_ClassLabel", "'abc'", "write for example")

@@ -115,7 +115,7 @@ def test_compare_can_be_cancelled(server):
     comparison = graph.add("QandC_Compare", **images, shown=2, difference_gain=4.0)
     running = server.start(graph)
     running.wait_for_progress(comparison[0])
-    server.interrupt()
+    running.interrupt(comparison[0])
     run = running.finish()
     last, total = run.progress[comparison[0]][-1]
     assert run.status == "interrupted" and last < total
@@ -232,12 +232,12 @@ def test_cancelling_stops_within_a_few_steps_and_leaves_nothing_behind(server, c
     files = set(server.calibrations.iterdir())
     cancelled, node = cancelled_prompt(name)
     running = server.start(cancelled)
-    begun = running.wait_for_progress(node)
-    server.interrupt()
+    running.wait_for_progress(node)
+    reached = running.interrupt(node)
     run = running.finish()
     assert run.status == "interrupted"
     last, total = run.progress[node][-1]
-    assert last <= begun + 5 < total
+    assert last <= reached + 5 < total
     assert set(server.calibrations.iterdir()) == files
     assert_same_again(server, prompt, before)
 

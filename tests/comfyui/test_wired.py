@@ -103,7 +103,7 @@ def test_what_is_left_to_the_model_suits_its_family(run):
         "Wan 2.1": [20, 3.5, "euler", "simple"],
         "SD 1.5": [25, 8.0, "euler", "normal"],
         "Chroma": [20, 4.0, "euler", "simple"],
-        "DiT": [50, 1.5, "ddpm", "normal"],
+        "DiT": [50, 2.0, "ddpm", "normal"],
     }
     assert found["given"] and found["samplers"] and found["schedulers"]
     assert found["pairs"] == [64, 64, 16, 4, 4]

@@ -15,7 +15,7 @@ from numpy.polynomial import Polynomial
 from scipy.interpolate import KroghInterpolator, interp1d
 
 import qandc_core
-from qandc_core.caching.attach import feature_cache
+from qandc_core.caching.attach import PolicyConfig, feature_cache
 from qandc_core.caching.cost import reuse_cost
 from qandc_core.caching.features import NEAREST, FeatureCache
 from qandc_core.caching.plans import (
@@ -32,7 +32,6 @@ from qandc_core.caching.policies import (
     ChosenSteps,
     ErrorBudget,
     Interval,
-    PolicyConfig,
     Speedup,
     StepCount,
 )

@@ -242,9 +242,9 @@ def test_metadata_says_whether_the_last_row_is_no_class(tmp_path, rows):
 
 
 def test_demo_is_found_in_the_package(tmp_path, model, monkeypatch):
-    assert checkpoints.DEMO.parts[-3:] == ("qandc_core", "demo", "digits_dit.safetensors")
-    monkeypatch.setattr(checkpoints, "DEMO", tmp_path / "digits_dit.safetensors")
-    with pytest.raises(FileNotFoundError, match="digits_dit.safetensors; install the package again"):
+    assert checkpoints.DEMO.parts[-3:] == ("qandc_core", "demo", "pictures_dit.safetensors")
+    monkeypatch.setattr(checkpoints, "DEMO", tmp_path / "pictures_dit.safetensors")
+    with pytest.raises(FileNotFoundError, match="pictures_dit.safetensors; install the package again"):
         load_dit("demo")
     save_file(model.state_dict(), checkpoints.DEMO, metadata={"num_heads": "4"})
     assert load_dit("demo").config == CONFIG

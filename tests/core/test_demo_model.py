@@ -7,41 +7,47 @@ from PIL import Image
 from safetensors import safe_open
 
 from benchmarks.calibration.choice import METHODS
+from benchmarks.training.classes import CLASSES
+from benchmarks.training.train import PICTURES_CONFIG
 from qandc_core import CalibrationConfig, generate, load_dit
 from qandc_core.caching.attach import feature_cache
 from qandc_core.checkpoints.dit import DEMO
 from qandc_core.cli.main import main
-from qandc_core.demo.classifier import WEIGHTS, classify, load_classifier
+from qandc_core.demo import CLASS_NAMES
+from qandc_core.demo.judge import WEIGHTS, classify, load_judge
 from qandc_core.evaluation import demo
-from qandc_core.evaluation.demo import DEMO_SAMPLING, NAIVE, RECOMMENDED, run_demo
+from qandc_core.evaluation.demo import DEMO_SAMPLING, NAIVE, RECOMMENDED, demo_labels, run_demo
 from qandc_core.evaluation.variants import balanced_labels
 
-needs_model = pytest.mark.skipif(not DEMO.is_file(), reason=f"{DEMO.name} is not trained yet: qandc_core.demo.train")
-DIGITS = 200
+PICTURES, CLASS_COUNT = 120, len(CLASS_NAMES)
 
 
-# --- the classifier that judges ---------------------------------------------------------------------------------------
+# --- the network that judges ------------------------------------------------------------------------------------------
 
 
-def test_the_classifier_knew_97_percent_of_the_digits_held_out_from_it():
+def test_the_judge_recognises_artists_it_never_saw():
     with safe_open(WEIGHTS, "pt") as file:
-        accuracy, metadata = file.get_tensor("real.held_out_accuracy"), file.metadata()
-    assert accuracy.shape == (1,) and 0.97 <= float(accuracy) <= 1
-    assert "MIT" in metadata["data"]
+        found = {name: float(value) for name, value in file.metadata().items()}
+    assert found["held_out_artists"] >= 0.85 and found["known_drawings"] >= 0.99
 
 
-def test_the_classifiers_recorded_features_are_balanced_digits():
-    model, real = load_classifier()
-    for part in ("held_out", "training"):
+def test_the_names_are_those_of_the_classes_that_it_was_trained_on():
+    assert CLASS_NAMES == tuple(thing.name for thing in CLASSES)
+    assert len(set(CLASS_NAMES)) == PICTURES_CONFIG.num_classes
+
+
+def test_the_judges_recorded_features_are_balanced_classes():
+    model, real = load_judge()
+    for part in ("reference", "floor"):
         features = real[part]
         assert features.shape[1] == 64 and len(features) >= 2000 and features.isfinite().all()
-        found = model.head(features.relu()).argmax(1).bincount(minlength=10) / len(features)
-        assert (found - 0.1).abs().max() < 0.03, "MNIST has between 9 and 11 % of every digit"
-    assert not model.training and not torch.equal(real["held_out"], real["training"])
+        found = model.head(features.relu()).argmax(1).bincount(minlength=CLASS_COUNT) / len(features)
+        assert (found[:CLASS_COUNT] - 1 / CLASS_COUNT).abs().max() < 0.01
+    assert not model.training and not torch.equal(real["reference"], real["floor"])
 
 
 def test_classification_does_not_depend_on_the_batch():
-    model, _ = load_classifier()
+    model, _ = load_judge()
     images = torch.rand(7, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     for few, all_at_once in zip(classify(model, images, batch=3), classify(model, images)):
         torch.testing.assert_close(few, all_at_once, rtol=1e-4, atol=1e-4)
@@ -56,56 +62,40 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def digits(model):
-    return generate(model, balanced_labels(DIGITS, 10), 20, 2.0, "ddim", seed=0)[0]
+def pictures(model):
+    return generate(model, balanced_labels(PICTURES, CLASS_COUNT), 15, DEMO_SAMPLING.cfg_scale, "ddim", seed=0)[0]
 
 
-@needs_model
 def test_shape_of_the_built_in_model(model):
-    config = model.config
-    assert (config.input_size, config.in_channels, config.num_classes, config.learn_sigma) == (32, 3, 10, False)
+    assert model.config == PICTURES_CONFIG
     assert next(model.parameters()).dtype == torch.float32 and not model.training
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-@needs_model
-def test_the_file_is_small():
-    assert DEMO.stat().st_size <= 16 * 2**20
+def test_the_files_are_small():
+    assert DEMO.stat().st_size + WEIGHTS.stat().st_size <= 16 * 2**20
 
 
-@needs_model
-def test_digits_are_recognised_as_the_class_asked_for(digits):
-    assert digits.shape == (DIGITS, 3, 32, 32)
-    classifier, _ = load_classifier()
-    _, probabilities = classify(classifier, digits)
-    right = probabilities.argmax(1) == balanced_labels(DIGITS, 10)
-    assert right.double().mean() >= 0.95
-    assert right.view(-1, 10).double().mean(0).min() >= 0.75, "a digit that the model cannot write"
+def test_pictures_are_recognised_as_the_class_asked_for(pictures):
+    assert pictures.shape == (PICTURES, 3, 32, 32)
+    right = classify(load_judge()[0], pictures)[1].argmax(1) == balanced_labels(PICTURES, CLASS_COUNT)
+    assert right.double().mean() >= 0.85  # of 120 after 15 steps; docs/results.md has the figure of 50
 
 
-@needs_model
-def test_digits_look_like_the_training_data(digits):
-    # The model overshoots the range at a few strokes, as much without guidance as with it.
-    assert digits.isfinite().all() and digits.abs().max() < 2
-    assert (digits.abs() <= 1.3).double().mean() > 0.99
-    # Ink on black, grey in three equal channels, as the data.
-    assert (digits < -0.8).double().mean() > 0.6 and (digits > 0.8).double().mean() > 0.03
-    assert float((digits - digits.mean(1, keepdim=True)).square().mean().sqrt()) < 0.1
+def test_pictures_have_colours_and_fill_their_range(pictures):
+    assert pictures.isfinite().all() and pictures.abs().max() < 2
+    assert (pictures.abs() <= 1.2).double().mean() > 0.99
+    assert float((pictures - pictures.mean(1, keepdim=True)).square().mean().sqrt()) > 0.2, "grey"
 
 
-@needs_model
-def test_digits_of_a_class_are_not_all_the_same(digits):
-    flat = digits.view(-1, 10, 3 * 32 * 32).transpose(0, 1)
-    for images in flat:
-        assert torch.pdist(images).min() > 1
+def test_pictures_of_a_class_are_not_all_the_same(pictures):
+    for images in pictures.view(-1, CLASS_COUNT, 3 * 32 * 32).transpose(0, 1):
+        assert torch.pdist(images).min() > 5
 
 
-@needs_model
-def test_guidance_to_no_class_still_draws_digits(model):
-    x, _ = generate(model, [model.null_class] * 20, 20, 1.0, "ddim", seed=0)
-    classifier, _ = load_classifier()
-    _, probabilities = classify(classifier, x)
-    assert x.isfinite().all() and len(probabilities.argmax(1).unique()) >= 5
+def test_guidance_to_no_class_still_draws_things(model):
+    x, _ = generate(model, [model.null_class] * 20, 15, 1.0, "ddim", seed=0)
+    assert x.isfinite().all() and len(classify(load_judge()[0], x)[1].argmax(1).unique()) >= 5
 
 
 # --- the demonstration ------------------------------------------------------------------------------------------------
@@ -127,7 +117,6 @@ def result(tmp_path_factory):
         return folder, images, run_demo(folder, images, 0, lambda text: None)
 
 
-@needs_model
 def test_the_demo_has_four_rows_with_speed_and_quality(result):
     _, images, found = result
     full, naive, ours, fewer = found["rows"]
@@ -136,14 +125,17 @@ def test_the_demo_has_four_rows_with_speed_and_quality(result):
     assert [(row["steps"], row["computed_steps"]) for row in (full, naive, ours)] == [(50, 50), (50, 17), (50, 17)]
     assert full["speedup"] == 1 and full["cache_mib"] == 0 and "psnr" not in full
     for row in (naive, ours, fewer):
-        assert row["seconds"] > 0 and row["speedup"] == pytest.approx(full["seconds"] / row["seconds"])
+        low, high = row["speedup_range"]
+        assert row["seconds"] > 0 and low <= row["speedup"] <= high
         assert row["psnr"] > 5 and 0 < row["ssim"] <= 1 and 0 < row["relative_l2"] < 1
+    for row in (naive, fewer):  # sampled once
+        assert row["speedup"] == row["speedup_range"][0] == pytest.approx(full["seconds"] / row["seconds"])
+    assert found["repeats"] == 3 and ours["speedup_range"][0] < ours["speedup_range"][1]
     assert naive["cache_mib"] > 0 and ours["cache_mib"] > 0
     assert all(0 <= row["class_accuracy"] <= 100 for row in found["rows"])
     assert found["images"] == images and found["seed"] == 0 and found["hardware"]["device"]
 
 
-@needs_model
 def test_the_demo_writes_picture_and_reports(result):
     folder, images, found = result
     assert sorted(p.name for p in folder.iterdir()) == ["comparison.png", "report.json", "report.md"]
@@ -157,22 +149,27 @@ def test_the_demo_writes_picture_and_reports(result):
     assert np.asarray(picture).std() > 20
 
 
-@needs_model
 def test_the_demo_reports_the_images_of_the_library(result, model):
     _, images, found = result
-    x, _ = generate(model, balanced_labels(images, 10), 50, DEMO_SAMPLING.cfg_scale, DEMO_SAMPLING.sampler, seed=0)
-    classifier, _ = load_classifier()
-    right = classify(classifier, x)[1].argmax(1) == balanced_labels(images, 10)
+    labels = demo_labels(images)
+    assert [CLASS_NAMES[i] for i in labels] == ["cat", "panda", "penguin", "butterfly"]
+    x, _ = generate(model, labels, 50, DEMO_SAMPLING.cfg_scale, DEMO_SAMPLING.sampler, seed=0)
+    right = classify(load_judge()[0], x)[1].argmax(1) == labels
     assert found["rows"][0]["class_accuracy"] == pytest.approx(100 * float(right.double().mean()))
     assert feature_cache(model) is None
 
 
-@needs_model
 def test_the_demo_command_says_where_its_results_are(tmp_path, monkeypatch, capsys):
     def fake(folder, images, seed, log):
         assert (images, seed) == (3, 5)
         row = {"name": "full precision", "seconds": 1.0, "speedup": 1.0, "computed_steps": 50, "steps": 50}
-        return {"hardware": {"device": "x", "threads": 1}, "images": 3, "rows": [{**row, "class_accuracy": 100.0}]}
+        row |= {"speedup_range": [1.0, 1.0]}
+        return {
+            "hardware": {"device": "x", "threads": 1},
+            "images": 3,
+            "repeats": 3,
+            "rows": [{**row, "class_accuracy": 100.0}],
+        }
 
     monkeypatch.setattr(demo, "run_demo", fake)
     assert main(["demo", "--images", "3", "--seed", "5", "--out", str(tmp_path / "out")]) == 0
@@ -181,7 +178,7 @@ def test_the_demo_command_says_where_its_results_are(tmp_path, monkeypatch, caps
 
 
 def test_a_missing_built_in_model_is_one_sentence(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("qandc_core.checkpoints.dit.DEMO", tmp_path / "digits_dit.safetensors")
+    monkeypatch.setattr("qandc_core.checkpoints.dit.DEMO", tmp_path / "pictures_dit.safetensors")
     assert main(["demo", "--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err.strip()
     assert said.startswith("qandc_core demo: no DiT checkpoint at") and said.endswith("install the package again")

@@ -36,6 +36,7 @@ from benchmarks.training.train import (
 )
 from benchmarks.training.train import main as train_main
 from qandc_core import generate, load_dit
+from qandc_core.demo.judge import load_judge
 from qandc_core.diffusion.schedule import linear_alpha_bar
 
 TINY = TrainConfig(
@@ -143,7 +144,7 @@ def test_a_missing_archive_says_what_to_run(tmp_path):
 
 
 def losses(training, count):
-    return [training.advance() for _ in range(count)]
+    return [float(training.advance()) for _ in range(count)]
 
 
 def test_a_resumed_run_is_bit_for_bit_the_run_that_was_not_stopped(drawings, tmp_path):
@@ -181,6 +182,14 @@ def test_training_learns_and_leaves_what_it_promises(drawings, tmp_path):
     assert again.step == 40, "a finished run has nothing to do"
 
 
+def test_a_clock_ends_a_run_with_the_rate_at_zero(drawings, tmp_path):
+    long = replace(TINY, images=8 * 10**6)
+    training = train(drawings, tmp_path, long, Reporting(log=1), seconds=1.5)
+    assert 3 < training.step < long.steps and training.done >= 1
+    rates = [float(line.split("rate ")[1].split()[0]) for line in (tmp_path / LOG).read_text().splitlines()[1:]]
+    assert max(rates) > 0.9 and rates[-1] < 0.2 and (tmp_path / WEIGHTS).is_file()
+
+
 def test_until_stops_and_the_same_command_goes_on(drawings, tmp_path):
     assert train(drawings, tmp_path, TINY, until=3).step == 3
     assert train(drawings, tmp_path, TINY, until=5).step == 5
@@ -197,10 +206,11 @@ def test_a_checkpoint_of_another_model_is_refused(drawings, tmp_path):
 def test_the_learning_rate_rises_stays_and_falls_to_zero():
     config = TrainConfig(images=64_000, batch=64, warmup=100)
     rates = [config.rate(step) for step in range(config.steps)]
-    assert rates[0] == 0.01 and rates[99:800] == [1.0] * 701
-    assert rates[900] == pytest.approx(0.5) and 0 < rates[-1] < 0.01
+    assert rates[0] == 0.01 and rates[99:700] == [1.0] * 601
+    assert rates[850] == pytest.approx(0.5) and 0 < rates[-1] < 0.01
     longer = replace(config, images=128_000)
-    assert [longer.rate(step) for step in range(800)] == rates[:800]
+    assert [longer.rate(step) for step in range(700)] == rates[:700]
+    assert config.rate(500, done=0.85) == pytest.approx(0.5) and config.rate(999, done=0.2) == rates[999]
 
 
 def test_timesteps_are_stratified():
@@ -244,11 +254,14 @@ def test_the_judge_learns_and_is_written(drawings, tmp_path, monkeypatch, capsys
     save_drawings(few, tmp_path / "d.safetensors", {})
     monkeypatch.setattr(judge, "FOLDS", ((0,), (1,)))
     monkeypatch.setattr(sys, "argv", ["judge", str(tmp_path / "d.safetensors"), str(tmp_path / "j.safetensors"),
-                                      "--steps", "2"])  # fmt: skip
+                                      "--steps", "2", "--folds", str(tmp_path)])  # fmt: skip
+    monkeypatch.setattr(judge, "REAL", 12)
     judge.main()
     said = capsys.readouterr().out
     assert said.count("not trained on") == 2 and "held-out artists" in said
-    model = judge.load_judge(tmp_path / "j.safetensors")
+    assert {p.name for p in tmp_path.glob("fold*")} == {"fold-0.safetensors", "fold-1.safetensors"}
+    model, real = load_judge(tmp_path / "j.safetensors")
+    assert real["reference"].shape == real["floor"].shape == (12, 64)
     images = augment(few, torch.arange(len(few)), seeded())
     for one, other in zip(judge.classify(model, images, batch=3), judge.classify(model, images)):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
@@ -294,10 +307,12 @@ def test_the_bank_finds_the_drawing_that_a_picture_was_made_of(drawings):
 def test_the_evaluation_of_a_model_that_knows_nothing(drawings, tmp_path, monkeypatch, capsys):
     save_drawings(drawings, tmp_path / "d.safetensors", {})
     train(drawings, tmp_path / "run", TINY, until=1)
-    judge.save_judge(judge.PicturesJudge(), tmp_path / "j.safetensors", {})
+    monkeypatch.setattr(judge, "REAL", 8)
+    judge.save_judge(judge.PicturesJudge().eval(), drawings, tmp_path / "j.safetensors", {})
     paths = [str(tmp_path / name) for name in ("d.safetensors", f"run/{WEIGHTS}", "j.safetensors", "out")]
-    monkeypatch.setattr(sys, "argv", ["evaluate", *paths, "--each", "2", "--steps", "2", "--bank", "3"])
+    monkeypatch.setattr(sys, "argv", ["evaluate", *paths, "--each", "2", "--steps", "2", "--bank", "3",
+                                      "--folds", paths[2], "--cfg", "2", "1"])  # fmt: skip
     evaluate.main()
     said = capsys.readouterr().out
-    assert "of 80" in said and "drawing left out" in said
+    assert said.count("of 80") == 4 and "drawing left out" in said and "guidance 1, judges without" in said
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["grid.png", "nearest.png"]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,16 +15,19 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import qandc_core
-from qandc_core import CalibrationConfig, DiT, DiTConfig, RunReport, SamplingConfig, generate, save_dit
+from qandc_core import CalibrationConfig, DiT, DiTConfig, SamplingConfig, generate, save_dit
 from qandc_core.cli.main import main
 from qandc_core.distributed import Distributed
 from qandc_core.evaluation import experiment as module
 from qandc_core.evaluation import inception
 from qandc_core.evaluation.experiment import (
+    COMPARED,
     MAIN_ROWS,
     Evaluation,
     Experiment,
+    Sampler,
     factor_rows,
+    interval,
     judge,
     measure_time,
     real_floor,
@@ -32,10 +36,12 @@ from qandc_core.evaluation.experiment import (
     sample,
     summarize,
 )
-from qandc_core.evaluation.judges import DigitsJudge, InceptionJudge, Judgement, Reference
+from qandc_core.evaluation.judges import BuiltInJudge, InceptionJudge, Judgement, Reference
+from qandc_core.evaluation.kept import Kept
 from qandc_core.evaluation.metrics import FeatureStatistics
+from qandc_core.evaluation.solvers import SOLVERS, scheduler, solve
 from qandc_core.evaluation.tables import factor_table, markdown, plot_main
-from qandc_core.evaluation.variants import Variant, Workbench, balanced_labels
+from qandc_core.evaluation.variants import RECOMMENDED, Variant, Workbench, balanced_labels
 
 STEPS = 4
 SAMPLING = SamplingConfig(steps=STEPS, cfg_scale=2.0)
@@ -60,17 +66,17 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def digits():
-    return DigitsJudge()
+def pictures():
+    return BuiltInJudge()
 
 
-def experiment(model, digits, sizes=SIZES, log=silent):
-    return Experiment(Workbench(model, SAMPLING, PLAN, pairs=4), digits, sizes, ALONE, log)
+def experiment(model, pictures, sizes=SIZES, log=silent):
+    return Experiment(Workbench(model, SAMPLING, PLAN, pairs=4), pictures, sizes, ALONE, log)
 
 
 @pytest.fixture(scope="module")
-def shared(model, digits):
-    return experiment(model, digits)
+def shared(model, pictures):
+    return experiment(model, pictures)
 
 
 # --- sampling and rows ------------------------------------------------------------------------------------------------
@@ -79,14 +85,15 @@ def shared(model, digits):
 def test_sample_gives_balanced_classes_whatever_the_batch(model):
     whole, _ = generate(model, balanced_labels(7, 10), STEPS, 2.0, seed=5)
     for batch in (7, 3):
-        torch.testing.assert_close(sample(model, None, SAMPLING, 7, batch, 5, ALONE), whole, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(sample(Sampler(model, SAMPLING), 7, batch, 5), whole, rtol=1e-4, atol=1e-4)
 
 
 def test_the_shards_of_two_processes_are_the_images_of_one(model):
-    parts = [sample(model, None, SAMPLING, 8, 3, 5, Distributed(r, 2, torch.device("cpu"))) for r in range(2)]
+    sampler = Sampler(model, SAMPLING)
+    parts = [sample(sampler, 8, 3, 5, Distributed(r, 2, torch.device("cpu"))) for r in range(2)]
     assert [len(p) for p in parts] == [3, 5]
-    assert torch.equal(torch.cat(parts), sample(model, None, SAMPLING, 8, 3, 5, ALONE))
-    assert sample(model, None, SAMPLING, 2, 3, 5, Distributed(0, 2, torch.device("cpu"))).shape == (0, 3, 32, 32)
+    assert torch.equal(torch.cat(parts), sample(sampler, 8, 3, 5))
+    assert sample(sampler, 2, 3, 5, Distributed(0, 2, torch.device("cpu"))).shape == (0, 3, 32, 32)
 
 
 def test_the_full_precision_row_differs_from_nothing(shared):
@@ -99,13 +106,13 @@ def test_the_full_precision_row_differs_from_nothing(shared):
 
 def test_the_plain_variant_sampled_again_is_full_precision_bit_for_bit(shared):
     built, compensation = shared.bench.build(FULL)
-    again = sample(built, compensation, shared.bench.config(FULL), SIZES.images, SIZES.batch, 1, ALONE)
+    again = sample(Sampler(built, shared.bench.config(FULL), compensation), SIZES.images, SIZES.batch, 1)
     assert torch.equal(again, shared.full_samples(FULL, 1))
 
 
-def test_rows_are_deterministic(model, digits):
+def test_rows_are_deterministic(model, pictures):
     variant = replace(MAIN_ROWS[-1], steps=STEPS)
-    first, second = (experiment(model, digits).row(variant) for _ in range(2))
+    first, second = (experiment(model, pictures).row(variant) for _ in range(2))
     assert first == second
     assert 0 < first["metrics"]["relative_l2"]["mean"] < 1
     assert len(first["factors"]) == STEPS and len(first["factors"][0]) == 3
@@ -113,27 +120,27 @@ def test_rows_are_deterministic(model, digits):
 
 def test_fewer_steps_are_compared_with_all_steps(shared):
     short = shared.row(replace(FULL, name="2 steps", steps=2))
-    few = sample(shared.bench.model, None, replace(SAMPLING, steps=2), SIZES.images, SIZES.batch, 1, ALONE)
+    few = sample(Sampler(shared.bench.model, replace(SAMPLING, steps=2)), SIZES.images, SIZES.batch, 1)
     full = shared.full_samples(FULL, 1)
     error = ((few - full).flatten(1).norm(dim=1) / full.flatten(1).norm(dim=1)).mean()
     assert short["per_seed"][0]["relative_l2"][0] == pytest.approx(float(error), rel=1e-5)
     assert error > 0
 
 
-def test_full_precision_is_sampled_once_for_each_sampler_and_seed(model, digits, monkeypatch):
+def test_full_precision_is_sampled_once_for_each_sampler_and_seed(model, pictures, monkeypatch):
     calls = []
     original = module.sample
     monkeypatch.setattr(module, "sample", lambda *args: calls.append(args[1:]) or original(*args))
-    run = experiment(model, digits)
+    run = experiment(model, pictures)
     for variant in (FULL, FORA, replace(FULL, sampler="ddim"), replace(FORA, sampler="ddim")):
         run.row(variant)
     # Two seeds times two samplers, in full precision and with the cache.
     assert len(calls) == 8 and len(run.full) == 4
 
 
-def test_every_row_is_logged_with_its_numbers(model, digits):
+def test_every_row_is_logged_with_its_numbers(model, pictures):
     lines = []
-    run = experiment(model, digits, replace(SIZES, seeds=(1,)), lines.append)
+    run = experiment(model, pictures, replace(SIZES, seeds=(1,)), lines.append)
     row = run.row(FORA)
     assert len(lines) == 1 and lines[0].startswith("cache ")
     assert f"{row['metrics']['relative_l2']['mean']:.4f}" in lines[0]
@@ -154,8 +161,8 @@ def brute_precision(real, fake, k=3):
     return (np.linalg.norm(fake[:, None] - real[None], axis=2) <= radii[None]).any(1).mean()
 
 
-class FewDigits(DigitsJudge):
-    """200 of the real digits, so that brute force stays small."""
+class FewPictures(BuiltInJudge):
+    """200 of the real pictures, so that brute force stays small."""
 
     def __init__(self):
         super().__init__()
@@ -164,11 +171,12 @@ class FewDigits(DigitsJudge):
 
 
 def test_judge_against_numpy():
-    few = FewDigits()
+    few = FewPictures()
     generator = torch.Generator().manual_seed(0)
     full = torch.rand(60, 3, 32, 32, generator=generator) * 3 - 1.5
     samples, labels = full + 0.3 * torch.randn(full.shape, generator=generator), balanced_labels(60, 10)
-    scores = judge(few, samples, labels, full)
+    judged = judge(few, samples, labels, full)
+    scores = judged.scores
     seen = few(samples)
     features, real = seen.features.double().numpy(), few.reference.features.double().numpy()
     assert scores["frechet_distance"][0] == pytest.approx(numpy_frechet(features, real), rel=1e-3)
@@ -187,21 +195,21 @@ def test_judge_against_numpy():
     assert scores["recall"][0] == pytest.approx(brute_precision(features, real))
 
 
-def test_the_digits_judge_knows_its_own_reference(digits):
-    real = digits.reference
-    assert real.features.shape == real.floor_features.shape == (2004, 64)
+def test_the_judge_knows_its_own_reference(pictures):
+    real = pictures.reference
+    assert real.features.shape == real.floor_features.shape == (4000, 64)
     assert real.statistics.frechet(FeatureStatistics.of(real.features)) == pytest.approx(0, abs=1e-6)
-    noise = digits(torch.rand(200, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1)
+    noise = pictures(torch.rand(200, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1)
     assert torch.allclose(noise.probabilities.sum(1), torch.ones(200))
     distance = FeatureStatistics.of(noise.features).frechet(real.statistics)
-    assert distance > 20 * real_floor(digits, 2004)["mean"]
+    assert distance > 20 * real_floor(pictures, 4000)["mean"]
 
 
-def test_the_floor_is_a_distance_of_real_from_real(digits):
-    few, many, all_of_them = (real_floor(digits, count) for count in (100, 1000, 10**6))
+def test_the_floor_is_a_distance_of_real_from_real(pictures):
+    few, many, all_of_them = (real_floor(pictures, count) for count in (100, 1000, 10**6))
     assert few["mean"] > many["mean"] > all_of_them["mean"] > 0  # FD is biased upwards where images are few
-    assert few["standard_error"] > 0 and few["images"] == 100 and all_of_them["images"] == 2004
-    exact = FeatureStatistics.of(digits.reference.floor_features).frechet(digits.reference.statistics)
+    assert few["standard_error"] > 0 and few["images"] == 100 and all_of_them["images"] == 4000
+    exact = FeatureStatistics.of(pictures.reference.floor_features).frechet(pictures.reference.statistics)
     assert all_of_them["mean"] == pytest.approx(exact, rel=1e-4)
 
 
@@ -236,13 +244,18 @@ def test_time_is_positive(shared):
 
 
 def test_time_is_measured_in_turns_and_paired(shared, monkeypatch):
-    clock, calls = iter([1.0, 0.5, 2.0, 0.5, 4.0, 4.0]), []
+    clock, calls, generated = iter([1.0, 0.5, 2.0, 0.5, 4.0, 4.0]), [], module.sample_images
 
-    def fake(model, labels, config, *args, **kwargs):
+    class Clock:
+        def seconds(self):
+            return next(clock)
+
+    def watched(model, labels, config, *args, **kwargs):
         calls.append((config.steps, len(labels)))
-        return None, RunReport("ddpm", config.steps, len(labels), 2.0, "cpu", seconds=[next(clock)])
+        return generated(model, labels, config, *args, **kwargs)
 
-    monkeypatch.setattr(module, "sample_images", fake)
+    monkeypatch.setattr(module, "sample_images", watched)
+    monkeypatch.setattr(module, "Stopwatch", Clock)
     timing = measure_time(shared.bench, [FULL, replace(FULL, name="b", steps=2)], batch=5, repeats=3)
     assert calls == [(STEPS, 5), (2, 5)] * 3
     expected = {"seconds": 0.5, "speedup": 2.0, "speedup_low": 1.0, "speedup_high": 4.0}
@@ -250,11 +263,11 @@ def test_time_is_measured_in_turns_and_paired(shared, monkeypatch):
 
 
 def test_compensated_rows_are_timed_with_a_correction_of_every_step(shared, monkeypatch):
-    given, sample = [], module.sample_images
+    given, generated = [], module.sample_images
 
     def watched(*args, compensation=None, **kwargs):
         given.append(compensation)
-        return sample(*args, compensation=compensation, **kwargs)
+        return generated(*args, compensation=compensation, **kwargs)
 
     monkeypatch.setattr(module, "sample_images", watched)
     measure_time(shared.bench, [FORA, replace(FORA, name="+ VC", compensation="variance_match")], batch=2, repeats=1)
@@ -278,22 +291,156 @@ SETUP = {
 
 
 @pytest.fixture(scope="module")
-def main_result(model, digits):
+def main_result(model, pictures):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "measure_time", fixed_time())
-        return run_main(experiment(model, digits), 4, 3)
+        return run_main(experiment(model, pictures), 4, 3)
 
 
-def test_the_main_table_has_eight_rows_the_last_in_the_measured_time(main_result):
-    names = [row["name"] for row in main_result["rows"]]
-    assert names == [v.name for v in MAIN_ROWS] + ["full precision, 2 steps"]
-    assert main_result["rows"][-1]["variant"]["steps"] == 2
-    assert set(main_result["timing"]) == set(names)
-    for row in main_result["rows"]:
+SHIPPED = ["full precision, ddim", RECOMMENDED.name]
+SHORT = ["full precision, ddim, 2 steps", "DPM-Solver++ 2M, 2 steps", "UniPC, 2 steps"]
+
+
+def names_of_main(steps):
+    return [*(v.name for v in MAIN_ROWS), f"full precision, {steps} steps", *SHIPPED, *SHORT]
+
+
+def test_the_main_table_has_plain_runs_in_the_measured_time(main_result):
+    rows = {row["name"]: row for row in main_result["rows"]}
+    assert list(rows) == names_of_main(2) and set(main_result["timing"]) == set(rows)
+    for name, row in rows.items():
         scores = row["metrics"].values()
         assert np.isfinite([[s["mean"], s["standard_error"] or 0] for s in scores]).all()
-        assert row["variant"]["sampler"] == SAMPLING.sampler
-    assert [row["factors"] is not None for row in main_result["rows"]] == ["VC" in name for name in names]
+        assert row["variant"]["steps"] == (2 if name.endswith("2 steps") else STEPS)
+        assert row["variant"]["sampler"] == ("ddim" if name in SHIPPED + SHORT else SAMPLING.sampler)
+        assert (row["metrics"]["relative_l2"]["mean"] == 0) == (name in ("full precision", SHIPPED[0]))
+        assert (row["factors"] is not None) == ("VC" in name)
+
+
+def test_every_part_is_compared_with_the_row_without_it(main_result):
+    pairs = [(found["row"], found["minus"]) for found in main_result["differences"]]
+    assert pairs == [*COMPARED, *((RECOMMENDED.name, name) for name in SHORT)]
+    rows = {row["name"]: row["metrics"] for row in main_result["rows"]}
+    for found in main_result["differences"]:
+        for metric, value in found["metrics"].items():
+            expected = rows[found["row"]][metric]["mean"] - rows[found["minus"]][metric]["mean"]
+            assert (
+                value["mean"] == pytest.approx(expected, rel=1e-5, abs=1e-5)
+                and value["low"] <= value["mean"] <= value["high"]
+            )
+
+
+def test_differences_are_paired_by_image_over_all_seeds(model, pictures):
+    run = experiment(model, pictures)
+    for variant in (FULL, FORA, replace(FORA, name="2", interval=2)):
+        run.row(variant)
+    found = run.difference("cache", "2")["metrics"]
+    for metric in ("psnr", "relative_l2", "class_accuracy"):
+        a, b = (torch.cat([judged.values[metric] for judged in run.judged[name]]).numpy() for name in ("cache", "2"))
+        assert len(a) == SIZES.images * len(SIZES.seeds)
+        expected = scipy.stats.ttest_rel(a.astype(float), b.astype(float)).confidence_interval(0.95)
+        if np.isfinite(expected.low):  # of equal differences scipy has none
+            assert (found[metric]["low"], found[metric]["high"]) == pytest.approx(tuple(expected), rel=1e-6)
+    distances = [[judged.scores["frechet_distance"][0] for judged in run.judged[name]] for name in ("cache", "2")]
+    expected = scipy.stats.ttest_rel(*distances).confidence_interval(0.95)
+    value = found["frechet_distance"]
+    assert (value["low"], value["high"]) == pytest.approx(tuple(expected), rel=1e-4)
+
+
+def test_one_seed_gives_no_interval_to_what_images_do_not_have(model, pictures):
+    run = experiment(model, pictures, replace(SIZES, seeds=(4,)))
+    for variant in (FULL, FORA):
+        run.row(variant)
+    assert set(run.difference("cache", FULL.name)["metrics"]) == {"psnr", "relative_l2", "class_accuracy"}
+
+
+@given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=9))
+@settings(deadline=None, max_examples=50)
+def test_interval_is_that_of_students_t(values):
+    found = interval(torch.tensor(values, dtype=torch.float64))
+    mean, spread = np.mean(values), scipy.stats.sem(values)
+    expected = scipy.stats.t.interval(0.95, len(values) - 1, mean, spread) if spread > 1e-9 else (mean, mean)
+    assert (found["low"], found["high"]) == pytest.approx(expected, abs=1e-6)
+
+
+# --- solvers ----------------------------------------------------------------------------------------------------------
+
+
+def tiny_dit(prediction="epsilon"):
+    torch.manual_seed(1)
+    config = DiTConfig(8, 4, 3, 32, 2, 2, num_classes=6, learn_sigma=False, prediction=prediction)
+    net = DiT(config).eval()
+    torch.nn.init.normal_(net.final_layer.linear.weight, std=0.05)
+    return net
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "sample"])
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+def test_solving_with_ddim_of_diffusers_is_what_generate_does(prediction, scale):
+    from diffusers import DDIMScheduler
+
+    net, labels = tiny_dit(prediction), torch.tensor([5, 0, 3])
+    ddim = DDIMScheduler(1000, 1e-4, 0.02, "linear", clip_sample=False, prediction_type=prediction)
+    found = solve(net, labels, SamplingConfig(5, scale, "ddim"), ddim, seed=9, first_index=4)
+    expected, _ = generate(net, labels, 5, scale, "ddim", seed=9, first_index=4, spacing="leading")
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_solvers_reach_the_solution_in_fewer_steps_than_ddim(solver):
+    net, labels = tiny_dit("sample"), torch.tensor([3, 1])
+    truth, _ = generate(net, labels, 1000, 2.0, "ddim", seed=2)
+    chosen = scheduler(solver, net.config.prediction)
+    solved = solve(net, labels, SamplingConfig(20, 2.0, "ddim"), chosen, seed=2)
+    plain, _ = generate(net, labels, 20, 2.0, "ddim", seed=2)
+    errors = [float((x - truth).norm() / truth.norm()) for x in (solved, plain)]
+    assert errors[0] < 0.5 * errors[1]
+
+
+# --- going on where a run was cut off ---------------------------------------------------------------------------------
+
+
+class CutOff(Exception):
+    pass
+
+
+def rows_with(kept, model, pictures, monkeypatch, most=10**6):
+    """The rows of three variants, and how many batches were sampled; a run is cut off after `most`."""
+    variants = [replace(v, steps=STEPS) for v in (FULL, FORA, MAIN_ROWS[-1])]
+    run = Experiment(Workbench(model, SAMPLING, PLAN, pairs=4, kept=kept), pictures, SIZES, ALONE, silent)
+    count, sampled = [], Sampler.__call__
+
+    def counted(self, *args):
+        if len(count) == most:
+            raise CutOff
+        count.append(args)
+        return sampled(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Sampler, "__call__", counted)
+        return [run.row(variant) for variant in variants], len(count)
+
+
+def test_a_run_that_was_cut_off_goes_on_and_gives_the_same(model, pictures, tmp_path, monkeypatch):
+    expected, whole = rows_with(Kept(), model, pictures, monkeypatch)
+    kept = Kept(tmp_path)
+    for most in (2, 7):
+        with pytest.raises(CutOff):
+            rows_with(kept, model, pictures, monkeypatch, most)
+    found, rest = rows_with(kept, model, pictures, monkeypatch)
+    assert found == expected and rest == whole - 9
+    monkeypatch.setattr("qandc_core.evaluation.variants.calibrate", None)
+    monkeypatch.setattr("qandc_core.evaluation.variants.fit_variance_compensation", None)
+    assert rows_with(kept, model, pictures, monkeypatch) == (expected, 0)
+
+
+def test_what_was_kept_under_other_settings_is_not_taken(tmp_path):
+    root = Kept(tmp_path)
+    first, second = root.under([SAMPLING.steps, "a"]), root.under([SAMPLING.steps, "b"])
+    assert torch.equal(first.tensor("x", lambda: torch.ones(2)), torch.ones(2))
+    assert torch.equal(second.tensor("x", lambda: torch.zeros(2)), torch.zeros(2))
+    assert torch.equal(root.under([SAMPLING.steps, "a"]).tensor("x", lambda: torch.zeros(2)), torch.ones(2))
+    assert first.json("y", lambda: {"z": 1.5}) == first.json("y", lambda: {"z": 2.5}) == {"z": 1.5}
 
 
 def test_the_main_rows_switch_on_one_part_at_a_time():
@@ -309,7 +456,8 @@ def test_markdown_and_plot_show_every_row(main_result, tmp_path):
     floor = {"images": 8, "mean": 1.5, "standard_error": 0.25}
     result = {"command": "python -m qandc_core x", "setup": SETUP, "floor": floor, "main": main_result}
     text = markdown(result)
-    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    table, differences = text.split("## Differences")
+    lines = [line for line in table.splitlines() if line.startswith("| ")]
     assert len(lines) == 1 + len(main_result["rows"])
     for line, row in zip(lines[1:], main_result["rows"]):
         cells = [c.strip() for c in line.strip("|").split("|")]
@@ -317,6 +465,13 @@ def test_markdown_and_plot_show_every_row(main_result, tmp_path):
         assert f"{row['metrics']['frechet_distance']['mean']:.2f} +- " in cells[1]
         assert cells[-1] == "2.00x (1.80-2.20)"
     assert lines[1].count(" - ") == 2  # the reference has no distance from itself
+    for pair in main_result["differences"]:
+        value = pair["metrics"]["psnr"]
+        shown = " to ".join(f"{value[key]:.2f}" for key in ("low", "high"))
+        line = next(
+            line for line in differences.splitlines() if line.startswith(f"| {pair['row']} - {pair['minus']} |")
+        )
+        assert f" {value['mean']:.2f} ({shown}) " in line
     assert "1.50 +- 0.25" in text and "python -m qandc_core x" in text
     plot_main(result, tmp_path / "plot.png")
     assert len(Image.open(tmp_path / "plot.png").convert("L").getcolors()) > 10
@@ -346,8 +501,8 @@ def test_every_factor_row_differs_from_the_base_in_its_factor():
         assert changed and changed <= fields[group], variant.name
 
 
-def test_the_factors_run_and_fill_their_table(model, digits):
-    rows = run_factors(experiment(model, digits, Evaluation(images=4, seeds=(1,), batch=4)))
+def test_the_factors_run_and_fill_their_table(model, pictures):
+    rows = run_factors(experiment(model, pictures, Evaluation(images=4, seeds=(1,), batch=4)))
     assert [(row["group"], row["name"]) for row in rows] == [(group, v.name) for group, v in factor_rows()]
     error = {row["name"]: row["metrics"]["relative_l2"]["mean"] for row in rows}
     assert error["full precision"] == error["full precision, DDIM"] == 0
@@ -431,8 +586,7 @@ def report(imagenet):
 
 
 def test_imagenet_experiment_writes_json_table_and_plot(imagenet, report):
-    names = [v.name for v in MAIN_ROWS] + ["full precision, 2 steps"]
-    assert [row["name"] for row in report["main"]["rows"]] == names
+    assert [row["name"] for row in report["main"]["rows"]] == names_of_main(2)
     for row in report["main"]["rows"]:
         wanted = {"frechet_distance", "spatial_frechet_distance", "inception_score", "precision", "recall"}
         assert wanted <= set(row["metrics"]) and "class_accuracy" not in row["metrics"]
@@ -442,7 +596,7 @@ def test_imagenet_experiment_writes_json_table_and_plot(imagenet, report):
     assert report["main"]["rows"][0]["metrics"]["relative_l2"]["mean"] == 0
     assert report["floor"] is None and "factors" not in report
     table = (imagenet / "single" / "ablation.md").read_text()
-    assert all(f"| {name} |" in table for name in names)
+    assert all(f"| {name} |" in table for name in names_of_main(2))
     assert all(head in table for head in (" FD ", " sFD ", " IS ", " precision ", " recall "))
     assert Image.open(imagenet / "single" / "ablation.png").width > 500
     assert sorted(p.name for p in (imagenet / "single").iterdir()) == ["ablation.json", "ablation.md", "ablation.png"]
@@ -458,7 +612,8 @@ def test_a_part_that_fails_costs_no_finished_part(imagenet, tmp_path, monkeypatc
         raise ValueError("out of luck")
 
     timing = fixed_time()(None, [FULL], 1, 1)
-    monkeypatch.setattr(module, "run_main", lambda run, *_: {"rows": [run.row(FULL)], "timing": timing})
+    first = {"timing": timing, "differences": []}
+    monkeypatch.setattr(module, "run_main", lambda run, *_: {"rows": [run.row(FULL)], **first})
     monkeypatch.setattr(module, "run_factors", failing)
     assert main([*command(imagenet, tmp_path), "--parts", "main", "factors"]) == 2
     assert capsys.readouterr().err.endswith("qandc_core experiment: out of luck\n")
@@ -582,4 +737,4 @@ def test_two_gloo_processes_give_the_metrics_of_one(imagenet, report, tmp_path):
     pairs = list(zip(together["main"]["rows"], report["main"]["rows"], strict=True))
     for two, one in pairs:
         assert two["name"] == one["name"] and two["metrics"] == one["metrics"] and two["factors"] == one["factors"]
-    assert len(pairs) == len(MAIN_ROWS) + 1
+    assert len(pairs) == len(names_of_main(2))

@@ -254,7 +254,7 @@ def test_wheel_contains_the_engine_and_nothing_else(wheel):
     assert {n.split("/")[0] for n in names} == {"qandc_core"}
     shipped = {p.relative_to(ROOT).as_posix() for p in [*SOURCES, *PACKAGE.glob("demo/*.safetensors")]}
     assert set(names) == shipped
-    assert "qandc_core/demo/digits_classifier.safetensors" in shipped
+    assert "qandc_core/demo/pictures_judge.safetensors" in shipped
     assert wheel.testzip() is None
 
 

