@@ -63,37 +63,12 @@ class QuantizeTextEncoder(io.ComfyNode):
                     tooltip="Prompts such as you use, one a line. Every fourth is held out to measure the error. "
                     "Fewer than 16 are filled up with general ones.",
                 ),
-                io.Float.Input(
-                    "max_layer_error",
-                    default=0.1,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    round=0.001,
-                    tooltip="Layers with a larger relative error get the next finer format, or stay in full "
-                    "precision. 0 = no limit.",
-                ),
-                io.String.Input(
-                    "skip",
-                    default="",
-                    advanced=True,
-                    tooltip="Encoders or layers to keep as they are: parts of their names, separated by commas, such "
-                    "as t5xxl or t5xxl.encoder.block.0.",
-                ),
-                io.String.Input(
-                    "include",
-                    default="",
-                    advanced=True,
-                    tooltip="Layers outside the blocks to quantize as well: parts of their names, separated by "
-                    "commas. Embeddings and norms always stay.",
-                ),
-                io.Combo.Input(
-                    "rounding",
-                    options=["auto", "nearest", "gptq"],
-                    default="auto",
-                    advanced=True,
-                    tooltip="gptq rounds weights so that the encoder's answers to the prompts change least; auto does "
-                    "too. nearest rounds each for itself, which is quicker.",
+                schema.max_layer_error(),
+                schema.skip("Encoders or layers", ", such as t5xxl or t5xxl.encoder.block.0"),
+                schema.include("Embeddings and norms always stay."),
+                schema.rounding(
+                    "gptq rounds weights so that the encoder's answers to the prompts change least; auto does too. "
+                    "nearest rounds each for itself, which is quicker."
                 ),
             ],
             outputs=[

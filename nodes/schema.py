@@ -9,6 +9,7 @@ from comfy_api.v0_0_2 import io
 
 from ..qandc_core.calibration.choice import CalibrationConfig
 from ..qandc_core.calibration.presets import PRESET_NAMES
+from ..qandc_core.quantization.native import NATIVE_ROUNDINGS
 from .comfyui.settings import AUTO, AUTO_CFG, AUTO_STEPS, LAST_STEP
 
 Calibration = io.Custom("QANDC_CALIBRATION")
@@ -174,6 +175,45 @@ def tokens(**flags: bool) -> io.Input:
         advanced=True,
         tooltip="Maximum number of tokens kept per layer, where they take less memory than its Hessian.",
         **flags,
+    )
+
+
+def max_layer_error() -> io.Input:
+    return io.Float.Input(
+        "max_layer_error",
+        default=0.1,
+        min=0.0,
+        max=1.0,
+        step=0.01,
+        round=0.001,
+        tooltip="Layers with a larger relative error get the next finer format, or stay in full precision. 0 = no "
+        "limit.",
+    )
+
+
+def skip(what: str, example: str = "") -> io.Input:
+    return io.String.Input(
+        "skip",
+        default="",
+        advanced=True,
+        tooltip=f"{what} to keep as they are: parts of their names, separated by commas{example}.",
+    )
+
+
+def include(otherwise: str, **flags: bool) -> io.Input:
+    return io.String.Input(
+        "include",
+        default="",
+        advanced=True,
+        tooltip="Layers outside the transformer blocks to quantize as well: parts of their names, separated by "
+        f"commas. {otherwise}",
+        **flags,
+    )
+
+
+def rounding(gptq: str) -> io.Input:
+    return io.Combo.Input(
+        "rounding", options=list(NATIVE_ROUNDINGS), default=NATIVE_ROUNDINGS[0], advanced=True, tooltip=gptq
     )
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 NATIVE_ROUNDINGS = ("auto", *ROUNDINGS)
 COLLAPSE = 0.5
+KITCHEN_VALUES = 2**22  # of a weight, which comfy-kitchen packs to grouped codes at once
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,14 @@ class NativeLayer:
     config: dict[str, Any]
     error: float
     format: str
+
+
+def working_bytes(outputs: int, inputs: int) -> int:
+    """Device memory to round a layer with weight (N, K) by gptq, the weight included: X^T X, its rotation and factor
+    of K^2 values each, copies of the weight, and what comfy-kitchen's quantizer takes for its part of the rows.
+    """
+    rows = min(outputs * inputs, KITCHEN_VALUES)
+    return 4 * (inputs * (4 * inputs + 10 * outputs) + 16 * rows)
 
 
 @torch.no_grad()

@@ -34,7 +34,7 @@ from ....qandc_core.quantization.report import (
 from ....qandc_core.sampling.clock import Stopwatch
 from ..quantize.formats import check_supported
 from ..quantize.layers import all_linears, check_loras, narrower
-from ..quantize.native import check_decodable, packed_sources, unmatched_parts, working_memory
+from ..quantize.native import check_decodable, make_room, packed_sources, unmatched_parts
 from ..quantize.weights import SourceWeights
 from ..quantize.work import Work
 from .copies import HALF, copied_clip
@@ -207,7 +207,7 @@ class Task:
         groups = groups_of(feeds, STATISTICS)
         for group in groups:
             statistics = self.statistics(feeds, group, len(groups))
-            mm.free_memory(max(working_memory(self.layers[name]) for name in group), device)
+            make_room([self.layers[name] for name in group], device)
             sources = [LayerSource(name, partial(self.weights.layer, name, device), size[name]) for name in group]
             found |= quantize_layers(sources, config, statistics, Budget(settings.max_error), self.rounded)
         return found

@@ -5,17 +5,19 @@ from __future__ import annotations
 import logging
 import uuid
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.model_management as mm
+import torch
 from torch import nn
 
 from ....qandc_core.calibration.file import FINGERPRINT, Calibration
 from ....qandc_core.quantization.budget import TRIES, Budget, LayerSource, quantize_layers
 from ....qandc_core.quantization.formats import BY_NAME
 from ....qandc_core.quantization.gptq import rounding_cost
-from ....qandc_core.quantization.native import COLLAPSE, NativeConfig, NativeLayer
+from ....qandc_core.quantization.native import COLLAPSE, NativeConfig, NativeLayer, working_bytes
 from ....qandc_core.quantization.report import QuantizationReport, layer_reports
 from ....qandc_core.quantization.selection import unmatched
 from ....qandc_core.quantization.sensitivity import grouped
@@ -163,7 +165,7 @@ def quantized_weights(
 
     config = NativeConfig(settings.format, settings.rounding)
     statistics = calibration.statistics if calibration is not None else {}
-    mm.free_memory(max(working_memory(network.get_submodule(name)) for name in names), device)
+    make_room([network.get_submodule(name) for name in names], device)
     budget = settings.budget
     if budget.max_bytes is not None and budget.max_bytes >= sum(sizes.values()):
         # The layers as they are meet this limit: spending it would quantize nothing.
@@ -197,9 +199,9 @@ def planned_work(patcher, settings: NativeSettings, names: list[str], calls: int
     return Work(patcher, rounding, asked, node_id)
 
 
-def working_memory(module: Any) -> int:
-    """Memory to round one layer: X^T X and its factor, and the weight a few times, in float32."""
-    return 4 * module.in_features * (3 * module.in_features + 6 * module.out_features)
+def make_room(layers: Sequence[Any], device: torch.device) -> None:
+    """Has ComfyUI unload models until any of the layers can be rounded."""
+    mm.free_memory(max(working_bytes(layer.out_features, layer.in_features) for layer in layers), device)
 
 
 def assembled(weights: SourceWeights, quantized: dict[str, NativeLayer | None]):
