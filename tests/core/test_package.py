@@ -252,7 +252,10 @@ def wheel(tmp_path_factory):
 def test_wheel_contains_the_engine_and_nothing_else(wheel):
     names = [n for n in wheel.namelist() if ".dist-info/" not in n]
     assert {n.split("/")[0] for n in names} == {"qandc_core"}
-    shipped = {p.relative_to(ROOT).as_posix() for p in [*SOURCES, *PACKAGE.glob("demo/*.safetensors")]}
+    shipped = {
+        p.relative_to(ROOT).as_posix()
+        for p in [*SOURCES, *PACKAGE.glob("demo/*.safetensors"), *PACKAGE.glob("demo/*.md")]
+    }
     assert set(names) == shipped
     assert "qandc_core/demo/pictures_judge.safetensors" in shipped
     assert wheel.testzip() is None
