@@ -386,7 +386,7 @@ PROMISES = {
     "dear": (Speedup(2.0), 50, 0.6, "2x requested, 1.2x possible: a reused step costs 60 % of a computed one"),
     "few steps": (Speedup(20.0), 10, 0.0, "20x requested, 10x possible with 10 steps"),
     "count": (StepCount(15, start=0.4, end=0.6), 30, 0.0,
-              "15 computed steps requested, at least 25 necessary from 0.4 to 0.6"),
+              "15 computed steps requested, at least 25 are needed from 0.4 to 0.6"),
     "past the end": (ChosenSteps({0, 4, 30, 31}), 12, 0.0, "chosen steps from 30 on lie past the last step, 11"),
     "nothing between": (Interval(3, start=0.6, end=0.4), 30, 0.0, "no step of 30 lies in the part from 0.6 to 0.4"),
 }  # fmt: skip
