@@ -12,7 +12,7 @@ from .comfyui.pictures import report_picture, to_image
 from .comfyui.quantize.names import file_prefix
 from .comfyui.quantize.native import NativeSettings, ignored_patterns, quantize_native
 from .comfyui.quantize.paper import quantized_patcher
-from .comfyui.status import sentences, show
+from .comfyui.status import node_of, sentences, show
 
 BITS = {format.name: (format.weight_bits, 8) for format in ALL}
 PRESETS = {"quick": ("nearest", 0.1), "standard": ("auto", 0.1), "thorough": ("auto", 0.05)}
@@ -145,7 +145,7 @@ class Quantize(io.ComfyNode):
         max_model_error: float = 0.0,
         preset: str = CUSTOM,
     ) -> io.NodeOutput:
-        node_id = cls.hidden.unique_id if cls.hidden else None
+        node_id = node_of(cls)
         rounding, max_layer_error = PRESETS.get(preset, (rounding, max_layer_error))
         if method == "paper":
             config = QuantizationConfig(rounding="nearest" if rounding == "auto" else rounding)

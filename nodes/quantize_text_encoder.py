@@ -7,7 +7,7 @@ from comfy_api.v0_0_2 import io, ui
 from ..qandc_core.quantization.formats import BY_NAME
 from . import schema
 from .comfyui.encoders.quantize import TextSettings, divided, ignored_parts, quantize_encoders
-from .comfyui.encoders.saving import encoders_to_save, file_prefix
+from .comfyui.encoders.saving import encoder_prefix, encoders_to_save
 from .comfyui.pictures import report_picture, to_image
 from .comfyui.status import node_of, sentences, show
 from .quantize import parts
@@ -102,5 +102,5 @@ class QuantizeTextEncoder(io.ComfyNode):
         show(node_of(cls), f"{sentences(report.layers.headline().splitlines())}\n{said}")
         text = f"{report.layers.summary()}\n\n{said}\n\n{report.layers.table()}"
         shown = ui.PreviewImage(to_image(report_picture(report.layers)), cls=cls).as_dict()
-        prefix = file_prefix(encoders_to_save(quantized, False), format)
+        prefix = encoder_prefix(encoders_to_save(quantized, False), format)
         return io.NodeOutput(quantized, prefix, ui={**shown, "text": (text,)})

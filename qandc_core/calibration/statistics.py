@@ -15,7 +15,7 @@ from ..distributed import Distributed, all_gather_tensors
 from ..numerics import widest_float
 
 BINS = 2048
-BLOCKS, BLOCK = 8, 128  # of X^T X, as many as there are, but none smaller
+PRODUCT_BLOCKS, BLOCK = 8, 128  # of X^T X, as many as there are, but none smaller
 PART = 2**24  # values that are looked at at once: a float32 bin of histc counts no further, and copies stay small
 # X^T X of M inputs is uncertain by K / M. On correlated inputs of three kinds (K = 1152, M from 128 to 16384) this much
 # more damping was within 7 % of the best held-out error of five factors from 0 to 0.2; the factor 0 was within 36 %.
@@ -206,7 +206,7 @@ def powers(device: torch.device) -> Tensor:
     return torch.tensor([2.0**n for n in range(128)], device=device)
 
 
-def check_finite(statistics: Mapping[str, LayerStatistics]) -> None:
+def check_inputs_finite(statistics: Mapping[str, LayerStatistics]) -> None:
     """Raises ValueError naming a layer whose inputs were not finite; waits for a device once for all layers."""
     seen = {name: layer.finite() for name, layer in statistics.items() if layer.count}
     by_device: dict[torch.device, list[str]] = {}
@@ -223,7 +223,7 @@ def check_finite(statistics: Mapping[str, LayerStatistics]) -> None:
 
 def add_products(moment: Tensor, x: Tensor) -> Tensor:
     """Adds X^T X (K, K) of x (M, K), block by block above the diagonal, and mirrors it: half of the multiplications."""
-    size = max(BLOCK, -(-len(moment) // BLOCKS))
+    size = max(BLOCK, -(-len(moment) // PRODUCT_BLOCKS))
     for start in range(0, len(moment), size):
         end = start + size
         moment[start:end, start:].addmm_(x[:, start:end].T, x[:, start:])

@@ -27,18 +27,15 @@ from qandc_core.evaluation.experiment import (
     Experiment,
     Sampler,
     factor_rows,
-    interval,
-    judge,
     measure_time,
-    real_floor,
     run_factors,
     run_main,
     sample,
-    summarize,
 )
 from qandc_core.evaluation.judges import BuiltInJudge, InceptionJudge, Judgement, Reference
 from qandc_core.evaluation.kept import Kept
 from qandc_core.evaluation.metrics import FeatureStatistics
+from qandc_core.evaluation.scores import interval, judge, real_floor, summarize
 from qandc_core.evaluation.solvers import SOLVERS, scheduler, solve
 from qandc_core.evaluation.tables import factor_table, markdown, plot_main
 from qandc_core.evaluation.variants import RECOMMENDED, Variant, Workbench, balanced_labels
@@ -215,7 +212,7 @@ def test_the_floor_is_a_distance_of_real_from_real(pictures):
 
 def test_no_floor_without_other_real_images():
     class Other:
-        reference = Reference(FeatureStatistics.empty(2))
+        reference = Reference(FeatureStatistics.of(torch.randn(3, 2)))
 
     assert real_floor(Other(), 10) is None
 
@@ -244,17 +241,17 @@ def test_time_is_positive(shared):
 
 
 def test_time_is_measured_in_turns_and_paired(shared, monkeypatch):
-    clock, calls, generated = iter([1.0, 0.5, 2.0, 0.5, 4.0, 4.0]), [], module.generate
+    clock, calls, generated = iter([1.0, 0.5, 2.0, 0.5, 4.0, 4.0]), [], module.sample_images
 
     class Clock:
         def seconds(self):
             return next(clock)
 
-    def watched(model, labels, steps, *args, **kwargs):
-        calls.append((steps, len(labels)))
-        return generated(model, labels, steps, *args, **kwargs)
+    def watched(model, labels, config, *args, **kwargs):
+        calls.append((config.steps, len(labels)))
+        return generated(model, labels, config, *args, **kwargs)
 
-    monkeypatch.setattr(module, "generate", watched)
+    monkeypatch.setattr(module, "sample_images", watched)
     monkeypatch.setattr(module, "Stopwatch", Clock)
     timing = measure_time(shared.bench, [FULL, replace(FULL, name="b", steps=2)], batch=5, repeats=3)
     assert calls == [(STEPS, 5), (2, 5)] * 3
@@ -263,13 +260,13 @@ def test_time_is_measured_in_turns_and_paired(shared, monkeypatch):
 
 
 def test_compensated_rows_are_timed_with_a_correction_of_every_step(shared, monkeypatch):
-    given, generated = [], module.generate
+    given, generated = [], module.sample_images
 
     def watched(*args, compensation=None, **kwargs):
         given.append(compensation)
         return generated(*args, compensation=compensation, **kwargs)
 
-    monkeypatch.setattr(module, "generate", watched)
+    monkeypatch.setattr(module, "sample_images", watched)
     measure_time(shared.bench, [FORA, replace(FORA, name="+ VC", compensation="variance_match")], batch=2, repeats=1)
     without, correction = given
     assert without is None
