@@ -44,7 +44,8 @@ def report_picture(report: QuantizationReport) -> Image.Image:
     caption = f"Error of each of the {len(report.layers)} layers, first to last; the highest bar is "
     lines = wrapped(f"{caption}{percent(report.worst.error)}", font, width - 16)
     counts = report.counts if len(report.counts) > 1 else {}
-    picture = Image.new("RGB", (width, bars + line * (len(lines) + bool(counts)) + 16), PAPER)
+    legend = (len(counts) + 1) // 2  # two a line
+    picture = Image.new("RGB", (width, bars + line * (len(lines) + legend) + 16), PAPER)
     draw, highest = ImageDraw.Draw(picture), report.worst.error or 1.0
     for i, layer in enumerate(report.layers):
         left, right = (8 + (width - 16) * j // len(report.layers) for j in (i, i + 1))
@@ -52,11 +53,10 @@ def report_picture(report: QuantizationReport) -> Image.Image:
         draw.rectangle((left, top, max(left, right - 2), bars), fill=COLORS.get(layer.format, GRAY))
     for i, text in enumerate(lines):
         draw.text((8, bars + 8 + line * i), text, INK, font)
-    left, top = 8, bars + 8 + line * len(lines)
-    for name, count in counts.items():
+    for i, (name, count) in enumerate(counts.items()):
+        left, top = 8 + width // 2 * (i % 2), bars + 8 + line * (len(lines) + i // 2)
         draw.rectangle((left, top + 6, left + 12, top + 18), fill=COLORS.get(name, GRAY))
         draw.text((left + 18, top), f"{count} {name}", INK, font)
-        left += 34 + int(font.getlength(f"{count} {name}"))
     return picture
 
 
