@@ -10,14 +10,14 @@ from comfy_execution.graph_utils import ExecutionBlocker
 from ..qandc_core.calibration.file import load_calibration
 from ..qandc_core.calibration.growth import check_recording
 from ..qandc_core.calibration.presets import CUSTOM
-from ..qandc_core.calibration.presets import recorded as recorded_by
+from ..qandc_core.calibration.presets import preset_recording as recorded_by
 from ..qandc_core.calibration.recorder import RecordingConfig
 from ..qandc_core.calibration.recording import describe
 from . import schema
 from .comfyui.calibrate.recording import RunRecorder, record_runs, settle, without_recording
 from .comfyui.files import check_writable, file_state, named_path
 from .comfyui.quantize.weights import fingerprint_of
-from .comfyui.status import show
+from .comfyui.status import node_of, show
 
 
 class CalibrateFromRuns(io.ComfyNode):
@@ -46,7 +46,7 @@ class CalibrateFromRuns(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "samples",
-                    default=8,
+                    default=RecordingConfig.samples,
                     min=1,
                     max=1024,
                     tooltip="Calibration samples per run, spread over its steps, prompts and images; at most a tenth "
@@ -57,7 +57,7 @@ class CalibrateFromRuns(io.ComfyNode):
                 schema.tokens(),
                 io.Int.Input(
                     "held_out",
-                    default=8,
+                    default=RecordingConfig.held_out,
                     min=0,
                     max=256,
                     advanced=True,
@@ -65,7 +65,7 @@ class CalibrateFromRuns(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "reset",
-                    default=0,
+                    default=RecordingConfig.reset,
                     min=0,
                     max=2**31,
                     advanced=True,
@@ -108,11 +108,11 @@ class CalibrateFromRuns(io.ComfyNode):
         reset: int,
         preset: str = CUSTOM,
     ) -> io.NodeOutput:
-        path, node_id = named_path(name), getattr(cls.hidden, "unique_id", None)
+        path, node_id = named_path(name), node_of(cls)
         config = RecordingConfig(samples, hessians, memory_gb, tokens, held_out, reset)
         config = recorded_by(preset, config, mm.get_total_memory(torch.device("cpu")))
         if not record:
-            return io.NodeOutput(without_recording(model), recorded(path, model, node_id))
+            return io.NodeOutput(without_recording(model), recorded_calibration(path, model, node_id))
         recorder = RunRecorder(path, config, fingerprint_of(model), node_id)
         made = record_runs(model, recorder)
         check_writable()
@@ -121,7 +121,7 @@ class CalibrateFromRuns(io.ComfyNode):
         return io.NodeOutput(made, ExecutionBlocker(None))
 
 
-def recorded(path: Path, model, node_id: str | None):
+def recorded_calibration(path: Path, model, node_id: str | None):
     """The calibration that runs of this model made, or what blocks nodes that need it."""
     settle()
     if not path.is_file():

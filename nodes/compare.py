@@ -7,7 +7,7 @@ from comfy_api.v0_0_2 import io, ui
 from . import schema
 from .comfyui.pictures import to_image, wanted_theme
 from .comfyui.queue import executing
-from .comfyui.reporting import recorded
+from .comfyui.reporting import current_report
 
 THEMES = ("auto", "light", "dark")
 
@@ -109,7 +109,7 @@ class Compare(io.ComfyNode):
         from ..qandc_core.evaluation.frames import ImageFrames
         from ..qandc_core.evaluation.panels import full_size
 
-        found = {key.removeprefix("report"): recorded(report) for key, report in (reports or {}).items()}
+        found = {key.removeprefix("report"): current_report(report) for key, report in (reports or {}).items()}
         runs = []
         for key, batch in images.items():
             number = key.removeprefix("image")
@@ -133,7 +133,7 @@ def unfilled(reports: dict, found: dict) -> list[str]:
     empty = [key for key in reports if reports[key] is not None and found[key.removeprefix("report")] is None]
     if not empty:
         return []
-    return [f"{', '.join(empty)}: nothing was sampled behind that Run Report; put it in front of the sampler"]
+    return [f"{', '.join(empty)}: nothing was sampled with the model of that Run Report; put it before the sampler"]
 
 
 def unequal_jobs(runs) -> list[str]:

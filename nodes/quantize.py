@@ -12,7 +12,7 @@ from .comfyui.pictures import report_picture, to_image
 from .comfyui.quantize.names import file_prefix
 from .comfyui.quantize.native import NativeSettings, ignored_patterns, quantize_native
 from .comfyui.quantize.paper import quantized_patcher
-from .comfyui.status import sentences, show
+from .comfyui.status import node_of, sentences, show
 
 BITS = {format.name: (format.weight_bits, 8) for format in ALL}
 PRESETS = {"quick": ("nearest", 0.1), "standard": ("auto", 0.1), "thorough": ("auto", 0.05)}
@@ -72,16 +72,7 @@ class Quantize(io.ComfyNode):
                     tooltip="native: ComfyUI's own formats, for any model. paper: one calibrated activation scale "
                     "per layer, as in the Q&C paper; for Load DiT models, and its files need this pack.",
                 ),
-                io.Float.Input(
-                    "max_layer_error",
-                    default=0.1,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    round=0.001,
-                    tooltip="Layers with a larger relative error get the next finer format, or stay in full "
-                    "precision. 0 = no limit.",
-                ),
+                schema.max_layer_error(),
                 io.Int.Input(
                     "max_size_mb",
                     default=0,
@@ -92,13 +83,7 @@ class Quantize(io.ComfyNode):
                     "layers that lose most for their size. 0 or more than their present size = no limit, no "
                     "finer formats.",
                 ),
-                io.String.Input(
-                    "skip",
-                    default="",
-                    advanced=True,
-                    tooltip="Layers of the blocks to keep in full precision: parts of their names, separated by "
-                    "commas.",
-                ),
+                schema.skip("Layers of the blocks"),
                 io.Combo.Input(
                     "loras",
                     options=list(LORAS),
@@ -107,22 +92,13 @@ class Quantize(io.ComfyNode):
                     tooltip="Merge LoRAs into the weights before quantizing, or keep them beside the layers, where "
                     "their strength can still change.",
                 ),
-                io.Combo.Input(
-                    "rounding",
-                    options=["auto", "nearest", "gptq"],
-                    default="auto",
-                    advanced=True,
-                    tooltip="gptq rounds weights so that the calibrated outputs change least. auto uses it where the "
-                    "calibration has Hessians; with the method paper, auto rounds to nearest.",
+                schema.rounding(
+                    "gptq rounds weights so that the calibrated outputs change least. auto uses it where the "
+                    "calibration has Hessians; with the method paper, auto rounds to nearest."
                 ),
-                io.String.Input(
-                    "include",
-                    default="",
+                schema.include(
+                    "By default embedders, timestep, label and caption layers and the last layer are kept.",
                     optional=True,
-                    advanced=True,
-                    tooltip="Layers outside the transformer blocks to quantize as well: parts of their names, "
-                    "separated by commas. By default embedders, timestep, label and caption layers and the last "
-                    "layer are kept.",
                 ),
                 io.Float.Input(
                     "max_model_error",
@@ -169,7 +145,7 @@ class Quantize(io.ComfyNode):
         max_model_error: float = 0.0,
         preset: str = CUSTOM,
     ) -> io.NodeOutput:
-        node_id = cls.hidden.unique_id if cls.hidden else None
+        node_id = node_of(cls)
         rounding, max_layer_error = PRESETS.get(preset, (rounding, max_layer_error))
         if method == "paper":
             config = QuantizationConfig(rounding="nearest" if rounding == "auto" else rounding)

@@ -7,7 +7,7 @@ from comfy_api.v0_0_2 import io, ui
 from ..qandc_core.quantization.formats import BY_NAME
 from . import schema
 from .comfyui.encoders.quantize import TextSettings, divided, ignored_parts, quantize_encoders
-from .comfyui.encoders.saving import encoders_to_save, file_prefix
+from .comfyui.encoders.saving import encoder_prefix, encoders_to_save
 from .comfyui.pictures import report_picture, to_image
 from .comfyui.status import node_of, sentences, show
 from .quantize import parts
@@ -63,37 +63,12 @@ class QuantizeTextEncoder(io.ComfyNode):
                     tooltip="Prompts such as you use, one a line. Every fourth is held out to measure the error. "
                     "Fewer than 16 are filled up with general ones.",
                 ),
-                io.Float.Input(
-                    "max_layer_error",
-                    default=0.1,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    round=0.001,
-                    tooltip="Layers with a larger relative error get the next finer format, or stay in full "
-                    "precision. 0 = no limit.",
-                ),
-                io.String.Input(
-                    "skip",
-                    default="",
-                    advanced=True,
-                    tooltip="Encoders or layers to keep as they are: parts of their names, separated by commas, such "
-                    "as t5xxl or t5xxl.encoder.block.0.",
-                ),
-                io.String.Input(
-                    "include",
-                    default="",
-                    advanced=True,
-                    tooltip="Layers outside the blocks to quantize as well: parts of their names, separated by "
-                    "commas. Embeddings and norms always stay.",
-                ),
-                io.Combo.Input(
-                    "rounding",
-                    options=["auto", "nearest", "gptq"],
-                    default="auto",
-                    advanced=True,
-                    tooltip="gptq rounds weights so that the encoder's answers to the prompts change least; auto does "
-                    "too. nearest rounds each for itself, which is quicker.",
+                schema.max_layer_error(),
+                schema.skip("Encoders or layers", ", such as t5xxl or t5xxl.encoder.block.0"),
+                schema.include("Embeddings and norms always stay."),
+                schema.rounding(
+                    "gptq rounds weights so that the encoder's answers to the prompts change least; auto does too. "
+                    "nearest rounds each for itself, which is quicker."
                 ),
             ],
             outputs=[
@@ -127,5 +102,5 @@ class QuantizeTextEncoder(io.ComfyNode):
         show(node_of(cls), f"{sentences(report.layers.headline().splitlines())}\n{said}")
         text = f"{report.layers.summary()}\n\n{said}\n\n{report.layers.table()}"
         shown = ui.PreviewImage(to_image(report_picture(report.layers)), cls=cls).as_dict()
-        prefix = file_prefix(encoders_to_save(quantized, False), format)
+        prefix = encoder_prefix(encoders_to_save(quantized, False), format)
         return io.NodeOutput(quantized, prefix, ui={**shown, "text": (text,)})

@@ -19,7 +19,7 @@ class RunReport(io.ComfyNode):
             "Compare sets runs side by side. The images do not change.",
             search_aliases=["report", "benchmark", "timing", "speed", "seconds per step", "profile", "memory"],
             inputs=[
-                io.Model.Input("model", tooltip="The MODEL that a sampler or guider takes next."),
+                io.Model.Input("model", tooltip="The MODEL to measure, on its way to a sampler or guider."),
                 io.String.Input(
                     "label",
                     default="",

@@ -6,7 +6,8 @@ from comfy_api.v0_0_2 import io
 from . import schema
 from .comfyui.defaults import completed
 from .comfyui.reporting import measured_sample
-from .comfyui.sampling import Settings, fitted_latent
+from .comfyui.sampling import fitted_latent
+from .comfyui.settings import Settings
 
 
 class Sample(io.ComfyNode):

@@ -63,7 +63,7 @@ class SaveTextEncoder(io.ComfyNode):
 
 
 def metadata_of(hidden) -> dict[str, str]:
-    """What ComfyUI's own savers write, unless it is told not to."""
+    """The metadata that ComfyUI's own savers write; none where it is disabled."""
     if args.disable_metadata:
         return {}
     workflow = getattr(hidden, "extra_pnginfo", None) or {}

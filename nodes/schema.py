@@ -7,7 +7,9 @@ from collections.abc import Mapping
 import comfy.samplers
 from comfy_api.v0_0_2 import io
 
-from ..qandc_core.calibration.presets import PRESETS
+from ..qandc_core.calibration.choice import CalibrationConfig
+from ..qandc_core.calibration.presets import PRESET_NAMES
+from ..qandc_core.quantization.native import NATIVE_ROUNDINGS
 from .comfyui.settings import AUTO, AUTO_CFG, AUTO_STEPS, LAST_STEP
 
 Calibration = io.Custom("QANDC_CALIBRATION")
@@ -78,7 +80,7 @@ def wired_sampling() -> list[io.Input]:
         io.Guider.Input(
             "guider",
             optional=True,
-            tooltip="The GUIDER of SamplerCustomAdvanced. It decides over positive, negative and cfg here.",
+            tooltip="The GUIDER of SamplerCustomAdvanced. It replaces positive, negative and cfg.",
         ),
         io.Sampler.Input(
             "sampler", optional=True, tooltip="The SAMPLER of a custom sampler node, instead of sampler_name."
@@ -99,8 +101,8 @@ def wired_sampling() -> list[io.Input]:
             max=LAST_STEP,
             optional=True,
             advanced=True,
-            tooltip="As in KSampler (Advanced): the step that this model begins with. A model that goes on where "
-            "another stopped also needs that one's latent, and add_noise off.",
+            tooltip="As in KSampler (Advanced): the first step of this model. To continue the run of another model, "
+            "also wire that one's latent and turn add_noise off.",
         ),
         io.Int.Input(
             "end_at_step",
@@ -118,8 +120,8 @@ def wired_sampling() -> list[io.Input]:
             advanced=True,
             label_on="enable",
             label_off="disable",
-            tooltip="As in KSampler (Advanced): whether the noise of the steps after "
-            "end_at_step stays for another model.",
+            tooltip="As in KSampler (Advanced): keep the noise that is left after end_at_step, for another model to "
+            "remove.",
         ),
         io.Boolean.Input(
             "add_noise",
@@ -128,7 +130,7 @@ def wired_sampling() -> list[io.Input]:
             advanced=True,
             label_on="enable",
             label_off="disable",
-            tooltip="As in KSampler (Advanced): off where the latent comes with noise from another sampler.",
+            tooltip="As in KSampler (Advanced): turn off if the latent already contains noise from another sampler.",
         ),
         io.Float.Input(
             "denoise",
@@ -146,7 +148,7 @@ def wired_sampling() -> list[io.Input]:
 def hessians() -> io.Input:
     return io.Boolean.Input(
         "hessians",
-        default=True,
+        default=CalibrationConfig.hessians,
         advanced=True,
         tooltip="Collect the input Hessian (X^T X) of every layer, which GPTQ needs. Off saves memory.",
     )
@@ -155,7 +157,7 @@ def hessians() -> io.Input:
 def memory_gb(**flags: bool) -> io.Input:
     return io.Float.Input(
         "memory_gb",
-        default=4.0,
+        default=CalibrationConfig.memory_gb,
         min=0.1,
         max=1024.0,
         step=0.1,
@@ -167,7 +169,7 @@ def memory_gb(**flags: bool) -> io.Input:
 def tokens(**flags: bool) -> io.Input:
     return io.Int.Input(
         "tokens",
-        default=4096,
+        default=CalibrationConfig.tokens,
         min=64,
         max=1048576,
         advanced=True,
@@ -176,8 +178,47 @@ def tokens(**flags: bool) -> io.Input:
     )
 
 
+def max_layer_error() -> io.Input:
+    return io.Float.Input(
+        "max_layer_error",
+        default=0.1,
+        min=0.0,
+        max=1.0,
+        step=0.01,
+        round=0.001,
+        tooltip="Layers with a larger relative error get the next finer format, or stay in full precision. 0 = no "
+        "limit.",
+    )
+
+
+def skip(what: str, example: str = "") -> io.Input:
+    return io.String.Input(
+        "skip",
+        default="",
+        advanced=True,
+        tooltip=f"{what} to keep as they are: parts of their names, separated by commas{example}.",
+    )
+
+
+def include(otherwise: str, **flags: bool) -> io.Input:
+    return io.String.Input(
+        "include",
+        default="",
+        advanced=True,
+        tooltip="Layers outside the transformer blocks to quantize as well: parts of their names, separated by "
+        f"commas. {otherwise}",
+        **flags,
+    )
+
+
+def rounding(gptq: str) -> io.Input:
+    return io.Combo.Input(
+        "rounding", options=list(NATIVE_ROUNDINGS), default=NATIVE_ROUNDINGS[0], advanced=True, tooltip=gptq
+    )
+
+
 def preset(sets: str) -> io.Input:
-    return io.Combo.Input("preset", options=list(PRESETS), default=PRESETS[0], optional=True, tooltip=sets)
+    return io.Combo.Input("preset", options=list(PRESET_NAMES), default=PRESET_NAMES[0], optional=True, tooltip=sets)
 
 
 def parse_numbers(text: str, names: Mapping[str, int] | None = None, example: str = "0-4, 8") -> tuple[int, ...]:

@@ -6,12 +6,13 @@ from pathlib import Path
 
 from comfy_api.v0_0_2 import io
 
+from ..qandc_core.calibration.choice import SELECTIONS, SURPLUS, CalibrationConfig
 from ..qandc_core.calibration.file import Calibration, load_calibration
 from ..qandc_core.calibration.presets import CUSTOM
 from ..qandc_core.sampling.clock import Stopwatch
 from ..qandc_core.sampling.remaining import Remaining
 from . import schema
-from .comfyui.calibrate.run import SELECTIONS, CalibrationConfig, calibrate, digest_of
+from .comfyui.calibrate.run import calibrate, digest_of
 from .comfyui.defaults import AUTO_COUNT, completed, suited_plan
 from .comfyui.files import (
     NEW,
@@ -23,15 +24,15 @@ from .comfyui.files import (
     partial_path,
     save_new,
 )
-from .comfyui.making import done, guided_model, node_id, require_sampling, teller
+from .comfyui.making import done, guided_model, require_sampling, teller
 from .comfyui.quantize.weights import fingerprint_of
 from .comfyui.sampling import prepared
 from .comfyui.settings import AUTO, AUTO_CFG, AUTO_STEPS, Settings
-from .comfyui.status import show
+from .comfyui.status import node_of, show
 from .comfyui.wrappers import details, sampler_function_name
 
 log = logging.getLogger(__name__)
-SURPLUS = 2.0  # with that many candidates, their statistics still cost less than sampling anew
+DEFAULT = CalibrationConfig()
 
 
 class TAPCalibrate(io.ComfyNode):
@@ -64,10 +65,16 @@ class TAPCalibrate(io.ComfyNode):
                     tooltip="new: calibrate, or find the file that was made from the same inputs. Or pick a "
                     "calibration from output/qandc.",
                 ),
-                io.Int.Input("trajectories", default=32, min=1, max=4096, tooltip="Images to sample for calibration."),
+                io.Int.Input(
+                    "trajectories",
+                    default=DEFAULT.trajectories,
+                    min=1,
+                    max=4096,
+                    tooltip="Images to sample for calibration.",
+                ),
                 io.Int.Input(
                     "samples",
-                    default=400,
+                    default=DEFAULT.samples,
                     min=1,
                     max=100000,
                     tooltip="Number of intermediate samples to calibrate on.",
@@ -75,7 +82,7 @@ class TAPCalibrate(io.ComfyNode):
                 *schema.sampler_settings("of the calibration, the same as in the Sample node"),
                 io.Int.Input(
                     "calibration_seed",
-                    default=501,
+                    default=DEFAULT.seed,
                     min=0,
                     max=schema.MAX_SEED - 4096,
                     tooltip="Seed of the first batch's noise.",
@@ -92,26 +99,31 @@ class TAPCalibrate(io.ComfyNode):
                 io.Combo.Input(
                     "selection",
                     options=list(SELECTIONS),
-                    default=SELECTIONS[0],
+                    default=DEFAULT.selection,
                     advanced=True,
                     tooltip="How samples are chosen: TAP, evenly over the steps, or at random.",
                 ),
                 io.Int.Input(
-                    "clusters", default=50, min=1, max=1000, advanced=True, tooltip="TAP: number of clusters."
+                    "clusters",
+                    default=DEFAULT.clusters,
+                    min=1,
+                    max=1000,
+                    advanced=True,
+                    tooltip="TAP: number of clusters.",
                 ),
                 io.Float.Input(
                     "time_scale",
-                    default=5.0,
+                    default=DEFAULT.time_scale,
                     min=0.1,
                     max=1000.0,
                     step=0.1,
                     advanced=True,
-                    tooltip="TAP: how many steps apart two samples count as different in time. Larger values let "
+                    tooltip="TAP: distance in steps at which two samples count as different in time. Larger values let "
                     "clusters span more steps.",
                 ),
                 io.Boolean.Input(
                     "computed_steps_only",
-                    default=True,
+                    default=DEFAULT.computed_only,
                     advanced=True,
                     tooltip="Select only from steps that the cache computes; cached layers run on no others.",
                 ),
@@ -126,7 +138,7 @@ class TAPCalibrate(io.ComfyNode):
                 schema.tokens(optional=True),
                 io.Int.Input(
                     "held_out",
-                    default=8,
+                    default=DEFAULT.held_out,
                     min=0,
                     max=256,
                     optional=True,
@@ -160,26 +172,26 @@ class TAPCalibrate(io.ComfyNode):
         cls,
         model=None,
         file: str = NEW,
-        trajectories: int = 32,
-        samples: int = 400,
+        trajectories: int = DEFAULT.trajectories,
+        samples: int = DEFAULT.samples,
         steps: int = AUTO_STEPS,
         cfg: float = AUTO_CFG,
         sampler_name: str = AUTO,
         scheduler: str = AUTO,
-        calibration_seed: int = 501,
+        calibration_seed: int = DEFAULT.seed,
         batch_size: int = 0,
-        selection: str = SELECTIONS[0],
-        clusters: int = 50,
-        time_scale: float = 5.0,
-        computed_steps_only: bool = True,
-        hessians: bool = True,
+        selection: str = DEFAULT.selection,
+        clusters: int = DEFAULT.clusters,
+        time_scale: float = DEFAULT.time_scale,
+        computed_steps_only: bool = DEFAULT.computed_only,
+        hessians: bool = DEFAULT.hessians,
         filename_prefix: str = "calibration",
         positive=None,
         negative=None,
         latent_image=None,
-        memory_gb: float = 4.0,
-        tokens: int = 4096,
-        held_out: int = 8,
+        memory_gb: float = DEFAULT.memory_gb,
+        tokens: int = DEFAULT.tokens,
+        held_out: int = DEFAULT.held_out,
         preset: str = CUSTOM,
         **wires,
     ) -> io.NodeOutput:
@@ -212,7 +224,7 @@ class TAPCalibrate(io.ComfyNode):
         made = made_before(filename_prefix, inputs.hex) if file == NEW else None
         if made is not None:
             log.info("Calibration of the same inputs: %s", made)
-            show(node_id(cls), f"Calibrated before with the same inputs: {made.name}")
+            show(node_of(cls), f"Calibrated before with the same inputs: {made.name}")
             return io.NodeOutput(loaded(made, model))
         check_writable()
         partial = partial_path(filename_prefix, inputs.hex) if inputs.known else None
@@ -227,7 +239,7 @@ class TAPCalibrate(io.ComfyNode):
         log.info("Calibration saved: %s", path)
         chosen = len(found.notes["samples"])
         at_once, seconds = kept["batch_size"], watch.seconds()
-        show(node_id(cls), done("samples", chosen, notes["prompts"], plan, at_once, seconds, path.name))
+        show(node_of(cls), done("samples", chosen, notes["prompts"], plan, at_once, seconds, path.name))
         return io.NodeOutput(calibration)
 
 

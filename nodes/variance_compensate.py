@@ -24,11 +24,11 @@ from .comfyui.files import (
     made_before,
     save_new,
 )
-from .comfyui.making import done, node_id, require_sampling, teller
+from .comfyui.making import done, require_sampling, teller
 from .comfyui.quantize.weights import fingerprint_of
 from .comfyui.sampling import prepared
 from .comfyui.settings import Settings
-from .comfyui.status import show
+from .comfyui.status import node_of, show
 from .comfyui.wrappers import details, labels
 
 log = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ class VarianceCompensate(io.ComfyNode):
                     default=AUTO_COUNT,
                     min=0,
                     max=4096,
-                    tooltip="Images sampled with both models. More give a steadier fit and take longer. 0 = chosen "
+                    tooltip="Images sampled with both models. More give a more stable fit and take longer. 0 = chosen "
                     "for the size, 4 to 64.",
                 ),
                 *schema.sampler_settings("of the fit, the same as in the Sample node"),
@@ -169,7 +169,7 @@ class VarianceCompensate(io.ComfyNode):
         saved = made_before(filename_prefix, inputs) if file == NEW else None
         if saved is not None:
             log.info("Variance compensation of the same inputs: %s", saved)
-            show(node_id(cls), f"Fitted before with the same inputs: {saved.name}")
+            show(node_of(cls), f"Fitted before with the same inputs: {saved.name}")
             return io.NodeOutput(loaded(saved, model, reference))
         check_writable()
         watch, notes = Stopwatch(), settings.describe(reference)
@@ -183,7 +183,7 @@ class VarianceCompensate(io.ComfyNode):
         path = save_new(calibration.save, filename_prefix, file, reference)
         log.info("Variance compensation saved: %s", path)
         seconds = watch.seconds()
-        show(node_id(cls), done("pairs", plan.images, notes["prompts"], plan, at_once, seconds, path.name))
+        show(node_of(cls), done("pairs", plan.images, notes["prompts"], plan, at_once, seconds, path.name))
         return io.NodeOutput(attach_compensation(model, variance, fitted))
 
 

@@ -38,7 +38,7 @@ class Distributed:
         return shard_range(total, self.rank, self.world, batch)
 
     def gathered(self, value: T) -> list[T]:
-        """What every process has, in the order of the ranks, on every process."""
+        """The values of all processes in the order of the ranks, on every process."""
         if self.world == 1:
             return [value]
         values: list[Any] = [None] * self.world
@@ -84,7 +84,7 @@ def shard_range(total: int, rank: int, world: int, batch: int = 1) -> range:
 
 
 def owners(costs: Sequence[float], world: int) -> list[int]:
-    """The rank that takes each piece of work: the dearest first, each to whom has least to do so far."""
+    """The rank that takes each piece of work: the largest first, each to the rank with the least so far."""
     loads, taken = [0.0] * world, [0] * len(costs)
     for piece in sorted(range(len(costs)), key=lambda i: -costs[i]):
         taken[piece] = loads.index(min(loads))

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
+WANTED = "QANDC_KITCHEN"
+
+
+@cache
+def wanted() -> Path | None:
+    """A folder with the comfy-kitchen of $QANDC_KITCHEN, a version or a folder; None: the one of ComfyUI's Python."""
+    named = os.environ.get(WANTED)
+    if not named or Path(named, "comfy_kitchen").is_dir():
+        return Path(named).resolve() if named else None
+    return unpacked(named, Path(tempfile.mkdtemp(prefix="kitchen-")))
 
 
 def unpacked(version: str, folder: Path) -> Path:

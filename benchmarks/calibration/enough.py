@@ -97,9 +97,10 @@ def growing(study: Study, name: str, order: int, part: Path) -> None:
         recording.settle()
         found = load(files.named_path(file))
         history = found.recording.history
+        left = gain.left_to_gain(history, number)
         row = {
             "subject": name, "order": order, "runs": number, "samples": found.recording.samples,
-            "left": gain.left_to_gain(history, number), "enough": gain.is_enough(history, number),
+            "left": left, "enough": left is not None and left < gain.ENOUGH,
         }  # fmt: skip
         if number in (MANY // 2, MANY) if many else number in RUNS:
             row |= judged(study, found)

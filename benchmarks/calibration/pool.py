@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qandc_core.caching.attach import cache_bypassed, feature_cache
-from qandc_core.calibration.statistics import LayerStatistics, check_finite, merge_tokens, observed
+from qandc_core.calibration.statistics import LayerStatistics, check_inputs_finite, merge_tokens, observed
 from qandc_core.diffusion.process import ReverseProcess, SamplingConfig
 from qandc_core.models.dit import DiT, check_open
 from qandc_core.models.layers import named_linears
@@ -129,7 +129,7 @@ def collect_statistics(
                 model(x, t, y)
                 if cfg_scale != 1:
                     model(x, t, torch.full_like(y, model.null_class))
-    check_finite(statistics)
+    check_inputs_finite(statistics)
     for layer in statistics.values():
         layer.fetch()
     unseen = [name for name, s in statistics.items() if s.count == 0]

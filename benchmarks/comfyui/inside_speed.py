@@ -55,17 +55,18 @@ class Watch:
     """PREDICT_NOISE: the time of every prediction of the sampler, and whether a cache answered it."""
 
     def __init__(self, host: Host, device: torch.device):
-        self.times = host.module("qandc_core.sampling.clock").CallTimes()
+        self.clock = host.module("qandc_core.sampling.clock")
+        self.times = self.clock.CallTimes()
         self.is_reused = host.module("nodes.comfyui.cache.attach").is_reused
         self.device = device
         self.computed: list[bool] = []
 
     def __call__(self, executor, x, timestep, model_options, seed):
         options = model_options["transformer_options"]
-        skipped, begun = skipped_steps(options), self.times.mark(self.device)
+        skipped, begun = skipped_steps(options), self.clock.mark(self.device)
         out = executor(x, timestep, model_options, seed)
         reused = self.is_reused(options) or skipped_steps(options) > skipped
-        self.times.add(begun, self.times.mark(self.device), reused)
+        self.times.add(begun, self.clock.mark(self.device), reused)
         self.computed.append(not reused)
         return out
 
@@ -86,7 +87,7 @@ class Bench:
 
     def __init__(self, host: Host, subject: speed_models.Subject, options: dict[str, Any]):
         self.host, self.subject, self.options = host, subject, options
-        self.synchronize = host.module("qandc_core.sampling.generate").synchronize
+        self.synchronize = host.module("qandc_core.sampling.clock").synchronize
         self.report_key = host.module("nodes.comfyui.wrappers").REPORT
         self.settle = host.module("nodes.comfyui.calibrate.recording").settle
         self.given_up = GivenUp()

@@ -80,7 +80,7 @@ def paper(study: Study, format: str, calibration) -> tuple[Any, dict[str, float]
         x = inputs.float()
         true = source.get_submodule(name)(x)
         errors.append(relative_error(patcher.model.diffusion_model.get_submodule(name)(x), true))
-    judge = study.host.module("nodes.comfyui.quantize.judge").Judge(study.cached, study.calls, lambda: None)
+    judge = study.host.module("nodes.comfyui.quantize.judge").HeldOutError(study.cached, study.calls, lambda: None)
     error = judge.of_model(patcher)
     return patcher, {"layers": sum(errors) / len(errors), "model": error[0]}
 

@@ -114,7 +114,7 @@ def rows(study: Study, seed: int) -> list[dict[str, Any]]:
     native, judging = (study.host.module(f"nodes.comfyui.quantize.{name}") for name in ("native", "judge"))
     source = study.subject.patcher
     calibration = study.calibration(source, CALIBRATION_SEED + 10 * seed, **PLAN)
-    judge = judging.Judge(source, study.calls[:: len(study.calls) // JUDGED], lambda: None)
+    judge = judging.HeldOutError(source, study.calls[:: len(study.calls) // JUDGED], lambda: None)
     reference, _ = study.subject.images(source, IMAGE_SEED + seed)
     network, found = source.model.diffusion_model, []
     names = native.chosen_layers(source, native.NativeSettings("W4A8"))

@@ -31,7 +31,7 @@ def rows(study: Study, seed: int) -> list[dict[str, Any]]:
     source = study.subject.patcher
     calibration = study.calibration(source, CALIBRATION_SEED + 10 * seed, held_out=OWN_CALLS)
     calls = study.calls[:: len(study.calls) // JUDGED]
-    judge, found = judging.Judge(source, calls, lambda: None), []
+    judge, found = judging.HeldOutError(source, calls, lambda: None), []
 
     def row(name: str, format: str, calibration, **limits) -> dict[str, Any]:
         started = time.perf_counter()

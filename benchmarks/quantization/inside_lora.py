@@ -39,7 +39,7 @@ def rows(study: Study, seed: int) -> list[dict[str, Any]]:
     layers = native.chosen_layers(source, native.NativeSettings("W8A8"))
     file, matrices = (lora_file(source, layers, SIZE, seed, whole) for whole in (False, True))
     full, _ = comfy.sd.load_lora_for_models(source, None, file, 1.0, 0)
-    judge = judging.Judge(full, study.calls, lambda: None)
+    judge = judging.HeldOutError(full, study.calls, lambda: None)
     judge.prepare()
     for format in formats.BY_NAME:
         if not formats.supported(format):

@@ -13,6 +13,7 @@ import comfy.model_management as mm
 import torch
 from torch import Tensor
 
+from ...qandc_core.caching.steps import step_at
 from ...qandc_core.calibration.choice import Batch, CalibrationConfig
 from ...qandc_core.compensation.correction import (
     Shapes,
@@ -39,17 +40,16 @@ from .wrappers import (
     reports_of,
     sampler_function_name,
     scalar,
-    step_at,
 )
 
-KEY = "qandc_compensation"
-EXACT = {"sample_euler": "ddim", "sample_ddpm": "ddpm"}  # ComfyUI's ddim is sample_euler
+COMPENSATION = "qandc_compensation"
+EXACT_SAMPLERS = {"sample_euler": "ddim", "sample_ddpm": "ddpm"}  # ComfyUI's ddim is sample_euler
 FREE = ("dpm_fast", "dpm_adaptive")  # samplers that place their own noise levels
 log = logging.getLogger(__name__)
 
 
 @dataclass
-class Run:
+class RunState:
     """State that the predictions of one run read: its noise levels, sampler, and the parts of a nested latent."""
 
     sigmas: list[float]
@@ -68,18 +68,15 @@ class Correcting:
     def outer_sample(self, executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
         """OUTER_SAMPLE: the run's predictions know its noise levels and its sampler."""
         guider, parts = executor.class_obj, parts_of_run(latent_image, kwargs)
-        run = Run(sigmas.tolist(), sampler_function_name(sampler), parts if len(parts) > 1 else ())
+        run = RunState(sigmas.tolist(), sampler_function_name(sampler), parts if len(parts) > 1 else ())
         check_falling(run.sigmas)
         self.begin(guider, sampler, run, noise, [part[0] for part in parts])
-        saved, options = guider.model_options, options_of_run(guider)
-        options[KEY] = run
-        try:
+        with options_of_run(guider) as options:
+            options[COMPENSATION] = run
             return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
-        finally:
-            guider.model_options = saved
 
     def predict_noise(self, executor, x, timestep, model_options, seed):
-        run: Run = model_options["transformer_options"][KEY]
+        run: RunState = model_options["transformer_options"][COMPENSATION]
         sigma = scalar(timestep)
         step = step_at(run.sigmas, sigma)
         if abs(run.sigmas[step] - sigma) > 1e-4 * sigma:  # between two steps of a multi-stage sampler
@@ -90,12 +87,12 @@ class Correcting:
             return executor(x, timestep, model_options, seed)
         corrected = compensate_parts(x * scale, mean, factor, run.shapes) / scale
         denoised = executor(corrected, timestep, model_options, seed)
-        return shifted(denoised, x, corrected, EXACT.get(run.sampler, "ddim"), sigma, run.sigmas[step + 1])
+        return shifted(denoised, x, corrected, EXACT_SAMPLERS.get(run.sampler, "ddim"), sigma, run.sigmas[step + 1])
 
-    def begin(self, guider, sampler, run: Run, noise: Tensor, channels: Sequence[int]) -> None:
+    def begin(self, guider, sampler, run: RunState, noise: Tensor, channels: Sequence[int]) -> None:
         """Raises ValueError on a run that cannot be corrected."""
 
-    def factors(self, run: Run, step: int, sigma: float, given: Tensor) -> tuple[Tensor, Tensor]:
+    def factors(self, run: RunState, step: int, sigma: float, given: Tensor) -> tuple[Tensor, Tensor]:
         """mean and K (C,) for the sample `given` in variance-preserving units."""
         raise NotImplementedError
 
@@ -104,7 +101,7 @@ class CompensatedRun(Correcting):
     def __init__(self, variance: VarianceCompensation, fitted: FittedFor):
         self.variance, self.fitted = variance, fitted
 
-    def begin(self, guider, sampler, run: Run, noise: Tensor, channels: Sequence[int]) -> None:
+    def begin(self, guider, sampler, run: RunState, noise: Tensor, channels: Sequence[int]) -> None:
         variance, levels = self.variance, run.sigmas[:-1]
         self.fitted.check(guider, sampler, channels)
         variance.check(levels)
@@ -116,12 +113,12 @@ class CompensatedRun(Correcting):
                 f"The variance compensation was fitted from sigma {float(variance.sigmas[0]):.4g} on, and this run "
                 f"begins with new noise at {levels[0]:.4g}, where nothing has drifted yet; fit it for these steps."
             )
-        if run.sampler not in EXACT:
+        if run.sampler not in EXACT_SAMPLERS:
             log.info("Q&C variance compensation: exact for euler, ddim and ddpm, approximate for this sampler.")
         for report in reports_of(guider.model_options["transformer_options"]):
             report.factors = [variance.at(sigma)[1].tolist() for sigma in levels]
 
-    def factors(self, run: Run, step: int, sigma: float, given: Tensor) -> tuple[Tensor, Tensor]:
+    def factors(self, run: RunState, step: int, sigma: float, given: Tensor) -> tuple[Tensor, Tensor]:
         return self.variance.at(sigma)
 
 
@@ -133,24 +130,24 @@ def attach_compensation(patcher, variance: VarianceCompensation, fitted: FittedF
 
 def attached(patcher, run: Correcting):
     clone = patcher.clone()
-    replace_wrapper(clone, WRAPPERS.OUTER_SAMPLE, KEY, run.outer_sample)
-    replace_wrapper(clone, WRAPPERS.PREDICT_NOISE, KEY, run.predict_noise)
+    replace_wrapper(clone, WRAPPERS.OUTER_SAMPLE, COMPENSATION, run.outer_sample)
+    replace_wrapper(clone, WRAPPERS.PREDICT_NOISE, COMPENSATION, run.predict_noise)
     return clone
 
 
-class Recording(Correcting):
+class ReferenceRun(Correcting):
     """The reference run: keeps its samples (in variance-preserving units, on CPU) by noise level, corrects nothing."""
 
     def __init__(self) -> None:
         self.samples: dict[float, Tensor] = {}
         self.channels: list[int] = []
 
-    def begin(self, guider, sampler, run: Run, noise: Tensor, channels: Sequence[int]) -> None:
+    def begin(self, guider, sampler, run: RunState, noise: Tensor, channels: Sequence[int]) -> None:
         self.channels = list(channels)
         if any(part in run.sampler for part in FREE):
             raise no_steps(run.sampler)
 
-    def factors(self, run: Run, step: int, sigma: float, given: Tensor) -> tuple[Tensor, Tensor]:
+    def factors(self, run: RunState, step: int, sigma: float, given: Tensor) -> tuple[Tensor, Tensor]:
         self.samples.setdefault(run.sigmas[step], given.cpu())
         return torch.zeros(sum(self.channels)), torch.ones(sum(self.channels))
 
@@ -158,14 +155,14 @@ class Recording(Correcting):
 class Fitting(Correcting):
     """An accelerated run: fits K_t at each step on samples that all earlier corrections already went into."""
 
-    def __init__(self, joint: JointFit, recording: Recording):
+    def __init__(self, joint: JointFit, recording: ReferenceRun):
         self.joint, self.recording = joint, recording
 
-    def begin(self, guider, sampler, run: Run, noise: Tensor, channels: Sequence[int]) -> None:
+    def begin(self, guider, sampler, run: RunState, noise: Tensor, channels: Sequence[int]) -> None:
         if list(self.recording.samples) != run.sigmas[:-1]:
             raise no_steps(run.sampler)
 
-    def factors(self, run: Run, step: int, sigma: float, given: Tensor) -> tuple[Tensor, Tensor]:
+    def factors(self, run: RunState, step: int, sigma: float, given: Tensor) -> tuple[Tensor, Tensor]:
         def pair() -> tuple[Tensor, Tensor]:
             return self.recording.samples.pop(run.sigmas[step]), given
 
@@ -213,7 +210,7 @@ def fit_compensation(
         except Exception as error:
             if largest == 1 or not mm.is_oom(error):
                 raise
-        log.warning("Q&C compensation: out of memory with %d pairs at once, goes on with %d.", largest, largest // 2)
+        log.warning("Q&C compensation: out of memory with %d pairs at once, continuing with %d.", largest, largest // 2)
         plan = replace(plan, batch_size=largest // 2)
         del pairing
         gc.collect()
@@ -230,7 +227,7 @@ class Pairing:
         self.progress = Progress(accelerated, steps, estimate)
 
     def run(self, fit: SequentialFit) -> tuple[VarianceCompensation, FittedFor, int]:
-        turns, recordings = Turns(), [Recording() for _ in self.batches]
+        turns, recordings = Turns(), [ReferenceRun() for _ in self.batches]
         for recording, batch in zip(recordings, self.batches):
             self.sample(attached(self.reference, recording), batch)
         fit.steps, joint = len(recordings[0].samples), JointFit(fit, turns.wait)
@@ -246,10 +243,10 @@ class Pairing:
         )
         return fit.result(), fitted, self.plan.batch_size
 
-    def fit_one(self, joint: JointFit, recording: Recording, batch: Batch) -> None:
+    def fit_one(self, joint: JointFit, recording: ReferenceRun, batch: Batch) -> None:
         fitting = Fitting(joint, recording)
         patcher = attached(self.accelerated, fitting)
-        replace_wrapper(patcher, WRAPPERS.SAMPLER_SAMPLE, KEY, fitting.sampler_sample)
+        replace_wrapper(patcher, WRAPPERS.SAMPLER_SAMPLE, COMPENSATION, fitting.sampler_sample)
         self.sample(patcher, batch)
 
     def sample(self, patcher, batch: Batch) -> None:

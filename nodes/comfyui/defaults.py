@@ -1,4 +1,4 @@
-"""What a sampler node's widgets take where they are left to the model: steps, cfg, sampler, scheduler, batch size.
+"""Defaults by model, for widgets of a sampler node that are set to auto: steps, cfg, sampler, scheduler, batch size.
 
 The numbers are those of ComfyUI's official templates (comfyui-workflow-templates-json 0.1.50) for the undistilled model
 of each family. Nothing in the weights tells a distilled one (turbo, lightning) from it.
@@ -13,12 +13,12 @@ import comfy.model_management as mm
 import torch
 
 from ...qandc_core.calibration.choice import CalibrationConfig
-from ...qandc_core.calibration.presets import CUSTOM, planned
+from ...qandc_core.calibration.presets import CUSTOM, preset_config
 from ...qandc_core.calibration.presets import images_at_once as fitting
 from .making import distinct_trajectories
 from .model.dit import is_dit
 from .quantize.layers import calibrated
-from .settings import AUTO, Settings
+from .settings import AUTO, Settings, parts_of
 from .wrappers import samples_flow
 
 AUTO_COUNT = 0
@@ -54,7 +54,7 @@ FAMILIES = {  # by the class in comfy.supported_models; a subclass takes its par
 
 
 def suited(patcher) -> Suited:
-    """What this MODEL's family is mostly sampled with."""
+    """The usual settings of this MODEL's family."""
     if is_dit(patcher):
         return DIT
     kinds = type(getattr(patcher.model, "model_config", None)).__mro__
@@ -78,7 +78,7 @@ def images_at_once(patcher, latent: dict[str, Any], most: int = LARGEST_BATCH) -
     """1, 2, 4, ...: as many images of a LATENT, with both conditions, as take 2 GiB, or an eighth of a smaller card's
     memory, by ComfyUI's own estimate.
     """
-    parts = latent["samples"].unbind() if latent["samples"].is_nested else [latent["samples"]]
+    parts = parts_of(latent["samples"])
     needed = sum(patcher.model.memory_required([2, *part.shape[1:]]) for part in parts)
     return fitting(needed, mm.get_total_memory(patcher.load_device), most)
 
@@ -87,11 +87,13 @@ def suited_plan(preset: str, plan: CalibrationConfig, patcher, latent: dict[str,
     """The plan with the numbers of a preset, no more trajectories than differ, and a batch size that fits."""
     if preset != CUSTOM:
         widths = sorted(layer.in_features for _, layer in calibrated(patcher.model.diffusion_model))
-        parts = latent["samples"].unbind() if latent["samples"].is_nested else [latent["samples"]]
+        parts = parts_of(latent["samples"])
         tokens = max(1, sum(part[0, 0].numel() for part in parts) // PATCH)
         width = widths[len(widths) // 2] if widths else 1
         memory = mm.get_total_memory(torch.device("cpu"))
-        plan = replace(planned(preset, plan, width, tokens, settings.steps_on(patcher), memory), batch_size=AUTO_COUNT)
+        plan = replace(
+            preset_config(preset, plan, width, tokens, settings.steps_on(patcher), memory), batch_size=AUTO_COUNT
+        )
     trajectories = distinct_trajectories(settings, latent, plan.trajectories)
     at_once = plan.batch_size or images_at_once(patcher, latent)
     return replace(plan, trajectories=trajectories, batch_size=min(at_once, trajectories))
@@ -99,5 +101,5 @@ def suited_plan(preset: str, plan: CalibrationConfig, patcher, latent: dict[str,
 
 def pairs_of(latent: dict[str, Any]) -> int:
     """4 to 64 pairs, which is 65,536 values for each channel of the part that has fewest."""
-    parts = latent["samples"].unbind() if latent["samples"].is_nested else [latent["samples"]]
+    parts = parts_of(latent["samples"])
     return max(4, min(64, max(-(-65536 // max(1, part[0, 0].numel())) for part in parts)))

@@ -57,7 +57,7 @@ class FittedFor:
                 words(self.attached),
                 "has",
                 words(details(guider.model_patcher)),
-                "put Variance Compensate behind the nodes that cache and quantize, and fit again",
+                "put Variance Compensate after the nodes that cache and quantize, and fit again",
             )
 
 

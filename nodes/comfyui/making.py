@@ -10,8 +10,8 @@ from ...qandc_core.calibration.choice import CalibrationConfig
 from ...qandc_core.sampling.remaining import duration
 from .files import NEW
 from .quantize.weights import fingerprint_of
-from .settings import Settings, batch_of, model_of
-from .status import show
+from .settings import Settings, batch_of, model_of, parts_of
+from .status import node_of, show
 from .wrappers import declares_noise, details
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ def require_wires(file: str, **inputs) -> None:
     if not absent:
         return
     reason = (
-        "To calibrate anew" if file == NEW else f"The file {Path(file).name} is not in output/qandc here; to make it"
+        "To calibrate again" if file == NEW else f"The file {Path(file).name} is not in output/qandc here; to make it"
     )
     raise ValueError(f"{reason}, connect {', '.join(absent)}, or pick another file.")
 
@@ -51,8 +51,7 @@ def guided_model(guider, wired):
 def distinct_trajectories(settings: Settings, latent, wanted: int) -> int:
     """As many trajectories as differ: without new noise they repeat with the latent's images and the prompts."""
     noise = settings.noise_of(latent, settings.noise.seed if settings.noise is not None else 0)
-    parts = noise.unbind() if noise.is_nested else [noise]
-    if any(part.any() for part in parts) or declares_noise(settings.sampler_object()):
+    if any(part.any() for part in parts_of(noise)) or declares_noise(settings.sampler_object()):
         return wanted
     distinct = math.lcm(batch_of(latent["samples"]), settings.count * math.lcm(*settings.rows()))
     if distinct < wanted:
@@ -60,16 +59,12 @@ def distinct_trajectories(settings: Settings, latent, wanted: int) -> int:
     return min(wanted, distinct)
 
 
-def node_id(cls) -> str | None:
-    return getattr(getattr(cls, "hidden", None), "unique_id", None)
-
-
 def teller(cls):
     """Says something in the log and on the node."""
 
     def tell(text: str) -> None:
         log.info("Q&C: %s", text)
-        show(node_id(cls), text)
+        show(node_of(cls), text)
 
     return tell
 

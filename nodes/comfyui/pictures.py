@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import folder_paths
@@ -12,6 +11,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from ...qandc_core.evaluation.figure import wrapped
 from ...qandc_core.quantization.formats import ALL
 from ...qandc_core.quantization.report import QuantizationReport
 
@@ -40,7 +40,7 @@ def report_picture(report: QuantizationReport) -> Image.Image:
     As wide as a node is on the canvas, so that its text is read at the size that it has here.
     """
     width, bars, line, font = 400, 120, 21, ImageFont.load_default(16)
-    lines = [part for text in report.headline().split("\n") for part in wrapped(text, width - 16, font)]
+    lines = [part for text in report.headline().split("\n") for part in wrapped(text, font, width - 16)]
     picture = Image.new("RGB", (width, bars + line * len(lines) + 16), PAPER)
     draw, highest = ImageDraw.Draw(picture), report.worst.error or 1.0
     for i, layer in enumerate(report.layers):
@@ -52,21 +52,8 @@ def report_picture(report: QuantizationReport) -> Image.Image:
     return picture
 
 
-def wrapped(text: str, width: int, font) -> list[str]:
-    """Lines of the text, broken between words and, where one is too long, after a dot of it."""
-    lines = [""]
-    for word in text.split(" "):
-        for number, part in enumerate(re.findall(r"[^.]*\.?", word) if font.getlength(word) > width else [word]):
-            joined = lines[-1] + (" " if number == 0 and lines[-1] else "") + part
-            if font.getlength(joined) <= width:
-                lines[-1] = joined
-            else:
-                lines.append(part)
-    return [line for line in lines if line]
-
-
 def to_image(figure: Image.Image) -> Tensor:
-    """As an IMAGE (1, H, W, 3)."""
+    """A picture as an IMAGE (1, H, W, 3)."""
     return torch.from_numpy(np.asarray(figure).astype(np.float32) / 255)[None]
 
 

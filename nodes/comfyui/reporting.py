@@ -22,7 +22,8 @@ from torch import Tensor
 
 from ...qandc_core.sampling.report import RunReport, joined, peak_memory, reset_peak_memory
 from .queue import Prompt, downstream, executing
-from .sampling import Progress, Settings, parts_of, sample
+from .sampling import Progress, sample
+from .settings import Settings, parts_of
 from .status import sentences, show
 from .timing import CLOCK, RunClock, time_prediction, time_sampler
 from .wrappers import (
@@ -72,12 +73,9 @@ class ReportRecorder:
         now = executing()
         if now is not None and made_by_us(*now[:2]) and repeated.get() is None:
             return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
-        guider, saved = executor.class_obj, executor.class_obj.model_options
-        given = named(args, kwargs)
+        guider, given = executor.class_obj, named(args, kwargs)
         report = self.begin(guider, noise, sampler, sigmas, given)
         clock = RunClock(guider.model_patcher.load_device)
-        options = options_of_run(guider)
-        options[CLOCK] = (*options.get(CLOCK, ()), clock)
         args, kwargs = with_callback(args, kwargs, clock.timed)
         outer = repeated.get()
         if outer is None:
@@ -86,12 +84,12 @@ class ReportRecorder:
             outer.append(report)
         reset_peak_memory(clock.device)
         try:
-            with reporting(report):
+            with options_of_run(guider) as options, reporting(report):
+                options[CLOCK] = (*options.get(CLOCK, ()), clock)
                 out = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
             report.finished, report.replay = True, repetition(guider, noise, latent_image, sampler, sigmas, given)
             return out
         finally:
-            guider.model_options = saved
             self.end(report, clock, guider.model_patcher)
 
     def begin(self, guider, noise: Tensor, sampler, sigmas: Tensor, given: Mapping[str, Any]) -> RunReport:
@@ -114,7 +112,7 @@ class ReportRecorder:
             report.computed = [True] * (report.steps if report.finished else len(report.seconds))
         if repeated.get() is None:
             found = self.report()
-            show(self.node, words_of(found) if found is not None else "")
+            show(self.node, report_words(found) if found is not None else "")
 
     def keep(self, report: RunReport, now: tuple[Prompt, str, int] | None) -> None:
         """Takes in a run in place of what its sampler did in an earlier job."""
@@ -142,7 +140,7 @@ class ReportRecorder:
         return replace(joined(found), label=self.label or found[-1].label) if found else None
 
 
-def recorded(value: ReportRecorder | RunReport | None) -> RunReport | None:
+def current_report(value: ReportRecorder | RunReport | None) -> RunReport | None:
     """The report that a wire carries, as it is now."""
     return value.report() if isinstance(value, ReportRecorder) else value
 
@@ -226,7 +224,7 @@ def paged_weights(patcher) -> int:
     return max(0, patcher.loaded_size() - patcher.model.model_loaded_weight_memory)
 
 
-def words_of(report: RunReport) -> str:
+def report_words(report: RunReport) -> str:
     """The report in the lines that a node shows, two of which it shows without being made larger."""
     steps = f"{report.computed_steps} of {report.computed_steps + report.reused_steps} steps computed"
     runs = f" in {report.parts} runs" if report.parts > 1 else ""

@@ -13,7 +13,7 @@ import latent_preview
 from torch import Tensor
 
 from ...qandc_core.sampling.remaining import Remaining
-from .settings import Settings
+from .settings import Settings, parts_of
 from .wrappers import WRAPPERS, replace_wrapper
 
 
@@ -58,10 +58,6 @@ class Progress:
         """One unit of work that is no sampling step."""
         comfy.model_management.throw_exception_if_processing_interrupted()
         self.done += 1
-        self.show(picture)
-
-    def show(self, picture) -> None:
-        """Where the work stands, with a picture that stays until the next."""
         self.bar.update_absolute(self.done, self.total, None if picture is None else ("JPEG", picture, 560))
 
 
@@ -70,11 +66,6 @@ def fitted_latent(patcher, latent: dict[str, Any]) -> Tensor:
     taken = inspect.signature(comfy.sample.fix_empty_latent_channels).parameters  # which ratios depends on the version
     ratios = {key: value for key, value in latent.items() if key.startswith("downscale_ratio") and key in taken}
     return comfy.sample.fix_empty_latent_channels(patcher, latent["samples"], **ratios)
-
-
-def parts_of(latent) -> list[Tensor]:
-    """The tensors of a latent: several where it is nested, as of video and sound."""
-    return latent.unbind() if latent.is_nested else [latent]
 
 
 def prepared(patcher, latent: dict[str, Any]) -> dict[str, Any]:
@@ -94,7 +85,7 @@ def sample(
     prompt: int = 0,
     first: int = 0,
 ) -> Tensor:
-    """What KSampler, KSampler (Advanced), SamplerCustom or SamplerCustomAdvanced does with the same settings."""
+    """Samples as KSampler, KSampler (Advanced), SamplerCustom or SamplerCustomAdvanced does with these settings."""
     samples = settings.guider_on(patcher, prompt, first).sample(
         noise,
         latent,

@@ -1,4 +1,4 @@
-"""What a run is sampled with, as any stock sampler node takes it: a guider, a sampler, noise levels and noise.
+"""The settings of a run, as any stock sampler node takes them: a guider, a sampler, noise levels and noise.
 
 KSampler and its relatives build these four from widgets; SamplerCustomAdvanced has them wired. `Settings` holds either,
 so that a run here is the run of the sampler node that it was copied from, bit for bit.
@@ -33,7 +33,7 @@ Conds = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Settings:
-    """What a stock sampling node takes beside model, latent and seed, by the names of its inputs.
+    """Inputs of a stock sampling node other than model, latent and seed, by their names.
 
     A wired `guider` has the conditioning and the guidance, `sampler` and `sigmas` stand for the names, `noise` for the
     noise of a seed. `prompts` is a CONDITIONING whose entries, each by itself, take turns with the positive one. Raises
@@ -63,8 +63,8 @@ class Settings:
         part = (self.start_at_step, self.end_at_step, self.denoise)
         if self.sigmas is not None and part != (0, LAST_STEP, 1.0):
             raise ValueError(
-                "start_at_step, end_at_step and denoise choose a part of the schedule that the widgets make; take the "
-                "part of the wired sigmas with SplitSigmas, and leave the three as they were."
+                "start_at_step, end_at_step and denoise apply to the schedule of the widgets; split the wired sigmas "
+                "with SplitSigmas instead, and reset the three to their defaults."
             )
 
     def schedule(self, patcher) -> Tensor:
@@ -86,7 +86,7 @@ class Settings:
         return sigmas[self.start_at_step :] if self.start_at_step < len(sigmas) - 1 else sigmas[:0]
 
     def steps_on(self, patcher) -> int:
-        """How many steps a run has. Raises ValueError where there are none."""
+        """Number of steps of a run. Raises ValueError where there are none."""
         steps = len(self.schedule(patcher)) - 1
         if steps < 1:
             raise ValueError(
@@ -107,7 +107,7 @@ class Settings:
 
     @property
     def count(self) -> int:
-        """How many prompts take turns."""
+        """Number of prompts that take turns."""
         return self.own + len(self.prompts or ())
 
     @property
@@ -116,7 +116,7 @@ class Settings:
         return int(self.guider is not None or self.positive is not None)
 
     def rows(self) -> list[int]:
-        """Of each prompt that takes turns, how many it is itself: a batch in one entry has several."""
+        """Number of prompts in each entry that takes turns: a batch in one entry has several."""
         if self.guider is None:
             own = converted(self.positive)
         else:
@@ -203,7 +203,7 @@ def no_noise(samples) -> Any:
 
 
 def prompts_of(cond: dict[str, Any]) -> int:
-    """How many images one entry has prompts for before it starts over."""
+    """Number of images that one entry has prompts for, before it starts over."""
     context = cond.get("cross_attn")
     if not isinstance(context, Tensor) or not context.ndim:
         return 1
@@ -273,5 +273,10 @@ def images_of(latent: dict[str, Any], numbers: Sequence[int]) -> dict[str, Any]:
     return taken
 
 
+def parts_of(latent) -> list[Tensor]:
+    """The tensors of a latent: several where it is nested, as of video and sound."""
+    return latent.unbind() if latent.is_nested else [latent]
+
+
 def batch_of(latent) -> int:
-    return len(latent.unbind()[0]) if latent.is_nested else len(latent)
+    return len(parts_of(latent)[0])

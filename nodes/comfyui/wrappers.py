@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 
 from ...qandc_core.sampling.report import RunReport
 
-KEY = "qandc"
+NOTES = "qandc"
 REPORT = "qandc_report"  # key of the wrappers that record runs, and where a script puts a report into the options
 QUANTIZATION = "qandc_quantization"  # where a model's options hold what Quantize measured
 WRAPPERS = comfy.patcher_extension.WrappersMP
@@ -39,12 +39,6 @@ def reports_of(options: Mapping[str, Any]) -> list[RunReport]:
     """The reports that a run with these transformer_options fills in."""
     own = options.get(REPORT)
     return [*reports.get(), *([] if own is None else [own])]
-
-
-def step_at(sigmas: Sequence[float], sigma: float) -> int:
-    """The step of a falling schedule that a model call at `sigma` belongs to: the last that begins at or above it."""
-    begun = [i for i, start in enumerate(sigmas[:-1]) if start >= sigma * (1 - 1e-4)]
-    return begun[-1] if begun else 0
 
 
 def scalar(sigma: torch.Tensor) -> float:
@@ -87,10 +81,15 @@ def samples_flow(patcher) -> bool:
     return isinstance(patcher.get_model_object("model_sampling"), comfy.model_sampling.CONST)
 
 
-def options_of_run(guider) -> dict[str, Any]:
+@contextmanager
+def options_of_run(guider) -> Iterator[dict[str, Any]]:
     """transformer_options that this run alone sees; wrappers put its state there, never into the model."""
-    guider.model_options = comfy.model_patcher.create_model_options_clone(guider.model_options)
-    return guider.model_options["transformer_options"]
+    saved = guider.model_options
+    guider.model_options = comfy.model_patcher.create_model_options_clone(saved)
+    try:
+        yield guider.model_options["transformer_options"]
+    finally:
+        guider.model_options = saved
 
 
 def replace_wrapper(patcher, kind: str, key: str, wrapper) -> None:
@@ -108,15 +107,15 @@ def on_one_device(patcher) -> bool:
 def note(patcher, topic: str, text: str, detail: str = "") -> None:
     """Notes what a node attached: a text for reports, and in full what a saved compensation depends on."""
     options = patcher.model_options["transformer_options"]
-    options[KEY] = {**options.get(KEY, {}), topic: (text, detail)}
+    options[NOTES] = {**options.get(NOTES, {}), topic: (text, detail)}
 
 
 def labels(patcher) -> str:
     """The caches, quantization and compensation that our nodes put on this model, in words."""
-    noted = patcher.model_options["transformer_options"].get(KEY, {})
+    noted = patcher.model_options["transformer_options"].get(NOTES, {})
     return ", ".join(text for text, _ in noted.values() if text)
 
 
 def details(patcher) -> dict[str, str]:
-    noted = patcher.model_options["transformer_options"].get(KEY, {})
+    noted = patcher.model_options["transformer_options"].get(NOTES, {})
     return {topic: detail for topic, (_, detail) in noted.items() if detail}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -12,10 +13,47 @@ from .blocks import CachedStreams
 from .cost import reuse_cost
 from .families import BRANCHED, DIFFUSERS, diffusers_lists
 from .features import CachedBranch, FeatureCache
-from .policies import CachePolicy, ChosenSteps, Interval, PolicyConfig
-from .schedule import CacheConfig, step_set
+from .policies import CachePolicy, ChosenSteps, Interval
+from .schedule import CacheConfig, check_reuse
 
 ATTRIBUTE = "feature_cache"
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """A policy and what it reuses, for an engine that learns the number of steps with each run.
+
+    `reuse` "branch" keeps attention and MLP outputs before the gate (FORA), "block" what each block adds, "prediction"
+    the predicted clean image, which needs a FusedDiT: only its loop sees predictions.
+    """
+
+    policy: CachePolicy
+    reuse: str = "branch"
+
+    def __post_init__(self) -> None:
+        check_reuse(self.reuse)
+
+    @property
+    def order(self) -> int:
+        return self.policy.order
+
+    def computes(self, step: int) -> bool:
+        raise ValueError(
+            f"{type(self.policy).__name__} needs the number of steps: sample with generate(), or give num_steps to "
+            "apply_cache_to_dit."
+        )
+
+    keeps = computes
+
+    def for_run(self, total: int, cost: float = 0.0, sampler: str = "") -> CacheConfig:
+        """Raises ValueError where the steps are decided during the run."""
+        if not self.policy.decided_before:
+            raise ValueError(
+                f"{type(self.policy).__name__} decides each step during the run, but this loop fixes all steps before "
+                "it; use another policy, such as Speedup."
+            )
+        plan = self.policy.plan(total, cost=cost, sampler=sampler)
+        return CacheConfig(1, frozenset(plan.steps), self.reuse, plan.order)
 
 
 def is_ours(blocks: Any) -> bool:
@@ -72,34 +110,23 @@ def apply_cache_to_dit(
 
     `model` is our DiT or a transformer of diffusers (DiT, PixArt, Flux, SD3, Wan, CogVideoX). The second argument is an
     interval or a policy: apply_cache_to_dit(model, Speedup(2)). `steps` lists the computed steps instead of every
-    `cache_interval`-th; see CacheConfig for `reuse` (default "branch" where attention and MLP are separate modules,
-    else "block") and `order`, which a policy holds itself. `mode` is the former name of `reuse`.
+    `cache_interval`-th; see PolicyConfig for `reuse` (default "branch" where attention and MLP are separate modules,
+    else "block"). A policy holds its `order` itself. `mode` is the former name of `reuse`.
     generate() tells a policy the steps of a run; a loop of your own gives them as `num_steps`.
     A call reuses only what provably belongs to its own run (`calls`); fresh_caches says so outright.
     Raises ValueError, and changes nothing, on other models and settings.
     """
-    policy = cache_interval if isinstance(cache_interval, CachePolicy) else None
-    if policy is not None and (steps is not None or order is not None):
-        raise ValueError("A policy holds steps and order itself; leave `steps` and `order` out beside it.")
-    reuse = reuse or mode or default_reuse(model)
+    config = PolicyConfig(policy_of(cache_interval, steps, order), reuse or mode or default_reuse(model))
     own: Any = getattr(model, "set_cache", None)
-    config: CacheConfig | PolicyConfig
-    if isinstance(cache_interval, CachePolicy):
-        config = PolicyConfig(cache_interval, reuse)
-    else:
-        config = CacheConfig(cache_interval, step_set(steps), reuse, order or 0)
     if own is not None:  # a FusedDiT, whose loop follows the configuration itself
         own(config)
         return model
-    if reuse == "prediction":
+    if config.reuse == "prediction":
         raise ValueError("reuse='prediction' needs our own DiT made ready by fuse_dit(); use 'branch' or 'block' here.")
-    branches(model, reuse)
-    cost = reuse_cost(model, cached_modules(model, reuse)) if policy is not None else 0.0
-    if isinstance(config, PolicyConfig):
-        config = config_of(config, num_steps, cost)
+    cost = reuse_cost(model, cached_modules(model, config.reuse))
     remove_cache(model)
-    cache = FeatureCache(config, reuse)
-    cache.policy, cache.cost = policy, cost
+    cache = FeatureCache(config_of(config, num_steps, cost), config.reuse)
+    cache.policy, cache.cost = config.policy, cost
     wrap_branches(model, cache)
     cache.hooks = [
         model.register_forward_pre_hook(cache.before_forward, with_kwargs=True),
@@ -107,6 +134,17 @@ def apply_cache_to_dit(
     ]
     setattr(model, ATTRIBUTE, cache)
     return model
+
+
+def policy_of(interval: int | CachePolicy, steps: Iterable[int] | None, order: int | None) -> CachePolicy:
+    """The policy that the arguments of apply_cache_to_dit stand for."""
+    if not isinstance(interval, CachePolicy):
+        return (
+            Interval(interval, order=order or 0) if steps is None else ChosenSteps(frozenset(steps), order=order or 0)
+        )
+    if steps is not None or order is not None:
+        raise ValueError("A policy holds steps and order itself; omit `steps` and `order`.")
+    return interval
 
 
 def config_of(config: PolicyConfig, num_steps: int | None, cost: float) -> CacheConfig | PolicyConfig:

@@ -3,7 +3,7 @@
 A block takes a stream of tokens, or one for text and one for the image, and returns them changed. Consecutive steps
 change them alike, so on a reused step the first block of a list adds what the whole list added, and the others hand
 their streams on; embeddings, modulation of the output and the output layer compute with the present input. That is
-nearer to the present step than a reused prediction, and dearer: the layers outside the lists run at every step.
+closer to the present step than a reused prediction, and costs more: the layers outside the lists run at every step.
 
 While the network is called, `forward` of each block is replaced and then put back, so nothing stays on the module and
 compiled blocks stay compiled. What is kept is one tensor for each stream of a list (in the network's type, per

@@ -2,7 +2,7 @@
 
 Nearly all time of a transformer goes into matmuls over its tokens, and a matmul's time grows with its weight. So a step
 that reuses the blocks costs about the share of the weights that lie outside them. Softmax attention has no weight and
-lies inside: the share errs on the dear side, and a promised speedup is kept.
+lies inside: the share is too high rather than too low, and a promised speedup is kept.
 """
 
 from __future__ import annotations

@@ -15,9 +15,9 @@ CURVATURE = 0.5  # of the quadratic term
 
 
 def coefficients(known: Sequence[Any], at: Any) -> list[Any]:
-    """Of the values at the one to three `known` positions, the latest last, in the forecast at `at`; they sum to 1.
+    """Coefficients of the values at the one to three `known` positions, the latest last, in the forecast at `at`.
 
-    Positions are numbers, or tensors that broadcast.
+    They sum to 1. Positions are numbers, or tensors that broadcast.
     """
     if len(known) == 1:
         return [1.0]

@@ -35,7 +35,7 @@ class Frame:
 
 
 @dataclass(frozen=True)
-class ModelCall:
+class CallKeys:
     """`keys` of the features of each condition in the batch, None for a call that is computed whatever is planned;
     `lines` of the timeline that it belongs to.
     """

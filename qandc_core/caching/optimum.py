@@ -78,7 +78,7 @@ def squared_norm(parts: Weighted, squares: Tensor) -> Tensor:
 
 
 def missed(known: Sequence[Tensor], at: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """What a forecast from the `known` steps misses at the steps `at`, as coefficients and their steps."""
+    """The error of a forecast from the `known` steps at the steps `at`, as coefficients and their steps."""
     weights = [torch.as_tensor(weight, dtype=torch.float64) for weight in coefficients(known, at)]
     return [(torch.ones((), dtype=torch.float64), at), *((-weight, step) for weight, step in zip(weights, known))]
 

@@ -85,18 +85,18 @@ class CountedPlan(Plan):
     def review(self, steps: Collection[int]) -> list[str]:
         found, least = super().review(steps), len(self.steps)
         if self.asked < least < self.total:
-            found.append(f"{self.asked} computed steps asked, at least {least} necessary{self.part}")
+            found.append(f"{self.asked} computed steps requested, at least {least} are needed{self.part}")
         elif max(least, self.asked) < len(steps) < self.total:
-            found.append(f"{self.asked} computed steps asked, {len(steps)} were computed")
+            found.append(f"{self.asked} computed steps requested, {len(steps)} were computed")
         return found
 
 
 class SpeedupPlan(Plan):
     """As many computed steps as cost 1 / speedup of a run that computes all, given what a reused step costs.
 
-    Where the steps outside start..end or a dear reuse put the speedup out of reach, one warning says what is left. With
-    a reuse dearer than the whole promise, steps are planned as if it were free: computing still fewer would spoil the
-    image and not keep the promise either.
+    Where the steps outside start..end or a costly reuse put the speedup out of reach, one warning says what is left.
+    Where a reused step costs more than the target allows for any, steps are planned as if it were free: computing
+    still fewer would spoil the image and not reach the target either.
     """
 
     def __init__(self, total: int, order: int, inside: range, speedup: float, place: Place = spread, cost: float = 0.0):
@@ -124,11 +124,11 @@ class SpeedupPlan(Plan):
     def review(self, steps: Collection[int]) -> list[str]:
         found, planned = super().review(steps), self.reached(len(self.steps))
         if 1 < planned < KEPT * self.speedup:
-            found.append(f"{self.speedup:g}x asked, {planned:.2g}x possible{self.because()}")
+            found.append(f"{self.speedup:g}x requested, {planned:.2g}x possible{self.because()}")
         elif len(self.steps) < len(steps) < self.total and self.reached(len(steps)) < 0.9 * self.speedup:
             reached = self.reached(len(steps))
             found.append(
-                f"{self.speedup:g}x asked, {reached:.2g}x reached: {len(steps)} of {self.total} steps were computed"
+                f"{self.speedup:g}x requested, {reached:.2g}x reached: {len(steps)} of {self.total} steps were computed"
             )
         return found
 
@@ -211,7 +211,7 @@ class BudgetPlan(Plan):
 
 
 def root_mean_squares(tensors: Sequence[Tensor]) -> list[float]:
-    """Of each, read in one wait for the device."""
+    """The root mean square of each tensor, read in one wait for the device."""
     return torch.stack([values.square().mean().sqrt() for values in tensors]).tolist()
 
 

@@ -14,7 +14,7 @@ from math import ceil, isfinite
 
 from .plans import BudgetPlan, CountedPlan, Place, Plan, SpeedupPlan
 from .runs import RunFacts, StepDistances
-from .schedule import SPACING, CacheConfig, check_order, spread
+from .schedule import SPACING, check_order, spread
 
 
 @dataclass(frozen=True)
@@ -266,33 +266,3 @@ class ErrorBudget(CachePolicy):
     @property
     def off(self) -> bool:
         return self.max_error == 0
-
-
-@dataclass(frozen=True)
-class PolicyConfig:
-    """A policy and what it reuses, for an engine that learns the number of steps with each run."""
-
-    policy: CachePolicy
-    reuse: str = "branch"
-
-    @property
-    def order(self) -> int:
-        return self.policy.order
-
-    def computes(self, step: int) -> bool:
-        raise ValueError(
-            f"{type(self.policy).__name__} needs the number of steps: sample with generate(), or give num_steps to "
-            "apply_cache_to_dit."
-        )
-
-    keeps = computes
-
-    def for_run(self, total: int, cost: float = 0.0, sampler: str = "") -> CacheConfig:
-        """Raises ValueError where the steps are decided during the run."""
-        if not self.policy.decided_before:
-            raise ValueError(
-                f"{type(self.policy).__name__} decides each step during the run, but this loop fixes all steps before "
-                "it; use another policy, such as Speedup."
-            )
-        plan = self.policy.plan(total, cost=cost, sampler=sampler)
-        return CacheConfig(1, frozenset(plan.steps), self.reuse, plan.order)

@@ -35,7 +35,7 @@ class Preset(Placed):
         sampler, speedup = SamplerFacts.named(run.sampler, run.noisy, run.flow), LEVELS[self.level]
         if self.level == "auto" and run.guided is False and run.total <= DISTILLED:
             plan = Plan(run.total, 0, set(range(run.total)))
-            plan.warnings.append(f"{run.total} steps without guidance are left as they are, as of a distilled model")
+            plan.warnings.append(f"{run.total} steps without guidance: taken for a distilled model, nothing is reused")
             plan.idle = True
             return plan
         num_computed = sampler.enough(run.total, affordable(run.total, speedup, 0.0))

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from .features import FeatureCache
-from .frame import Condition, Frame, ModelCall
+from .frame import CallKeys, Condition, Frame
 from .identity import locate
 from .steps import Steps, same_level
 from .trajectory import NoiseWatch, probe_positions
@@ -170,7 +170,7 @@ class SamplingRun:
 
     # Model calls
 
-    def identify(self, x: Tensor, conditions: Sequence[Condition], state: Hashable, trusted: bool = True) -> ModelCall:
+    def identify(self, x: Tensor, conditions: Sequence[Condition], state: Hashable, trusted: bool = True) -> CallKeys:
         """Whose features a call on x (N b, C, ...) of N conditions may use.
 
         `state` is what they depend on besides: patches, hooked weights, a control. With `trusted`, x is what the frame
@@ -185,7 +185,7 @@ class SamplingRun:
             self.turns[line] += 1
         if None in pieces or any(condition[0] is None for condition in conditions):
             self.warn("model calls on parts of the sample that could not be identified were computed")
-            return ModelCall(None, tuple(lines))
+            return CallKeys(None, tuple(lines))
         keys = tuple((condition, x.device, shape, piece, state, batch) for condition, piece in zip(conditions, pieces))
         for key in keys:
             if key in self.met:
@@ -195,8 +195,8 @@ class SamplingRun:
             self.warn(
                 "conditions that were evaluated again, with nothing to distinguish the two evaluations, were computed"
             )
-            return ModelCall(None, tuple(lines))
-        return ModelCall(keys, tuple(lines))
+            return CallKeys(None, tuple(lines))
+        return CallKeys(keys, tuple(lines))
 
     def pieces(self, x: Tensor, conditions: Sequence[Condition], trusted: bool) -> tuple[list[Any], tuple]:
         """The piece of each condition. Where the batch was put together anew, its parts also belong to all of it."""
@@ -208,7 +208,7 @@ class SamplingRun:
         whole = self.sample.to(x.device)
         return [locate(part, whole) for part in x.chunk(len(conditions))], tuple(conditions)
 
-    def place(self, x: Tensor, call: ModelCall, network: Hashable = None) -> FeatureCache:
+    def place(self, x: Tensor, call: CallKeys, network: Hashable = None) -> FeatureCache:
         """Begins a model call; the cache, one for each device and network, answers whether it reuses."""
         home = x.device if self.offload else None
         cache = self.caches.setdefault((x.device, network), FeatureCache(self.plan, offloaded_from=home))
@@ -220,7 +220,7 @@ class SamplingRun:
         self.reused = cache.run.reusing
         return cache
 
-    def record(self, cache: FeatureCache, call: ModelCall) -> None:
+    def record(self, cache: FeatureCache, call: CallKeys) -> None:
         """A model call has ended; it may have computed after all what it was to reuse."""
         self.reused = cache.run.reusing
         self.computed_any = self.computed_any or not self.reused

@@ -1,4 +1,4 @@
-"""What of a sampler decides whether reuse pays: how strongly a step answers to an error in its newest prediction.
+"""Whether reuse pays with a sampler: how strongly its step responds to an error in the newest prediction.
 
 A multistep formula extrapolates predictions itself, so it multiplies what a forecast errs by: Adams-Bashforth weighs
 the newest prediction by 3/2, 23/12 and 55/24 for two, three and four of them, where Euler has 1. Samplers of higher

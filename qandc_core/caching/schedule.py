@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -18,13 +17,15 @@ def check_order(order: int) -> None:
         raise ValueError(f"order must be {', '.join(map(str, ORDERS[:-1]))} or {ORDERS[-1]}, got {order}.")
 
 
+def check_reuse(reuse: str) -> None:
+    if reuse not in REUSE:
+        raise ValueError(f"reuse must be one of {', '.join(REUSE)}, got {reuse!r}.")
+
+
 @dataclass(frozen=True)
 class CacheConfig:
-    """Reuse policy. `steps` lists the computed steps and replaces `interval`; step 0 always computes.
-
-    `reuse` "branch" keeps attention and MLP outputs before the gate (FORA), "block" what each block adds, "prediction"
-    the predicted clean image, which needs a FusedDiT: only its loop sees predictions.
-    `order` 1 extrapolates linearly from the last two computed steps, 0 reuses the last one.
+    """The computed steps that a policy has chosen for a run: `steps`, and step 0; or where the number of steps is not
+    known every `interval`-th. For `reuse` see PolicyConfig, for `order` CachePolicy.
     """
 
     interval: int = 3
@@ -34,13 +35,9 @@ class CacheConfig:
 
     def __post_init__(self) -> None:
         if self.interval < 1:
-            raise ValueError(f"cache_interval must be 1 (no reuse) or more, got {self.interval}.")
-        if self.reuse not in REUSE:
-            raise ValueError(f"reuse must be one of {', '.join(REUSE)}, got {self.reuse!r}.")
+            raise ValueError(f"interval must be 1 (no reuse) or more, got {self.interval}.")
+        check_reuse(self.reuse)
         check_order(self.order)
-
-    def for_run(self, total: int, cost: float = 0.0, sampler: str = "") -> CacheConfig:
-        return self
 
     def computes(self, step: int) -> bool:
         """FORA (arXiv 2407.01425): computed where mod(step, interval) = 0."""
@@ -102,7 +99,3 @@ def spread(
 def affordable(total: int, speedup: float, cost: float) -> int:
     """The largest n with n + (total - n) cost <= total / speedup; at least one."""
     return min(total, max(1, int((total / speedup - total * cost) / (1 - cost)))) if cost < 1 else 1
-
-
-def step_set(steps: Iterable[int] | None) -> frozenset[int] | None:
-    return None if steps is None else frozenset(int(s) for s in steps)

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-TOLERANCE = 1e-4  # relative, between a noise level of the schedule and the same level as a sampler computes it
+LEVEL_TOLERANCE = 1e-4  # relative, between a noise level of the schedule and the same level as a sampler computes it
 
 
 def same_level(first: float, second: float) -> bool:
-    return abs(first - second) <= TOLERANCE * max(abs(first), abs(second))
+    return abs(first - second) <= LEVEL_TOLERANCE * max(abs(first), abs(second))
+
+
+def step_at(sigmas: Sequence[float], sigma: float) -> int:
+    """The step of a falling schedule that a model call at `sigma` belongs to: the last that begins at or above it."""
+    begun = [i for i, start in enumerate(sigmas[:-1]) if start >= sigma * (1 - LEVEL_TOLERANCE)]
+    return begun[-1] if begun else 0
 
 
 class Steps:

@@ -16,6 +16,7 @@ from .tap import tap_select
 
 FEATURES = 16384  # values of a sample that TAP clusters; larger latents are averaged down to this
 SELECTIONS = ("tap", "stratified", "random")
+SURPLUS = 2.0  # with that many candidates for a sample, statistics of all still cost less than sampling anew
 
 
 class Batch(NamedTuple):
@@ -187,7 +188,7 @@ class Candidates:
         return allowed & (origin[:, 0] < len(self.predictions) - plan.apart)
 
     def foreseen(self, plan: CalibrationConfig) -> Tensor:
-        """What is held out (h, 4) if the runs that are held out go as the first one has gone."""
+        """The samples (h, 4) to hold out if the runs that are held out go as the first one did."""
         origin, computed = torch.cat(self.origin), torch.cat(self.computed)
         first = origin[computed & (origin[:, 0] == origin[0, 0]) & (origin[:, 2] == 0)]
         runs = torch.arange(plan.shared_runs, plan.shared_runs + plan.apart)

@@ -257,7 +257,7 @@ def contents(cell: types.CellType) -> Any:
 
 
 def attributes(value: Any) -> dict[str, Any] | None:
-    """What an instance holds under its names; None where it is of a kind that keeps its state elsewhere."""
+    """The slots and attributes of an instance; None for a kind that keeps its state elsewhere."""
     kinds = [kind for kind in type(value).__mro__ if kind is not object]
     slots = [vars(kind)["__slots__"] for kind in kinds if "__slots__" in vars(kind)]
     names = [name for given in slots for name in ((given,) if isinstance(given, str) else given)]

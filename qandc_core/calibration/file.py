@@ -23,7 +23,14 @@ from .fingerprint import Fingerprint, fingerprint_tensors, same_model
 from .recording import Recording, read_recording
 from .statistics import BINS, LayerStatistics
 
-__all__ = ["FINGERPRINT", "Calibration", "fingerprint", "fingerprint_tensors", "load_calibration", "read_header"]
+__all__ = [
+    "FINGERPRINT",
+    "Calibration",
+    "fingerprint",
+    "fingerprint_tensors",
+    "load_calibration",
+    "read_calibration_header",
+]
 FORMAT, VERSION = "qandc-calibration", 1
 REMEDY = "calibrate again"
 FINGERPRINT = "qandc_fingerprint"
@@ -43,7 +50,7 @@ class Calibration:
 
     `distances` (T, T) are what optimal_schedule minimises. `sampling` and `notes` say how it was made. `held_out` are
     calls of the model that no statistics come from. `recording` is there to add runs to it.
-    Immutable: `with_variance` and `with_schedule` make a new one.
+    Immutable: `with_variance` makes a new one.
     """
 
     model: str
@@ -73,11 +80,6 @@ class Calibration:
             )
         return self.statistics[name]
 
-    def step_distances(self) -> Tensor:
-        if self.distances is None:
-            raise ValueError(f"This calibration has no step distances because {self.missing_distances}.")
-        return self.distances
-
     @property
     def missing_distances(self) -> str:
         """Why there are no distances, and what to do."""
@@ -103,15 +105,8 @@ class Calibration:
         known = len(made) - 1 if made is not None else len(self.distances) if self.distances is not None else steps
         return schedule_mismatch(known, made, steps, sigmas)
 
-    def belongs_to_schedule(self, sigmas: Sequence[float]) -> bool:
-        """True if it was made on a run at these noise levels, the last included."""
-        return not self.schedule_mismatch(sigmas)
-
     def with_variance(self, variance: VarianceCompensation) -> Calibration:
         return replace(self, variance=variance)
-
-    def with_schedule(self, schedule: tuple[int, ...]) -> Calibration:
-        return replace(self, schedule=schedule)
 
     def save(self, path: str | Path) -> None:
         """Writes the file under a temporary name, then renames it."""
@@ -145,14 +140,16 @@ class Calibration:
         save_tensors(tensors or {"empty": torch.zeros(1)}, path, {"qandc": json.dumps(header)})
 
 
-def read_header(path: Path) -> dict[str, Any]:
+def read_calibration_header(path: Path) -> dict[str, Any]:
     """The header of a calibration file, without its tensors. Raises OSError or ValueError on any other file."""
-    with reading(path, REMEDY):
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-        if "qandc" not in metadata or (header := parse_json(metadata["qandc"])).get("format") != FORMAT:
-            raise ValueError(f"{path} is not a calibration file; expected one written by the calibrate step.")
-        return header
+    with reading(path, REMEDY), safe_open(path, "pt") as file:
+        return calibration_header(path, file.metadata() or {})
+
+
+def calibration_header(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    if "qandc" not in metadata or (header := parse_json(metadata["qandc"])).get("format") != FORMAT:
+        raise ValueError(f"{path} is not a calibration file; expected one written by the calibrate step.")
+    return header
 
 
 def load_calibration(path: str | Path) -> Calibration:
@@ -167,8 +164,7 @@ def load_calibration(path: str | Path) -> Calibration:
             f"{path} is not a complete safetensors file ({error.__cause__ or error}); {REMEDY}."
         ) from error
     with reading(path, REMEDY):
-        if "qandc" not in metadata or (header := parse_json(metadata["qandc"])).get("format") != FORMAT:
-            raise ValueError(f"{path} is not a calibration file; expected one written by the calibrate step.")
+        header = calibration_header(path, metadata)
         if header.get("version") != VERSION:
             raise ValueError(
                 f"{path} has calibration format {header.get('version')}, this version reads {VERSION}; {REMEDY}."

@@ -18,7 +18,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from ..files import is_file_name, is_portable
-from .file import read_header
+from .file import read_calibration_header
 
 SUFFIX = ".safetensors"
 LONGEST = 128  # bytes of a prefix; a number and the endings come after it, and file systems allow 255
@@ -67,7 +67,7 @@ def made_before(folder: Path, prefix: str, inputs: str) -> Path | None:
         if pattern.fullmatch(name):
             path = folder / name
             try:
-                if read_header(path)["notes"].get("inputs") == inputs:
+                if read_calibration_header(path)["notes"].get("inputs") == inputs:
                     return path
             except (OSError, ValueError, KeyError, AttributeError):  # damaged, or of another program
                 continue

@@ -1,4 +1,4 @@
-"""What more runs of calibration would gain: by how much the error of GPTQ's rounding would fall, by the runs alone.
+"""The gain from more calibration runs: how far the error of GPTQ's rounding would fall, estimated from the runs alone.
 
 GPTQ rounds a layer's columns one after the other and lets each make up for the errors before it. With the second
 moment of the inputs H = U D U^T, U unit upper triangular, rounding errors R on the grid become weight errors
@@ -64,8 +64,3 @@ def left_to_gain(history: Sequence[float], runs: int) -> float | None:
     numbers = (max(k, 2) for k in range(runs - len(latest) + 1, runs + 1))
     c = sum(log / (1 / (k - 1) + 1 / k) for k, log in zip(numbers, latest)) / len(latest)
     return -math.expm1(-max(c, 0.0) / runs / 2)
-
-
-def is_enough(history: Sequence[float], runs: int) -> bool:
-    left = left_to_gain(history, runs)
-    return left is not None and left < ENOUGH

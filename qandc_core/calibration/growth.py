@@ -19,15 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..caching.steps import step_at
 from ..files import reading
 from .calls import pack_calls, unpack_calls
-from .file import Calibration, load_calibration, read_header
+from .file import Calibration, load_calibration, read_calibration_header
 from .fingerprint import Fingerprint, same_model
 from .gain import DAMPING, Moment, lowered
 from .recorder import RecordingConfig
-from .recording import Recording, Schedule, describe
+from .recording import Recording, ScheduleSums, describe
 from .records import LayerRecord, RunRecord
-from .statistics import LayerStatistics, check_finite
+from .statistics import LayerStatistics, check_inputs_finite
 from .stream import Reservoir
 
 SCHEDULES = 8  # of the most runs, and the latest
@@ -61,7 +62,7 @@ def with_run(
         raise ValueError("none of the samples that were drawn fell on a computed step; raise samples")
     if not layers:
         raise ValueError("none of its model calls computed a layer of a block")
-    check_finite({name: record.statistics for name, record in layers.items()})
+    check_inputs_finite({name: record.statistics for name, record in layers.items()})
     before = (old.recording if old is not None else None) or Recording()
     differences = merged_with(old, before, layers, device)
     calls = sorted(
@@ -148,7 +149,7 @@ def measured(before: LayerRecord, run: LayerRecord, device: torch.device | str) 
 
 
 def moment_of(record: LayerRecord) -> Moment | None:
-    """As GPTQ takes it."""
+    """X^T X of a layer and the damping that GPTQ adds to it."""
     layer = finished(record)
     moment = layer.second_moment()
     return None if moment is None else (moment, DAMPING + layer.sampling_damping)
@@ -159,24 +160,23 @@ def finished(record: LayerRecord) -> LayerStatistics:
     return replace(record.statistics, inputs=inputs, held_out=held_out)
 
 
-def distances_of(run: RunRecord, schedule: RunSchedule) -> Schedule | None:
+def distances_of(run: RunRecord, schedule: RunSchedule) -> ScheduleSums | None:
     """The distances between the run's steps; None where a step was not computed, or its predictions are not finite."""
     sigmas, steps = schedule.sigmas, len(schedule.sigmas) - 1
     if any(after >= before for before, after in zip(sigmas, sigmas[1:])):
         return None  # a schedule that rises, as of unsampling
     by_step: dict[int, Tensor] = {}
     for level, values in run.predictions:
-        begun = [i for i, start in enumerate(schedule.sigmas[:-1]) if start >= level * (1 - 1e-4)]
-        by_step.setdefault(begun[-1] if begun else 0, values)
+        by_step.setdefault(step_at(sigmas, level), values)
     found = [by_step[step] for step in range(steps) if step in by_step]
     if not schedule.whole or not steps or len(found) < steps or len({len(values) for values in found}) > 1:
         return None
     if not all(bool(values.isfinite().all()) for values in found):
         return None
-    return Schedule.of(schedule.sigmas, schedule.sampler, schedule.noisy, found)
+    return ScheduleSums.of(schedule.sigmas, schedule.sampler, schedule.noisy, found)
 
 
-def schedules_with(known: list[Schedule], new: Schedule | None) -> list[Schedule]:
+def schedules_with(known: list[ScheduleSums], new: ScheduleSums | None) -> list[ScheduleSums]:
     """The sums with one run more; the newest comes last, and of too many the one with the fewest runs goes."""
     if new is None:
         return [s.copied() for s in known]
@@ -217,7 +217,7 @@ def check_recording(path: Path, model: str, config: RecordingConfig) -> Mapping[
     """
     if not path.is_file():
         return None
-    header = read_header(path)
+    header = read_calibration_header(path)
     recording = header.get("recording")
     if recording is None:
         raise ValueError(f"{path.name} was not made by Calibrate from Runs; choose another name.")
@@ -230,11 +230,11 @@ def check_recording(path: Path, model: str, config: RecordingConfig) -> Mapping[
     if not same_model(Fingerprint(header["model"], header.get("sketch", "")), model):
         raise ValueError(
             f"{path.name} holds runs of another model (fingerprint {header['model'][:8]}, this model has {model[:8]}); "
-            "choose another name, or change reset to begin it anew."
+            "choose another name, or change reset to start over."
         )
     if begun != wanted:
         settings = ", ".join(f"{key} = {value}" for key, value in begun.items())
-        raise ValueError(f"{path.name} was begun with {settings}; set them so, or change reset to begin it anew.")
+        raise ValueError(f"{path.name} was started with {settings}; use these settings, or change reset to start over.")
     return recording
 
 

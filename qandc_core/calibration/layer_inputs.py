@@ -212,7 +212,7 @@ def call_of(sample: int, x: Tensor, t: Tensor, conditions: Mapping[str, Any]) ->
     given = {key: part_of(value, sample, len(x)) for key, value in conditions.items() if value is not None}
     unfit = [key for key, value in given.items() if not storable(value)]
     if unfit:
-        log.info("Q&C calibration: a held-out call is left out, its %s cannot be stored.", ", ".join(unfit))
+        log.info("Q&C calibration: a held-out call is skipped: its %s cannot be stored.", ", ".join(unfit))
         return None
     return ModelCall(part_of(x, sample, len(x)), part_of(t, sample, len(x)), given)
 

@@ -13,7 +13,7 @@ LEAST = 64  # kept inputs below which GPTQ has little to go by
 
 @dataclass(frozen=True)
 class StatisticsPlan:
-    """What each layer keeps: X^T X where that is smaller, else `tokens` of its inputs; and `held_out` further inputs.
+    """The statistics of each layer: X^T X where that is smaller, else `tokens` of its inputs; `held_out` more inputs.
 
     `bytes` is what all layers' statistics take.
     """

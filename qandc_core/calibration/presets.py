@@ -40,10 +40,10 @@ EFFORTS = {
     "standard": Effort(32, 96, 400, 8, 4096, 1 / 8, 8),
     "thorough": Effort(128, 256, 1600, 16, 8192, 1 / 4, 16),
 }
-PRESETS = (CUSTOM, *EFFORTS)
+PRESET_NAMES = (CUSTOM, *EFFORTS)
 
 
-def planned(
+def preset_config(
     preset: str, config: CalibrationConfig, width: int, tokens: int, steps: int, memory: int
 ) -> CalibrationConfig:
     """The config with the numbers of a preset: for layers of `width` inputs, samples of so many tokens, runs of so many
@@ -57,7 +57,7 @@ def planned(
     return replace(config, trajectories=trajectories, samples=samples, **kept(effort, memory))
 
 
-def recorded(preset: str, config: RecordingConfig, memory: int) -> RecordingConfig:
+def preset_recording(preset: str, config: RecordingConfig, memory: int) -> RecordingConfig:
     """The same for recorded runs, however long and large they are."""
     if preset == CUSTOM:
         return config
@@ -85,5 +85,5 @@ def images_at_once(needed: float, total: int, most: int) -> int:
 
 def effort_of(preset: str) -> Effort:
     if preset not in EFFORTS:
-        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}.")
+        raise ValueError(f"preset must be one of {', '.join(PRESET_NAMES)}, got {preset!r}.")
     return EFFORTS[preset]

@@ -26,11 +26,11 @@ from torch import Tensor, nn
 
 from ..numerics import is_out_of_memory
 from .calls import ModelCall
-from .choice import reduced
+from .choice import CalibrationConfig, reduced
 from .layer_inputs import HELD_OUT_TOKENS, call_of, of_samples
 from .memory import StatisticsPlan, plan_statistics
 from .records import PROBE_TOKENS, LayerRecord, Room, RunRecord
-from .standing import width_of
+from .state import width_of
 from .statistics import observed
 from .stream import Strata
 
@@ -48,10 +48,10 @@ class RecordingConfig:
     """
 
     samples: int = 8
-    hessians: bool = True
-    memory_gb: float = 4.0
-    tokens: int = 4096
-    held_out: int = 8
+    hessians: bool = CalibrationConfig.hessians
+    memory_gb: float = CalibrationConfig.memory_gb
+    tokens: int = CalibrationConfig.tokens
+    held_out: int = CalibrationConfig.held_out
     reset: int = 0
 
     def strata(self, total: int) -> int:
@@ -82,7 +82,7 @@ class Draws:
         return x[order], keys
 
 
-class Place:
+class NetworkRecorder:
     """One network, on its device, and the records of its layers; only the thread of that device comes here."""
 
     def __init__(self, layers: Layers, space: StatisticsPlan, room: Room, seed: int):
@@ -148,7 +148,7 @@ class Recorder:
         self.generator = torch.Generator()
         self.generator.manual_seed(self.generator.seed() if seed is None else seed)
         self.lock = Lock()
-        self.places: dict[Hashable, Place] = {}
+        self.places: dict[Hashable, NetworkRecorder] = {}
         self.strata: Strata | None = None
         self.calls: list[tuple[float, ModelCall]] = []
         self.predictions: list[tuple[Tensor, Tensor]] = []
@@ -195,17 +195,19 @@ class Recorder:
             self.calls += [(key, made) for key, made in kept if made is not None]
         return out
 
-    def place(self, network: Hashable, layers: Callable[[], Layers], device: torch.device, room: Callable) -> Place:
+    def place(
+        self, network: Hashable, layers: Callable[[], Layers], device: torch.device, room: Callable
+    ) -> NetworkRecorder:
         if network not in self.places:
             found = layers()
             space = self.config.plan([width_of(layer) for _, layer in found])
             seed = int(torch.randint(2**62, (), generator=self.generator))
-            self.places[network] = Place(found, space, Room(device, room()), seed)
+            self.places[network] = NetworkRecorder(found, space, Room(device, room()), seed)
         return self.places[network]
 
     @property
     def num_bytes(self) -> int:
-        """Of the layers' sums and inputs."""
+        """Size of the layers' sums and inputs."""
         return sum(record.num_bytes for place in self.places.values() for record in place.records.values())
 
     def taken(self) -> Recorder:

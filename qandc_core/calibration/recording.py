@@ -16,7 +16,7 @@ from .gain import ENOUGH, left_to_gain
 
 
 @dataclass(eq=False)
-class Schedule:
+class ScheduleSums:
     """Squared differences (T, T) between the predictions of steps i < j and squared norms (T,), summed over the runs at
     these noise levels; `noisy`: their sampler adds noise.
     """
@@ -29,21 +29,21 @@ class Schedule:
     norms: Tensor
 
     @classmethod
-    def of(cls, sigmas: list[float], sampler: str, noisy: bool, predictions: list[Tensor]) -> Schedule:
+    def of(cls, sigmas: list[float], sampler: str, noisy: bool, predictions: list[Tensor]) -> ScheduleSums:
         values = torch.stack(predictions).double()
         differences = torch.cdist(values, values).square().fill_diagonal_(0.0)
         return cls(sigmas, sampler, noisy, 1, differences, values.square().sum(1))
 
-    def like(self, other: Schedule) -> bool:
+    def like(self, other: ScheduleSums) -> bool:
         levels = len(self.sigmas) - 1, self.sigmas, len(other.sigmas) - 1, other.sigmas
         return self.noisy == other.noisy and not schedule_mismatch(*levels)
 
-    def plus(self, other: Schedule) -> Schedule:
+    def plus(self, other: ScheduleSums) -> ScheduleSums:
         """The sums of both, with the newer one's sampler."""
         sums = self.differences + other.differences, self.norms + other.norms
-        return Schedule(self.sigmas, other.sampler, self.noisy, self.runs + other.runs, *sums)
+        return ScheduleSums(self.sigmas, other.sampler, self.noisy, self.runs + other.runs, *sums)
 
-    def copied(self) -> Schedule:
+    def copied(self) -> ScheduleSums:
         return replace(self, differences=self.differences.clone(), norms=self.norms.clone())
 
     def distances(self) -> Tensor:
@@ -63,7 +63,7 @@ class Recording:
     samples: int = 0
     plan: dict[str, Any] = field(default_factory=dict)
     history: list[float] = field(default_factory=list)
-    schedules: list[Schedule] = field(default_factory=list)
+    schedules: list[ScheduleSums] = field(default_factory=list)
     call_keys: list[float] = field(default_factory=list)
     keys: dict[str, Tensor] = field(default_factory=dict)
 
@@ -111,7 +111,7 @@ def read_recording(tensors: Mapping[str, Tensor], header: Mapping[str, Any] | No
         steps = len(sigmas) - 1
         if [tuple(part.shape) for part in parts] != [(steps, steps), (steps,)]:
             raise ValueError("its schedules do not fit their distances")
-        schedules.append(Schedule([float(s) for s in sigmas], str(sampler), bool(noisy), int(runs), *parts))
+        schedules.append(ScheduleSums([float(s) for s in sigmas], str(sampler), bool(noisy), int(runs), *parts))
     prefix = "recording/keys/"
     keys = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
     history, call_keys = ([float(value) for value in header[name]] for name in ("history", "call_keys"))

@@ -1,4 +1,4 @@
-"""What a recorded run leaves of each layer, on the device while it goes on and on the CPU afterwards."""
+"""The records of a run: statistics of each layer, on the device during the run and on the CPU afterwards."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Room:
     left: int
 
     def take(self, size: int) -> torch.device:
-        """Where `size` bytes go."""
+        """The device that takes `size` bytes."""
         if size > self.left:
             return torch.device("cpu")
         self.left -= size
@@ -52,7 +52,7 @@ class LayerRecord:
 
     @property
     def num_bytes(self) -> int:
-        """Of X^T X and the kept inputs."""
+        """Size of X^T X and the kept inputs."""
         held = [self.statistics.hessian, *(kept.memory for kept in self.kept.values())]
         return sum(tensor.nbytes for tensor in held if tensor is not None)
 

@@ -31,8 +31,8 @@ from .choice import Batch, CalibrationConfig, Candidates, Choice
 from .file import Calibration, load_calibration
 from .layer_inputs import HELD_OUT_TOKENS, Gathering, Observer, Watch
 from .memory import StatisticsPlan, plan_statistics
-from .standing import Standing, empty_statistics, leave_out_unseen, resumed, width_of
-from .statistics import check_finite, observed, with_room
+from .state import CalibrationState, empty_statistics, leave_out_unseen, resumed, width_of
+from .statistics import check_inputs_finite, observed, with_room
 
 log = logging.getLogger(__name__)
 FIRST_LOOK = 4  # fraction of the first run after which it shows how many steps a cache computes
@@ -66,7 +66,7 @@ class Host(Protocol):
         """Samples the same images and hands every model call through the observer."""
 
     def ran_out_of_memory(self, error: Exception) -> bool:
-        """Whether fewer images at once may help; memory that is no longer used is given back."""
+        """True if fewer images at once may help; frees memory that is no longer used."""
 
 
 @torch.inference_mode()
@@ -102,16 +102,16 @@ class Calibrating:
     def __init__(self, host: Host, plan: CalibrationConfig, partial: Path | None, process: Distributed = ALONE):
         self.host, self.layers, self.plan, self.partial = host, host.layers, plan, partial
         self.process = process
-        self.space = planned(self.layers, plan)
+        self.space = memory_plan(self.layers, plan)
 
     def run(self) -> Calibration:
-        standing = self.interrupted()
-        if standing is None:
-            standing = self.first_pass()
-            self.keep(standing)
-        self.second_pass(standing)
-        leave_out_unseen(standing.statistics, self.host.all_run)
-        return standing.result(self.host.fingerprint)
+        state = self.interrupted()
+        if state is None:
+            state = self.first_pass()
+            self.keep(state)
+        self.second_pass(state)
+        leave_out_unseen(state.statistics, self.host.all_run)
+        return state.result(self.host.fingerprint)
 
     def halve(self) -> bool:
         """Plans batches of half the size; whether there are smaller ones."""
@@ -119,34 +119,34 @@ class Calibrating:
         if largest == 1:
             return False
         self.plan = replace(self.plan, batch_size=largest // 2)
-        log.warning("Q&C calibration: out of memory with %d images at once, goes on with %d.", largest, largest // 2)
+        log.warning("Q&C calibration: out of memory with %d images at once, continuing with %d.", largest, largest // 2)
         if self.partial is not None:
             self.partial.unlink(missing_ok=True)
         return True
 
-    def interrupted(self) -> Standing | None:
+    def interrupted(self) -> CalibrationState | None:
         """The state of an interrupted calibration. A damaged file is set aside, with a warning."""
         if self.partial is None or not self.partial.is_file():
             return None
         try:
             found = load_calibration(self.partial)
             found.check_fingerprint(self.host.fingerprint)
-            standing = resumed(found, dict(self.layers), self.space)
-            self.plan = replace(self.plan, batch_size=standing.batch_size)
+            state = resumed(found, dict(self.layers), self.space)
+            self.plan = replace(self.plan, batch_size=state.batch_size)
         except Exception as error:  # a damaged file fails in as many ways as it has fields
             aside = self.partial.with_name(f"{self.partial.name}.damaged")
-            log.warning("Q&C calibration: starts afresh, %s is damaged (%s).", self.partial.name, error)
+            log.warning("Q&C calibration: %s is damaged (%s); starting over.", self.partial.name, error)
             os.replace(self.partial, aside)
             return None
         log.info("Q&C calibration: resumes from %s.", self.partial.name)
-        return standing
+        return state
 
     def share(self) -> list[tuple[int, Batch]]:
         """The sampling runs of this process, with their numbers."""
         runs = list(enumerate(self.plan.batches()))
         return [runs[i] for i in self.process.shard(len(runs))]
 
-    def first_pass(self) -> Standing:
+    def first_pass(self) -> CalibrationState:
         """Samples all trajectories and chooses; layers that never run are left out."""
         own, found, share = Candidates(), set[str](), self.share()
         gathering, holding_out = self.gathering(own), dict[int, Observer | None]()
@@ -162,20 +162,20 @@ class Calibrating:
         ran = set[str]().union(*self.process.gathered(found))
         unused = [name for name, _ in self.layers if name not in ran]
         if unused:
-            log.info("Q&C calibration: %d layers never run, such as %s; they are left out.", len(unused), unused[0])
+            log.info("Q&C calibration: %d layers never run, such as %s; they are excluded.", len(unused), unused[0])
         choice = self.process.shared(lambda: candidates.choose(self.plan))
         missing, batch_size = candidates.missing(), self.plan.batch_size
-        standing = Standing(choice, candidates.distances(), {}, missing=missing, batch_size=batch_size)
+        state = CalibrationState(choice, candidates.distances(), {}, missing=missing, batch_size=batch_size)
         if self.took_all(gathering, candidates):
-            standing.statistics = {name: layer for name, layer in gathering.result().items() if name in ran}
-            standing.runs = self.plan.shared_runs
-            check_finite(standing.statistics)
-            self.take_held_out(standing, holding_out)
+            state.statistics = {name: layer for name, layer in gathering.result().items() if name in ran}
+            state.runs = self.plan.shared_runs
+            check_inputs_finite(state.statistics)
+            self.take_held_out(state, holding_out)
         else:
             gathering.forget()  # makes room for those of the chosen ones
             layers = [(name, layer) for name, layer in self.layers if name in ran]
-            standing.statistics = {name: empty_statistics(layer, self.space) for name, layer in layers}
-        return standing
+            state.statistics = {name: empty_statistics(layer, self.space) for name, layer in layers}
+        return state
 
     def gathering(self, candidates: Candidates) -> Gathering:
         """Looks into the layers in the first pass, as long as so few candidates are expected that all are taken."""
@@ -199,18 +199,18 @@ class Calibrating:
         choice = Choice(torch.empty(0, 4).long(), candidates.foreseen(self.plan))
         return Observer(self.layers, gathering.statistics, choice, run, 0, self.plan.seed)
 
-    def take_held_out(self, standing: Standing, holding_out: Mapping[int, Observer | None]) -> None:
+    def take_held_out(self, state: CalibrationState, holding_out: Mapping[int, Observer | None]) -> None:
         """Takes up what was held out, if it is what is chosen; else the second pass samples those runs again."""
-        chosen = standing.choice.held_out
+        chosen = state.choice.held_out
         observers = [found for found in holding_out.values() if found is not None]
         as_chosen = len(observers) == len(holding_out) and all(
             torch.equal(observer.held_out, chosen[chosen[:, 0] == run]) for run, observer in zip(holding_out, observers)
         )
         if all(self.process.gathered(as_chosen)):
-            standing.runs += self.plan.apart
-            standing.held_out = tuple(call for observer in observers for call in observer.calls)
+            state.runs += self.plan.apart
+            state.held_out = tuple(call for observer in observers for call in observer.calls)
             return
-        for layer in standing.statistics.values():
+        for layer in state.statistics.values():
             if layer.held_out is not None:
                 layer.held_out = with_room(layer.held_out)[:0]
 
@@ -219,32 +219,32 @@ class Calibrating:
         going = all(self.process.gathered(bool(gathering.statistics)))
         return going and int(candidates.allowed(self.plan).sum()) <= self.plan.most
 
-    def second_pass(self, standing: Standing) -> None:
-        """Samples the runs that are left once more and observes what was chosen; `standing` takes it up."""
-        statistics = standing.statistics
-        left = [(run, batch) for run, batch in self.share() if run >= standing.runs and run in standing.choice]
+    def second_pass(self, state: CalibrationState) -> None:
+        """Samples the runs that are left once more and observes what was chosen; `state` takes it up."""
+        statistics = state.statistics
+        left = [(run, batch) for run, batch in self.share() if run >= state.runs and run in state.choice]
         self.host.expect(self.host.steps * len(left))
         layers, room = [(name, layer) for name, layer in self.layers if name in statistics], self.host.room()
         for layer in statistics.values():
             room -= layer.settle(self.host.device, room)
         for run, batch in left:
-            observer = Observer(layers, statistics, standing.choice, run, self.space.tokens, self.plan.seed)
+            observer = Observer(layers, statistics, state.choice, run, self.space.tokens, self.plan.seed)
             self.host.observe(observer, batch)
-            check_finite(statistics)
-            standing.held_out, standing.runs = (*standing.held_out, *observer.calls), run + 1
-            self.keep(standing)
+            check_inputs_finite(statistics)
+            state.held_out, state.runs = (*state.held_out, *observer.calls), run + 1
+            self.keep(state)
         for layer in statistics.values():
             layer.fetch()
             layer.sum_over(self.process)
-        calls = self.process.gathered(standing.held_out)
-        standing.held_out, standing.runs = sum(calls, ()), max(self.process.gathered(standing.runs))
+        calls = self.process.gathered(state.held_out)
+        state.held_out, state.runs = sum(calls, ()), max(self.process.gathered(state.runs))
 
-    def keep(self, standing: Standing) -> None:
+    def keep(self, state: CalibrationState) -> None:
         """Saves how far it has come; where the disk is full, a cancelled calibration starts afresh."""
         if self.partial is None:
             return
         try:
-            standing.result(self.host.fingerprint).save(self.partial)
+            state.result(self.host.fingerprint).save(self.partial)
         except (OSError, SafetensorError) as error:
             log.warning(
                 "Q&C calibration: cannot be resumed if it is cancelled, %s is not saved (%s).", self.partial.name, error
@@ -252,7 +252,7 @@ class Calibrating:
             self.partial = None
 
 
-def planned(layers: Layers, plan: CalibrationConfig) -> StatisticsPlan:
+def memory_plan(layers: Layers, plan: CalibrationConfig) -> StatisticsPlan:
     """The memory plan of all layers' statistics. Raises ValueError where they do not fit."""
     widths, budget = [width_of(layer) for _, layer in layers], int(plan.memory_gb * 2**30)
     tokens, held_out = plan.tokens if plan.hessians else 0, HELD_OUT_TOKENS if plan.held_out else 0

@@ -16,9 +16,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from .layer_inputs import HELD_OUT_TOKENS, Share
-from .statistics import LayerStatistics, check_finite, merge_tokens, observed
+from .statistics import LayerStatistics, check_inputs_finite, merge_tokens, observed
 
-Run = Callable[[Any], object]  # encodes one text, given as whatever the host calls a text
+EncodeText = Callable[[Any], object]  # encodes one text, given as whatever the host calls a text
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def statistics_of(
     layers: Mapping[str, nn.Module],
     feeds: Mapping[str, Feed],
     group: Sequence[str],
-    run: Run,
+    run: EncodeText,
     texts: Sequence[Any],
     held_out: Sequence[Any],
     counted: Callable[[Tensor], Tensor] = merge_tokens,
@@ -103,7 +103,7 @@ def statistics_of(
         for observe, text in [*((add, text) for text in texts), *((keep(share.take(1)), text) for text in held_out)]:
             with observed(watched, observe), suppress(Enough):
                 run(text)
-    check_finite(owners)
+    check_inputs_finite(owners)
     return {name: owners[feeds[name].owner] for name in group}
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,6 @@ from ..models.detection import METADATA, check_shapes, detect_config
 from ..models.dit import DiT, DiTConfig, sincos_positions
 from ..models.layouts import (
     BLOCKS,
-    OUTER_MODULES,
     POSITIONS,
     count_blocks,
     diffusers_keys,
@@ -27,16 +24,15 @@ from ..models.layouts import (
     repeated_keys,
 )
 from ..values import check_finite, real_number, whole_number
+from .native import dequantized
+from .prefixes import strip_prefix
+from .quantized import is_quantized, load_quantized
 
 DEMO = Path(__file__).parents[1] / "demo" / "pictures_dit.safetensors"
 FOLDER_WEIGHTS = tuple(
     f"diffusion_pytorch_model.{ending}" for ending in ("safetensors", "safetensors.index.json", "bin", "bin.index.json")
 )
 MAX_SIDE = 256  # patches; published models have at most 32
-# Keys whose place in a file shows under which prefix a DiT lies. None of them is quantized in any of our formats.
-ANCHORS = ("x_embedder.proj.weight", "y_embedder.embedding_table.weight", OUTER_MODULES["x_embedder.proj"] + ".weight")
-EMA = re.compile(r"(^|[._-])ema([._-]|\d|$)", re.IGNORECASE)
-log = logging.getLogger(__name__)
 
 
 def load_dit(
@@ -51,8 +47,6 @@ def load_dit(
     A file that `save_quantized` wrote gives its quantized model. Raises FileNotFoundError or ValueError with one
     sentence that says what is wrong.
     """
-    from .quantized import is_quantized, load_quantized
-
     if is_quantized(locate(source)):
         return load_quantized(locate(source), dtype, device)
     state_dict, config = read_dit(source, num_heads)
@@ -79,8 +73,6 @@ def read_dit(
     `input_size` is needed for a diffusers file without the config.json of its folder. Layers in ComfyUI's quantized
     formats come in full precision.
     """
-    from .native import dequantized
-
     path = locate(source)
     tensors, metadata = read_tensors(path)
     if path == DEMO:  # kept in half precision to be small
@@ -149,34 +141,6 @@ def is_class_conditional(folder: Path) -> bool:
             return b"num_embeds_ada_norm" in file.read(2**20)
     except OSError:
         return False
-
-
-def strip_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The DiT alone, if the file keeps it under a prefix such as model.diffusion_model. or _orig_mod.
-
-    Of several in one file it is the moving average (EMA) where there is one, else the one with the shortest prefix.
-    """
-    prefixes = dit_prefixes(tensors)
-    if not prefixes:
-        return tensors
-    averages = [prefix for prefix in prefixes if EMA.search(prefix)]
-    chosen = averages[0] if averages else min(prefixes, key=len)
-    others = tuple(prefix for prefix in prefixes if prefix.startswith(chosen) and prefix != chosen)
-    if len(averages) > 1:
-        log.warning("The file holds %d moving averages; %s is taken.", len(averages), chosen.rstrip("."))
-    return {
-        key.removeprefix(chosen): value
-        for key, value in tensors.items()
-        if key.startswith(chosen) and not (others and key.startswith(others))
-    }
-
-
-def dit_prefixes(keys: Collection[str]) -> list[str]:
-    """Prefixes under which a file holds a DiT, each ending with a dot or empty, in the order of the file."""
-    found = (
-        key.removesuffix(anchor) for key in keys for anchor in ANCHORS if key == anchor or key.endswith(f".{anchor}")
-    )
-    return list(dict.fromkeys(found))
 
 
 def to_published_layout(

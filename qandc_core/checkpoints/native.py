@@ -33,7 +33,7 @@ def dequantized(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     plain = dict(tensors)
     for name in quantized_names(tensors):
         parts = {part: plain.pop(f"{name}.{part}") for part in PARTS if f"{name}.{part}" in plain}
-        format = format_of(name, parts["comfy_quant"])
+        format = named_format(name, parts["comfy_quant"])
         if format not in STORED:
             raise ValueError(f"{name} is in the format {format}, expected one of {', '.join(STORED)}")
         try:
@@ -46,7 +46,7 @@ def dequantized(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return plain
 
 
-def format_of(name: str, mark: Tensor) -> str:
+def named_format(name: str, mark: Tensor) -> str:
     """The format that a comfy_quant tensor names. Raises ValueError where it is none."""
     if mark.dtype != torch.uint8 or mark.numel() > 2**16:
         raise ValueError(f"{name}{MARK} is {tuple(mark.shape)} of {mark.dtype}, expected a few bytes of JSON")

@@ -20,7 +20,7 @@ from ..models.layers import named_linears
 from ..quantization.linear import LinearFormat, QuantizedLinear
 from ..quantization.model import quantized_layers
 from ..values import check_finite, whole_number
-from .dit import strip_prefix
+from .prefixes import strip_prefix
 
 FORMAT, VERSION = "qandc-quantized-dit", 1
 REMEDY = "quantize the model again"

@@ -12,7 +12,9 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from ..diffusion.classes import balanced_labels
 from ..diffusion.process import SamplingConfig
 from ..distributed import Distributed
 from ..files import save_text
@@ -39,7 +41,7 @@ def run(args: argparse.Namespace, process: Distributed) -> None:
     model, config = load(args), sampling(args)
     device = model.pos_embed.device
     log(f"bench: {args.images} images, {config.steps} steps of {config.sampler} on {device}")
-    labels = [i % model.config.num_classes for i in range(args.images)]
+    labels = balanced_labels(args.images, model.config.num_classes)
     times = measure_step_times(model, labels, config, args.cache_interval)
     result = {
         "command": " ".join(["python -m qandc_core", *args.argv]),
@@ -66,7 +68,7 @@ class StepTimes:
 
 @torch.inference_mode()
 def measure_step_times(
-    model: DiT, class_labels: Sequence[int], config: SamplingConfig, interval: int = 2, rounds: int = 3
+    model: DiT, class_labels: Sequence[int] | Tensor, config: SamplingConfig, interval: int = 2, rounds: int = 3
 ) -> dict[str, StepTimes]:
     """Both models in turn, so that a slow moment of the machine hits them alike; a first round that is not counted
     compiles and tunes. A model that is quantized already is measured as it is. Raises ValueError where no step reuses.
@@ -74,7 +76,7 @@ def measure_step_times(
     from ..caching.attach import apply_cache_to_dit
     from ..models.layers import DIT_SKIP
     from ..quantization.model import linear_weight_bytes, quantize_model, quantized_layers
-    from ..sampling.generate import generate
+    from ..sampling.generate import sample_images
 
     if interval < 2 or config.steps < 2:
         raise ValueError(f"No step is reused with {config.steps} steps and interval {interval}; use 2 or more of both.")
@@ -86,7 +88,7 @@ def measure_step_times(
         apply_cache_to_dit(subject, interval)
     for number in range(1 + rounds):
         for name, subject in subjects.items():
-            _, report = generate(subject, class_labels, config.steps, config.cfg_scale, config.sampler)
+            _, report = sample_images(subject, class_labels, config)
             for taken, computed in zip(report.seconds, report.computed):
                 if number:
                     seconds[name][computed].append(taken)

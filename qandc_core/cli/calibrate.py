@@ -4,8 +4,9 @@ import argparse
 from copy import deepcopy
 from dataclasses import replace
 
-from ..calibration.choice import SELECTIONS, CalibrationConfig
+from ..calibration.choice import SELECTIONS, SURPLUS, CalibrationConfig
 from ..calibration.file import Calibration
+from ..diffusion.classes import balanced_labels
 from ..distributed import Distributed
 from .common import (
     CACHE_INTERVAL,
@@ -24,7 +25,6 @@ from .common import (
 
 SUMMARY = "calibrate a model with the cache on, and fit the variance compensation"
 DEFAULT = CalibrationConfig()
-SURPLUS = 2.0  # with that many candidates, their statistics still cost less than sampling anew
 SCHEDULE_LABELS, FIT_SEED = 16, 401  # calibration samples with its own seed and those after it
 
 
@@ -41,7 +41,7 @@ def add(command: argparse.ArgumentParser) -> None:
         default=DEFAULT.selection,
         help=f"how calibration samples are chosen (default {DEFAULT.selection})",
     )
-    apart = "TAP: how many steps apart two samples count as different in time"
+    apart = "TAP: distance in steps at which two samples count as different in time"
     add_number(command, "--time-scale", positive, apart, DEFAULT.time_scale, "STEPS")
     command.add_argument("--all-steps", action="store_true", help="also choose samples of steps that the cache reuses")
     add_number(command, "--pairs", at_least(0), "pairs of runs for the compensation, 0 for none", 64)
@@ -88,7 +88,7 @@ def calibrated(args: argparse.Namespace, process: Distributed) -> Calibration:
         surplus=SURPLUS,
     )
     if args.optimal_steps:
-        few = labels(SCHEDULE_LABELS, classes)
+        few = balanced_labels(SCHEDULE_LABELS, classes)
         distances = process.shared(lambda: feature_distances(model, few, config, seed=settings.seed))
         schedule = optimal_schedule(distances, len(range(0, args.steps, args.cache_interval)))
     if args.cache_interval > 1:
@@ -105,12 +105,7 @@ def calibrated(args: argparse.Namespace, process: Distributed) -> Calibration:
         rounding = "gptq" if args.hessians else "nearest"
         codes = QuantizationConfig(rounding=rounding)
         quantize_model(fast, args.w_bits, args.a_bits, DIT_SKIP, calibration, codes, process=process)
-        pairs = labels(args.pairs, classes)
+        pairs = balanced_labels(args.pairs, classes)
         variance = fit_variance_compensation(model, fast, pairs, config, seed=FIT_SEED, process=process)
         calibration = calibration.with_variance(variance)
     return calibration
-
-
-def labels(count: int, classes: int) -> list[int]:
-    """Every class in turn."""
-    return [i % classes for i in range(count)]

@@ -69,7 +69,7 @@ def sampled_images(args: argparse.Namespace, process: Distributed) -> tuple[Tens
     from ..caching.attach import apply_cache_to_dit
     from ..evaluation.judges import decode, load_vae
     from ..fused.dit import fuse_dit
-    from ..sampling.generate import generate
+    from ..sampling.generate import sample_images
 
     asked = asked_policy(args)
     model, config = load(args), sampling(args)
@@ -87,12 +87,10 @@ def sampled_images(args: argparse.Namespace, process: Distributed) -> tuple[Tens
     if len(args.classes) < process.world:
         raise ValueError(f"{len(args.classes)} images cannot be shared by {process.world} processes; start fewer.")
     share = process.shard(len(args.classes))
-    x, report = generate(
+    x, report = sample_images(
         sampled,
         args.classes[share.start : share.stop],
-        config.steps,
-        config.cfg_scale,
-        config.sampler,
+        config,
         args.seed,
         compensation=compensation,
         first_index=share.start,

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from ..distributed import Distributed
+from ..quantization.gptq import ROUNDINGS
 from .common import add_bits, add_model, load, log, safetensors
 
 SUMMARY = "write a quantized checkpoint"
@@ -15,7 +16,7 @@ def add(command: argparse.ArgumentParser) -> None:
     command.add_argument("--calibration", type=Path, help="calibration file: static activations (default: dynamic)")
     command.add_argument(
         "--rounding",
-        choices=("nearest", "gptq"),
+        choices=ROUNDINGS,
         default="nearest",
         help="how weights are rounded; gptq needs a calibration with --hessians",
     )

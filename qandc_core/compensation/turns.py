@@ -19,7 +19,7 @@ class Stopped(BaseException):
     """Raised in the runs that are left when one has failed, so that they clean up."""
 
 
-class Run:
+class Turn:
     """One function on its thread, in a copy of the caller's context."""
 
     def __init__(self, function: Callable[[], Any]):
@@ -58,8 +58,8 @@ class Turns:
     """Runs functions in turn, each until it calls `wait`; raises what one of them raised, after the others ended."""
 
     def __init__(self) -> None:
-        self.runs: list[Run] = []
-        self.current: Run | None = None
+        self.runs: list[Turn] = []
+        self.current: Turn | None = None
 
     def wait(self) -> None:
         """Called by a run: the others come as far as this before it goes on. Where nothing takes turns it returns."""
@@ -70,7 +70,7 @@ class Turns:
         if len(functions) == 1:
             functions[0]()
             return
-        self.runs = [Run(function) for function in functions]
+        self.runs = [Turn(function) for function in functions]
         for run in self.runs:
             run.thread.start()
         try:
@@ -85,7 +85,7 @@ class Turns:
                 run.thread.join()
             self.runs, self.current = [], None
 
-    def resume(self, run: Run) -> None:
+    def resume(self, run: Turn) -> None:
         self.current = run
         run.resume()
         if run.error is not None:

@@ -32,6 +32,11 @@ def check_labels(class_labels: Sequence[int] | Tensor, num_classes: int, has_nul
     return labels.long()
 
 
+def balanced_labels(count: int, classes: int) -> Tensor:
+    """Every class in turn, so that any leading part of the list is balanced."""
+    return torch.arange(count) % classes
+
+
 def class_tokens(class_labels: Sequence[int]) -> Tensor:
     """Tokens (1, len(class_labels), 3) of a list of classes, float32; NO_CLASS gives zeros."""
     ids = torch.tensor(class_labels, dtype=torch.float64)

@@ -20,6 +20,7 @@ from torch import Tensor
 from .schedule import NoiseSchedule
 
 SAMPLERS = ("ddpm", "ddim")
+Scalar = float | Tensor
 
 
 def kept_share(sampler: str, sigma: float, following: float) -> float:
@@ -30,13 +31,16 @@ def kept_share(sampler: str, sigma: float, following: float) -> float:
 
 @dataclass(frozen=True)
 class StepCoefficients:
-    """x_0 = (x - noise_part * eps) / signal_part; then x' = keep * x + denoise * x_0 + fresh * noise."""
+    """x_0 = (x - noise_part * eps) / signal_part; then x' = keep * x + denoise * x_0 + fresh * noise.
 
-    signal_part: float
-    noise_part: float
-    keep: float
-    denoise: float
-    fresh: float
+    Numbers, or scalars on the device where the host knows no step.
+    """
+
+    signal_part: Scalar
+    noise_part: Scalar
+    keep: Scalar
+    denoise: Scalar
+    fresh: Scalar
 
     def clean_image(self, x: Tensor, eps: Tensor) -> Tensor:
         """x_0 that the predicted noise implies (DDPM, arXiv 2006.11239, Eq. 15)."""

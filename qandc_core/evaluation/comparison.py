@@ -18,7 +18,7 @@ from .frames import Frames
 from .metrics import Fidelity, bands_of, pair_fidelity
 from .panels import draw_lines, draw_table, panels, stack
 from .remarks import layers, remarks, timelines
-from .repeats import Speedup, in_turns
+from .repeats import MeasuredSpeedup, in_turns
 
 log = logging.getLogger(__name__)
 COLUMNS = ("run", "time s", "speedup", "steps computed", "cache MiB", "peak MiB", "PSNR dB", "SSIM", "rel. L2")
@@ -88,13 +88,13 @@ def sampled_in_turns(runs: Sequence[ComparedRun], rounds: int, progress: Progres
     return found
 
 
-def speedup_of(run: ComparedRun, reference: ComparedRun) -> Speedup | None:
+def speedup_of(run: ComparedRun, reference: ComparedRun) -> MeasuredSpeedup | None:
     """From the rounds in turns where both have them, else from the single runs; None where either was not measured."""
     if run.rounds and reference.rounds:
-        return Speedup.of(reference.rounds, run.rounds)
+        return MeasuredSpeedup.of(reference.rounds, run.rounds)
     if not all(r.report is not None and r.report.seconds for r in (run, reference)):
         return None
-    return Speedup.of([seconds_of(reference)], [seconds_of(run)])
+    return MeasuredSpeedup.of([seconds_of(reference)], [seconds_of(run)])
 
 
 def seconds_of(run: ComparedRun) -> float:
@@ -158,7 +158,7 @@ def mean(values: Sequence[float]) -> float:
 
 
 def mismatches(runs: Sequence[ComparedRun]) -> list[str]:
-    """What makes the runs no fair comparison; a run without report says nothing of its settings."""
+    """Differences that make the comparison unfair; without a report the settings of a run are not known."""
     lines = unlike_settings([run.report for run in runs if run.report is not None])
     found = [f"Not the same run: {'; '.join(lines)}."] if lines else []
     sizes = [run.size for run in runs]

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from ..compensation.correction import VarianceCompensation
+from ..diffusion.classes import balanced_labels
 from ..diffusion.process import SamplingConfig
 from ..distributed import ALONE, Distributed, all_gather_tensors
 from ..models.dit import DiT
 from ..sampling.clock import Stopwatch
-from ..sampling.generate import generate
+from ..sampling.generate import sample_images
 from .judges import Judge
 from .kept import Kept
 from .metrics import (
@@ -30,7 +31,7 @@ from .metrics import (
     standard_error,
 )
 from .solvers import SOLVERS, scheduler, solve
-from .variants import RECOMMENDED, Variant, Workbench, balanced_labels
+from .variants import RECOMMENDED, Variant, Workbench
 
 Log = Callable[[str], None]
 
@@ -109,19 +110,7 @@ class Sampler:
         if self.solver is not None:
             chosen = scheduler(self.solver, self.model.config.prediction)
             return solve(self.model, labels, config, chosen, seed, first_index)
-        x, _ = generate(
-            self.model,
-            labels,
-            config.steps,
-            config.cfg_scale,
-            config.sampler,
-            seed,
-            spacing=config.spacing,
-            variance=config.variance,
-            guidance_channels=config.guidance_channels,
-            compensation=self.compensation,
-            first_index=first_index,
-        )
+        x, _ = sample_images(self.model, labels, config, seed, compensation=self.compensation, first_index=first_index)
         return x
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -112,14 +113,15 @@ def difference(images: Tensor, reference: Tensor, gain: float) -> Tensor:
 
 
 def wrapped(text: str, font, width: int) -> list[str]:
-    """The text in lines of at most `width` pixels, broken between words."""
+    """The text in lines of at most `width` pixels, broken between words and, where one is too long, after its dots."""
     lines = [""]
-    for word in text.split(" "):
-        longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and font.getlength(longer) > width:
-            lines.append(word)
-        else:
-            lines[-1] = longer
+    for word in filter(None, text.split(" ")):
+        for number, part in enumerate(re.findall(r"[^.]+\.?|\.", word) if font.getlength(word) > width else [word]):
+            longer = lines[-1] + (" " if number == 0 and lines[-1] else "") + part
+            if lines[-1] and font.getlength(longer) > width:
+                lines.append(part)
+            else:
+                lines[-1] = longer
     return lines
 
 

@@ -29,7 +29,7 @@ class ImageFrames:
     def __init__(self, batch: Tensor, label: str = "The run"):
         if batch.ndim != 4 or not len(batch) or not 1 <= batch.shape[-1] <= 4:
             raise ValueError(
-                f"{label} has images of the shape {tuple(batch.shape)}; Compare takes at least one image of 1 to 4 "
+                f"{label} has images of the shape {tuple(batch.shape)}; Compare needs at least one image of 1 to 4 "
                 "channels, (N, H, W, C)."
             )
         self.batch = batch

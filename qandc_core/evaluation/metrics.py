@@ -46,9 +46,9 @@ def frechet_distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tenso
     return float((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class FeatureStatistics:
-    """Running mean (D,) and scatter (D, D) of feature vectors, merged by the formula of Chan et al. 1983."""
+    """Mean (D,) and scatter (D, D) of feature vectors, in float64."""
 
     count: int
     mean: Tensor
@@ -62,29 +62,10 @@ class FeatureStatistics:
         centred = features - mean
         return cls(len(features), mean, centred.mT @ centred)
 
-    @classmethod
-    def empty(cls, width: int, device: torch.device | str = "cpu") -> FeatureStatistics:
-        zeros = torch.zeros(width, width, dtype=torch.float64, device=device)
-        return cls(0, zeros[0].clone(), zeros)
-
     @property
     def covariance(self) -> Tensor:
         """Unbiased covariance (D, D), as numpy.cov; needs two vectors."""
         return self.scatter / (self.count - 1)
-
-    def update(self, features: Tensor) -> FeatureStatistics:
-        """Adds a batch (N, D)."""
-        return self.merge(self.of(features)) if len(features) else self
-
-    def merge(self, other: FeatureStatistics) -> FeatureStatistics:
-        """Adds the vectors that another accumulator has seen."""
-        total = self.count + other.count
-        if other.count:
-            delta = other.mean - self.mean
-            self.scatter += other.scatter + delta.outer(delta) * (self.count * other.count / total)
-            self.mean += delta * (other.count / total)
-            self.count = total
-        return self
 
     def frechet(self, other: FeatureStatistics) -> float:
         return frechet_distance(self.mean, self.covariance, other.mean, other.covariance)

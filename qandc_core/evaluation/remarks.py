@@ -17,13 +17,11 @@ def remarks(runs: Sequence[ComparedRun]) -> list[str]:
     counts = {len(run.rounds) for run in runs if run.rounds}
     if counts:
         lines.append(
-            f"Times: median of {max(counts)} rounds in turns after one that does not count; speedup: median of the "
-            "rounds, and their range."
+            f"Times: median of {max(counts)} interleaved rounds after a warm-up; speedup: median of the rounds, and "
+            "their range."
         )
     elif sum(run.report is not None and bool(run.report.seconds) for run in runs) > 1:
-        lines.append(
-            "Times are of one run each, set-up of the first included; a range takes rounds in turns (repeats)."
-        )
+        lines.append("Times are of one run each, the set-up of the first included; set repeats to measure their range.")
     return lines
 
 

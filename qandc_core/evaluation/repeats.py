@@ -14,7 +14,7 @@ from statistics import median
 
 
 @dataclass(frozen=True)
-class Speedup:
+class MeasuredSpeedup:
     """Reference time over a run's: the median over rounds, the least and the largest."""
 
     median: float
@@ -23,7 +23,7 @@ class Speedup:
     rounds: int
 
     @classmethod
-    def of(cls, reference: Sequence[float], run: Sequence[float]) -> Speedup:
+    def of(cls, reference: Sequence[float], run: Sequence[float]) -> MeasuredSpeedup:
         """From the seconds of the same rounds. Raises ValueError on different numbers of rounds."""
         ratios = [first / other for first, other in zip(reference, run, strict=True)]
         return cls(median(ratios), min(ratios), max(ratios), len(ratios))

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..caching.attach import apply_cache_to_dit
@@ -19,6 +18,7 @@ from ..calibration.run import calibrate
 from ..calibration.trajectories import DiTTrajectories
 from ..compensation.correction import VarianceCompensation
 from ..compensation.fit import fit_variance_compensation
+from ..diffusion.classes import balanced_labels
 from ..diffusion.process import SamplingConfig
 from ..models.dit import DiT
 from ..models.layers import DIT_SKIP
@@ -76,11 +76,6 @@ RECOMMENDED = Variant(
     order=1,
     sampler="ddim",
 )
-
-
-def balanced_labels(count: int, classes: int) -> Tensor:
-    """Every class in turn, so that any leading part of the list is balanced."""
-    return torch.arange(count) % classes
 
 
 @dataclass

@@ -24,13 +24,8 @@ from .linear import KERNELS, GatedResidual, Int8Linear, Modulation, fused_linear
 from .loop import generate_on_device
 
 if TYPE_CHECKING:
-    from ..caching.policies import PolicyConfig
-    from ..caching.schedule import CacheConfig
-    from ..compensation.correction import VarianceCompensation
-    from ..diffusion.process import NoiseSource, ReverseProcess
+    from ..caching.attach import PolicyConfig
     from ..quantization.native import NativeLayer
-    from ..sampling.generate import StepInfo
-    from ..sampling.report import RunReport
 
 
 class FusedBlock(nn.Module):
@@ -73,7 +68,7 @@ class FusedDiT(PatchGrid):
     def __init__(self, model: DiT, layers: Mapping[str, nn.Module], dtype: torch.dtype, kernels: str):
         super().__init__()
         self.config, self.dtype, self.kernels = model.config, dtype, kernels
-        self.cache: CacheConfig | PolicyConfig | None = None
+        self.cache: PolicyConfig | None = None
         self.x_embedder, self.t_embedder, self.y_embedder = map(
             copy.deepcopy, (model.x_embedder, model.t_embedder, model.y_embedder)
         )
@@ -86,16 +81,7 @@ class FusedDiT(PatchGrid):
         self.register_buffer("pos_embed", model.pos_embed)
         self.loops: dict[Any, Any] = {}  # the DeviceLoop of the latest run, by what it was made for
 
-    def sample(
-        self,
-        process: ReverseProcess,
-        source: NoiseSource,
-        compensation: VarianceCompensation | None,
-        callback: Callable[[StepInfo], None] | None,
-        progress: bool,
-    ) -> tuple[Tensor, RunReport]:
-        """A whole run, for generate()."""
-        return generate_on_device(self, process, source, compensation, callback, progress)
+    sample = generate_on_device  # a whole run, for generate()
 
     def refuse(self, what: str) -> NoReturn:
         raise ValueError(f"A FusedDiT only samples, by generate(); {what} the DiT it was made of and fuse it again.")
@@ -119,7 +105,7 @@ class FusedDiT(PatchGrid):
         self.loops.clear()
         return super()._apply(lambda tensor: tensor.to(moved.device), recurse)
 
-    def set_cache(self, config: CacheConfig | PolicyConfig | None) -> None:
+    def set_cache(self, config: PolicyConfig | None) -> None:
         """Raises ValueError on order 1 for features: only predictions are extrapolated."""
         if config is not None and config.order and config.reuse != "prediction":
             raise ValueError("A FusedDiT extrapolates predictions only; use reuse='prediction' with order 1.")
@@ -186,7 +172,7 @@ def fuse_dit(
     if not isinstance(model, DiT):
         raise ValueError(f"fuse_dit takes this package's DiT (load_dit), got {type(model).__name__}.")
     if feature_cache(model) is not None:
-        raise ValueError("Take the cache off first (remove_cache) and apply one to the fused model.")
+        raise ValueError("Remove the cache first (remove_cache) and apply one to the fused model.")
     chosen = pick_kernels(kernels, model.pos_embed.device)
     dtype = model.pos_embed.dtype
     layers = {name: fused_linear(layer, chosen, dtype) for name, layer in source_layers(model, native or {}).items()}

@@ -24,13 +24,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..caching.attach import PolicyConfig
 from ..caching.forecast import forecast_rows
-from ..caching.policies import PolicyConfig
 from ..caching.schedule import CacheConfig
-from ..compensation.correction import VarianceCompensation
+from ..compensation.correction import VarianceCompensation, compensate
 from ..diffusion.guidance import guide, split_variance
 from ..diffusion.process import NoiseSource, ReverseProcess, SamplingConfig
-from ..diffusion.steps import step_coefficients
+from ..diffusion.steps import StepCoefficients, step_coefficients
 from ..models.dit import DiT
 from ..sampling.clock import StepClock
 from ..sampling.generate import StepInfo, progress_bar
@@ -115,23 +115,19 @@ class DeviceLoop:
     @torch.inference_mode()
     def step(self, reused: bool) -> None:
         """One step in place, at the number that `index` holds."""
-        signal, noise_part, keep, denoise, fresh, *forecast = self.table.index_select(0, self.index)[0].unbind()
-        x = self.x
-        if self.compensated:
-            x = x + self.at(self.factor - 1) * (x - self.at(self.mean))
+        row = self.table.index_select(0, self.index)[0].unbind()
+        coefficients, forecast = StepCoefficients(*row[:-3]), row[-3:]
+        x = compensate(self.x, self.at(self.mean), self.at(self.factor)) if self.compensated else self.x
         if reused and self.cache.reuse == "prediction":
             x0 = self.forecast(*forecast)
         else:
             with self.predictor.attention(self):
-                x0 = self.predicted(x, signal, noise_part, reused)
+                x0 = self.predicted(x, coefficients, reused)
             if len(self.oldest):
                 self.oldest.copy_(self.older)
             self.older.copy_(self.denoised)
             self.denoised.copy_(x0)
-        following = keep * x + denoise * x0
-        if len(self.noise):
-            following = following + fresh * self.noise.index_select(0, self.index)[0]
-        self.x.copy_(following)
+        self.x.copy_(coefficients.advance(x, x0, self.at(self.noise) if len(self.noise) else None))
         self.index.add_(1)
 
     def forecast(self, latest: Tensor, before: Tensor, first: Tensor) -> Tensor:
@@ -143,10 +139,10 @@ class DeviceLoop:
         return latest * self.denoised + before * self.older + first * self.oldest
 
     def at(self, values: Tensor) -> Tensor:
-        """This step's row of a table (S, C), to broadcast over images."""
-        return values.index_select(0, self.index)[0].view(1, -1, 1, 1)
+        """This step's row of a table (S, ...)."""
+        return values.index_select(0, self.index)[0]
 
-    def predicted(self, x: Tensor, signal: Tensor, noise_part: Tensor, reused: bool) -> Tensor:
+    def predicted(self, x: Tensor, coefficients: StepCoefficients, reused: bool) -> Tensor:
         """The guided clean image of x."""
         config, half = self.config, x.to(self.dtype)
         if config.cfg_scale == 1:
@@ -155,7 +151,7 @@ class DeviceLoop:
             conditional, unconditional = self.predictor(torch.cat([half, half]), self.index, reused).chunk(2)
             out, _ = guide(conditional, unconditional, x.shape[1], config.cfg_scale, config.guidance_channels)
         out = out.float()
-        return out if self.model.config.prediction == "sample" else (x - noise_part * out) / signal
+        return out if self.model.config.prediction == "sample" else coefficients.clean_image(x, out)
 
     @torch.inference_mode()
     def prepare(self, labels: Tensor, noise: Iterable[Tensor], compensation: VarianceCompensation | None) -> None:
@@ -233,7 +229,7 @@ class DeviceLoop:
     def forget_moved_weights(self) -> None:
         """Drops graphs of weights that lie elsewhere by now. Raises ValueError where they left the device."""
         if self.model.pos_embed.device != self.device or self.model.pos_embed.dtype != self.dtype:
-            raise ValueError(f"The model left {self.device} or {self.dtype} since its loop was made; make a new loop.")
+            raise ValueError(f"The model is no longer on {self.device} in {self.dtype}; make a new loop.")
         found = addresses(self.model)
         if found != self.recorded:
             self.programs.clear()
@@ -242,11 +238,12 @@ class DeviceLoop:
 
 
 def device_loop(
-    model: FusedDiT, images: int, config: SamplingConfig, compensated: bool, cache: CacheConfig | PolicyConfig | None
+    model: FusedDiT, images: int, config: SamplingConfig, compensated: bool, policy: PolicyConfig | None
 ) -> DeviceLoop:
     """The loop of the model's latest run where it fits this one; its graphs and buffers are the costly part."""
-    if cache is not None:
-        cache = cache.for_run(len(config.schedule()), model.reuse_cost(cache.reuse), config.sampler)
+    cache = None
+    if policy is not None:
+        cache = policy.for_run(len(config.schedule()), model.reuse_cost(policy.reuse), config.sampler)
         if cache.reuse != "prediction":
             cache = replace(cache, order=0)  # a preset chooses its order late, and features are not extrapolated here
     key = images, config, compensated, cache, model.pos_embed.device

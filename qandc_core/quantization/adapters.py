@@ -1,4 +1,4 @@
-"""What a LoRA adds to a linear layer, computed beside its weight: y + D x, without the matrix D.
+"""The update of a LoRA, computed beside the weight of a linear layer: y + D x, without the matrix D.
 
 Adding D to the codes of a quantized weight rounds the sum again, and a LoRA is often smaller than a step of the grid. D
 has a structure that makes it cheap to apply on its own instead: LoRA's is a product of two thin matrices, LoHa's of two

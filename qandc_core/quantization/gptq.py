@@ -20,12 +20,14 @@ mean diagonal (`damping`) is added; a larger share moves the result towards roun
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .grids import Grid, quantize
 
+ROUNDINGS = ("nearest", "gptq")
 # Column k and its values (N,) -> codes and the values that they stand for, both (N,).
 RoundColumn = Callable[[int, Tensor], tuple[Tensor, Tensor]]
 
@@ -45,6 +47,11 @@ class FactoredHessian:
 
 
 Hessian = Tensor | FactoredHessian
+
+
+def rounding_cost(layer: Any) -> float:
+    """Operations of gptq on a linear layer: the factor of X^T X (K^3 / 3), and products with it (N K^2)."""
+    return layer.in_features**2 * (layer.in_features / 3 + layer.out_features)
 
 
 def gptq_codes(weight: Tensor, hessian: Hessian, grid: Grid, damping: float = 0.01, block: int = 16) -> Tensor:

@@ -15,7 +15,7 @@ from ..models.dit import check_open
 from ..models.layers import named_linears
 from ..values import real_number
 from .clipping import CLIPPINGS, activation_bounds
-from .gptq import gptq_codes
+from .gptq import ROUNDINGS, gptq_codes, rounding_cost
 from .grids import Grid, affine_grid, quantize, symmetric_grid, weight_grid
 from .linear import LinearFormat, QuantizedLinear
 from .matmul import BACKENDS
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from ..calibration.statistics import LayerStatistics
 
 NATIVE_SKIP = ("t_embedder",)  # of our DiT in ComfyUI's formats: modulations, a third of its weights, are quantized
-ROUNDINGS = ("nearest", "gptq")
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ def quantize_model(
     if process.world > 1:
         for (name, linear), owner in zip(layers, taken):
             if owner != process.rank:
-                replacements[name] = QuantizedLinear.like(linear, fitting(format, linear), config.backend)
+                replacements[name] = QuantizedLinear.like(linear, packable(format, linear), config.backend)
             receive(replacements[name], owner, process)
     setattr(model, FINGERPRINT, fingerprint(model))
     for name, replacement in replacements.items():
@@ -113,12 +112,7 @@ def receive(layer: QuantizedLinear, owner: int, process: Distributed) -> None:
     layer.load_state_dict({key: process.sent(value.cpu(), owner) for key, value in layer.state_dict().items()})
 
 
-def rounding_cost(linear: nn.Linear) -> float:
-    """Operations of gptq: a factorization of X^T X, and products with its factor."""
-    return linear.in_features**2 * (linear.in_features / 3 + linear.out_features)
-
-
-def fitting(format: LinearFormat, linear: nn.Linear) -> LinearFormat:
+def packable(format: LinearFormat, linear: nn.Linear) -> LinearFormat:
     """The format, or its 8 bits for a layer with an odd number of inputs, which cannot be packed in pairs."""
     return replace(format, w_bits=8) if format.packed and linear.in_features % 2 else format
 
@@ -139,7 +133,7 @@ def quantize_linear(
     weight = linear.weight.detach().float()
     if not torch.isfinite(weight).all():
         raise ValueError(f"The weight of {name} holds values that are not finite; the checkpoint is damaged.")
-    format = fitting(format, linear)
+    format = packable(format, linear)
     grid = weight_grid(weight, format.w_bits, format.symmetric)
     if config.rounding == "gptq":
         hessian = None if statistics is None else statistics.second_moment(weight.device)

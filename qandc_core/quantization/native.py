@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..numerics import ratio, widest_float
 from .formats import BY_NAME, Format, check_available, fitting, stored_format
-from .gptq import FactoredHessian
+from .gptq import ROUNDINGS, FactoredHessian
 from .grids import dequantize as grid_values
 from .grids import quantize, token_grid
 from .rotation import rotate, rotate_hessian, rotation_group
@@ -24,8 +24,9 @@ from .rotation import rotate, rotate_hessian, rotation_group
 if TYPE_CHECKING:
     from ..calibration.statistics import LayerStatistics
 
-ROUNDINGS = ("auto", "nearest", "gptq")
+NATIVE_ROUNDINGS = ("auto", *ROUNDINGS)
 COLLAPSE = 0.5
+KITCHEN_VALUES = 2**22  # of a weight, which comfy-kitchen packs to grouped codes at once
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,8 @@ class NativeConfig:
     def __post_init__(self) -> None:
         if self.format not in BY_NAME:
             raise ValueError(f"format must be one of {', '.join(BY_NAME)}, got {self.format!r}.")
-        if self.rounding not in ROUNDINGS:
-            raise ValueError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {self.rounding!r}.")
+        if self.rounding not in NATIVE_ROUNDINGS:
+            raise ValueError(f"rounding must be one of {', '.join(NATIVE_ROUNDINGS)}, got {self.rounding!r}.")
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,14 @@ class NativeLayer:
     config: dict[str, Any]
     error: float
     format: str
+
+
+def working_bytes(outputs: int, inputs: int) -> int:
+    """Device memory to round a layer with weight (N, K) by gptq, the weight included: X^T X, its rotation and factor
+    of K^2 values each, copies of the weight, and what comfy-kitchen's quantizer takes for its part of the rows.
+    """
+    rows = min(outputs * inputs, KITCHEN_VALUES)
+    return 4 * (inputs * (4 * inputs + 10 * outputs) + 16 * rows)
 
 
 @torch.no_grad()
@@ -155,7 +164,7 @@ class Moments:
         return self.hessian
 
     def rotated(self, width: int) -> FactoredHessian:
-        """That of the inputs as a format rotates them."""
+        """X^T X of the inputs as a format rotates them."""
         group = rotation_group(width)
         assert group is not None and self.hessian is not None
         if self.guide is None:
@@ -164,7 +173,7 @@ class Moments:
 
 
 def same_inputs(a: LayerStatistics | None, b: LayerStatistics) -> bool:
-    """Whether two layers saw the same inputs, by what is kept of them."""
+    """True if two layers have the same inputs, judged by the statistics of them."""
     if a is None or a is b:
         return a is b
     kept = ((a.mean, b.mean), (a.hessian, b.hessian), (a.inputs, b.inputs))
@@ -257,7 +266,7 @@ def output_error(weight: Tensor, tensors: dict[str, Tensor], hessian: Tensor | N
     """sqrt(tr(D H D^T) / tr(W H W^T)), D = W - W_q, over inputs with X^T X = H; without H that of the weight itself."""
     weight = weight.float()
     lost, whole = (squared_norm(w, hessian) for w in (weight - dequantize(tensors), weight))
-    return (lost / whole) ** 0.5 if whole > 0 else 0.0
+    return ratio(lost, whole) ** 0.5
 
 
 def squared_norm(weight: Tensor, hessian: Tensor | None) -> float:

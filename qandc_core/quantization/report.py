@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
-from .budget import FLOAT
+import torch
+
+from .budget import FLOAT, stored_bytes
 from .formats import ALL
+from .native import NativeLayer
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,25 @@ class LayerReport:
     error: float
     before: int
     after: int
+
+
+def layer_reports(
+    quantized: Mapping[str, NativeLayer | None], before: Mapping[str, int], prefix: str = ""
+) -> list[LayerReport]:
+    """A report of every layer, of those that stay float (None) too; `before` are their bytes."""
+    return [
+        LayerReport(f"{prefix}{name}", FLOAT, 0.0, before[name], before[name])
+        if layer is None
+        else LayerReport(f"{prefix}{name}", layer.format, layer.error, before[name], stored_bytes(layer))
+        for name, layer in quantized.items()
+    ]
+
+
+def mean_error(errors: Sequence[float]) -> tuple[float, float, int]:
+    """Mean, standard error (NaN of a single one) and number of relative errors."""
+    values = torch.tensor(errors, dtype=torch.float64)
+    spread = float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
+    return float(values.mean()), spread, len(values)
 
 
 @dataclass(frozen=True)
@@ -125,15 +146,6 @@ class QuantizationReport:
             for layer in rows
         ]
         return "\n".join(lines)
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> QuantizationReport:
-        error = values["model_error"]
-        layers = [LayerReport(**layer) for layer in values["layers"]]
-        return cls(**{**values, "layers": layers, "model_error": None if error is None else tuple(error)})
 
 
 def percent(share: float) -> str:

@@ -1,4 +1,4 @@
-"""What else than acceleration differs between runs, as far as their reports know it."""
+"""Differences between runs other than their acceleration, as far as their reports tell."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def unlike_settings(reports: Sequence[RunReport]) -> list[str]:
 
 
 def levels_differ(reports: Sequence[RunReport]) -> bool:
-    """Whether runs went through other noise levels."""
+    """True if the runs went through different noise levels."""
     known = [report.sigmas for report in reports if report.sigmas]
     return any(
         len(levels) != len(known[0])

@@ -101,9 +101,6 @@ class CallTimes:
     def __init__(self) -> None:
         self.spans: dict[bool, list[tuple]] = {False: [], True: []}
 
-    def mark(self, device: torch.device) -> Any:
-        return mark(device)
-
     def add(self, begun: Any, ended: Any, reused: bool) -> None:
         if begun is not None:
             self.spans[reused].append((begun, ended))

@@ -14,7 +14,6 @@ from ..compensation.correction import VarianceCompensation, compensate
 from ..diffusion.process import NoiseSource, ReverseProcess, SamplingConfig
 from ..models.dit import PatchGrid
 from .clock import StepClock
-from .clock import synchronize as synchronize
 from .report import RunReport, peak_memory, reset_peak_memory
 
 
@@ -30,7 +29,6 @@ class StepInfo:
     seconds: float
 
 
-@torch.inference_mode()
 def generate(
     model: PatchGrid,
     class_labels: Sequence[int] | Tensor,
@@ -58,6 +56,33 @@ def generate(
     """
     chosen = None if sigmas is None else tuple(torch.as_tensor(sigmas, dtype=torch.float64).tolist())
     config = SamplingConfig(steps, cfg_scale, sampler, spacing, variance, guidance_channels, batched_guidance, chosen)
+    return sample_images(
+        model,
+        class_labels,
+        config,
+        seed,
+        noise,
+        compensation=compensation,
+        first_index=first_index,
+        callback=callback,
+        progress=progress,
+    )
+
+
+@torch.inference_mode()
+def sample_images(
+    model: PatchGrid,
+    class_labels: Sequence[int] | Tensor,
+    config: SamplingConfig,
+    seed: int = 0,
+    noise: Tensor | None = None,
+    *,
+    compensation: VarianceCompensation | None = None,
+    first_index: int = 0,
+    callback: Callable[[StepInfo], None] | None = None,
+    progress: bool = False,
+) -> tuple[Tensor, RunReport]:
+    """generate() with the settings of the run as one object."""
     process = ReverseProcess(model, class_labels, config)
     if compensation is not None:
         compensation.check(process.schedule.sigmas[:-1])

@@ -1,4 +1,4 @@
-"""How long work still takes, each kind of it at the pace that it has had so far, and in words."""
+"""Remaining time, estimated for each kind of work from its pace so far, and in words."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def about(seconds: float) -> str:
 
 
 @dataclass
-class Share:
+class Pace:
     """One kind of work: how much there is, how much is done, and the seconds that took."""
 
     total: float
@@ -46,15 +46,15 @@ class Estimate:
     """`totals` are amounts of each kind of work in units of its own; work of one kind follows upon another."""
 
     def __init__(self, totals: Mapping[str, float], clock: Callable[[], float] = time.monotonic):
-        self.shares = {kind: Share(total) for kind, total in totals.items()}
+        self.shares = {kind: Pace(total) for kind, total in totals.items()}
         self.clock, self.last, self.spent = clock, clock(), 0.0
 
     def resume(self) -> None:
-        """What happened since the last call was no work."""
+        """Excludes the time since the last call."""
         self.last = self.clock()
 
     def did(self, kind: str, amount: float) -> None:
-        """All that happened since the last call was this."""
+        """Counts the time since the last call for this kind of work."""
         now, share = self.clock(), self.shares[kind]
         share.done, share.seconds = share.done + amount, share.seconds + now - self.last
         self.spent, self.last = self.spent + now - self.last, now

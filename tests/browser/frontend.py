@@ -27,7 +27,7 @@ SETTINGS = {
     "LiteGraph.Canvas.MinFontSizeForLOD": 0,
 }
 
-LIMIT = 120  # seconds that anything may take on a busy machine
+LIMIT = 300  # seconds that anything may take on a busy machine
 QUIET = 300  # milliseconds in which nothing may change
 # What a test may look at: the view as it is drawn, and the places of nodes on the canvas and as HTML.
 SEEN = """() => {
@@ -202,6 +202,29 @@ class Frontend:
             return [...found] }"""
         )
 
+    def boxes(self) -> list[list]:
+        """Name, left, top, width and height of every node of the graph that is shown, as it is drawn."""
+        return self.page.evaluate(
+            """() => { const {graph, ds} = app.canvas
+            const box = n => [n.title, ...(n.boundingRect ?? n._bounding)]
+            const drawn = n => { const e = document.querySelector(`[data-node-id="${n.id}"]`).getBoundingClientRect()
+              return [n.title, e.x / ds.scale - ds.offset[0], e.y / ds.scale - ds.offset[1],
+                e.width / ds.scale, e.height / ds.scale] }
+            const ends = [['Inputs', graph.inputNode], ['Outputs', graph.outputNode]].filter(([, node]) => node)
+            return [...graph._nodes.map(LiteGraph.vueNodesMode ? drawn : box),
+              ...ends.map(([name, node]) => [name, ...node.boundingRect])] }"""
+        )
+
+    def subgraphs(self) -> list[str]:
+        """Ids of the subgraphs that the open graph holds, those inside others too."""
+        return self.page.evaluate("() => [...app.graph.subgraphs.keys()]")
+
+    def open_subgraph(self, subgraph: str) -> None:
+        """Shows what is inside."""
+        self.page.evaluate("id => app.canvas.setGraph(app.graph.subgraphs.get(id))", subgraph)
+        self.wait_for("id => app.canvas.graph.id === id", subgraph)
+        self.steady()
+
     def open_advanced(self) -> list[str]:
         """Advanced inputs that are drawn on the canvas, of nodes inside subgraphs too."""
         return self.page.evaluate(
@@ -267,6 +290,8 @@ class Frontend:
         )
 
     def screenshot(self, path: Path, area: dict[str, float] | None = None, quality: int = 82) -> None:
+        """Of the page when notices of a job that has ended are gone."""
+        self.steady("() => document.querySelector('[data-testid=queue-notification-banner]') ? null : ''", 1000)
         self.page.screenshot(path=str(path), type="jpeg", quality=quality, clip=area)
 
 

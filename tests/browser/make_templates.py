@@ -60,17 +60,24 @@ BUILD = """async ({columns, nodes, groups, subgraphs, gap}) => {
     const least = node.computeSize();
     node.setSize([Math.max(least[0], width), Math.max(least[1] + (ROOM[node.type] ?? 0), height)]);
   };
-  const layOut = (columns, gap, size, down) => {
+  const besideSource = (key, placed) => {
+    const source = Object.values(nodes[key].inputs ?? {}).map(([from]) => from).find(from => placed.has(from));
+    return source ? made[source].pos[1] - 40 : 0;
+  };
+  const layOut = (columns, gap, size, down, beside = false) => {
+    const placed = new Set();
     let x = 0;
     for (const column of columns) {
       let y = 0, width = 0;
       for (const key of column) {
         fit(made[key], size(key));
+        if (beside) y = Math.max(y, besideSource(key, placed));
         y += down(key) + (column[column.indexOf(key) - 1]?.startsWith('note') ? 40 : 0);  // for the title of a group
         made[key].pos = [x, y + 40];
         y += made[key].size[1] + 100;  // Nodes 2.0 draws a title and a foot beyond this
         width = Math.max(width, made[key].size[0]);
       }
+      column.forEach(key => placed.add(key));
       x += width + gap;
     }
   };
@@ -104,7 +111,7 @@ BUILD = """async ({columns, nodes, groups, subgraphs, gap}) => {
   await wait(300);
   for (const subgraph of subgraphs) {
     for (const key of subgraph.members) made[key].properties.key = key;
-    layOut(subgraph.columns, 70, () => [300, 0], () => 0);
+    layOut(subgraph.columns, 70, () => [300, 0], () => 0, true);
     const converted = app.graph.convertToSubgraph(new Set(subgraph.members.map(key => made[key])));
     const outer = made[subgraph.key] = converted.node, inside = converted.subgraph;
     const innerOf = key => inside._nodes.find(n => n.properties.key === key);
@@ -147,6 +154,13 @@ BUILD = """async ({columns, nodes, groups, subgraphs, gap}) => {
       const shown = subgraph.outputs[inside.getNodeById(linksOf(output)[0].origin_id).properties.key];
       if (shown) inside.renameOutput(output, shown);
     }
+    // The frontend places the ends for the wires that it found, before others were added.
+    const left = Math.min(...inside._nodes.map(n => n.pos[0]));
+    const right = Math.max(...inside._nodes.map(n => n.pos[0] + n.size[0]));
+    const top = Math.min(...inside._nodes.map(n => n.pos[1]));
+    for (const end of [inside.inputNode, inside.outputNode]) end.arrange();
+    inside.inputNode.pos = [left - 90 - inside.inputNode.size[0], top];
+    inside.outputNode.pos = [right + 90, top];
     for (const node of inside._nodes) delete node.properties.key;
     if (subgraph.alone) for (const node of app.graph._nodes.filter(n => n !== outer)) app.graph.remove(node);
     await wait(300);

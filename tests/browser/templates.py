@@ -31,17 +31,17 @@ class Subgraph:
     outputs: dict[str, str] = field(default_factory=dict)
 
     def columns(self, nodes: dict[str, Node]) -> list[list[str]]:
-        """The members from left to right, each behind all that is wired into it."""
-        depth: dict[str, int] = {}
+        """The members from left to right, each as near to what it is wired to as it can be, so that wires are short."""
+        before: dict[str, int] = {}
 
-        def behind(key: str) -> int:
-            if key not in depth:
-                sources = {source for source, _ in nodes[key]["inputs"].values()} & set(self.members)
-                depth[key] = 1 + max(map(behind, sources), default=-1)
-            return depth[key]
+        def ahead(key: str) -> int:
+            if key not in before:
+                targets = {k for k in self.members if key in {source for source, _ in nodes[k]["inputs"].values()}}
+                before[key] = 1 + max(map(ahead, targets), default=-1)
+            return before[key]
 
-        deepest = max(map(behind, self.members))
-        return [[key for key in self.members if depth[key] == column] for column in range(deepest + 1)]
+        deepest = max(map(ahead, self.members))
+        return [[key for key in self.members if before[key] == column] for column in range(deepest, -1, -1)]
 
     def spec(self, nodes: dict[str, Node]) -> dict[str, Any]:
         promoted = [
@@ -308,7 +308,7 @@ QUANTIZE = Template(
                     "fast": (("quantize", 0), "quantized", SMOOTH),
                 }),
             },
-            calibrate=388, quantize=280, save=60,
+            label=-10, latent=-20, calibrate=394, quantize=280, save=60,
         ),
     },
     [["load", "label", "latent", "note"], ["calibrate"], ["quantize"], ["runs", "save"], ["compare"]],
@@ -369,7 +369,7 @@ WAN = Template(
                     "full": (("shift", 0), "16 bits", WAN_SETTINGS), "fast": (("quantize", 0), "8 bits", WAN_SETTINGS),
                 }, given=wan_wires),
             },
-            calibrate=388, quantize=280, save=60,
+            label=-10, latent=-20, calibrate=394, quantize=280, save=60,
         ),
     },
     [["subgraph", "note"], ["calibrate"], ["quantize"], ["runs", "save"], ["compare"]],

@@ -66,6 +66,18 @@ HIDDEN = """() => [...document.querySelectorAll('*')].filter(e => !e.children.le
       if (['auto', 'hidden', 'scroll'].includes(getComputedStyle(box).overflowY))
         return [box.scrollHeight - box.clientHeight]
     return [] })"""
+# Words of the nodes that are broken, though a line has room for them.
+BROKEN = """() => [...document.querySelectorAll('.dom-widget .break-all, [data-node-id] *')].filter(e => e.offsetParent
+    && [...e.childNodes].some(n => n.nodeType === 3) || e.matches('.break-all')).flatMap(e => {
+  const walker = document.createTreeWalker(e, NodeFilter.SHOW_TEXT), found = []
+  for (let text; (text = walker.nextNode());) if (/steps? computed|W8A8 layers|too few|hardly/.test(text.data))
+    for (const {0: word, index} of text.data.matchAll(/\\S+/g)) {
+      const range = document.createRange()
+      range.setStart(text, index)
+      range.setEnd(text, index + word.length)
+      if (new Set([...range.getClientRects()].map(r => r.top)).size > 1) found.push(word)
+    }
+  return found })"""
 SAID = {
     "runs": r"shown\.safetensors: 1 run, [1-8] samples?: too few to tell",
     "plain": "6 of 6 steps computed",
@@ -98,6 +110,7 @@ def test_words_and_pictures_are_on_the_nodes_after_a_run(server, nodes_2):
             found.filter(visible=True).first.wait_for()
         hidden = frontend.page.evaluate(HIDDEN)
         assert hidden and max(hidden) <= 1, hidden
+        assert frontend.page.evaluate(BROKEN) == []
         shown = frontend.page.evaluate(
             """ids => ids.map(id => { const node = app.graph.getNodeById(id);
             const html = document.querySelectorAll(`[data-node-id="${id}"] img`);

@@ -173,6 +173,27 @@ def test_no_node_lies_on_another_in_nodes_2(nodes_2):
     assert not {name: found for name, found in overlaps.items() if found}
 
 
+@pytest.fixture(params=[False, True], ids=["on the canvas", "as HTML"])
+def either(request, frontend) -> Iterator[Frontend]:
+    """Nodes drawn in one way and in the other."""
+    if request.param:
+        request.getfixturevalue("nodes_2")
+    return frontend
+
+
+def test_no_node_lies_on_another_inside_subgraphs(either):
+    """The ends, where wires come in and go out, are nodes too."""
+    overlaps, opened = {}, set()
+    for name in [*BY_NAME, *(blueprint.name for blueprint in BLUEPRINTS)]:
+        either.load(read((WORKFLOWS if name in BY_NAME else SUBGRAPHS) / f"{name}.json"), name)
+        for subgraph in either.subgraphs():
+            either.open_subgraph(subgraph)
+            overlaps[name, subgraph] = lying_on_others(either.boxes())
+            opened.add(name)
+    assert not {key: found for key, found in overlaps.items() if found}
+    assert opened >= {template.name for template in (*STOCK, *BLUEPRINTS)}
+
+
 def test_the_dialog_lists_them_in_order(frontend):
     frontend.open_templates("ComfyUI-QandC")
     cards = frontend.page.locator("[data-testid^=template-workflow-]")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from functools import cache
 
 import pytest
+
+from tests import kitchens
 
 from .checkouts import Checkout
 
@@ -15,8 +18,10 @@ KITCHEN = {"W6A8": (0, 2, 36)}  # comfy-kitchen, where it has to be newer than w
 
 @cache
 def kitchen(python: str) -> tuple[int, ...]:
+    """The version of comfy-kitchen that programs run with."""
     command = [python, "-c", "from importlib.metadata import version; print(version('comfy-kitchen'))"]
-    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    environment = os.environ if kitchens.wanted() is None else {**os.environ, "PYTHONPATH": str(kitchens.wanted())}
+    found = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.strip()
     return tuple(int(part) for part in found.split(".")[:3])
 
 

@@ -7,6 +7,8 @@ import os
 import subprocess
 from pathlib import Path
 
+from tests import kitchens
+
 from .checkouts import Checkout
 
 REPOSITORY = Path(__file__).parents[2]
@@ -19,9 +21,14 @@ def install_pack(base: Path) -> None:
     (base / "custom_nodes" / "ComfyUI-QandC").symlink_to(REPOSITORY, target_is_directory=True)
 
 
-def run_program(checkout: Checkout, name: str, base: Path, kitchen: Path | None = None) -> dict:
-    """What the program printed: check -> value. `kitchen` holds a comfy-kitchen to run with instead of the Python's."""
-    command = [checkout.python, str(PROGRAMS / f"{name}.py"), str(checkout.path), str(base)]
+def run_program(
+    checkout: Checkout, name: str, base: Path, kitchen: Path | None = None, only: tuple[str, ...] = ()
+) -> dict:
+    """What the program printed: check -> value, of the checks in `only` where it names some. `kitchen` holds a
+    comfy-kitchen to run with instead of the Python's or that of $QANDC_KITCHEN.
+    """
+    command = [checkout.python, str(PROGRAMS / f"{name}.py"), str(checkout.path), str(base), *only]
+    kitchen = kitchen or kitchens.wanted()
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
     if kitchen is not None:
         environment["PYTHONPATH"] = str(kitchen)

@@ -50,7 +50,7 @@ def test_presets_compute_what_they_aim_at_where_that_pays(run, case, computed):
     [
         ("auto deis 8 1.5", 8, "8 steps of deis: nothing to gain; use 4 steps"),
         ("auto uni_pc 4 1.5", 4, "4 steps of uni_pc: nothing to gain; use 2 steps"),
-        ("auto euler 8 1", 8, "8 steps without guidance are left as they are, as of a distilled model"),
+        ("auto euler 8 1", 8, "8 steps without guidance: taken for a distilled model, nothing is reused"),
     ],
 )
 def test_presets_leave_the_image_as_it_is_where_nothing_is_to_gain_and_say_so(run, case, steps, said):
@@ -141,7 +141,7 @@ def test_compensation_may_follow_all_policies_whose_steps_are_fixed(run):
 
 def test_a_promise_that_cannot_be_met_says_what_is_left(run):
     assert run(NAME)["promises"] == {
-        "part": ["2x asked, 1.2x possible from 0.4 to 0.6"],
+        "part": ["2x requested, 1.2x possible from 0.4 to 0.6"],
         "few": ["4 steps with 2 computed are no better than a run of 2"],
         "kept": [],
     }

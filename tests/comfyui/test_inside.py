@@ -183,7 +183,7 @@ REFUSALS = {
     "other scheduler": "fitted on 6 other noise levels",
     "part of the schedule": "fitted on 6 other noise levels",
     "new noise in mid-schedule": "begins with new noise at",
-    "other cache": "put Variance Compensate behind the nodes that cache and quantize",
+    "other cache": "put Variance Compensate after the nodes that cache and quantize",
     "file, other model": "fitted for other weights than those of `model`",
     "file, other cache": "fitted with another cache or quantization",
     "file, other reference": "made for another model",

@@ -11,7 +11,6 @@ from .checkouts import is_wanted_in_full
 from .formats import formats_of, require_any
 
 BESIDE = ("LoRA", "LoHa", "LoKr", "full LoKr")
-SAMPLES = {"W6A8": 1.2}  # three LoRAs on a random network spread by a tenth; benchmarks/results has trained ones
 DENSE = ("DoRA", "diff", "GLoRA")
 
 
@@ -29,7 +28,7 @@ def formats(checkout) -> list[str]:
 
 
 def test_an_adapter_after_quantize_is_as_exact_as_before_it(found, formats, subtests):
-    """At most 1.1 times the error of baking it in: of the layers' answers, and of samples over three LoRAs."""
+    """At most 1.1 times the error of baking it in: of layers' answers, and of samples over five networks and LoRAs."""
     for format, kind in product(formats, (*BESIDE, *DENSE)):
         with subtests.test(f"{format}, {kind}"):
             rows = found["errors"][f"{format}, {kind}"]
@@ -38,8 +37,7 @@ def test_an_adapter_after_quantize_is_as_exact_as_before_it(found, formats, subt
     for format in formats:
         with subtests.test(f"{format}, samples"):
             rows = found["errors"][f"{format}, LoRA"]
-            most = SAMPLES.get(format, 1.1) * mean(row["baked, samples"] for row in rows)
-            assert mean(row["kept, samples"] for row in rows) < most
+            assert mean(row["kept, samples"] for row in rows) < 1.1 * mean(row["baked, samples"] for row in rows)
 
 
 def test_an_adapter_has_its_whole_effect(found, formats, subtests):

@@ -69,9 +69,9 @@ def test_what_cannot_be_recorded_is_refused_in_one_sentence(run, subtests):
     found = run("recording")["refused"]
     words = {
         "other model": "holds runs of another model",
-        "other plan": "was begun with hessians = True",
-        "compiled": "take torch.compile off",
-        "compiled later": "take torch.compile off",
+        "other plan": "was started with hessians = True",
+        "compiled": "remove torch.compile",
+        "compiled later": "remove torch.compile",
         "quantized": "quantized already",
         "quantized later": "quantized already",
         "other kind": "was not made by Calibrate from Runs",

@@ -153,7 +153,7 @@ def test_repeats_give_a_range(server: Server, graph):
     prompt[compare]["inputs"] |= {"repeats": 2, "theme": "light"}
     found = server.succeed(prompt)
     text = table(found, names["text"])
-    assert "range of the rounds" in text.split("| run |")[0] and "median of 2 rounds" in text
+    assert "range of the rounds" in text.split("| run |")[0] and "median of 2 interleaved rounds" in text
     assert found.progress[compare][-1][0] == found.progress[compare][-1][1]
 
 

@@ -49,7 +49,7 @@ def test_the_report_says_sizes_errors_and_what_stays(found):
         r"168 layers W8A8; [\d.]+ -> [\d.]+ MiB; error of the whole text encoder [\d.e-]+ \+- [\d.e-]+", text
     )
     assert "on 4 held-out prompts" in text and "worst layer t5xxl.encoder.block." in text
-    assert re.search(r"as they are: clip_l \d+ MiB", text) and "calibrated on 12 prompts" in text
+    assert re.search(r"not quantized: clip_l \d+ MiB", text) and "calibrated on 12 prompts" in text
 
 
 @pytest.mark.parametrize("source", ["torch.float16", "torch.bfloat16", "torch.float8_e4m3fn", "scaled"])
@@ -76,7 +76,7 @@ def test_choices_and_refusals(found):
     assert result["limit"][0] == 28 and re.search(r"\d+ (layers )?W[68]A8", result["limit"][1].split(";")[0])
     assert result["skip all"].startswith("This CLIP has no linear layer left to quantize with skip = llama")
     assert result["none"].startswith("Nothing would be quantized")
-    assert result["clip_l"].startswith("ComfyUI's loaders take no quantized clip_l")
+    assert result["clip_l"].startswith("ComfyUI's loaders do not support a quantized clip_l")
     assert result["again"].startswith("llama is quantized already")
     assert result["save"].startswith("No encoder of this CLIP is quantized")
     assert [name.split("_0")[0] for name in result["save all"]] == ["both_clip_l", "both_llama"]

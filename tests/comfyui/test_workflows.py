@@ -1,4 +1,4 @@
-"""The shipped workflows run on a real server, made short."""
+"""The shipped workflows, and those of 0.1.0, run on a real server, made short."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from .prompts import DEMO
 from .server import ROOT, Server
 
 API = sorted(ROOT.glob("workflows/api/*.json"))
+FIRST_RELEASE = sorted(Path(__file__).parent.glob("first_release/*.json"))  # saved graphs stay valid for ever
 LIMITS = {"steps": 4, "trajectories": 4, "samples": 16, "clusters": 4, "pairs": 4, "batch_size": 2, "shown": 2}
 
 
@@ -50,7 +51,7 @@ def check_runnable(server: Server, prompt: dict) -> None:
         pytest.skip("this ComfyUI is older than 0.27, which has W8A8")
 
 
-@pytest.mark.parametrize("path", API, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*API, *FIRST_RELEASE], ids=lambda path: f"{path.parent.name} {path.stem}")
 def test_workflow_runs(server, path: Path):
     prompt = shortened(json.loads(path.read_text(encoding="utf-8")))
     check_runnable(server, prompt)

@@ -15,7 +15,7 @@ from numpy.polynomial import Polynomial
 from scipy.interpolate import KroghInterpolator, interp1d
 
 import qandc_core
-from qandc_core.caching.attach import feature_cache
+from qandc_core.caching.attach import PolicyConfig, feature_cache
 from qandc_core.caching.cost import reuse_cost
 from qandc_core.caching.features import NEAREST, FeatureCache
 from qandc_core.caching.plans import (
@@ -32,13 +32,12 @@ from qandc_core.caching.policies import (
     ChosenSteps,
     ErrorBudget,
     Interval,
-    PolicyConfig,
     Speedup,
     StepCount,
 )
 from qandc_core.caching.runs import TOLERANCE, StepDistances
 from qandc_core.caching.schedule import CacheConfig, affordable, optimal_schedule, spaced_steps, spread
-from qandc_core.sampling.clock import CallTimes
+from qandc_core.sampling.clock import CallTimes, mark
 
 parts = st.tuples(st.floats(0, 1), st.floats(0, 1))
 seeds = st.integers(0, 2**31)
@@ -345,9 +344,9 @@ def test_a_speedup_is_kept_by_what_is_counted_or_the_rest_is_said(total, speedup
     plan = Speedup(speedup, start=part[0], end=part[1]).plan(total, cost=cost)
     left = counted(plan, cost)
     short = left < KEPT * speedup
-    said = [text for text in plan.review(computed_by(plan)) if "x asked" in text]
+    said = [text for text in plan.review(computed_by(plan)) if "x requested" in text]
     if short and len(computed_by(plan)) < total and left > 1:
-        assert len(said) == 1 and said[0].startswith(f"{speedup:g}x asked, {left:.2g}x possible")
+        assert len(said) == 1 and said[0].startswith(f"{speedup:g}x requested, {left:.2g}x possible")
     else:
         assert not said
 
@@ -383,11 +382,11 @@ def test_no_clock_decides_a_step(policy, monkeypatch):
 
 
 PROMISES = {
-    "within its part": (Speedup(2.0, start=0.4, end=0.6), 30, 0.0, "2x asked, 1.2x possible from 0.4 to 0.6"),
-    "dear": (Speedup(2.0), 50, 0.6, "2x asked, 1.2x possible: a reused step costs 60 % of a computed one"),
-    "few steps": (Speedup(20.0), 10, 0.0, "20x asked, 10x possible with 10 steps"),
+    "within its part": (Speedup(2.0, start=0.4, end=0.6), 30, 0.0, "2x requested, 1.2x possible from 0.4 to 0.6"),
+    "dear": (Speedup(2.0), 50, 0.6, "2x requested, 1.2x possible: a reused step costs 60 % of a computed one"),
+    "few steps": (Speedup(20.0), 10, 0.0, "20x requested, 10x possible with 10 steps"),
     "count": (StepCount(15, start=0.4, end=0.6), 30, 0.0,
-              "15 computed steps asked, at least 25 necessary from 0.4 to 0.6"),
+              "15 computed steps requested, at least 25 are needed from 0.4 to 0.6"),
     "past the end": (ChosenSteps({0, 4, 30, 31}), 12, 0.0, "chosen steps from 30 on lie past the last step, 11"),
     "nothing between": (Interval(3, start=0.6, end=0.4), 30, 0.0, "no step of 30 lies in the part from 0.6 to 0.4"),
 }  # fmt: skip
@@ -402,8 +401,8 @@ def test_a_promise_that_cannot_be_met_says_what_is_left(policy, total, cost, sai
 def test_a_run_that_computed_more_than_planned_says_what_was_reached():
     plan = Speedup(2.0).plan(50)
     assert plan.review(range(25)) == [] == plan.review(range(26))
-    assert plan.review(range(40)) == ["2x asked, 1.2x reached: 40 of 50 steps were computed"]
-    assert StepCount(20).plan(50).review(range(30)) == ["20 computed steps asked, 30 were computed"]
+    assert plan.review(range(40)) == ["2x requested, 1.2x reached: 40 of 50 steps were computed"]
+    assert StepCount(20).plan(50).review(range(30)) == ["20 computed steps requested, 30 were computed"]
 
 
 def euler(sigmas, predict, x):
@@ -805,13 +804,13 @@ def test_there_is_no_speedup_before_both_kinds_of_call_were_seen(kind):
 
 def test_marks_on_the_cpu_are_seconds():
     times, cpu = CallTimes(), torch.device("cpu")
-    begun = times.mark(cpu)
-    times.add(begun, times.mark(cpu), False)
+    begun = mark(cpu)
+    times.add(begun, mark(cpu), False)
     assert 0 <= times.seconds(False)[0] < 60
 
 
 def test_calls_on_a_device_without_a_clock_stay_unknown():
     times, device = CallTimes(), torch.device("meta")
     for reused in (False, True):
-        times.add(times.mark(device), times.mark(device), reused)
+        times.add(mark(device), mark(device), reused)
     assert not times.known and times.speedup() is None

@@ -676,7 +676,7 @@ def test_bypass_nests_and_survives_exceptions(model):
 @pytest.mark.parametrize(
     "kwargs, message",
     [
-        ({"cache_interval": 0}, "cache_interval must be 1"),
+        ({"cache_interval": 0}, "interval must be 1"),
         ({"reuse": "layer"}, "reuse must be one of branch, block, prediction, got 'layer'"),
         ({"order": 3}, "order must be 0, 1 or 2, got 3"),
     ],

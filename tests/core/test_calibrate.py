@@ -86,7 +86,7 @@ def test_an_interrupted_calibration_resumes_and_gives_the_same_bits(cache, stop,
 def test_statistics_are_of_the_chosen_samples_alone(batched, plan):
     """Against hooks that see all calls, one image and one condition at a time."""
     made = Calibrating(subject := host(batched=batched), plan, None)
-    standing = made.first_pass()
+    state = made.first_pass()
     seen = []
 
     def note(name, choice):
@@ -104,17 +104,17 @@ def test_statistics_are_of_the_chosen_samples_alone(batched, plan):
             hook.remove()
 
     with torch.inference_mode():
-        made.second_pass(standing)
+        made.second_pass(state)
         for name in ("blocks.0.attn.qkv", "blocks.1.mlp.fc2"):
             seen.clear()
-            note(name, standing.choice.samples)
-            x, layer = torch.cat(seen), standing.statistics[name]
+            note(name, state.choice.samples)
+            x, layer = torch.cat(seen), state.statistics[name]
             assert layer.count == len(x)
             assert torch.allclose(layer.low, x.amin(0), atol=1e-5) and torch.allclose(layer.high, x.amax(0), atol=1e-5)
             assert torch.allclose(layer.mean, x.mean(0), atol=1e-5)
             if layer.hessian is not None:
                 assert torch.allclose(layer.hessian, x.T @ x, atol=1e-2)
-    assert len(standing.choice.samples) == (20 if plan is ALL else 8)
+    assert len(state.choice.samples) == (20 if plan is ALL else 8)
     assert subject.done == subject.total == (1 if plan is ALL else 2) * 3 * STEPS
 
 
@@ -149,9 +149,8 @@ def test_the_held_out_trajectory_replays(plan):
 
 def test_a_cache_leaves_no_distances_and_says_why():
     plain, cached = calibrate(host(), PLAN), calibrate(host(2), PLAN)
-    assert plain.step_distances().shape == (STEPS, STEPS)
-    with pytest.raises(ValueError, match="made with a cache"):
-        cached.step_distances()
+    assert plain.distances is not None and plain.distances.shape == (STEPS, STEPS)
+    assert cached.distances is None and "made with a cache" in cached.missing_distances
 
 
 def test_layers_that_a_cache_skips_see_computed_steps_alone():

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from qandc_core.calibration.choice import CalibrationConfig
 from qandc_core.calibration.memory import plan_statistics
-from qandc_core.calibration.presets import CUSTOM, EFFORTS, images_at_once, planned, recorded
+from qandc_core.calibration.presets import CUSTOM, EFFORTS, images_at_once, preset_config, preset_recording
 from qandc_core.calibration.recorder import RecordingConfig
 
 GIB = 2**30
@@ -19,7 +19,7 @@ machines = st.integers(8 * GIB, 512 * GIB)
 
 
 def all_efforts(width, tokens, steps, memory):
-    return [planned(name, CalibrationConfig(seed=3), width, tokens, steps, memory) for name in EFFORTS]
+    return [preset_config(name, CalibrationConfig(seed=3), width, tokens, steps, memory) for name in EFFORTS]
 
 
 @given(**sizes, memory=machines)
@@ -37,24 +37,24 @@ def test_more_effort_is_never_less_of_anything(width, tokens, steps, memory):
 @given(**sizes, memory=machines, name=st.sampled_from(list(EFFORTS)))
 def test_wider_layers_want_more_samples_and_larger_ones_fewer(width, tokens, steps, memory, name):
     def samples(width, tokens):
-        return planned(name, CalibrationConfig(), width, tokens, steps, memory).samples
+        return preset_config(name, CalibrationConfig(), width, tokens, steps, memory).samples
 
     assert samples(2 * width, tokens) >= samples(width, tokens) >= samples(width, 2 * tokens)
 
 
 @pytest.mark.parametrize("system, name", [(16, "quick"), (32, "quick"), (32, "standard"), (64, "thorough")])
 def test_statistics_of_a_model_of_twelve_billion_fit(system, name):
-    plan = planned(name, CalibrationConfig(), 3072, 4096, 20, system * GIB)
+    plan = preset_config(name, CalibrationConfig(), 3072, 4096, 20, system * GIB)
     found = plan_statistics(FLUX, int(plan.memory_gb * GIB), plan.tokens, 256)
     assert 64 <= found.tokens <= plan.tokens and found.bytes <= system * GIB / 4
 
 
 def test_custom_leaves_everything_and_other_names_are_refused():
     plan, runs = CalibrationConfig(samples=17), RecordingConfig(samples=3, tokens=99)
-    assert planned(CUSTOM, plan, 8, 8, 8, GIB) is plan and recorded(CUSTOM, runs, GIB) is runs
-    assert recorded("thorough", runs, 64 * GIB) == replace(runs, samples=16, tokens=8192, memory_gb=16.0)
+    assert preset_config(CUSTOM, plan, 8, 8, 8, GIB) is plan and preset_recording(CUSTOM, runs, GIB) is runs
+    assert preset_recording("thorough", runs, 64 * GIB) == replace(runs, samples=16, tokens=8192, memory_gb=16.0)
     with pytest.raises(ValueError, match="preset must be one of custom, quick, standard, thorough"):
-        planned("fast", plan, 8, 8, 8, GIB)
+        preset_config("fast", plan, 8, 8, 8, GIB)
 
 
 @given(st.floats(1e6, 1e12), st.integers(2 * GIB, 192 * GIB), st.sampled_from([1, 16, 64]))

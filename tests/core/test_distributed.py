@@ -16,7 +16,6 @@ from qandc_core.distributed import (
     distributed,
     shard_range,
 )
-from qandc_core.evaluation.metrics import FeatureStatistics
 
 TOTAL, BATCH, SEED = 37, 4, 11
 
@@ -79,14 +78,6 @@ def test_two_gloo_processes_give_the_numbers_of_one(tmp_path: Path):
     assert pair[0]["counts"].tolist() == [[0, 20], [1, 17]]
     # Three images make one batch, which leaves the first rank with none.
     assert pair[1]["counts"].tolist() == [[0, 0], [1, 3]]
-
-
-def test_merged_shards_are_the_statistics_of_all_images():
-    features = noise_for(range(TOTAL), (6,), SEED)
-    merged = FeatureStatistics.empty(6)
-    for rank in range(3):
-        merged.update(features[list(shard_range(TOTAL, rank, 3, BATCH))])
-    torch.testing.assert_close(merged.covariance, FeatureStatistics.of(features).covariance)
 
 
 def test_without_torchrun_everything_is_rank_0(monkeypatch: pytest.MonkeyPatch):

@@ -215,7 +215,7 @@ def test_the_floor_is_a_distance_of_real_from_real(pictures):
 
 def test_no_floor_without_other_real_images():
     class Other:
-        reference = Reference(FeatureStatistics.empty(2))
+        reference = Reference(FeatureStatistics.of(torch.randn(3, 2)))
 
     assert real_floor(Other(), 10) is None
 
@@ -244,17 +244,17 @@ def test_time_is_positive(shared):
 
 
 def test_time_is_measured_in_turns_and_paired(shared, monkeypatch):
-    clock, calls, generated = iter([1.0, 0.5, 2.0, 0.5, 4.0, 4.0]), [], module.generate
+    clock, calls, generated = iter([1.0, 0.5, 2.0, 0.5, 4.0, 4.0]), [], module.sample_images
 
     class Clock:
         def seconds(self):
             return next(clock)
 
-    def watched(model, labels, steps, *args, **kwargs):
-        calls.append((steps, len(labels)))
-        return generated(model, labels, steps, *args, **kwargs)
+    def watched(model, labels, config, *args, **kwargs):
+        calls.append((config.steps, len(labels)))
+        return generated(model, labels, config, *args, **kwargs)
 
-    monkeypatch.setattr(module, "generate", watched)
+    monkeypatch.setattr(module, "sample_images", watched)
     monkeypatch.setattr(module, "Stopwatch", Clock)
     timing = measure_time(shared.bench, [FULL, replace(FULL, name="b", steps=2)], batch=5, repeats=3)
     assert calls == [(STEPS, 5), (2, 5)] * 3
@@ -263,13 +263,13 @@ def test_time_is_measured_in_turns_and_paired(shared, monkeypatch):
 
 
 def test_compensated_rows_are_timed_with_a_correction_of_every_step(shared, monkeypatch):
-    given, generated = [], module.generate
+    given, generated = [], module.sample_images
 
     def watched(*args, compensation=None, **kwargs):
         given.append(compensation)
         return generated(*args, compensation=compensation, **kwargs)
 
-    monkeypatch.setattr(module, "generate", watched)
+    monkeypatch.setattr(module, "sample_images", watched)
     measure_time(shared.bench, [FORA, replace(FORA, name="+ VC", compensation="variance_match")], batch=2, repeats=1)
     without, correction = given
     assert without is None

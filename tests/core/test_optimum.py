@@ -217,7 +217,7 @@ def test_presets_forecast_by_what_the_sampler_and_the_steps_allow():
 def test_auto_leaves_distilled_models_alone_and_the_others_do_as_they_are_told():
     plan = Preset().plan(8, sampler="euler", noisy=False, guided=False)
     assert plan.steps == set(range(8)) and plan.review(plan.steps) == [
-        "8 steps without guidance are left as they are, as of a distilled model"
+        "8 steps without guidance: taken for a distilled model, nothing is reused"
     ]
     assert len(Preset(level="safe").plan(8, sampler="euler", noisy=False, guided=False).steps) == 5
     assert len(Preset().plan(30, sampler="euler", noisy=False, guided=False).steps) == 15

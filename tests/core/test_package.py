@@ -83,7 +83,7 @@ def test_a_calibration_file_is_read_without_kernels_and_without_the_fused_engine
 
 
 def test_every_room_has_its_place_in_the_order_of_imports():
-    (contract,) = pyproject()["tool"]["importlinter"]["contracts"]
+    contract = pyproject()["tool"]["importlinter"]["contracts"][0]
     ordered = {room.strip("()") for layer in contract["layers"] for room in layer.split(" | ")}
     rooms = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
     assert rooms - {"__init__", "__main__"} <= ordered
@@ -252,7 +252,10 @@ def wheel(tmp_path_factory):
 def test_wheel_contains_the_engine_and_nothing_else(wheel):
     names = [n for n in wheel.namelist() if ".dist-info/" not in n]
     assert {n.split("/")[0] for n in names} == {"qandc_core"}
-    shipped = {p.relative_to(ROOT).as_posix() for p in [*SOURCES, *PACKAGE.glob("demo/*.safetensors")]}
+    shipped = {
+        p.relative_to(ROOT).as_posix()
+        for p in [*SOURCES, *PACKAGE.glob("demo/*.safetensors"), *PACKAGE.glob("demo/*.md")]
+    }
     assert set(names) == shipped
     assert "qandc_core/demo/pictures_judge.safetensors" in shipped
     assert wheel.testzip() is None

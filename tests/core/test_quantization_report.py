@@ -1,8 +1,5 @@
-import json
 import math
 from dataclasses import replace
-
-import pytest
 
 from qandc_core.quantization.report import LayerReport, QuantizationReport
 
@@ -46,17 +43,10 @@ def test_table_lists_the_worst():
     assert len(report().table().splitlines()) == 6
 
 
-@pytest.mark.parametrize("error", [None, (0.02, 0.001, 4)])
-def test_report_survives_json(error):
-    made = report(error=error)
-    assert QuantizationReport.from_dict(json.loads(json.dumps(made.to_dict()))) == made
-
-
 def test_a_source_that_was_packed_before_is_stated():
     made = replace(report(), sources={"W8A8": 3, "float8_e4m3fn": 1})
     words = "from layers in 3 W8A8, 1 float8_e4m3fn, which errors are against: what those lost before comes on top"
     assert words in made.summary().split("; ") and made.headline().endswith(f"\n{words}")
-    assert QuantizationReport.from_dict(json.loads(json.dumps(made.to_dict()))) == made
 
 
 def test_a_limit_that_was_missed_is_said():

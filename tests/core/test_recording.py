@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from qandc_core import DiT, DiTConfig, load_calibration
 from qandc_core.calibration import recorder as recorder_module
 from qandc_core.calibration.distances import prediction_distances
 from qandc_core.calibration.file import Calibration, fingerprint
-from qandc_core.calibration.gain import DAMPING, LATEST, is_enough, left_to_gain, lowered, rounding_error
+from qandc_core.calibration.gain import DAMPING, ENOUGH, LATEST, left_to_gain, lowered, rounding_error
 from qandc_core.calibration.growth import RunSchedule, add_run, check_recording, with_run
 from qandc_core.calibration.layer_inputs import HELD_OUT_TOKENS
 from qandc_core.calibration.memory import plan_statistics
@@ -287,7 +288,7 @@ def test_runs_of_other_schedules_share_layers_and_have_their_own_distances(tmp_p
     found, only = load_calibration(together), load_calibration(alone)
     assert [schedule.runs for schedule in found.recording.schedules] == [1, 2]
     assert found.notes["steps"] == 6 and torch.equal(found.distances, only.distances)
-    assert found.belongs_to_schedule(short.sigmas) and not found.belongs_to_schedule(SIGMAS)
+    assert not found.schedule_mismatch(short.sigmas) and found.schedule_mismatch(SIGMAS)
     assert found.recording.runs == 3
 
 
@@ -313,7 +314,7 @@ def test_what_cannot_be_added_is_refused_and_leaves_the_file(tmp_path):
         broken.layers["blocks.0.mlp.fc1"].statistics.update(torch.full((1, 32), math.nan))
     cases = {
         "runs of another model": ("b" * 32, recorded(dit(), 1)[1], PLAN),
-        "begun with hessians": ("a" * 32, recorded(dit(), 1)[1], RecordingConfig(tokens=99)),
+        "started with hessians": ("a" * 32, recorded(dit(), 1)[1], RecordingConfig(tokens=99)),
         "not finite": ("a" * 32, broken, PLAN),
         "none of its model calls": ("a" * 32, RunRecord({}, samples=1), PLAN),
         "raise samples": ("a" * 32, RunRecord({}), PLAN),
@@ -326,7 +327,7 @@ def test_what_cannot_be_added_is_refused_and_leaves_the_file(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["runs.safetensors"]
     anew = RecordingConfig(samples=4, tokens=40, held_out=3, reset=1)
     assert add_run(path, "b" * 32, recorded(dit(), 1)[1], run_schedule(), anew).runs == 1
-    with_run(None, "m", recorded(dit(), 1)[1], run_schedule(), PLAN).with_schedule((0,)).save(path)
+    replace(with_run(None, "m", recorded(dit(), 1)[1], run_schedule(), PLAN), schedule=(0,)).save(path)
     assert check_recording(path, "m", PLAN)["runs"] == 1
 
 
@@ -396,8 +397,8 @@ def test_what_is_left_to_gain_is_what_very_many_runs_gain(spread, runs):
 
 
 def test_few_runs_are_not_said_to_be_enough():
-    assert left_to_gain([0.0] * (LATEST - 1), 5) is None and not is_enough([0.0] * (LATEST - 1), 5)
-    assert is_enough([0.5, *[0.01] * LATEST], 7) and not is_enough([0.01] * LATEST + [1.2], 7)
+    assert left_to_gain([0.0] * (LATEST - 1), 5) is None
+    assert left_to_gain([0.5, *[0.01] * LATEST], 7) < ENOUGH < left_to_gain([0.01] * LATEST + [1.2], 7)
     assert left_to_gain([-1.0] * LATEST, 6) == 0.0
     assert left_to_gain([1 / (k - 1) + 1 / k for k in range(2, 41)], 40) == pytest.approx(1 - math.exp(-0.5 / 40))
 

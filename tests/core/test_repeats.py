@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from qandc_core.evaluation.comparison import ComparedRun, comparison_rows, run_comparison, sampled_in_turns
 from qandc_core.evaluation.figure import DARK, LIGHT, MARGIN, THEMES, difference, to_pil
 from qandc_core.evaluation.panels import full_size
-from qandc_core.evaluation.repeats import Speedup, in_turns
+from qandc_core.evaluation.repeats import MeasuredSpeedup, in_turns
 from qandc_core.sampling.report import RunReport, joined
 
 SECONDS = st.lists(st.floats(0.01, 100), min_size=1, max_size=9)
@@ -54,24 +54,24 @@ def test_a_machine_that_drifts_slows_both_runs_alike(drift, faster):
     def run(seconds):
         return lambda: seconds * (1 + drift * next(done))
 
-    found = Speedup.of(*in_turns([run(faster), run(1.0)], 6))
+    found = MeasuredSpeedup.of(*in_turns([run(faster), run(1.0)], 6))
     after = [faster * (1 + drift * i) for i in range(7)], [1 + drift * i for i in range(7, 14)]
-    apart = Speedup.of(*(times[1:] for times in after))
+    apart = MeasuredSpeedup.of(*(times[1:] for times in after))
     assert abs(found.median / faster - 1) <= max(0.01, abs(apart.median / faster - 1) / 2)
     assert found.low <= found.median <= found.high
 
 
 @given(SECONDS)
 def test_equal_times_are_no_speedup(times):
-    found = Speedup.of(times, times)
+    found = MeasuredSpeedup.of(times, times)
     assert (found.median, found.low, found.high, found.rounds) == (1.0, 1.0, 1.0, len(times))
 
 
 def test_a_range_stands_beside_every_speedup_of_rounds():
-    assert str(Speedup.of([2.0, 3.0, 2.2], [1.0, 1.0, 2.0])) == "2.00x (1.10-3.00)"
-    assert str(Speedup.of([2.0], [1.0])) == "2.00x"
+    assert str(MeasuredSpeedup.of([2.0, 3.0, 2.2], [1.0, 1.0, 2.0])) == "2.00x (1.10-3.00)"
+    assert str(MeasuredSpeedup.of([2.0], [1.0])) == "2.00x"
     with pytest.raises(ValueError):
-        Speedup.of([1.0, 2.0], [1.0])
+        MeasuredSpeedup.of([1.0, 2.0], [1.0])
 
 
 # Compare
@@ -106,9 +106,9 @@ def test_rounds_replace_the_times_of_the_runs_as_they_were():
     assert rows[1]["speedup"] == "2.00x (2.00-2.10)" and rows[2]["speedup"] == "-"
     text = run_comparison(again)[1]
     assert "**fast: 2.00x (2.00-2.10) as fast, range of the rounds, PSNR" in text.splitlines()[0]
-    assert "median of 3 rounds in turns after one that does not count" in text
+    assert "median of 3 interleaved rounds after a warm-up" in text
     single = run_comparison(runs)[1]
-    assert "1.00x as fast, one run each" in single and "one run each, set-up of the first included" in single
+    assert "1.00x as fast, one run each" in single and "one run each, the set-up of the first included" in single
 
 
 def test_a_run_that_cannot_be_sampled_again_keeps_its_time():

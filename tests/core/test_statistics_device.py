@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.overrides import TorchFunctionMode
 
 from qandc_core.calibration.distances import prediction_distances
-from qandc_core.calibration.statistics import BINS, LayerStatistics, check_finite
+from qandc_core.calibration.statistics import BINS, LayerStatistics, check_inputs_finite
 
 
 class Forbidding(TorchFunctionMode):
@@ -71,9 +71,9 @@ def test_inputs_that_are_not_finite_are_named_at_the_end(bad):
     spoiled[3, 2] = bad
     wrong.update(spoiled)
     wrong.update(batches()[1])
-    check_finite({"a": good, "unseen": LayerStatistics.empty(3)})
+    check_inputs_finite({"a": good, "unseen": LayerStatistics.empty(3)})
     with pytest.raises(ValueError, match="inputs of the.layer are not finite"):
-        check_finite({"a": good, "the.layer": wrong})
+        check_inputs_finite({"a": good, "the.layer": wrong})
 
 
 def test_kept_inputs_move_within_what_a_device_has_room_for():

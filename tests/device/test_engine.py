@@ -16,14 +16,17 @@ from qandc_core import (
 )
 from qandc_core.caching.policies import ErrorBudget, Plan
 from qandc_core.caching.run import SamplingRun
+from qandc_core.calibration import statistics
 from qandc_core.calibration.recorder import Recorder, RecordingConfig
 from qandc_core.fused.loop import DeviceLoop
 from qandc_core.models.dit import DiT, DiTConfig
 from qandc_core.models.layers import DIT_SKIP, named_linears
 from qandc_core.numerics import _has_float64
+from qandc_core.quantization.formats import ALL
 from qandc_core.quantization.linear import QuantizedLinear
 from qandc_core.quantization.matmul import int_mm, kitchen_is_available, simulated_matmul
 from qandc_core.quantization.model import QuantizationConfig, quantized_layers
+from qandc_core.quantization.native import NativeConfig, quantize_weight, working_bytes
 
 from . import fake, real
 
@@ -363,3 +366,39 @@ def test_a_recorded_run_waits_once_it_has_ended(device):
 
     waits(2**30)  # what all runs share is copied once
     assert waits(2**30) == 0 < waits(0)
+
+
+@pytest.mark.parametrize("outputs, inputs", [(1536, 256), (1344, 192), (192, 960), (256, 1024), (2048, 256)])
+def test_rounding_a_layer_takes_no_more_memory_than_is_made_free_for_it(device, outputs, inputs, subtests):
+    """Shapes of FLUX's and Qwen-Image's layers, smaller."""
+    layer = statistics.LayerStatistics.empty(inputs, hessian=True, held_out=64)
+    x = torch.randn(2 * inputs, inputs)
+    layer.update(x)
+    layer.keep_held_out(x[:64])
+    for format in ALL:
+        for rounding in ("nearest", "gptq") if format.available() else ():
+            with subtests.test(f"{format.name}, {rounding}"):
+                before = torch.cuda.memory_allocated()
+                torch.cuda.reset_peak_memory_stats()
+                weight = torch.randn(outputs, inputs, dtype=torch.bfloat16).to("cuda")
+                quantize_weight("layer", weight, None, NativeConfig(format.name, rounding), layer)
+                assert torch.cuda.max_memory_allocated() - before < working_bytes(outputs, inputs)
+                del weight
+
+
+@pytest.mark.parametrize("where", ["cpu", "cuda"])
+def test_looking_at_inputs_copies_a_part_of_them_at_a_time(device, where, monkeypatch):
+    monkeypatch.setattr(statistics, "PART", 2**14)
+    width = 64
+    x = torch.randn(2**13, width, dtype=torch.bfloat16)
+    layer, whole = (statistics.LayerStatistics.empty(width, hessian=True) for _ in range(2))
+    layer.settle(torch.device(where), 2**30)
+    given = x.to("cuda")
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    layer.update(given)
+    assert torch.cuda.max_memory_allocated() - before < 2**18 + 4 * 4 * 2**14 < x.nbytes
+    whole.update(x)
+    layer.fetch()
+    assert layer.count == whole.count and torch.equal(layer.histogram, whole.histogram)
+    assert relative(layer.hessian, whole.hessian) < 1e-5 and relative(layer.mean, whole.mean) < 1e-4

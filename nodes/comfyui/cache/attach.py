@@ -19,14 +19,15 @@ from ....qandc_core.caching.cost import reuse_cost
 from ....qandc_core.caching.families import block_lists
 from ....qandc_core.caching.features import FeatureCache
 from ....qandc_core.numerics import relative_error
+from ....qandc_core.sampling.clock import mark
 from ....qandc_core.sampling.report import RunReport
 from ..model.dit import DiTModel
 from ..status import show
 from ..wrappers import WRAPPERS, note, options_of_run, reports_of, samples_flow
-from .calls import COMPILE, KEY, keep_inside, nothing_between, state_of
+from .calls import CACHE, COMPILE, keep_inside, nothing_between, state_of
 from .others import other_caches
 from .run import AUTOMATIC, BLOCKS, BRANCHES, LAST_BLOCK, PREDICTION, CacheSettings, ModelRun
-from .words import words_of
+from .words import cache_words
 
 SELF_TEST = {2: 3e-2, 4: 1e-3}  # relative difference allowed, by bytes of a value
 PRE_RUN = comfy.patcher_extension.CallbacksMP.ON_PRE_RUN
@@ -41,33 +42,30 @@ class RunWrapper:
         self.settings = settings
 
     def __call__(self, executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
-        guider = executor.class_obj
-        saved, options = guider.model_options, options_of_run(guider)
-        inside_compile(options)
-        mask = args[0] if args else kwargs.get("denoise_mask")
-        run = ModelRun(
-            self.settings, sigmas, sampler, samples_flow(guider.model_patcher), mask, getattr(guider, "cfg", None)
-        )
-        for text in (*self.settings.warnings, *other_caches(guider.model_patcher, guider.model_options)):
-            run.warn(text)
-        options[KEY] = run
-        keep_inside(options)
-        keep_unconditional(guider.model_options, run)
-        begun, ended = running.set((*running.get(), self)), "The run did not end."
-        try:
-            out = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
-            run.finish()
-            ended = ""
-            log.log(logging.WARNING if run.warnings else logging.INFO, run.summary())
-            return out
-        finally:
-            show(self.settings.node, words_of(run, ended))
-            running.reset(begun)
-            for report in reports_of(options):
-                fill_report(report, run)
-            run.caches.clear()
-            run.blocks.clear()
-            guider.model_options = saved
+        guider, mask = executor.class_obj, args[0] if args else kwargs.get("denoise_mask")
+        flow = samples_flow(guider.model_patcher)
+        with options_of_run(guider) as options:
+            inside_compile(options)
+            run = ModelRun(self.settings, sigmas, sampler, flow, mask, getattr(guider, "cfg", None))
+            for text in (*self.settings.warnings, *other_caches(guider.model_patcher, guider.model_options)):
+                run.warn(text)
+            options[CACHE] = run
+            keep_inside(options)
+            keep_unconditional(guider.model_options, run)
+            begun, ended = running.set((*running.get(), self)), "The run did not end."
+            try:
+                out = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+                run.finish()
+                ended = ""
+                log.log(logging.WARNING if run.warnings else logging.INFO, run.summary())
+                return out
+            finally:
+                show(self.settings.node, cache_words(run, ended))
+                running.reset(begun)
+                for report in reports_of(options):
+                    fill_report(report, run)
+                run.caches.clear()
+                run.blocks.clear()
 
 
 def keep_unconditional(model_options: dict[str, Any], run: ModelRun) -> None:
@@ -84,8 +82,8 @@ def keep_unconditional(model_options: dict[str, Any], run: ModelRun) -> None:
 def inside_compile(options: dict[str, Any]) -> None:
     """Lets compiled modules be in place when our wrapper runs, whichever node came first."""
     wrappers = options.get("wrappers", {}).get(WRAPPERS.APPLY_MODEL, {})
-    if COMPILE in wrappers and KEY in wrappers:
-        wrappers[KEY] = wrappers.pop(KEY)
+    if COMPILE in wrappers and CACHE in wrappers:
+        wrappers[CACHE] = wrappers.pop(CACHE)
 
 
 def fill_report(report: RunReport, run: ModelRun) -> None:
@@ -99,7 +97,7 @@ def fill_report(report: RunReport, run: ModelRun) -> None:
 def before_run(patcher) -> None:
     """ON_PRE_RUN: tells of a model whose own cache does not run, such as the second one of a guider with two models."""
     active = running.get()
-    for wrapper in patcher.get_wrappers(WRAPPERS.OUTER_SAMPLE, KEY):
+    for wrapper in patcher.get_wrappers(WRAPPERS.OUTER_SAMPLE, CACHE):
         if wrapper not in active:
             own = wrapper.settings.describe()
             how = "with the cache of the guider's main model" if active else "without a cache"
@@ -116,7 +114,7 @@ def warn_of_no_run() -> None:
 
 def prediction_wrapper(executor, x, timestep, model_options, seed):
     """PREDICT_NOISE: every prediction of the sampler evaluates its conditions anew."""
-    run = model_options["transformer_options"].get(KEY)
+    run = model_options["transformer_options"].get(CACHE)
     if run is None:
         return executor(x, timestep, model_options, seed)
     keep_inside(model_options["transformer_options"])
@@ -139,13 +137,13 @@ class ModelWrapper:
         def call() -> Tensor:
             return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
 
-        run, model = transformer_options.get(KEY), executor.class_obj
+        run, model = transformer_options.get(CACHE), executor.class_obj
         if run is None:
             warn_of_no_run()
             return call()
         with run.lock:
             known, cache = self.placed(run, model, x, c_crossattn, control, transformer_options)
-        begun = run.times.mark(x.device)
+        begun = mark(x.device)
         try:
             out = CALLS[run.reuse](run, cache, model, transformer_options, call)
         except comfy.model_management.OOM_EXCEPTION:
@@ -153,7 +151,7 @@ class ModelWrapper:
                 raise
             out = without_features(run, cache, x.device, call)
         with run.lock:
-            run.times.add(begun, run.times.mark(x.device), cache.run.reusing)
+            run.times.add(begun, mark(x.device), cache.run.reusing)
             run.record(cache, known)
         return out
 
@@ -275,26 +273,26 @@ def apply_cache(patcher, settings: CacheSettings):
     """A clone of the model that caches; interval 1 attaches nothing and removes a cache that was there."""
     clone = patcher.clone()
     for kind in (WRAPPERS.OUTER_SAMPLE, WRAPPERS.PREDICT_NOISE, WRAPPERS.APPLY_MODEL):
-        clone.remove_wrappers_with_key(kind, KEY)
-    clone.remove_callbacks_with_key(PRE_RUN, KEY)
+        clone.remove_wrappers_with_key(kind, CACHE)
+    clone.remove_callbacks_with_key(PRE_RUN, CACHE)
     if settings.policy.off:
         note(clone, "cache", "")
         return clone
-    clone.add_wrapper_with_key(WRAPPERS.OUTER_SAMPLE, KEY, RunWrapper(settings))
-    clone.add_wrapper_with_key(WRAPPERS.PREDICT_NOISE, KEY, prediction_wrapper)
-    clone.add_wrapper_with_key(WRAPPERS.APPLY_MODEL, KEY, ModelWrapper(settings.reuse))
-    clone.add_callback_with_key(PRE_RUN, KEY, before_run)
+    clone.add_wrapper_with_key(WRAPPERS.OUTER_SAMPLE, CACHE, RunWrapper(settings))
+    clone.add_wrapper_with_key(WRAPPERS.PREDICT_NOISE, CACHE, prediction_wrapper)
+    clone.add_wrapper_with_key(WRAPPERS.APPLY_MODEL, CACHE, ModelWrapper(settings.reuse))
+    clone.add_callback_with_key(PRE_RUN, CACHE, before_run)
     note(clone, "cache", settings.describe(), settings.detail())
     return clone
 
 
 def steps_vary(patcher) -> bool:
     """True if its cache picks other steps for other images."""
-    wrappers = patcher.get_wrappers(WRAPPERS.OUTER_SAMPLE, KEY)
+    wrappers = patcher.get_wrappers(WRAPPERS.OUTER_SAMPLE, CACHE)
     return any(not wrapper.settings.policy.decided_before for wrapper in wrappers)
 
 
 def is_reused(transformer_options: dict[str, Any]) -> bool:
     """True if the latest model call of the run came from the cache."""
-    run = transformer_options.get(KEY)
+    run = transformer_options.get(CACHE)
     return run is not None and run.reused

@@ -17,7 +17,7 @@ from ....qandc_core.caching.frame import Frame
 from ....qandc_core.caching.identity import CHANGED, WHOLE, area, is_changed, locate, signature
 from ..wrappers import WRAPPERS
 
-KEY = "qandc_cache"
+CACHE = "qandc_cache"
 INNER = "qandc_cache_calls"  # our wrappers that have to be next to core's functions
 COMPILE = "torch.compile"  # of core's compile nodes
 
@@ -29,9 +29,9 @@ def keep_inside(transformer_options: dict[str, Any]) -> None:
     """
     wrappers = transformer_options.setdefault("wrappers", {})
     predictions = wrappers.setdefault(WRAPPERS.PREDICT_NOISE, {})
-    first = predictions.pop(KEY)
+    first = predictions.pop(CACHE)
     others = {key: found for key, found in predictions.items() if key != INNER}
-    wrappers[WRAPPERS.PREDICT_NOISE] = {KEY: first, **others, INNER: [keep_sample]}
+    wrappers[WRAPPERS.PREDICT_NOISE] = {CACHE: first, **others, INNER: [keep_sample]}
     batches = wrappers.setdefault(WRAPPERS.CALC_COND_BATCH, {})
     batches.pop(INNER, None)
     batches[INNER] = [keep_frame]
@@ -39,13 +39,13 @@ def keep_inside(transformer_options: dict[str, Any]) -> None:
 
 def keep_sample(executor, x, timestep, model_options, seed):
     """PREDICT_NOISE: what the guider evaluates its conditions on."""
-    model_options["transformer_options"][KEY].sample = x
+    model_options["transformer_options"][CACHE].sample = x
     return executor(x, timestep, model_options, seed)
 
 
 def keep_frame(executor, model, conds, x_in, timestep, model_options):
     """CALC_COND_BATCH: which conditions are evaluated, each on an area of x_in."""
-    run = model_options.get("transformer_options", {}).get(KEY)
+    run = model_options.get("transformer_options", {}).get(CACHE)
     if run is None:
         return executor(model, conds, x_in, timestep, model_options)
     before, run.frame = run.frame, frame_of(run.sample, conds, x_in, model_options)
@@ -69,7 +69,7 @@ def frame_of(sample: Tensor | None, conds: list, x_in: Tensor, model_options: di
 
 
 def base_piece(sample: Tensor | None, x_in: Tensor, window: Any) -> Hashable | None:
-    """Which piece of the sample x_in is; None where that cannot be told."""
+    """The piece of the sample that x_in is; None where it cannot be determined."""
     if sample is None or x_in is sample:
         return None if sample is None else WHOLE
     if window is not None and is_window(sample, x_in, window):
@@ -108,7 +108,7 @@ def nothing_between(transformer_options: dict[str, Any]) -> bool:
     """True if the model gets from ComfyUI what our frame holds: no other pack's wrapper stands between."""
     wrappers = transformer_options.get("wrappers", {})
     outside = list(wrappers.get(WRAPPERS.APPLY_MODEL, {}))
-    outside = [key for key in outside[: outside.index(KEY)] if key != COMPILE] if KEY in outside else outside
+    outside = [key for key in outside[: outside.index(CACHE)] if key != COMPILE] if CACHE in outside else outside
     return not outside and [*wrappers.get(WRAPPERS.CALC_COND_BATCH, {})][-1:] == [INNER]
 
 

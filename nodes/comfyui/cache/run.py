@@ -15,7 +15,7 @@ from ..wrappers import declares_noise, sampler_function_name
 
 AUTOMATIC, PREDICTION, BLOCKS, BRANCHES = "automatic", "whole prediction", "blocks", "attention and MLP"
 LAST_BLOCK = "last block"
-FEWEST = 64  # values of a sample that show whether noise was added
+FEWEST_VALUES = 64  # values of a sample that show whether noise was added
 REUSE_OPTIONS = (AUTOMATIC, PREDICTION, BLOCKS, BRANCHES, LAST_BLOCK)
 
 
@@ -79,7 +79,7 @@ class ModelRun(SamplingRun):
         if self.watch is not None or not self.forecasts or not self.plan.order:
             return
         free = None if self.mask is None else (self.mask.to(x.device) >= 1).expand(x.shape)
-        if x.numel() < FEWEST or (free is not None and int(free.sum()) < FEWEST):
+        if x.numel() < FEWEST_VALUES or (free is not None and int(free.sum()) < FEWEST_VALUES):
             self.forecasts = False
             if self.noisy:
                 self.plan.order, self.plan.noisy = 0, True

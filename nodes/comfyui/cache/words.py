@@ -6,7 +6,7 @@ from ..status import sentences
 from .run import ModelRun
 
 
-def words_of(run: ModelRun, ended: str = "") -> str:
+def cache_words(run: ModelRun, ended: str = "") -> str:
     """The number of computed steps, the speedup of the model calls, and every warning on its own line.
 
     A node shows two lines before it has to be made larger, so what a user must know comes first. `ended` says why a
@@ -22,7 +22,8 @@ def words_of(run: ModelRun, ended: str = "") -> str:
         lines.append(f"{run.not_visited} steps were not visited by the sampler")
     if computed < visited and gain is not None:
         lines.append(
-            f"{gain:.2g}x is timed: all model calls as long as the median computed one, against what they took"
+            f"{gain:.2g}x is measured: the time of all model calls if each took as long as the median computed one, "
+            "over their actual time"
         )
     if run.reuse:
         lines.append(f"reuses {run.reuse}, {run.reason}; {run.peak_bytes / 2**20:.1f} MiB")

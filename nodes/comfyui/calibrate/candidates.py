@@ -1,18 +1,21 @@
-"""The first pass of calibration under ComfyUI: every sample of a MODEL's trajectories becomes a candidate."""
+"""The two passes of calibration under ComfyUI, as wrappers of a MODEL: every sample of the first is a candidate, and
+model calls go through what observes the layers.
+"""
 
 from __future__ import annotations
 
 from torch import Tensor
 
+from ....qandc_core.caching.steps import step_at
 from ....qandc_core.calibration.choice import Candidates, features_of
 from ....qandc_core.calibration.layer_inputs import Watch
-from ..cache.attach import KEY as CACHE
+from ....qandc_core.compensation.correction import preserved_scale
 from ..cache.attach import is_reused
-from ..compensation import preserved_scale
-from ..wrappers import is_flow, scalar, step_at
+from ..cache.calls import CACHE
+from ..wrappers import is_flow, scalar
 
 
-def conditions_of(options: dict) -> int:
+def condition_count(options: dict) -> int:
     """Number of conditions side by side in the batch of a model call."""
     return len(options.get("uuids", (None,)))
 
@@ -30,33 +33,22 @@ def is_reusing(options: dict) -> bool:
 
 
 def is_counted(executor, model, options: dict) -> bool:
-    """Whether this is a call of the model itself: guiders may have a second one, and caches repeat a call."""
+    """True for a call of the model itself: guiders may have a second model, and caches repeat a call."""
     return executor.class_obj is model and not is_self_test(options)
 
 
-class Collecting:
-    """PREDICT_NOISE and APPLY_MODEL of the first pass: notes every candidate of a model, and hands its calls through
-    the watch, if there is one.
-    """
+class Watching:
+    """PREDICT_NOISE and APPLY_MODEL of a sampling run whose model calls go through the watch, if there is one."""
 
-    def __init__(self, candidates: Candidates, run: int, model, watch: Watch | None = None):
-        self.candidates, self.run, self.call, self.conditions, self.model = candidates, run, 0, 0, model
-        self.watch = watch
+    def __init__(self, model, watch: Watch | None):
+        self.model, self.watch = model, watch
+        self.conditions = 0  # evaluated in the present prediction
 
     def predict_noise(self, executor, x, timestep, model_options, seed):
-        options, sigma = model_options["transformer_options"], scalar(timestep)
-        scale = preserved_scale(sigma, is_flow(executor.class_obj.inner_model))
-        features, self.conditions = features_of(x * scale), 0
+        self.conditions = 0
         if self.watch is not None:
             self.watch.next_prediction()
-        out = executor(x, timestep, model_options, seed)
-        sigmas = options["sample_sigmas"]
-        step = step_at(sigmas.tolist(), sigma)
-        self.candidates.add(
-            self.run, self.call, step, sigmas, features, out, self.conditions, computed=not is_reused(options)
-        )
-        self.call += 1
-        return out
+        return executor(x, timestep, model_options, seed)
 
     def apply_model(self, executor, x, t, c_concat, c_crossattn, control, transformer_options, **kwargs):
         def call() -> Tensor:
@@ -64,9 +56,29 @@ class Collecting:
 
         if not is_counted(executor, self.model, transformer_options):
             return call()
-        count = conditions_of(transformer_options)
+        count = condition_count(transformer_options)
         self.conditions += count
         if self.watch is None:
             return call()
         given = {"c_concat": c_concat, "c_crossattn": c_crossattn, "control": control, **kwargs}
         return self.watch.called(call, x, t, given, count, lambda: is_reusing(transformer_options))
+
+
+class Collecting(Watching):
+    """The first pass: also notes every prediction of the model as candidates."""
+
+    def __init__(self, candidates: Candidates, run: int, model, watch: Watch | None = None):
+        super().__init__(model, watch)
+        self.candidates, self.run, self.call = candidates, run, 0
+
+    def predict_noise(self, executor, x, timestep, model_options, seed):
+        options, sigma = model_options["transformer_options"], scalar(timestep)
+        features = features_of(x * preserved_scale(sigma, is_flow(executor.class_obj.inner_model)))
+        out = super().predict_noise(executor, x, timestep, model_options, seed)
+        sigmas = options["sample_sigmas"]
+        step = step_at(sigmas.tolist(), sigma)
+        self.candidates.add(
+            self.run, self.call, step, sigmas, features, out, self.conditions, computed=not is_reused(options)
+        )
+        self.call += 1
+        return out

@@ -1,4 +1,4 @@
-"""What the result of a sampling node depends on, as a digest: models, prompts, controls, hooks, patches, settings."""
+"""A digest of the inputs of a sampling node: models, prompts, controls, hooks, patches, settings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import comfy.utils
 from torch import nn
 
 from ....qandc_core.calibration.digest import Digest, Sampled, digest
-from ..cache.attach import KEY as CACHE
+from ..cache.calls import CACHE
 from ..quantize.weights import base_tensors
 from ..wrappers import REPORT, details
 
@@ -59,7 +59,7 @@ OF_A_RUN = {
 
 def digest_of_inputs(*values: Any) -> Digest:
     """Equal only for equal values, models among them, in any process; what it cannot tell makes it unique."""
-    found = digest(*values, replace=Standing())
+    found = digest(*values, replace=StandIns())
     if not found.known:
         log.info(
             "Q&C: a cancelled run of these inputs cannot be resumed, because %s cannot be compared.",
@@ -68,8 +68,8 @@ def digest_of_inputs(*values: Any) -> Digest:
     return found
 
 
-class Standing:
-    """What stands for ComfyUI's objects: of a model what it computes with, not where its weights are just now."""
+class StandIns:
+    """Stand-ins for ComfyUI's objects: for a model what it computes with, not where its weights are at the moment."""
 
     def __init__(self) -> None:
         self.networks: dict[int, str] = {}
@@ -133,7 +133,7 @@ def original(patcher, key: str) -> Any:
 
 
 def vars_of_config(model) -> list:
-    """Of what a model was made, and in what precision it computes."""
+    """The configuration of a model, and the precision in which it computes."""
     config = getattr(model, "model_config", None)
     precision = getattr(model, "manual_cast_dtype", None), getattr(model, "model_type", None)
     return [type(config), getattr(config, "unet_config", None), getattr(config, "sampling_settings", None), *precision]

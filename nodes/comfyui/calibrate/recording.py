@@ -28,19 +28,18 @@ from torch import Tensor, nn
 
 from ....qandc_core.calibration.growth import RunSchedule, add_run, check_recording
 from ....qandc_core.calibration.recorder import Recorder, RecordingConfig, RunRecord
-from ..cache.attach import KEY as CACHE
-from ..cache.calls import COMPILE
+from ..cache.calls import CACHE, COMPILE
 from ..cache.others import other_caches
 from ..quantize.layers import calibrated, check_not_quantized
 from ..status import show
 from ..wrappers import WRAPPERS, declares_noise, options_of_run, repeated, replace_wrapper, sampler_function_name
 
-KEY = "qandc_recording"
+RECORDING = "qandc_recording"
 PRE_RUN = comfy.patcher_extension.CallbacksMP.ON_PRE_RUN
 log = logging.getLogger(__name__)
 AT_ONCE = 2**28  # bytes of statistics that are added before the run returns
 adding = ThreadPoolExecutor(1, "qandc-recording")  # one run after the other
-recorded: ContextVar[tuple[RunRecorder, ...]] = ContextVar("recorded", default=())  # runs that have begun
+recording_now: ContextVar[tuple[RunRecorder, ...]] = ContextVar("recording_now", default=())  # runs that have begun
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ class RunRecorder:
         check_not_quantized(network)
         if is_compiled(patcher):
             raise ValueError(
-                "A compiled model does not show what its layers see; take torch.compile off, or set record to off."
+                "The layer inputs of a compiled model cannot be recorded; remove torch.compile, or set record to off."
             )
         layers = calibrated(network)
         if not layers:
@@ -78,27 +77,25 @@ class RunRecorder:
         runs += [RecordedRun(node, patcher, len(sigmas) - 1) for node, patcher in others_recorded(guider)]
         for run in runs:
             run.node.check(run.patcher)
-        saved, options = guider.model_options, options_of_run(guider)
-        caches = CACHE in options.get("wrappers", {}).get(WRAPPERS.OUTER_SAMPLE, {}) or bool(
-            other_caches(guider.model_patcher, guider.model_options)
-        )
-        schedule = RunSchedule(
-            sigmas.tolist(), sampler_function_name(sampler).removeprefix("sample_"), declares_noise(sampler), not caches
-        )
-        options[KEY] = runs
-        keep_innermost(options)
-        begun = recorded.set((*recorded.get(), *(run.node for run in runs)))
-        try:
-            out = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
-            for run in runs:
-                if run.recorder.strata is not None:  # at a CFG of 1 a guider leaves its second model out
-                    run.node.end(run.recorder, schedule, run.patcher.load_device)
-            return out
-        finally:
-            recorded.reset(begun)
-            for run in runs:
-                run.recorder.close()
-            guider.model_options = saved
+        with options_of_run(guider) as options:
+            caches = CACHE in options.get("wrappers", {}).get(WRAPPERS.OUTER_SAMPLE, {}) or bool(
+                other_caches(guider.model_patcher, guider.model_options)
+            )
+            name = sampler_function_name(sampler).removeprefix("sample_")
+            schedule = RunSchedule(sigmas.tolist(), name, declares_noise(sampler), not caches)
+            options[RECORDING] = runs
+            keep_innermost(options)
+            begun = recording_now.set((*recording_now.get(), *(run.node for run in runs)))
+            try:
+                out = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+                for run in runs:
+                    if run.recorder.strata is not None:  # at a CFG of 1 a guider leaves its second model out
+                        run.node.end(run.recorder, schedule, run.patcher.load_device)
+                return out
+            finally:
+                recording_now.reset(begun)
+                for run in runs:
+                    run.recorder.close()
 
     def end(self, recorder: Recorder, schedule: RunSchedule, device: torch.device) -> None:
         """Has a run added that ended well; what it adds is measured on the device."""
@@ -112,7 +109,7 @@ class RunRecorder:
             wait([record])
 
     def add(self, record: Future[RunRecord], schedule: RunSchedule, device: torch.device) -> None:
-        """Where adding fails, the image is still there and the file is as it was."""
+        """Adds the run; where that fails, the image is still there and the file is unchanged."""
         try:
             found = add_run(self.path, self.fingerprint, record.result(), schedule, self.config, device)
             self.say(found.describe())
@@ -146,17 +143,17 @@ def others_recorded(guider) -> list[tuple[RunRecorder, Any]]:
         if not isinstance(patcher, ModelPatcher) or any(model is known for known in seen):
             continue
         seen.append(model)
-        found += [(node, patcher) for node in patcher.get_wrappers(WRAPPERS.OUTER_SAMPLE, KEY)]
+        found += [(node, patcher) for node in patcher.get_wrappers(WRAPPERS.OUTER_SAMPLE, RECORDING)]
     return found
 
 
 def run_of(options: dict[str, Any], model) -> RecordedRun | None:
     """The run that calls of this model belong to."""
-    runs = options.get(KEY, ())
+    runs = options.get(RECORDING, ())
     return next((run for run in runs if any(model is known for known in run.models)), None)
 
 
-def is_reusing(options: dict[str, Any], model, device: torch.device) -> bool:
+def reuses_blocks(options: dict[str, Any], model, device: torch.device) -> bool:
     """True while Apply Cache reuses blocks in this call, or tests whether it could."""
     run = options.get(CACHE)
     cache = None if run is None else run.caches.get((device, id(model)))
@@ -178,7 +175,7 @@ def room(model, x: Tensor) -> int:
 def predict_noise(executor, x, timestep, model_options, seed):
     """PREDICT_NOISE: the prediction of each step, for the distances between them."""
     out = executor(x, timestep, model_options, seed)
-    for run in model_options["transformer_options"].get(KEY, ()):
+    for run in model_options["transformer_options"].get(RECORDING, ()):
         run.recorder.predicted(timestep, out)
     return out
 
@@ -199,7 +196,7 @@ def apply_model(executor, x, t, c_concat, c_crossattn, control, transformer_opti
 
     model = executor.class_obj
     run = run_of(transformer_options, model)
-    if run is None or is_reusing(transformer_options, model, x.device):
+    if run is None or reuses_blocks(transformer_options, model, x.device):
         return call()
     conditions = {"c_concat": c_concat, "c_crossattn": c_crossattn, "control": control, **kwargs}
     return run.recorder.called(id(model), lambda: layers_of(model), lambda: room(model, x), call, x, t, conditions)
@@ -208,8 +205,8 @@ def apply_model(executor, x, t, c_concat, c_crossattn, control, transformer_opti
 def keep_innermost(options: dict[str, Any]) -> None:
     """Calls that a cache answers do not reach the recorder, whichever node came first."""
     wrappers = options.get("wrappers", {}).get(WRAPPERS.APPLY_MODEL, {})
-    if KEY in wrappers:
-        wrappers[KEY] = wrappers.pop(KEY)
+    if RECORDING in wrappers:
+        wrappers[RECORDING] = wrappers.pop(RECORDING)
 
 
 def is_compiled(patcher) -> bool:
@@ -226,8 +223,8 @@ def is_compiled(patcher) -> bool:
 
 def before_run(patcher) -> None:
     """ON_PRE_RUN: tells of a model that its guider does not wrap, the second one of two whose first has no node."""
-    for wrapper in patcher.get_wrappers(WRAPPERS.OUTER_SAMPLE, KEY):
-        if wrapper not in recorded.get() and repeated.get() is None:
+    for wrapper in patcher.get_wrappers(WRAPPERS.OUTER_SAMPLE, RECORDING):
+        if wrapper not in recording_now.get() and repeated.get() is None:
             wrapper.say(
                 "a run is not recorded, its guider's main model needs a Calibrate from Runs node too", logging.WARNING
             )
@@ -237,12 +234,12 @@ def record_runs(patcher, recorder: RunRecorder):
     """A clone of the model whose runs are recorded."""
     recorder.check(patcher)
     clone = patcher.clone()
-    replace_wrapper(clone, WRAPPERS.OUTER_SAMPLE, KEY, recorder)
-    replace_wrapper(clone, WRAPPERS.PREDICT_NOISE, KEY, predict_noise)
-    replace_wrapper(clone, WRAPPERS.CALC_COND_BATCH, KEY, calc_cond_batch)
-    replace_wrapper(clone, WRAPPERS.APPLY_MODEL, KEY, apply_model)
-    clone.remove_callbacks_with_key(PRE_RUN, KEY)
-    clone.add_callback_with_key(PRE_RUN, KEY, before_run)
+    replace_wrapper(clone, WRAPPERS.OUTER_SAMPLE, RECORDING, recorder)
+    replace_wrapper(clone, WRAPPERS.PREDICT_NOISE, RECORDING, predict_noise)
+    replace_wrapper(clone, WRAPPERS.CALC_COND_BATCH, RECORDING, calc_cond_batch)
+    replace_wrapper(clone, WRAPPERS.APPLY_MODEL, RECORDING, apply_model)
+    clone.remove_callbacks_with_key(PRE_RUN, RECORDING)
+    clone.add_callback_with_key(PRE_RUN, RECORDING, before_run)
     return clone
 
 
@@ -250,6 +247,6 @@ def without_recording(patcher):
     """A clone of the model whose runs are not recorded, whatever was attached before."""
     clone = patcher.clone()
     for kind in (WRAPPERS.OUTER_SAMPLE, WRAPPERS.PREDICT_NOISE, WRAPPERS.CALC_COND_BATCH, WRAPPERS.APPLY_MODEL):
-        clone.remove_wrappers_with_key(kind, KEY)
-    clone.remove_callbacks_with_key(PRE_RUN, KEY)
+        clone.remove_wrappers_with_key(kind, RECORDING)
+    clone.remove_callbacks_with_key(PRE_RUN, RECORDING)
     return clone

@@ -8,7 +8,7 @@ from typing import Any
 import comfy.model_management as mm
 
 from ....qandc_core.calibration import run as engine
-from ....qandc_core.calibration.choice import SELECTIONS, Batch, CalibrationConfig, Candidates
+from ....qandc_core.calibration.choice import Batch, CalibrationConfig, Candidates
 from ....qandc_core.calibration.digest import Digest
 from ....qandc_core.calibration.file import Calibration
 from ....qandc_core.calibration.layer_inputs import Observer, Watch
@@ -19,12 +19,10 @@ from ..quantize.weights import fingerprint_of
 from ..sampling import Progress, sample_new
 from ..settings import Settings, image_numbers, images_of
 from ..wrappers import WRAPPERS, on_one_device, replace_wrapper
-from .candidates import Collecting
+from .candidates import Collecting, Watching
 from .inputs import digest_of_inputs
-from .layer_inputs import Observing
 
-__all__ = ["SELECTIONS", "CalibrationConfig", "calibrate", "digest_of"]
-KEY = "qandc_calibration"
+CALIBRATION = "qandc_calibration"
 VERSION = 4  # of what a partial file notes
 
 
@@ -79,18 +77,18 @@ class SamplingHost:
         if not collecting.call:
             raise ValueError(
                 f"The guider {type(self.settings.guider).__name__} samples without ComfyUI's CFGGuider, so its model "
-                "calls cannot be seen; wire a guider of ComfyUI's."
+                "calls cannot be observed; use one of ComfyUI's guiders."
             )
 
     def observe(self, observer: Observer, batch: Batch) -> None:
-        self.sample(Observing(observer, self.patcher.model), batch)
+        self.sample(Watching(self.patcher.model, observer), batch)
 
-    def sample(self, watch: Collecting | Observing, batch: Batch) -> None:
+    def sample(self, watch: Watching, batch: Batch) -> None:
         """One sampling run whose predictions and model calls pass through `watch`."""
         watched = self.progress.timed(self.patcher.clone())
         on_one_device(watched)  # whose layers are observed
-        replace_wrapper(watched, WRAPPERS.PREDICT_NOISE, KEY, watch.predict_noise)
-        replace_wrapper(watched, WRAPPERS.APPLY_MODEL, KEY, watch.apply_model)
+        replace_wrapper(watched, WRAPPERS.PREDICT_NOISE, CALIBRATION, watch.predict_noise)
+        replace_wrapper(watched, WRAPPERS.APPLY_MODEL, CALIBRATION, watch.apply_model)
         images = images_of(self.latent, image_numbers(batch, self.settings.count))
         sample_new(watched, self.settings, images, batch.seed, self.progress.step, batch.first, batch.prompt)
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ....qandc_core.quantization.native import NativeLayer
 from ..quantize.beside import BesideLayer, with_besides
 from ..quantize.patcher import as_native
-from ..quantize.weights import is_quantized
+from ..quantize.weights import is_packed
 
 HALF = torch.float16  # holds every float8 value
 # What a patcher notes on modules while they are loaded: names, and how further names begin.
@@ -43,7 +43,7 @@ def copied_clip(clip, layers: Mapping[str, Mapping[str, NativeLayer]]):
         take_quantized(model.get_submodule(name).transformer, quantized)
     with_besides(model)
     fresh = patcher_of(model, clip.patcher, clip.patcher.is_dynamic())
-    fresh.cached_patcher_init = (again, (fresh,))
+    fresh.cached_patcher_init = (copied_again, (fresh,))
     found = clip.clone()
     found.patcher = as_native(clip.patcher.clone(model_override=fresh.get_clone_model_override()))
     found.cond_stage_model = model
@@ -61,7 +61,7 @@ def replaced(key: str, layers: Mapping[str, Mapping[str, NativeLayer]]) -> bool:
     return name.rpartition(".")[0] in layers.get(encoder, ())
 
 
-def again(patcher, disable_dynamic: bool = False):
+def copied_again(patcher, disable_dynamic: bool = False):
     """Another patcher of the same weights, without patches: ComfyUI asks for one where hooks need one."""
     found = patcher_of(copied(patcher), patcher, patcher.is_dynamic() and not disable_dynamic)
     found.cached_patcher_init = patcher.cached_patcher_init
@@ -143,7 +143,7 @@ def widen(network: Any) -> None:
     """Float8 weights as float16: by the type of a norm the loader chooses that to which codes are decoded."""
     for module in network.modules():
         for name, value in module._parameters.items():
-            if value is not None and not is_quantized(value) and value.dtype.itemsize == 1:
+            if value is not None and not is_packed(value) and value.dtype.itemsize == 1:
                 module._parameters[name] = parameter(value.to(HALF))
                 setattr(module, f"{name}_comfy_model_dtype", HALF)
     network.dtype = HALF

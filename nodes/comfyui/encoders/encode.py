@@ -1,4 +1,4 @@
-"""Prompts as the encoders of a CLIP get them, and what an encoder answers."""
+"""Prompts as the encoders of a CLIP get them, and the outputs of an encoder."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Answers:
         return x[self.mask.to(x.device).bool()]
 
     def output(self, tokens: Tokens) -> Tensor:
-        """What the encoder answers, on the CPU, with zeros for masked tokens: (texts, tokens, width), or the same of
+        """The encoder's output on the CPU, with zeros for masked tokens: (texts, tokens, width), or the same of
         each of several layers.
         """
         z = self.run(tokens)[0].float()

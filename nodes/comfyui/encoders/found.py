@@ -11,6 +11,7 @@ from torch import nn
 
 from ....qandc_core.quantization.selection import block_linears, matching
 from ..quantize.layers import all_linears, is_linear
+from ..quantize.patcher import has_parameter
 
 # By a layer of this name the loaders find the file of which they ask whether it is quantized, one of each kind in a
 # CLIP: comfy.sd's t5xxl_detect and llama_detect.
@@ -86,11 +87,3 @@ def quantizable_layers(encoder: Encoder, skip: tuple[str, ...], include: tuple[s
     chosen |= {full[name] for name in matching(list(full), include)}
     chosen -= {full[name] for name in matching(list(full), skip)}
     return {name: module for name, module in linears.items() if name in chosen}
-
-
-def has_parameter(network: nn.Module, key: str) -> bool:
-    owner, _, attribute = key.rpartition(".")
-    try:
-        return hasattr(network.get_submodule(owner), attribute)
-    except AttributeError:
-        return False

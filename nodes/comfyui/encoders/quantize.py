@@ -7,7 +7,6 @@ quantized, and a format saves memory but no time.
 from __future__ import annotations
 
 import logging
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,20 +14,27 @@ from functools import partial
 from typing import Any
 
 import comfy.model_management as mm
-import torch
 from torch import Tensor
 
 from ....qandc_core.calibration.statistics import LayerStatistics
 from ....qandc_core.calibration.token_inputs import feeds_of, groups_of, statistics_of
 from ....qandc_core.numerics import relative_error
-from ....qandc_core.quantization.budget import FLOAT, Budget, LayerSource, quantize_layers, stored_bytes
+from ....qandc_core.quantization.budget import Budget, LayerSource, quantize_layers
 from ....qandc_core.quantization.formats import BY_NAME
+from ....qandc_core.quantization.gptq import rounding_cost
 from ....qandc_core.quantization.native import COLLAPSE, NativeConfig, NativeLayer
-from ....qandc_core.quantization.report import LayerReport, QuantizationReport, percent, sizes
+from ....qandc_core.quantization.report import (
+    LayerReport,
+    QuantizationReport,
+    layer_reports,
+    mean_error,
+    percent,
+    sizes,
+)
 from ....qandc_core.sampling.clock import Stopwatch
 from ..quantize.formats import check_supported
 from ..quantize.layers import all_linears, check_loras, narrower
-from ..quantize.native import check_decodable, packed_sources, rounding_cost, unmatched_parts, working_memory
+from ..quantize.native import check_decodable, make_room, packed_sources, unmatched_parts
 from ..quantize.weights import SourceWeights
 from ..quantize.work import Work
 from .copies import HALF, copied_clip
@@ -54,7 +60,7 @@ class TextSettings:
 
 @dataclass(frozen=True)
 class Part:
-    """What became of one encoder: its size in a file before and after, and its error (see QuantizationReport)."""
+    """The result for one encoder: its size in a file before and after, and its error (see QuantizationReport)."""
 
     name: str
     before: int
@@ -72,13 +78,14 @@ class TextReport:
     prompts: int
 
     def said(self) -> list[str]:
-        """Sentences about the files, the encoders that stay, and the prompts."""
+        """Sentences about the files, the encoders that are not quantized, and the prompts."""
         found = [
-            f"{p.name}: {sizes(p.before, p.after)} with all that stays, {percent(p.error[0])} error" for p in self.parts
+            f"{p.name}: {sizes(p.before, p.after)} with all other weights, {percent(p.error[0])} error"
+            for p in self.parts
         ]
         if self.stay:
             found.append(
-                "as they are: " + ", ".join(f"{name} {size / 2**20:.0f} MiB" for name, size in self.stay.items())
+                "not quantized: " + ", ".join(f"{name} {size / 2**20:.0f} MiB" for name, size in self.stay.items())
             )
         return [*found, f"calibrated on {self.prompts} prompts" if self.prompts else "rounded to nearest"]
 
@@ -143,8 +150,8 @@ def chosen_encoders(clip, settings: TextSettings) -> dict[Encoder, dict[str, Any
     if not able:
         names = ", ".join(encoder.name for encoder in encoders_of(clip)) or type(clip.cond_stage_model).__name__
         raise ValueError(
-            f"ComfyUI's loaders take no quantized {names}; Quantize Text Encoder is for T5, umT5, Qwen, Llama, Gemma, "
-            "Mistral and their like."
+            f"ComfyUI's loaders do not support a quantized {names}; Quantize Text Encoder is for T5, umT5, Qwen, "
+            "Llama, Gemma, Mistral and their like."
         )
     found = {}
     refusal = f"This CLIP has no linear layer left to quantize with skip = {', '.join(settings.skip) or 'nothing'}."
@@ -200,7 +207,7 @@ class Task:
         groups = groups_of(feeds, STATISTICS)
         for group in groups:
             statistics = self.statistics(feeds, group, len(groups))
-            mm.free_memory(max(working_memory(self.layers[name]) for name in group), device)
+            make_room([self.layers[name] for name in group], device)
             sources = [LayerSource(name, partial(self.weights.layer, name, device), size[name]) for name in group]
             found |= quantize_layers(sources, config, statistics, Budget(settings.max_error), self.rounded)
         return found
@@ -234,30 +241,17 @@ def reported(clip, quantized, settings, tasks, layers, errors, seconds: float, p
     rows: list[LayerReport] = []
     sources: Counter[str] = Counter()
     for name, task in tasks.items():
-        before = task.weights.bytes(layers[name])
         sources.update(packed_sources(task.encoder.network, list(layers[name])))
-        rows += [
-            LayerReport(f"{name}.{key}", FLOAT, 0.0, before[key], before[key])
-            if layer is None
-            else LayerReport(f"{name}.{key}", layer.format, layer.error, before[key], stored_bytes(layer))
-            for key, layer in layers[name].items()
-        ]
+        rows += layer_reports(layers[name], task.weights.bytes(layers[name]), f"{name}.")
     after = {encoder.name: encoder.bytes for encoder in encoders_of(quantized)}
-    parts = [Part(name, task.encoder.bytes, after[name], summed_up(errors[name])) for name, task in tasks.items()]
-    whole = summed_up([sum(each) / len(each) for each in zip(*errors.values())])
+    parts = [Part(name, task.encoder.bytes, after[name], mean_error(errors[name])) for name, task in tasks.items()]
+    whole = mean_error([sum(each) / len(each) for each in zip(*errors.values())])
     subject = "text encoder" if len(parts) == 1 else "text encoders"
     report = QuantizationReport(
         settings.format, rows, seconds, KERNELS, whole, dict(sources), subject=subject, sample="prompt"
     )
     stay = {encoder.name: encoder.bytes for encoder in encoders_of(clip) if encoder.name not in tasks}
     return TextReport(report, parts, stay, prompts)
-
-
-def summed_up(errors: Sequence[float]) -> tuple[float, float, int]:
-    """Mean, standard error (NaN of one) and number of errors."""
-    values = torch.tensor(errors, dtype=torch.float64)
-    spread = float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
-    return float(values.mean()), spread, len(values)
 
 
 def check_near(report: TextReport, settings: TextSettings) -> None:

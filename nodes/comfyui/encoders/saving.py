@@ -13,7 +13,7 @@ import folder_paths
 from torch import Tensor
 
 from ....qandc_core.files import written_whole
-from ..quantize.weights import is_quantized
+from ..quantize.weights import is_packed
 from .found import Encoder, encoders_of
 
 # Names that a loader replaces as it reads such a file.
@@ -21,7 +21,7 @@ FULL_NAMES = {"model.": "model.language_model.", "visual.": "model.visual.", "mo
 
 
 def has_quantized(encoder: Encoder) -> bool:
-    return any(is_quantized(getattr(module, "weight", None)) for module in encoder.network.modules())
+    return any(is_packed(getattr(module, "weight", None)) for module in encoder.network.modules())
 
 
 def encoders_to_save(clip, everything: bool) -> list[Encoder]:
@@ -34,7 +34,7 @@ def encoders_to_save(clip, everything: bool) -> list[Encoder]:
     return found
 
 
-def file_prefix(encoders: list[Encoder], format: str) -> str:
+def encoder_prefix(encoders: list[Encoder], format: str) -> str:
     """Folder, encoder, format and date; several encoders' files add their names themselves."""
     name = encoders[0].name if len(encoders) == 1 else "text-encoders"
     return f"clip/{name}_{format}_{time.strftime('%Y-%m-%d')}"

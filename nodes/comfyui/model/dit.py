@@ -22,8 +22,9 @@ from comfy_execution.utils import get_executing_context
 from torch import Tensor
 
 from ....qandc_core.calibration.file import FINGERPRINT, fingerprint_tensors
-from ....qandc_core.checkpoints.dit import dit_metadata, locate, read_dit, strip_prefix
+from ....qandc_core.checkpoints.dit import dit_metadata, locate, read_dit
 from ....qandc_core.checkpoints.native import holds_quantized, quantized_names
+from ....qandc_core.checkpoints.prefixes import strip_prefix
 from ....qandc_core.checkpoints.quantized import is_quantized, load_codes, quantized_metadata, read_quantized
 from ....qandc_core.diffusion.classes import read_classes
 from ....qandc_core.files import METADATA_KEY, metadata_tensor, pop_metadata, read_tensors

@@ -62,7 +62,7 @@ def with_besides(network: nn.Module) -> None:
 
 
 def beside_of(patches: Sequence[tuple], weight: Any) -> Beside | None:
-    """What core's patches of a packed weight add to it, in the weight's dtype; None where some have no structure, or
+    """The sum of core's patches of a packed weight, in the weight's dtype; None where some have no structure, or
     where the layer in floating point would take less memory.
     """
     shape, terms = tuple(weight.shape), []

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from statistics import fmean
 
 import comfy.model_management as mm
 import torch
@@ -14,12 +14,13 @@ from torch import Tensor
 from ....qandc_core.calibration.calls import ModelCall
 from ....qandc_core.numerics import relative_error
 from ....qandc_core.quantization.native import NativeLayer
+from ....qandc_core.quantization.report import mean_error
 from ....qandc_core.quantization.sensitivity import answering_as
 
 FEW = 3  # calls that tell shares of the error
 
 
-class Judge:
+class HeldOutError:
     """Compares with the patcher, as it is, on these calls; `called` is told of every answer."""
 
     def __init__(self, patcher, calls: tuple[ModelCall, ...], called: Callable[[], None]):
@@ -40,7 +41,7 @@ class Judge:
         chosen = self.few if rough else range(len(self.calls))
         exact = [self.exact[i] for i in chosen]
         with answering_as(self.patcher.model.diffusion_model, layers):
-            return float(relative_errors(exact, self.answers(self.patcher, chosen)).mean())
+            return fmean(relative_errors(exact, self.answers(self.patcher, chosen)))
 
     @property
     def few(self) -> list[int]:
@@ -50,9 +51,7 @@ class Judge:
 
     def of_model(self, quantized) -> tuple[float, float, int]:
         """Mean, standard error (NaN of one call) and number of the relative errors of a quantized patcher."""
-        errors = relative_errors(self.exact, self.answers(quantized))
-        spread = float(errors.std() / math.sqrt(len(errors))) if len(errors) > 1 else math.nan
-        return float(errors.mean()), spread, len(errors)
+        return mean_error(relative_errors(self.exact, self.answers(quantized)))
 
     @torch.inference_mode()
     def answers(self, patcher, chosen: Sequence[int] | None = None) -> list[Tensor]:
@@ -70,6 +69,6 @@ class Judge:
         return found
 
 
-def relative_errors(exact: list[Tensor], found: list[Tensor]) -> Tensor:
-    """|D_q - D| / |D| of each call, (calls,) float64."""
-    return torch.tensor([relative_error(b, a) for a, b in zip(exact, found)], dtype=torch.float64)
+def relative_errors(exact: list[Tensor], found: list[Tensor]) -> list[float]:
+    """|D_q - D| / |D| of each call."""
+    return [relative_error(b, a) for a, b in zip(exact, found)]

@@ -1,4 +1,4 @@
-"""Which layers of a network Quantize and TAP Calibrate are about."""
+"""The layers of a network that Quantize and TAP Calibrate work on."""
 
 from __future__ import annotations
 

@@ -5,27 +5,30 @@ from __future__ import annotations
 import logging
 import uuid
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.model_management as mm
+import torch
 from torch import nn
 
 from ....qandc_core.calibration.file import FINGERPRINT, Calibration
-from ....qandc_core.quantization.budget import FLOAT, TRIES, Budget, LayerSource, quantize_layers, stored_bytes
+from ....qandc_core.quantization.budget import TRIES, Budget, LayerSource, quantize_layers
 from ....qandc_core.quantization.formats import BY_NAME
-from ....qandc_core.quantization.native import COLLAPSE, NativeConfig, NativeLayer
-from ....qandc_core.quantization.report import LayerReport, QuantizationReport
+from ....qandc_core.quantization.gptq import rounding_cost
+from ....qandc_core.quantization.native import COLLAPSE, NativeConfig, NativeLayer, working_bytes
+from ....qandc_core.quantization.report import QuantizationReport, layer_reports
 from ....qandc_core.quantization.selection import unmatched
 from ....qandc_core.quantization.sensitivity import grouped
 from ....qandc_core.sampling.clock import Stopwatch
 from ..wrappers import QUANTIZATION, note, on_one_device
 from .formats import backend, check_supported
-from .judge import FEW, Judge
+from .judge import FEW, HeldOutError
 from .layers import all_linears, check_loras, check_not_paper, narrower, packed_name, quantizable
 from .patcher import as_native
-from .rebuild import again, compiled_again, rebuilt, shapes_read_by_detection, stored_dtype
-from .weights import SourceWeights, fingerprint_of, is_quantized
+from .rebuild import compiled_again, rebuilt, rebuilt_again, shapes_read_by_detection, stored_dtype
+from .weights import SourceWeights, fingerprint_of, is_packed
 from .work import Work
 
 log = logging.getLogger(__name__)
@@ -63,7 +66,7 @@ def quantize_native(
     calls = calibration.held_out if calibration is not None else ()
     work = planned_work(patcher, settings, layers, len(calls), node_id)
     weights = SourceWeights(patcher, settings.loras == "bake", stored_dtype(patcher.model.model_config))
-    judge = Judge(patcher, calls, work.called) if calls else None
+    judge = HeldOutError(patcher, calls, work.called) if calls else None
     if judge is not None:
         judge.prepare()  # first, so that the time of a call is known
     quantized = quantized_weights(weights, layers, settings, calibration, work, judge)
@@ -71,7 +74,7 @@ def quantize_native(
     error = None if judge is None else judge.of_model(model)
     report = QuantizationReport(
         settings.format,
-        layer_reports(weights, quantized),
+        layer_reports(quantized, weights.bytes(quantized)),
         watch.seconds(),
         backend(settings.format, model.load_device),
         error,
@@ -107,7 +110,7 @@ def chosen_layers(patcher, settings: NativeSettings) -> list[str]:
 def check_decodable(layers: list[tuple[str, Any]], loader: str) -> None:
     """Raises ValueError on weights that are neither floating point nor packed by ComfyUI, such as GGUF's."""
     for name, module in layers:
-        if not (is_quantized(module.weight) or module.weight.is_floating_point()):
+        if not (is_packed(module.weight) or module.weight.is_floating_point()):
             raise ValueError(
                 f"The weight of {name} is a {type(module.weight).__name__} of {module.weight.dtype}, expected floating "
                 f"point; load the model with {loader} from a file of 16 bits."
@@ -143,7 +146,7 @@ def quantized_weights(
     settings: NativeSettings,
     calibration: Calibration | None,
     work: Work,
-    judge: Judge | None,
+    judge: HeldOutError | None,
 ) -> dict[str, NativeLayer | None]:
     """Every layer's tensors; None where it stays as it is. Raises ValueError where all of them do."""
     device, network = mm.get_torch_device(), weights.patcher.model.diffusion_model
@@ -162,7 +165,7 @@ def quantized_weights(
 
     config = NativeConfig(settings.format, settings.rounding)
     statistics = calibration.statistics if calibration is not None else {}
-    mm.free_memory(max(working_memory(network.get_submodule(name)) for name in names), device)
+    make_room([network.get_submodule(name) for name in names], device)
     budget = settings.budget
     if budget.max_bytes is not None and budget.max_bytes >= sum(sizes.values()):
         # The layers as they are meet this limit: spending it would quantize nothing.
@@ -173,18 +176,18 @@ def quantized_weights(
         raise ValueError(
             f"Nothing would be quantized: in {settings.format} and every finer format all {len(names)} layers have a "
             f"relative error above max_layer_error = {settings.budget.max_error or 0:g} or sizes that the format does "
-            "not take; raise max_layer_error, or set 0 for no limit."
+            "not support; raise max_layer_error, or set 0 for no limit."
         )
     return found
 
 
-def judge_of_layers(judge: Judge, settings: NativeSettings) -> Judge:
+def judge_of_layers(judge: HeldOutError, settings: NativeSettings) -> HeldOutError:
     """The judge of the layers by themselves: LoRAs that are kept on top are no part of them."""
     if settings.loras == "bake" or not judge.patcher.patches:
         return judge
     plain = judge.patcher.clone()
     plain.patches, plain.patches_uuid = {}, uuid.uuid4()
-    return Judge(plain, judge.calls, judge.called)
+    return HeldOutError(plain, judge.calls, judge.called)
 
 
 def planned_work(patcher, settings: NativeSettings, names: list[str], calls: int, node_id: str | None) -> Work:
@@ -196,24 +199,9 @@ def planned_work(patcher, settings: NativeSettings, names: list[str], calls: int
     return Work(patcher, rounding, asked, node_id)
 
 
-def rounding_cost(module: Any) -> float:
-    """Operations of gptq on a layer, for shares of the time: a factorization of X^T X and a product with it."""
-    return module.in_features**2 * (module.in_features / 3 + module.out_features)
-
-
-def working_memory(module: Any) -> int:
-    """Memory to round one layer: X^T X and its factor, and the weight a few times, in float32."""
-    return 4 * module.in_features * (3 * module.in_features + 6 * module.out_features)
-
-
-def layer_reports(weights: SourceWeights, quantized: dict[str, NativeLayer | None]) -> list[LayerReport]:
-    before = weights.bytes(quantized)
-    return [
-        LayerReport(name, FLOAT, 0.0, before[name], before[name])
-        if layer is None
-        else LayerReport(name, layer.format, layer.error, before[name], stored_bytes(layer))
-        for name, layer in quantized.items()
-    ]
+def make_room(layers: Sequence[Any], device: torch.device) -> None:
+    """Has ComfyUI unload models until any of the layers can be rounded."""
+    mm.free_memory(max(working_bytes(layer.out_features, layer.in_features) for layer in layers), device)
 
 
 def assembled(weights: SourceWeights, quantized: dict[str, NativeLayer | None]):
@@ -225,14 +213,14 @@ def assembled(weights: SourceWeights, quantized: dict[str, NativeLayer | None]):
         tensors |= {f"{name}.{key}": value.cpu() for key, value in layer.tensors.items()}
     fresh = rebuilt(patcher, tensors)
     setattr(fresh.model.diffusion_model, FINGERPRINT, fingerprint_of(patcher))
-    fresh.cached_patcher_init = (again, (fresh,))
+    fresh.cached_patcher_init = (rebuilt_again, (fresh,))
     model = as_native(patcher.clone(model_override=fresh.get_clone_model_override()))
     model.cached_patcher_init = fresh.cached_patcher_init
     if weights.bake:
         model.patches, model.patches_uuid = {}, uuid.uuid4()
     replaced = [key for key in patcher.object_patches if key.startswith("diffusion_model.")]
     if replaced:
-        log.warning("Parts that another node put into the model stay in full precision: %s", ", ".join(replaced))
+        log.warning("Parts that another node put into the model are kept in full precision: %s", ", ".join(replaced))
     if on_one_device(model):
         log.warning("Q&C quantization: on one device; put the node for several GPUs after Quantize.")
     compiled_again(model, patcher)

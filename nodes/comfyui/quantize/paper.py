@@ -32,8 +32,8 @@ def quantized_patcher(
     source = patcher.model.diffusion_model
     if not is_dit(patcher):
         raise ValueError(
-            f"The method paper takes class-conditional DiTs, this is {type(patcher.model).__name__}; choose the method "
-            f"native."
+            f"The method paper supports class-conditional DiTs, this is {type(patcher.model).__name__}; choose the "
+            "method native."
         )
     check_not_quantized(source)
     check_loras(patcher)

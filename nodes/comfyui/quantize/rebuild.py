@@ -21,7 +21,7 @@ from .patcher import as_native
 from .weights import base_tensors
 
 
-class Noted(dict):
+class ReadKeys(dict):
     """A state dict that notes which entries are looked at."""
 
     def __init__(self, tensors: dict[str, Tensor]):
@@ -39,7 +39,7 @@ class Noted(dict):
 
 def shapes_read_by_detection(tensors: dict[str, Tensor]) -> set[str]:
     """Tensors whose shapes tell ComfyUI what model a file holds; packing them would make it another model."""
-    noted = Noted(tensors)
+    noted = ReadKeys(tensors)
     comfy.model_detection.detect_unet_config(noted, "")
     return noted.seen & tensors.keys()
 
@@ -93,7 +93,7 @@ def rebuilt(source, tensors: dict[str, Tensor], disable_dynamic: bool = False):
     return as_native(patcher)
 
 
-def again(patcher, disable_dynamic: bool = False):
+def rebuilt_again(patcher, disable_dynamic: bool = False):
     """Another patcher of the same quantized model, without patches: ComfyUI asks for one for hooks and compilation."""
     tensors = {name: value.cpu() for name, value in base_tensors(patcher).items()}
     copy = rebuilt(patcher, tensors, disable_dynamic)

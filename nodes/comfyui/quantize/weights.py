@@ -63,7 +63,7 @@ class SourceWeights:
         to float8 again would lose a weak LoRA.
         """
         changed = self.changed(layers)
-        owners = {name.rpartition(".")[0] for name in changed if is_quantized(self.held(name))}
+        owners = {name.rpartition(".")[0] for name in changed if is_packed(self.held(name))}
         tensors = {
             name: value.cpu()
             for name, value in self.tensors.items()
@@ -106,18 +106,18 @@ def base_tensors(patcher, root: str = DIFFUSION) -> dict[str, Tensor]:
             # A quantized weight is several tensors of a file, and the patched one may be in another format or in none.
             now: Any = network.get_parameter(name)
             format = packed_format(backup.weight)
-            if format is not None and not is_quantized(now):
+            if format is not None and not is_packed(now):
                 owner = name.rpartition(".")[0]
                 module = network.get_submodule(owner)
                 tensors[f"{owner}.comfy_quant"] = file_mark(module, backup.weight, format)
-            for key in now.state_dict(name) if is_quantized(now) else ():
+            for key in now.state_dict(name) if is_packed(now) else ():
                 del tensors[key]
-            parts = {name: backup.weight} if not is_quantized(backup.weight) else backup.weight.state_dict(name)
+            parts = {name: backup.weight} if not is_packed(backup.weight) else backup.weight.state_dict(name)
             tensors.update({key: part.detach() for key, part in parts.items()})
     return tensors
 
 
-def is_quantized(value: object) -> bool:
+def is_packed(value: object) -> bool:
     """True for comfy-kitchen's tensors of codes and scales."""
     return hasattr(value, "dequantize") and hasattr(value, "_layout_cls")
 
@@ -134,7 +134,7 @@ def held_weight(patcher, name: str, root: str = DIFFUSION) -> Tensor:
 def base_weight(patcher, name: str, root: str = DIFFUSION) -> Tensor:
     """One weight or bias in floating point and without patches."""
     value = held_weight(patcher, name, root)
-    return value.dequantize() if is_quantized(value) else value.detach()
+    return value.dequantize() if is_packed(value) else value.detach()
 
 
 def patched(patcher, name: str, value: Tensor, root: str = DIFFUSION) -> Tensor:

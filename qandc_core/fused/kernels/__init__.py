@@ -1,5 +1,5 @@
 """Kernels of an integer DiT block: inputs normalised, modulated, rotated and quantized in one pass, and int8 products
-that end in GELU, codes or a gated residual. `reference` is plain torch, `fused` the same functions in Triton.
+that end in GELU, codes or a gated residual. `reference` is plain torch, `triton_ops` the same functions in Triton.
 """
 
 from __future__ import annotations

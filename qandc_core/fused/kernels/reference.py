@@ -82,7 +82,7 @@ def prepare() -> None:
 
 
 def rotated(x: Tensor, group: int) -> Tensor:
-    """x R (M, K) as hadamard.rotate gives it."""
+    """x R (M, K) as rotation.rotate gives it."""
     return rotate_in_stages(x, group) if torch.compiler.is_compiling() else rotate_fast(x, group)
 
 

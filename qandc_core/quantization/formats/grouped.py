@@ -77,7 +77,7 @@ class Grouped(Format):
         if hessian is not None:
             values = self.values(tensors)[self.lowest :]
             grid = GroupedGrid(values, tensors["weight_s_rel"], tensors["weight_s_channel"])
-            tensors["weight"] = self.pack(gptq_codes(rotated, grid, hessian, damping) + self.lowest)
+            tensors["weight"] = self.pack(grouped_codes(rotated, grid, hessian, damping) + self.lowest)
         return tensors
 
     def int8(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -119,7 +119,7 @@ def has_cuda_kernels() -> bool:
     return bool(state["available"]) and not state["disabled"]
 
 
-def gptq_codes(rotated: Tensor, grid: GroupedGrid, hessian: Hessian, damping: float) -> Tensor:
+def grouped_codes(rotated: Tensor, grid: GroupedGrid, hessian: Hessian, damping: float) -> Tensor:
     """int8 indices (N, K) into the grid's values, by gptq with the rotated inputs' Hessian (K, K)."""
 
     @lru_cache(maxsize=1)  # columns come one group after the other; all levels at once would outweigh the weight

@@ -30,7 +30,7 @@ def traced(weight: Any) -> Any:
 @cache
 def operators() -> tuple[Any, Any]:
     """qandc::w4a8_linear, x (..., K) -> (..., N), and qandc::w4a8_weight, the decoded weight (N, K)."""
-    from comfy_kitchen.tensor.w4a8_int8 import dequantize_w4a8_int8_weight, w4a8_int8_linear
+    from comfy_kitchen.tensor.w4a8_int8 import dequantize_w4a8_int8_weight
 
     @torch.library.custom_op("qandc::w4a8_linear", mutates_args=())
     def linear(
@@ -45,8 +45,7 @@ def operators() -> tuple[Any, Any]:
         packed: bool,
         dtype: torch.dtype,
     ) -> Tensor:
-        later = {"mma_packed": True} if packed else {}  # since comfy-kitchen 0.2.38
-        return w4a8_int8_linear(x, codes, relative, channel, codebook, None, bias, group, rotation, dtype, **later)
+        return multiplied(x, codes, relative, channel, codebook, bias, group, rotation, packed, dtype)
 
     @linear.register_fake
     def _(x, codes, relative, channel, codebook, bias, group, rotation, packed, dtype):
@@ -69,6 +68,25 @@ def operators() -> tuple[Any, Any]:
         return codes.new_empty(len(channel), relative.shape[1] * group, dtype=dtype)
 
     return linear, weight
+
+
+def multiplied(
+    x: Tensor,
+    codes: Tensor,
+    relative: Tensor,
+    channel: Tensor,
+    codebook: Tensor | None,
+    bias: Tensor | None,
+    group: int,
+    rotation: int,
+    packed: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """comfy-kitchen's product."""
+    from comfy_kitchen.tensor.w4a8_int8 import w4a8_int8_linear
+
+    later = {"mma_packed": True} if packed else {}  # since comfy-kitchen 0.2.38
+    return w4a8_int8_linear(x, codes, relative, channel, codebook, None, bias, group, rotation, dtype, **later)
 
 
 def runs(weight: Any, transposed: bool) -> bool:
@@ -110,7 +128,9 @@ def register() -> None:
     def product(x: Tensor, weight: Any, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
         params, x = weight._params, kitchen.dequantize_args(x)
         layout = params.group_size, params.convrot_groupsize, getattr(params, "mma_packed", False)
-        return linear(x, weight._qdata, *grid_of(params), bias, *layout, dtype or params.orig_dtype)
+        # An operator of ours costs time at every call, and only torch.compile, whose tensors are fake, needs it.
+        run = multiplied if type(weight._qdata) is Tensor else linear
+        return run(x, weight._qdata, *grid_of(params), bias, *layout, dtype or params.orig_dtype)
 
     @kitchen.register_layout_op(aten.linear.default, TracedGrouped)
     def _(_, args, kwargs):

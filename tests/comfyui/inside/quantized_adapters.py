@@ -15,7 +15,7 @@ from quantized_lora import FAMILY, block_layers, decoded, same_packed
 from stock_models import STOCK, run
 
 RANK, SIZE = 4, 0.3  # |delta| / |W|
-SEEDS = {"LoRA": 3}  # of the others one
+SEEDS = {"LoRA": 5}  # of the others one
 STRENGTHS = (0.5, -1.0, 0.25)
 
 
@@ -110,13 +110,15 @@ def on(patcher, file: dict[str, torch.Tensor], strength: float = 1.0):
 
 def errors(host: Host) -> dict[str, Any]:
     """Errors of the layers' answers against full precision with the same adapter, on average: kept on the quantized
-    model, and baked in before. Of LoRAs also the errors of samples.
+    model, and baked in before. Of LoRAs also the errors of samples, each of another network: those of one network with
+    several LoRAs share the errors of its weights, which a LoRA that is baked in rounds anew.
     """
-    full, model, found = load(host, FAMILY), STOCK[FAMILY], {}
-    layers = block_layers(full)
+    original, model, found = load(host, FAMILY), STOCK[FAMILY], {}
+    layers = block_layers(original)
     for kind in KINDS:
         for seed in range(SEEDS.get(kind, 1)):
-            file = file_of(kind, full, seed, layers)
+            full = on(original, file_of("diff", original, 100 + seed, layers)) if seed else original
+            file = file_of(kind, original, seed, layers)
             source = on(full, file)
             exact = answers_of(source, layers)
             wanted = run(source, model) if kind == "LoRA" else None

@@ -190,7 +190,7 @@ def interrupted(host: Host) -> dict:
         except comfy.model_management.InterruptProcessingException:
             pass
     ended = recorder.report()
-    words = host.module("nodes.comfyui.reporting").words_of(ended)
+    words = host.module("nodes.comfyui.reporting").report_words(ended)
     before = {"finished": ended.finished, "times": len(ended.seconds), "replay": ended.replay is None, "words": words}
     with Job("two", "3"):
         ksampler(host, model, positive, negative)

@@ -169,14 +169,14 @@ def quantized(host: Host) -> dict[str, Any] | None:
         return quantize.quantize_native(patcher, quantize.NativeSettings("W8A8"))[0]
 
     alone, full = sample(host, int8(made())), sample(host, made())
-    threads, is_quantized = Threads(), host.module("nodes.comfyui.quantize.weights").is_quantized
+    threads, is_packed = Threads(), host.module("nodes.comfyui.quantize.weights").is_packed
     both = over_two_devices(threads.on(int8(made())))
     after = sample(host, both)
     networks = [both.model, *(clone.model for clone in both.get_additional_models_with_key("multigpu"))]
     before = int8(over_two_devices(made()))
     return {
         "after": relative(after, alone), "before": relative(sample(host, before), alone),
-        "integers": [is_quantized(n.diffusion_model.double_blocks[0].img_attn.qkv.weight) for n in networks],
+        "integers": [is_packed(n.diffusion_model.double_blocks[0].img_attn.qkv.weight) for n in networks],
         "effect": relative(alone, full), "networks": len(threads.networks),
         "left": len(before.get_additional_models_with_key("multigpu")),
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""How far a calibration has come: the samples that were chosen, the statistics so far, and going on from a file."""
+"""The state of a calibration under way: the chosen samples, the statistics so far, and resuming from a file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class Standing:
+class CalibrationState:
     """Progress of a calibration: the choice, and the statistics of `runs` sampling runs of the second pass."""
 
     choice: Choice
@@ -48,7 +48,7 @@ def empty_statistics(layer: nn.Module, space: StatisticsPlan) -> LayerStatistics
     return LayerStatistics.empty(width, space.hessian(width), space.inputs(width), space.held_out)
 
 
-def resumed(found: Calibration, layers: Mapping[str, nn.Module], space: StatisticsPlan) -> Standing:
+def resumed(found: Calibration, layers: Mapping[str, nn.Module], space: StatisticsPlan) -> CalibrationState:
     """The state of an interrupted calibration, with room for more statistics."""
     statistics = {}
     for name in list(found.statistics):
@@ -63,7 +63,7 @@ def resumed(found: Calibration, layers: Mapping[str, nn.Module], space: Statisti
         statistics[name] = replace(layer, inputs=room.inputs, held_out=room.held_out)
     samples, held_out = (torch.tensor(found.notes[key]).long().reshape(-1, 4) for key in ("samples", "held_out"))
     kept = (found.notes[key] for key in ("runs", "distances", "batch_size"))
-    return Standing(Choice(samples, held_out), found.distances, statistics, found.held_out, *kept)
+    return CalibrationState(Choice(samples, held_out), found.distances, statistics, found.held_out, *kept)
 
 
 def leave_out_unseen(statistics: dict[str, LayerStatistics], all_run: bool) -> None:
