@@ -19,7 +19,7 @@ function lines(paragraph, width) {
     const needed = pen.measureText(word).width
     if (used && used + pen.measureText(word.trimEnd()).width > width) [count, used] = [count + 1, 0]
     count += Math.floor(needed / width) // a word that is longer than a line
-    used = (used + needed) % width
+    used = needed > width ? needed % width : used + needed
   }
   return count
 }

@@ -85,6 +85,7 @@ def others(part: str, args: argparse.Namespace, checkout: Checkout, base: Path) 
     program, *options = SCRIPTS[part]
     if part in SHARED_OUT:
         if not args.redraw:
+            options += ["--only", args.only]
             run(checkout, program, checkout.path, base, args.flow.resolve(), *options, *pieces(args))
         run(checkout, program, "--report")
     elif not args.redraw and not is_measured(part):
@@ -102,7 +103,7 @@ def main() -> None:
     parser.add_argument("--flow", type=Path, default=Path("out/digits_flow.safetensors"))
     parser.add_argument("--packs", default="", help="folders of other packs, separated by semicolons")
     parser.add_argument("--seeds", type=int, default=1, help="of 16 images each, of fidelity")
-    parser.add_argument("--only", default="", help="of fidelity: parts of the subjects' names, with semicolons between")
+    parser.add_argument("--only", default="", help="parts of the models' names, with semicolons between")
     parser.add_argument("--jobs", type=int, default=1, help="cores that a part is shared out over")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="of each part, after which nothing begins")
     parser.add_argument("--anew", action="store_true", help="measure again what the JSON files have")

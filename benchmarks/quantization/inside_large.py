@@ -90,13 +90,20 @@ def measured(host: Host, options: dict[str, Any]) -> dict[str, Any]:
     size = model.model_size()
     forget_peak()
     tell_tenths(options["phase"])
-    begun = time.perf_counter()
+    begun, cpu = time.perf_counter(), time.process_time()
     if options["phase"] == "calibrate":
         kept = calibrate(host, model, options)
     else:
         kept = quantize(host, model, options["phase"], options["preset"])
     seconds, peak = time.perf_counter() - begun, resident("VmHWM")
-    found = {"seconds": seconds, "model": size, "before": before, "peak": peak, "beyond": peak - before - size}
+    found = {
+        "seconds": seconds,
+        "cpu": time.process_time() - cpu,
+        "model": size,
+        "before": before,
+        "peak": peak,
+        "beyond": peak - before - size,
+    }
     if kept is not None:
         found["report"] = kept.ui["text"][0].splitlines()[0]
     return found

@@ -19,6 +19,7 @@ from tests.comfyui.inside_programs import install_pack
 
 from .start import RESULTS, run_inside
 
+HEAD = 72  # as in inside_large.py
 PHASES = ("make", "calibrate", "W8A8", "W4A8")
 TEXT = """DiT of {depth} blocks of width {width} (random weights, {model:.2f} GiB in float32), 256 px, {threads} threads
 of {machine}, ComfyUI {comfyui}: TAP Calibrate with {samples} samples of {trajectories} trajectories,
@@ -66,6 +67,8 @@ def main() -> None:
     parser.add_argument("--phases", type=lambda text: text.split(","), default=list(PHASES))
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = vars(parser.parse_args())
+    if options["width"] % HEAD:
+        parser.error(f"--width must be a multiple of {HEAD}, the width of a head, got {options['width']}")
     out, threads, phases = options.pop("out"), options.pop("threads"), options.pop("phases")
     data = measure(options, threads, phases, out / "quantization-large.json")
     if "calibrate" in data["phases"]:

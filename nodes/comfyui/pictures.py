@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...qandc_core.evaluation.figure import wrapped
 from ...qandc_core.quantization.formats import ALL
-from ...qandc_core.quantization.report import QuantizationReport
+from ...qandc_core.quantization.report import QuantizationReport, percent
 
 PAPER, INK = (250, 250, 252), (32, 36, 44)
 BLUE, ORANGE, GRAY = (38, 110, 190), (214, 126, 40), (150, 150, 156)
@@ -35,13 +35,16 @@ def error_bars(errors: dict[str, float], measure: str = "relative weight error")
 
 
 def report_picture(report: QuantizationReport) -> Image.Image:
-    """Picture of a quantization: the error of every layer in the color of its format, and the report in words.
+    """Picture of a quantization: the error of every layer in the color of its format, and what the bars are.
 
-    As wide as a node is on the canvas, so that its text is read at the size that it has here.
+    The words that stand above it on the node are not repeated. A node is 270 pixels wide unless it was resized, which
+    shows these letters at two thirds of their size.
     """
-    width, bars, line, font = 400, 120, 21, ImageFont.load_default(16)
-    lines = [part for text in report.headline().split("\n") for part in wrapped(text, font, width - 16)]
-    picture = Image.new("RGB", (width, bars + line * len(lines) + 16), PAPER)
+    width, bars, line, font = 400, 120, 26, ImageFont.load_default(20)
+    caption = f"Error of each of the {len(report.layers)} layers, first to last; the highest bar is "
+    lines = wrapped(f"{caption}{percent(report.worst.error)}", font, width - 16)
+    counts = report.counts if len(report.counts) > 1 else {}
+    picture = Image.new("RGB", (width, bars + line * (len(lines) + bool(counts)) + 16), PAPER)
     draw, highest = ImageDraw.Draw(picture), report.worst.error or 1.0
     for i, layer in enumerate(report.layers):
         left, right = (8 + (width - 16) * j // len(report.layers) for j in (i, i + 1))
@@ -49,6 +52,11 @@ def report_picture(report: QuantizationReport) -> Image.Image:
         draw.rectangle((left, top, max(left, right - 2), bars), fill=COLORS.get(layer.format, GRAY))
     for i, text in enumerate(lines):
         draw.text((8, bars + 8 + line * i), text, INK, font)
+    left, top = 8, bars + 8 + line * len(lines)
+    for name, count in counts.items():
+        draw.rectangle((left, top + 6, left + 12, top + 18), fill=COLORS.get(name, GRAY))
+        draw.text((left + 18, top), f"{count} {name}", INK, font)
+        left += 34 + int(font.getlength(f"{count} {name}"))
     return picture
 
 

@@ -51,9 +51,10 @@ def run(args: argparse.Namespace, process: Distributed) -> None:
 
 def evaluate(args: argparse.Namespace, process: Distributed) -> Iterator[dict[str, Any]]:
     """The result, again after each part. What is sampled is kept, so that the same command goes on where it stopped."""
-    from ..evaluation.experiment import Evaluation, Experiment, hardware, real_floor, run_factors, run_main
+    from ..evaluation.experiment import Evaluation, Experiment, hardware, run_factors, run_main
     from ..evaluation.judges import BuiltInJudge, InceptionJudge, Judge
     from ..evaluation.kept import Kept
+    from ..evaluation.scores import real_floor
     from ..evaluation.variants import Workbench
 
     if args.model != "demo" and not (args.vae and args.inception and args.reference):

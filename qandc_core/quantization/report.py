@@ -94,7 +94,7 @@ class QuantizationReport:
         counts = ", ".join(f"{count} {format}" for format, count in self.counts.items())
         return (
             f"{sizes(self.size_before, self.size_after)}, {error}\n{counts} layers\n"
-            f"worst layer {self.worst.name}, {percent(self.worst.error)}\nkernels: {self.backend}"
+            f"Worst layer {self.worst.name}, {percent(self.worst.error)}\nKernels: {self.backend}"
             + "".join(f"\n{words}" for words in self.source_words())
         )
 

@@ -165,7 +165,7 @@ DEMO_SOURCES = sources("built-in demo", THINGS, 32, 10, "pixel_space")
 
 CHAIN = Subgraph(
     "Calibrate, quantize, compensate", ["calibrate", "quantize", "compensate"],
-    [("calibrate", "trajectories"), ("quantize", "format"), ("compensate", "pairs")], down=290, size=(300, 0),
+    [("calibrate", "trajectories"), ("quantize", "format"), ("compensate", "pairs")], down=240, size=(300, 0),
 )  # fmt: skip
 # The chain stands above the wires from the model to the runs.
 CHAIN_COLUMNS = [["note", "load", "label", "latent"], ["cache"], ["subgraph"], ["runs"], ["compare"]]
@@ -174,7 +174,7 @@ CHAIN_GROUPS = [
     group("Cached, quantized, compensated", GREEN, "cache", "subgraph"),
 ]
 TWICE = "The same noise, twice"
-CHAIN_RUNS = same_noise(TWICE, {"full": "full precision", "fast": "Q&C"}, down=560, size=(300, 0))
+CHAIN_RUNS = same_noise(TWICE, {"full": "full precision", "fast": "Q&C"}, down=740, size=(300, 0))
 QUICKSTART = Template(
     "1 Quickstart",
     {
@@ -240,7 +240,7 @@ ABLATION = Template(
                 "compensate": "all parts",
             },
         ),
-        same_noise("Six runs from the same noise", SIX, down=280, size=(320, 0)),
+        same_noise("Six runs from the same noise", SIX, down=560, size=(320, 0)),
     ),
 )  # fmt: skip
 

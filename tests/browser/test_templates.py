@@ -92,6 +92,7 @@ def test_run_shows_the_comparison(frontend, name):
     )
     assert shown and min(shown) > 500
     check_sizes(frontend.page.evaluate(RECTANGLES))  # words and pictures on the nodes have grown them
+    assert frontend.wires_over_nodes() == []
 
 
 RECTANGLES = "() => app.graph._nodes.map(n => [n.title, ...(n.boundingRect ?? n._bounding)])"

@@ -27,18 +27,15 @@ from qandc_core.evaluation.experiment import (
     Experiment,
     Sampler,
     factor_rows,
-    interval,
-    judge,
     measure_time,
-    real_floor,
     run_factors,
     run_main,
     sample,
-    summarize,
 )
 from qandc_core.evaluation.judges import BuiltInJudge, InceptionJudge, Judgement, Reference
 from qandc_core.evaluation.kept import Kept
 from qandc_core.evaluation.metrics import FeatureStatistics
+from qandc_core.evaluation.scores import interval, judge, real_floor, summarize
 from qandc_core.evaluation.solvers import SOLVERS, scheduler, solve
 from qandc_core.evaluation.tables import factor_table, markdown, plot_main
 from qandc_core.evaluation.variants import RECOMMENDED, Variant, Workbench, balanced_labels

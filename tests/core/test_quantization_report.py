@@ -58,6 +58,6 @@ def test_a_limit_that_was_missed_is_said():
 def test_headline_answers_what_is_asked_first():
     assert report().headline() == (
         "1.3 -> 0.4 GiB, 2.1 % error of the model\n2 W4A8, 1 W8A8, 1 float layers\n"
-        "worst layer blocks.0.mlp.fc2, 6.1 %\nkernels: cuda"
+        "Worst layer blocks.0.mlp.fc2, 6.1 %\nKernels: cuda"
     )
     assert report(error=None).headline().startswith("1.3 -> 0.4 GiB, 2.5 % error of a layer on average\n")

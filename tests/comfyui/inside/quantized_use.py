@@ -276,23 +276,28 @@ CHECKS = {
 }  # fmt: skip
 
 
-def checks(host: Host, name: str) -> dict[str, dict]:
-    """Format -> check -> what it found, or the error that it ended with. Compiling takes long: not for every family."""
+def checks(host: Host, name: str, kinds: list[str]) -> dict[str, dict]:
+    """Format -> check -> what it found, or the error that it ended with."""
     found: dict[str, dict] = {}
     with STOCK[name].sizes():
         for format in available(host):
             case = Case(host, name, format)
             found[format] = {"error": error(case)}
-            for kind, run_check in CHECKS.items():
-                if kind == "compile" and name not in COMPILED:
-                    continue
+            for kind in kinds:
                 try:
-                    found[format][kind] = run_check(case)
+                    found[format][kind] = CHECKS[kind](case)
                 except Exception:
                     found[format][kind] = {"failed": traceback.format_exc(limit=-4)}
     return found
 
 
+def kinds_of(name: str) -> list[str]:
+    """The checks that argv names, which the host replaces, else all; compiling takes long, not for every family."""
+    asked = [kind for kind in CHECKS if kind in sys.argv[3:]]
+    return asked or [kind for kind in CHECKS if kind != "compile" or name in COMPILED]
+
+
 if __name__ == "__main__":
-    chosen = [name for name in USED if name in sys.argv[3:]] or USED
-    main({name: lambda host, name=name: checks(host, name) for name in chosen})
+    chosen = [name for name in STOCK if name in sys.argv[3:]] or USED
+    kinds = {name: kinds_of(name) for name in chosen}
+    main({name: lambda host, name=name: checks(host, name, kinds[name]) for name in chosen})
