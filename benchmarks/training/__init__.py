@@ -3,6 +3,6 @@
 - `npm pack` the packages that qandc_core/demo/ATTRIBUTION.md lists into a folder DIR.
 - `python -m benchmarks.training.prepare DIR` writes their drawings of forty things, drawings.safetensors.
 - `python -m benchmarks.training.train DRAWINGS RUN` trains the DiT; the same command resumes it.
-- `python -m benchmarks.training.judge DRAWINGS JUDGE` trains the judge.
-- `python -m benchmarks.training.evaluate DRAWINGS MODEL JUDGE OUT` says how good the model is.
+- `python -m benchmarks.training.judge DRAWINGS JUDGE FOLDS` trains the judge.
+- `python -m benchmarks.training.evaluate OUT --drawings DRAWINGS --folds FOLDS/*` says how good the shipped model is.
 """

@@ -1,7 +1,7 @@
-"""How good a trained model is: `python -m benchmarks.training.evaluate drawings.safetensors MODEL JUDGE OUT`.
+"""How good a trained model is, the shipped one or another: `python -m benchmarks.training.evaluate OUT`.
 
-Prints how many generated pictures the judge takes for their class, and how much is copied: a generated picture is
-compared with many augmentations of every drawing of its class, put on the picture's own ground. Real pictures
+Prints how many generated pictures the judge takes for their class, and, given the drawings, how much is copied: a
+picture is compared with many augmentations of every drawing of its class, put on its own ground. Real pictures
 that were made anew, and pictures of drawings left out of the comparison, say what a copy and an original measure.
 Writes grid.png (generated pictures of every class) and nearest.png (generated above, nearest real picture below).
 """
@@ -9,13 +9,16 @@ Writes grid.png (generated pictures of every class) and nearest.png (generated a
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
-from qandc_core.checkpoints.dit import load_dit
-from qandc_core.demo.judge import PicturesJudge, classify, load_judge
+from qandc_core.checkpoints.dit import DEMO, load_dit
+from qandc_core.demo.judge import WEIGHTS, PicturesJudge, classify, load_judge
+from qandc_core.files import save_tensors
 from qandc_core.models.dit import DiT
 from qandc_core.sampling.generate import generate
 
@@ -26,14 +29,21 @@ from .train import picture_grid
 BORDER = 2  # pixels at the edge whose median is taken for the ground
 
 
-def sampled(model: DiT, each: int, steps: int, cfg_scale: float, sampler: str) -> tuple[Tensor, Tensor]:
-    """`each` pictures of every class, in order of class, and their labels."""
-    labels = torch.arange(model.config.num_classes, device=model.pos_embed.device).repeat_interleave(each)
-    parts, first = [], 0
-    for part in labels.split(200 if labels.device.type == "cpu" else 1000):
-        parts.append(generate(model, part, steps, cfg_scale, sampler, seed=1, first_index=first)[0])
-        first += len(part)
-    return torch.cat(parts).clamp(-1, 1), labels
+def sampled(
+    model: DiT, rounds: Iterable[int], steps: int, cfg_scale: float, sampler: str, folder: Path
+) -> tuple[Tensor, Tensor]:
+    """A picture of every class for each of `rounds`, in order of class, and their labels. Every round is written into
+    `folder`, and not sampled again where it is there.
+    """
+    device, classes = model.pos_embed.device, model.config.num_classes
+    images = []
+    for number in rounds:
+        path = folder / f"pictures-{sampler}-{steps}-{cfg_scale:g}-{number}.safetensors"
+        if not path.exists():
+            made, _ = generate(model, range(classes), steps, cfg_scale, sampler, seed=1, first_index=number * classes)
+            save_tensors({"images": made.clamp(-1, 1).cpu()}, path, {})
+        images.append(load_file(path)["images"].to(device))
+    return torch.stack(images, 1).flatten(0, 1), torch.arange(classes, device=device).repeat_interleave(len(images))
 
 
 def share_recognised(judge: PicturesJudge, images: Tensor, labels: Tensor) -> Tensor:
@@ -102,28 +112,35 @@ def report_copied(drawings: Drawings, images: Tensor, labels: Tensor, repeats: i
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("drawings", type=Path)
-    parser.add_argument("model", type=Path, help="model.safetensors of a run")
-    parser.add_argument("judge", type=Path)
-    parser.add_argument("out", type=Path, help="folder for the grids")
+    parser.add_argument("out", type=Path, help="folder for pictures and grids")
+    parser.add_argument("--model", type=Path, default=DEMO, help="weights of a run instead of the shipped ones")
+    parser.add_argument("--judge", type=Path, default=WEIGHTS)
+    parser.add_argument("--drawings", type=Path, help="without it nothing is said of copies")
     parser.add_argument("--each", type=int, default=10, help="pictures of every class")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--cfg", type=float, nargs="+", default=[2.0], help="guidance; pictures are of the first")
     parser.add_argument("--folds", type=Path, nargs="*", default=[], help="judges that never saw some of the artists")
     parser.add_argument("--sampler", default="ddpm")
     parser.add_argument("--bank", type=int, default=100, help="augmentations of every drawing to look for copies in")
+    parser.add_argument("--only", type=int, nargs="+", help="only sample these rounds, for a run of all that follows")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     device = device_of_choice()
-    drawings = load_drawings(args.drawings).to(device)
     model = load_dit(args.model, dtype=torch.float32, device=device)
     for scale in reversed(args.cfg):
-        images, labels = sampled(model, args.each, args.steps, scale, args.sampler)
+        images, labels = sampled(model, args.only or range(args.each), args.steps, scale, args.sampler, args.out)
+        if args.only:
+            continue
         report_recognised(f"guidance {scale:g}", recognised_by_all([args.judge], images, labels), len(images))
         if args.folds:
             shares = recognised_by_all(args.folds, images, labels)
             report_recognised(f"guidance {scale:g}, judges without some artists", shares, len(images))
+    if args.only:
+        return
     picture_grid(images, 2 * args.each).save(args.out / "grid.png")
+    if args.drawings is None:
+        return
+    drawings = load_drawings(args.drawings).to(device)
     some = torch.arange(0, len(images), max(1, args.each // 2), device=device)
     nearest = report_copied(drawings, images[some], labels[some], args.bank)
     pairs = torch.stack([images[some], torch.stack(nearest)], 1)

@@ -1,8 +1,8 @@
-"""Trains the judge of generated pictures: `python -m benchmarks.training.judge drawings.safetensors OUT`.
+"""Trains the judge of generated pictures: `python -m benchmarks.training.judge drawings.safetensors OUT FOLDS`.
 
 It sees real pictures only. How well it knows the things themselves, rather than these drawings of them, is measured on
 artists that are held out: four times a network is trained without the packages of one fold and tested on their
-drawings. The network that is saved was trained on all packages.
+drawings. The network that is saved was trained on all packages. Networks whose files are there are not trained again.
 
 A classifier that must name one of its classes is lenient: it takes a coloured cloud for the nearest thing. So there is
 one more answer, "none of them", for real pictures that were spoiled: two things blended, blurred to blocks, taken
@@ -12,14 +12,14 @@ apart into tiles, or under noise of the size of a pixel or of a patch.
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from qandc_core.demo.judge import PicturesJudge, classify
+from qandc_core.demo.judge import PicturesJudge, classify, load_judge
 from qandc_core.files import save_tensors
 
 from .classes import CLASSES
@@ -66,6 +66,7 @@ class JudgeConfig:
     """Each step takes `batch` pictures and `spoiled` more that were spoiled."""
 
     steps: int = 900
+    held_out_steps: int = 300  # of each network that is trained without some of the artists
     batch: int = 80
     spoiled: int = 40
     lr: float = 3e-3
@@ -116,16 +117,19 @@ def refused(model: PicturesJudge, drawings: Drawings, repeats: int, seed: int) -
     return probabilities.argmax(1) == len(CLASSES)
 
 
-def held_out_accuracy(drawings: Drawings, config: JudgeConfig, folder: Path | None) -> float:
-    """Share of the pictures of artists that the network had not seen which it recognises, over all folds; the networks
-    are written into `folder`.
-    """
-    right = []
+def trained_judge(drawings: Drawings, config: JudgeConfig, path: Path) -> PicturesJudge:
+    """The judge of that file, which is trained and written where it is not there."""
+    if not path.exists():
+        save_judge(train_judge(drawings, config), drawings, path, {})
+    return load_judge(path)[0].to(drawings.labels.device)
+
+
+def held_out_accuracy(drawings: Drawings, config: JudgeConfig, folder: Path) -> float:
+    """Share of the pictures of artists that the network had not seen which it recognises, over all folds."""
+    right, shorter = [], replace(config, steps=min(config.steps, config.held_out_steps))
     for number, fold in enumerate(FOLDS):
         unseen = torch.isin(drawings.packages, torch.tensor(fold, device=drawings.packages.device))
-        model = train_judge(drawings.where(~unseen), config)
-        if folder is not None:
-            save_judge(model, drawings.where(~unseen), folder / f"fold-{number}.safetensors", {})
+        model = trained_judge(drawings.where(~unseen), shorter, folder / f"fold-{number}.safetensors")
         found = recognised(model, drawings.where(unseen), 10, config.seed + 1)
         names = ", ".join(PACKAGES[number].npm for number in fold)
         print(f"not trained on {names}: recognises {100 * found.float().mean():.1f} % of {len(found)}", flush=True)
@@ -153,20 +157,20 @@ def main() -> None:
     parser.add_argument("drawings", type=Path, help="drawings.safetensors of benchmarks.training.prepare")
     parser.add_argument("out", type=Path, help="file of the judge")
     parser.add_argument("--steps", type=int, default=JudgeConfig.steps)
-    parser.add_argument("--folds", type=Path, help="existing folder for the networks of held-out artists")
+    parser.add_argument("folds", type=Path, help="folder for the networks of held-out artists")
     args = parser.parse_args()
+    args.folds.mkdir(parents=True, exist_ok=True)
     drawings = load_drawings(args.drawings).to(device_of_choice())
     config = JudgeConfig(steps=args.steps)
-    model = train_judge(drawings, config)
+    model = trained_judge(drawings, config, args.out)
     known = float(recognised(model, drawings, 10, config.seed + 1).float().mean())
     none = float(refused(model, drawings, 10, config.seed + 2).float().mean())
     print(f"the judge, new pictures of drawings it was trained on: {100 * known:.1f} %")
     print(f"spoiled pictures, which are none of the things: {100 * none:.1f} %")
-    accuracy = {"known_drawings": known, "spoiled": none}
-    save_judge(model, drawings, args.out, accuracy)
     unseen = held_out_accuracy(drawings, config, args.folds)
     print(f"held-out artists: {100 * unseen:.1f} %")
-    save_judge(model, drawings, args.out, accuracy | {"held_out_artists": unseen})
+    accuracy = {"known_drawings": known, "spoiled": none, "held_out_artists": unseen}
+    save_judge(model, drawings, args.out, accuracy)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ PICTURES, CLASS_COUNT = 120, len(CLASS_NAMES)
 def test_the_judge_recognises_artists_it_never_saw():
     with safe_open(WEIGHTS, "pt") as file:
         found = {name: float(value) for name, value in file.metadata().items()}
-    assert found["held_out_artists"] >= 0.85 and found["known_drawings"] >= 0.99
+    assert found["held_out_artists"] >= 0.8 and found["spoiled"] >= 0.99 and found["known_drawings"] >= 0.99
 
 
 def test_the_names_are_those_of_the_classes_that_it_was_trained_on():
@@ -44,6 +44,12 @@ def test_the_judges_recorded_features_are_balanced_classes():
         found = model.head(features.relu()).argmax(1).bincount(minlength=CLASS_COUNT) / len(features)
         assert (found[:CLASS_COUNT] - 1 / CLASS_COUNT).abs().max() < 0.01
     assert not model.training and not torch.equal(real["reference"], real["floor"])
+
+
+def test_what_shows_nothing_is_none_of_the_classes():
+    model, _ = load_judge()
+    noise = torch.randn(50, 3, 32, 32, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    assert (classify(model, noise)[1].argmax(1) == CLASS_COUNT).double().mean() > 0.9
 
 
 def test_classification_does_not_depend_on_the_batch():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from benchmarks.training import evaluate, judge, prepare
 from benchmarks.training.classes import CLASSES
@@ -254,12 +255,15 @@ def test_the_judge_learns_and_is_written(drawings, tmp_path, monkeypatch, capsys
     save_drawings(few, tmp_path / "d.safetensors", {})
     monkeypatch.setattr(judge, "FOLDS", ((0,), (1,)))
     monkeypatch.setattr(sys, "argv", ["judge", str(tmp_path / "d.safetensors"), str(tmp_path / "j.safetensors"),
-                                      "--steps", "2", "--folds", str(tmp_path)])  # fmt: skip
+                                      str(tmp_path / "folds"), "--steps", "2"])  # fmt: skip
     monkeypatch.setattr(judge, "REAL", 12)
     judge.main()
     said = capsys.readouterr().out
+    monkeypatch.setattr(judge, "train_judge", lambda *_: pytest.fail("what was trained is trained again"))
+    judge.main()
+    assert capsys.readouterr().out == said
     assert said.count("not trained on") == 2 and "held-out artists" in said
-    assert {p.name for p in tmp_path.glob("fold*")} == {"fold-0.safetensors", "fold-1.safetensors"}
+    assert {p.name for p in (tmp_path / "folds").iterdir()} == {"fold-0.safetensors", "fold-1.safetensors"}
     model, real = load_judge(tmp_path / "j.safetensors")
     assert real["reference"].shape == real["floor"].shape == (12, 64)
     images = augment(few, torch.arange(len(few)), seeded())
@@ -309,10 +313,25 @@ def test_the_evaluation_of_a_model_that_knows_nothing(drawings, tmp_path, monkey
     train(drawings, tmp_path / "run", TINY, until=1)
     monkeypatch.setattr(judge, "REAL", 8)
     judge.save_judge(judge.PicturesJudge().eval(), drawings, tmp_path / "j.safetensors", {})
-    paths = [str(tmp_path / name) for name in ("d.safetensors", f"run/{WEIGHTS}", "j.safetensors", "out")]
-    monkeypatch.setattr(sys, "argv", ["evaluate", *paths, "--each", "2", "--steps", "2", "--bank", "3",
-                                      "--folds", paths[2], "--cfg", "2", "1"])  # fmt: skip
+    data, model, known, out = (str(tmp_path / n) for n in ("d.safetensors", f"run/{WEIGHTS}", "j.safetensors", "out"))
+    command = ["evaluate", out, "--drawings", data, "--model", model, "--judge", known, "--folds", known,
+               "--each", "2", "--steps", "2", "--bank", "3", "--cfg", "2", "1"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", [*command, "--only", "1"])
+    evaluate.main()
+    assert "recognises" not in capsys.readouterr().out
+    assert len(list((tmp_path / "out").iterdir())) == 2  # of each guidance
+    early = load_file(tmp_path / "out" / "pictures-ddpm-2-2-1.safetensors")["images"]
+    monkeypatch.setattr(sys, "argv", command)
     evaluate.main()
     said = capsys.readouterr().out
     assert said.count("of 80") == 4 and "drawing left out" in said and "guidance 1, judges without" in said
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["grid.png", "nearest.png"]
+    assert {p.name for p in (tmp_path / "out").glob("*.png")} == {"grid.png", "nearest.png"}
+    (tmp_path / "again").mkdir()
+    net = load_dit(model, dtype=torch.float32)
+    images, labels = evaluate.sampled(net, range(2), 2, 2.0, "ddpm", tmp_path / "again")
+    assert labels.tolist() == [c for c in range(40) for _ in range(2)]
+    torch.testing.assert_close(images[1::2], early, rtol=1e-3, atol=1e-3)
+    whole, _ = generate(net, [*range(40)] * 2, 2, 2.0, "ddpm", seed=1)
+    torch.testing.assert_close(
+        images, whole.clamp(-1, 1).view(2, 40, 3, 32, 32).transpose(0, 1).flatten(0, 1), rtol=1e-3, atol=1e-3
+    )
