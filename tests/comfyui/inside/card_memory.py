@@ -80,7 +80,7 @@ def taken(host: Host, size: real_models.Size) -> dict[str, Any]:
             images = defaults.images_at_once(patcher, {"samples": latent})
             tokens = side * side // 4 + TEXT
             for preset in presets.EFFORTS:
-                plan = presets.planned(preset, choice.CalibrationConfig(), 3072, tokens, 20, SYSTEM)
+                plan = presets.preset_config(preset, choice.CalibrationConfig(), 3072, tokens, 20, SYSTEM)
                 space = memory.plan_statistics(widths, int(plan.memory_gb * 2**30), plan.tokens, 256)
                 kept = [width for width in widths if space.hessian(width)]
                 found[f"{side}, {preset}"] = {
