@@ -34,9 +34,9 @@ from .variants import RECOMMENDED, Variant, Workbench
 DEMO_SAMPLING = SamplingConfig(50, 2.0, "ddim")  # adds no noise, so that features can be extrapolated
 # Small, so that all of it takes less than a minute on two cores.
 DEMO_CALIBRATION, DEMO_PAIRS = CalibrationConfig(trajectories=8, samples=100, clusters=25), 10
-REPEATS = 3
+REPEATS = 5
 SHOWN = ("cat", "panda", "penguin", "butterfly", "apple", "sunflower", "rocket", "house", "heart", "car")
-NAIVE = Variant("naive W8A8 + cache", bits=(8, 8), interval=3, sampler=DEMO_SAMPLING.sampler)
+NAIVE = Variant("naive W8A8 + cache", bits=(8, 8), interval=4, reuse="block", sampler=DEMO_SAMPLING.sampler)
 
 
 @dataclass
