@@ -32,7 +32,7 @@ REFUSALS = {
     "no step": "leave no step to sample",
     "no step of sigmas": "leave no step to sample",
     "no model": "has no MODEL of its own",
-    "stranger": "wire a guider of ComfyUI's",
+    "stranger": "use one of ComfyUI's guiders",
     "closed": "does not let its MODEL be exchanged",
 }
 

@@ -196,7 +196,7 @@ def test_of_two_models_the_one_with_the_shorter_prefix(tmp_path, model):
 def test_of_two_moving_averages_the_first_and_a_warning(tmp_path, model, caplog):
     content = {"ema_0.99": model.state_dict(), "ema_0.9999": DiT(CONFIG).state_dict()}
     assert_equal(load_dit(write(tmp_path / "a.pt", content), num_heads=4), model)
-    assert "2 moving averages; ema_0.99 is taken" in caplog.text
+    assert "2 moving averages; using ema_0.99" in caplog.text
 
 
 # --- classes ----------------------------------------------------------------------------------------------------------

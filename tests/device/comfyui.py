@@ -166,7 +166,7 @@ class Checks:
 
         recording = self.h.module("nodes.comfyui.calibrate.recording")
         recorder = (
-            self.h.node("QandC_CalibrateFromRuns").execute(plain, "device", True, 8, True, 1.0, 400, 4, 0).args[0]
+            self.h.node("QandC_CalibrateFromRuns").execute(plain, "device", True, 8, True, 1.0, 800, 4, 0).args[0]
         )
         later = Later()
         with mock.patch.multiple(recording, adding=later, wait=later.finish, AT_ONCE=-1, settle=lambda: None):
