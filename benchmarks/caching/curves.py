@@ -134,6 +134,9 @@ def report(rows: list[dict], version: str) -> str:
     return "\n".join(parts)
 
 
+COLUMNS = 3
+
+
 def draw(rows: list[dict], out: Path) -> None:
     import matplotlib
 
@@ -141,8 +144,12 @@ def draw(rows: list[dict], out: Path) -> None:
     from matplotlib import pyplot
 
     subjects = list(dict.fromkeys(row["subject"] for row in rows))
-    figure, panels = pyplot.subplots(1, len(subjects), figsize=(4.4 * len(subjects), 5.0), squeeze=False)
-    for panel, subject in zip(panels[0], subjects):
+    lines = -(-len(subjects) // COLUMNS)
+    figure, grid = pyplot.subplots(lines, COLUMNS, figsize=(4.4 * COLUMNS, 4.0 * lines + 1.0), squeeze=False)
+    panels = list(grid.flat)
+    for panel in panels[len(subjects) :]:
+        panel.remove()
+    for panel, subject in zip(panels, subjects):
         found = curves(rows, subject)
         found["core EasyCache"] = found.pop(COPIED, found["core EasyCache"])
         for method, settings in found.items():
@@ -159,8 +166,9 @@ def draw(rows: list[dict], out: Path) -> None:
                 panel.errorbar(x, y, spread, fmt=style, color=colour, label=method, markersize=4, linewidth=1.2)
         panel.set(title=subject, xlabel="steps / computed steps", yscale="log", xlim=(1, 4.6))
         panel.grid(alpha=0.3, which="both")
-    panels[0][0].set_ylabel("relative L2 to the full run")
-    handles = {label: handle for panel in panels[0] for handle, label in zip(*panel.get_legend_handles_labels())}
+    for panel in grid[:, 0]:
+        panel.set_ylabel("relative L2 to the full run")
+    handles = {label: handle for panel in panels for handle, label in zip(*panel.get_legend_handles_labels())}
     figure.legend(handles.values(), handles.keys(), loc="lower center", ncol=5, frameon=False)
-    figure.tight_layout(rect=(0, 0.18, 1, 1))
+    figure.tight_layout(rect=(0, 0.9 / (4.0 * lines + 1.0), 1, 1))
     figure.savefig(out, dpi=90)
