@@ -251,18 +251,21 @@ def run_main(experiment: Experiment, time_batch: int, time_repeats: int) -> dict
         return experiment.run.shared(lambda: kept.json("seconds", measured))
 
     timing: dict[str, dict[str, float]] = {}
-    rows: list[Variant] = []
-    for group in (main_rows(bench), shipped_rows(bench)):
-        timing |= timed(group)
-        steps = max(1, round(bench.sampling.steps / timing[group[-1].name]["speedup"]))
-        plain = plain_rows(group[0], steps)
-        timing |= {name: values for name, values in timed([group[0], *plain]).items() if name not in timing}
-        rows += [*group, *plain]
-    rows = list({row.name: row for row in rows}.values())
+
+    def plain_beside(group: list[Variant]) -> list[Variant]:
+        """Plain runs in the time of the group's last row; all of them are timed."""
+        timing.update(timed(group))
+        plain = plain_rows(group[0], max(1, round(bench.sampling.steps / timing[group[-1].name]["speedup"])))
+        timing.update({name: values for name, values in timed([group[0], *plain]).items() if name not in timing})
+        return plain
+
+    parts, shipped = main_rows(bench), shipped_rows(bench)
+    shorter, solved = plain_beside(parts), plain_beside(shipped)
     for name, values in timing.items():
         log(f"{name:32} {values['seconds']:.2f} s  {values['speedup']:.2f}x")
-    found = [experiment.row(row) for row in rows]
-    pairs = [*COMPARED, *((shipped_rows(bench)[-1].name, row.name) for row in plain)]
+    rows = {row.name: row for row in (*parts, *shorter, *shipped, *solved)}
+    found = [experiment.row(row) for row in rows.values()]
+    pairs = [*COMPARED, *((shipped[-1].name, row.name) for row in solved)]
     return {"rows": found, "timing": timing, "differences": [experiment.difference(*pair) for pair in pairs]}
 
 

@@ -32,20 +32,7 @@ def operators() -> tuple[Any, Any]:
     """qandc::w4a8_linear, x (..., K) -> (..., N), and qandc::w4a8_weight, the decoded weight (N, K)."""
     from comfy_kitchen.tensor.w4a8_int8 import dequantize_w4a8_int8_weight
 
-    @torch.library.custom_op("qandc::w4a8_linear", mutates_args=())
-    def linear(
-        x: Tensor,
-        codes: Tensor,
-        relative: Tensor,
-        channel: Tensor,
-        codebook: Tensor | None,
-        bias: Tensor | None,
-        group: int,
-        rotation: int,
-        packed: bool,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        return multiplied(x, codes, relative, channel, codebook, bias, group, rotation, packed, dtype)
+    linear = torch.library.custom_op("qandc::w4a8_linear", multiplied, mutates_args=())
 
     @linear.register_fake
     def _(x, codes, relative, channel, codebook, bias, group, rotation, packed, dtype):
