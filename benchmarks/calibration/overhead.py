@@ -2,9 +2,10 @@
 
     COMFYUI/python benchmarks/calibration/overhead.py CHECKOUT BASE [pairs]
 
-BASE is a ComfyUI base directory with the pack in it. A recorded run's time ends when its file is written. Both the
-clock and the time that the process had a core are noted: the latter hardly depends on what else a machine does. Adds
-the pairs to results/calibration-overhead.json and writes calibration-overhead.md from all of them.
+BASE is a ComfyUI base directory with the pack in it. A run of 20 steps under guidance, and one of four without, as
+distilled models have them. The clock says when the image is there, the time that the process had a core counts the
+file too, which may be written beside what comes next, and hardly depends on what else a machine does. Writes
+results/calibration-overhead.json and calibration-overhead.md.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
-STEPS, WIDTH, HEADS, SIDE = 20, 384, 12, 32
+WIDTH, HEADS, SIDE = 384, 12, 32
+RUNS = ((20, 2.0), (4, 1.0))  # steps, guidance
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "comfyui" / "inside")]
@@ -39,7 +41,6 @@ def measure(checkout: str, base: str, pairs: int) -> dict[str, Any]:
     patcher = build(type(family)("Flux", flux(image_model="flux", **sizes), family.latent, conds=family.conds))
     node, files = host.module("nodes.calibrate_from_runs"), host.module("nodes.comfyui.files")
     recording = host.module("nodes.comfyui.calibrate.recording")
-    recorded = node.CalibrateFromRuns.execute(patcher, "overhead", True, 8, True, 4.0, 4096, 8, 0).args[0]
     added, add_run = [], recording.add_run
 
     def timed(*args):
@@ -51,25 +52,32 @@ def measure(checkout: str, base: str, pairs: int) -> dict[str, Any]:
 
     recording.add_run = timed
 
-    def run(model, seed: int) -> list[float]:
-        """Seconds of the clock, and of a core."""
+    def run(model, seed: int, steps: int, guidance: float) -> list[float]:
+        """Seconds of the clock until the image is there, and of a core until the file is."""
         latent = {"samples": torch.zeros(1, 16, SIDE, SIDE)}
         begun = time.perf_counter(), time.process_time()
         host.nodes.common_ksampler(
-            model, seed, STEPS, 2.0, "euler", "simple", conditioning(family, 1), conditioning(family, 2), latent
+            model, seed, steps, guidance, "euler", "simple", conditioning(family, 1), conditioning(family, 2), latent
         )
+        sampled = time.perf_counter() - begun[0]
         recording.settle()
-        return [time.perf_counter() - begun[0], time.process_time() - begun[1]]
+        return [sampled, time.process_time() - begun[1]]
 
-    with torch.inference_mode():
-        run(patcher, 0), run(recorded, 0)
-        times = []
-        for seed in range(pairs):  # each first in turn
-            order = (patcher, recorded) if seed % 2 else (recorded, patcher)
-            found = {model is recorded: run(model, seed) for model in order}
-            times.append([found[False], found[True]])
-    size = files.named_path("overhead").stat().st_size / 2**20
-    return {"pairs": times, "adding": added[1:], "file MiB": size, "threads": torch.get_num_threads()}
+    found = []
+    for steps, guidance in RUNS:
+        name = f"overhead {steps}"
+        recorded = node.CalibrateFromRuns.execute(patcher, name, True, 8, True, 4.0, 4096, 8, 0).args[0]
+        added.clear()
+        with torch.inference_mode():
+            run(patcher, 0, steps, guidance), run(recorded, 0, steps, guidance)
+            times = []
+            for seed in range(pairs):  # each first in turn
+                order = (patcher, recorded) if seed % 2 else (recorded, patcher)
+                took = {model is recorded: run(model, seed, steps, guidance) for model in order}
+                times.append([took[False], took[True]])
+        size = files.named_path(name).stat().st_size / 2**20
+        found.append({"steps": steps, "guidance": guidance, "pairs": times, "adding": added[1:], "file MiB": size})
+    return {"runs": found, "threads": torch.get_num_threads()}
 
 
 def interval(ratios: list[float]) -> tuple[float, float]:
@@ -90,14 +98,20 @@ def row(name: str, pairs: list[tuple[float, float]]) -> str:
 
 
 def report(result: dict[str, Any]) -> str:
-    rows = [row(name, [(a[i], b[i]) for a, b in result["pairs"]]) for i, name in enumerate(("clock", "time of a core"))]
+    runs, rows = result["runs"], []
+    for found in runs:
+        for i, clock in enumerate(("clock", "time of a core")):
+            name = f"{found['steps']} steps, guidance {found['guidance']:g}, {clock}"
+            rows.append(row(name, [(a[i], b[i]) for a, b in found["pairs"]]))
+    added = ", ".join(f"{median(found['adding']):.2f} s" for found in runs)
+    size, pairs = runs[0]["file MiB"], len(runs[0]["pairs"])
     return f"""# What recording a run costs
 
-KSampler on a Flux of width {WIDTH} (2 double and 4 single blocks, {STEPS} steps, guidance 2, a {SIDE} x {SIDE} latent)
-with and without Calibrate from Runs, {len(result["pairs"])} pairs in turns; ComfyUI 0.33.0, float32,
-{result["machine"]}, {result["threads"]} thread. Other work ran on the machine, which the clock sees and the time of
-a core hardly does. A recorded run ends when its file of {result["file MiB"]:.0f} MiB is written, which took
-{median(result["adding"]):.2f} s of the clock (median).
+KSampler on a Flux of width {WIDTH} (2 double and 4 single blocks, a {SIDE} x {SIDE} latent) with and without Calibrate
+from Runs, {pairs} pairs in turns; ComfyUI 0.33.0, float32, {result["machine"]}, {result["threads"]} thread.
+Other work ran on the machine, which the clock sees and the time of a core hardly does. The clock stops when the image
+is there; the time of a core counts the file too ({size:.0f} MiB), which takes {added} of the clock (medians),
+for the most part beside what comes next.
 
 | | plain, median (range) | recorded, median (range) | ratio, geometric mean (95 % interval) | range of pairs |
 |---|---|---|---|---|
@@ -112,9 +126,8 @@ def main() -> None:
     found = measure(checkout, base, int(more[0]) if more else 8)
     from qandc_core.evaluation.experiment import cpu_name
 
+    result = {**found, "machine": cpu_name()}
     path = RESULTS / "calibration-overhead.json"
-    before = json.loads(path.read_text()) if path.is_file() else {"pairs": [], "adding": []}
-    result = {**found, "machine": cpu_name()} | {key: before[key] + found[key] for key in ("pairs", "adding")}
     path.write_text(json.dumps(result, indent=1) + "\n")
     path.with_suffix(".md").write_text(report(result))
 

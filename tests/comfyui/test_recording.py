@@ -95,7 +95,7 @@ def test_two_models_of_a_guider_make_two_calibrations(run):
     assert list(map(len, found["said"])) == [1, 0] and not found["none"]
 
 
-def test_large_statistics_are_added_beside_what_comes_next(run):
+def test_a_run_is_added_beside_what_comes_next(run):
     assert run("recording")["beside"] == {"same": True, "runs": 4}
 
 

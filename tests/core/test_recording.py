@@ -234,6 +234,26 @@ def test_a_sample_of_many_inputs_adds_some_of_them_and_all_bounds(monkeypatch):
     assert {row.numpy().tobytes() for row in layer.kept["held_out"].tokens.view(torch.int16)}.isdisjoint(kept)
 
 
+@given(st.integers(1, 64), st.integers(64, 10**5), st.integers(1, 20))
+def test_a_run_of_any_length_adds_one_token_in_forty_or_the_fewest(rows, tokens, samples):
+    size = RecordingConfig(samples=samples).strata(rows)
+    added = recorder_module.tokens_of(tokens, size / recorder_module.SPARSEST)
+    fewest, share = recorder_module.FEWEST, recorder_module.SHARE * recorder_module.SPARSEST
+    assert fewest <= added <= max(fewest, size * tokens / share)
+
+
+def test_a_short_run_adds_fewer_tokens_of_its_sample(monkeypatch):
+    monkeypatch.setattr(recorder_module, "FEWEST", 1)
+    monkeypatch.setattr(recorder_module, "SHARE", 1)
+    whole = len(Sampled(dit(), Recorder(PLAN, STEPS, 1), 7).seen[0]["blocks.1.mlp.fc1"][0])
+    for steps, part in ((1, 0.2), (2, 0.4), (4, 0.8)):  # of two conditions of one image, as a part of ten samples
+        recorder = Recorder(RecordingConfig(samples=4), steps, 3)
+        with torch.inference_mode():
+            Sampled(dit(), recorder, 3, sigmas=SIGMAS[-steps - 1 :], images=1)
+        assert recorder.samples == 1
+        assert recorder.result().layers["blocks.1.mlp.fc1"].statistics.count == int(part * whole)
+
+
 def test_recording_changes_no_output_and_leaves_no_hook():
     model = dit()
     plain = Sampled(model, Recorder(RecordingConfig(samples=1), STEPS, 1), 7).outputs

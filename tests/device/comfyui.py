@@ -11,6 +11,7 @@ import contextlib
 import gc
 import json
 import sys
+from concurrent import futures
 from concurrent.futures import Executor, Future
 from pathlib import Path
 from unittest import mock
@@ -91,9 +92,14 @@ class Later(Executor):
         self.work.append(lambda: done.set_result(function(*args, **kwargs)))
         return done
 
-    def finish(self, *awaited) -> None:
+    def finish(self) -> None:
         while self.work:
             self.work.pop(0)()
+
+    def wait(self, awaited, timeout: float | None = None):
+        if timeout is None:
+            self.finish()
+        return futures.wait(awaited, 0)
 
 
 class Checks:
@@ -169,7 +175,7 @@ class Checks:
             self.h.node("QandC_CalibrateFromRuns").execute(plain, "device", True, 8, True, 1.0, 800, 4, 0).args[0]
         )
         later = Later()
-        with mock.patch.multiple(recording, adding=later, wait=later.finish, AT_ONCE=-1, settle=lambda: None):
+        with mock.patch.multiple(recording, adding=later, wait=later.wait, settle=lambda: None):
             waits = self.waits_for_a_prediction(recorder)
             until_returned = self.waits_of_a_run(recorder) - self.waits_of_a_run(plain)
         later.finish()

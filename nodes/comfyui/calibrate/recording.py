@@ -7,8 +7,8 @@ under the wrappers of its main one, so the main one's node records the other one
 
 Bringing gigabytes of statistics to the CPU, merging and writing them takes seconds, so a thread does it while the image
 is decoded and the next run begins. That run waits for it before it keeps anything of its own: memory holds one run's
-statistics. What is small is added at once, and where the device has less memory left than the statistics take, they
-leave it before the run returns.
+statistics. The run itself waits for a twentieth of its own time at most, and where the device has less memory left than
+the statistics take, until they have left it.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from ....qandc_core.calibration.growth import RunSchedule, add_run, check_recording
 from ....qandc_core.calibration.recorder import Recorder, RecordingConfig, RunRecord
+from ....qandc_core.sampling.clock import Stopwatch
 from ..cache.calls import CACHE, COMPILE
 from ..cache.others import other_caches
 from ..quantize.layers import calibrated, check_not_quantized
@@ -37,7 +38,7 @@ from ..wrappers import WRAPPERS, declares_noise, options_of_run, repeated, repla
 RECORDING = "qandc_recording"
 PRE_RUN = comfy.patcher_extension.CallbacksMP.ON_PRE_RUN
 log = logging.getLogger(__name__)
-AT_ONCE = 2**28  # bytes of statistics that are added before the run returns
+WAIT = 0.05  # of its own time, for which a run waits until it is added
 adding = ThreadPoolExecutor(1, "qandc-recording")  # one run after the other
 recording_now: ContextVar[tuple[RunRecorder, ...]] = ContextVar("recording_now", default=())  # runs that have begun
 
@@ -86,27 +87,29 @@ class RunRecorder:
             options[RECORDING] = runs
             keep_innermost(options)
             begun = recording_now.set((*recording_now.get(), *(run.node for run in runs)))
+            watch = Stopwatch()
             try:
                 out = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+                deadline = watch.seconds() * (1 + WAIT)
                 for run in runs:
                     if run.recorder.strata is not None:  # at a CFG of 1 a guider leaves its second model out
-                        run.node.end(run.recorder, schedule, run.patcher.load_device)
+                        run.node.end(run.recorder, schedule, run.patcher.load_device, deadline - watch.seconds())
                 return out
             finally:
                 recording_now.reset(begun)
                 for run in runs:
                     run.recorder.close()
 
-    def end(self, recorder: Recorder, schedule: RunSchedule, device: torch.device) -> None:
-        """Has a run added that ended well; what it adds is measured on the device."""
+    def end(self, recorder: Recorder, schedule: RunSchedule, device: torch.device, seconds: float) -> None:
+        """Has a run added that ended well, and waits some seconds for it; what it adds is measured on the device."""
         size = recorder.num_bytes
         record: Future[RunRecord] = adding.submit(recorder.taken().result)
         # With the context of the run, which says whose words the node shows if the job has ended by then.
         done = adding.submit(copy_context().run, self.add, record, schedule, device)
-        if size <= AT_ONCE:
-            done.result()
-        elif size > mm.get_free_memory(device):
+        if size > mm.get_free_memory(device):
             wait([record])
+        if wait([done], max(0.0, seconds)).done:
+            done.result()
 
     def add(self, record: Future[RunRecord], schedule: RunSchedule, device: torch.device) -> None:
         """Adds the run; where that fails, the image is still there and the file is unchanged."""

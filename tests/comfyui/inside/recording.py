@@ -451,10 +451,10 @@ def logged(work: Callable) -> list[str]:
 
 
 def beside(host: Host) -> dict[str, Any]:
-    """Statistics that are too large to be added at once: in a thread, which the next run and the node wait for."""
+    """Runs that wait for no addition: it happens in a thread, which the next run and the node wait for."""
     module, patcher = host.module("nodes.comfyui.calibrate.recording"), build(FLUX)
     watched, plain = recording(host, patcher, "beside"), ksampler(host, patcher)
-    with patch.object(module, "AT_ONCE", -1):
+    with patch.object(module, "WAIT", -1.0):
         same = [torch.equal(ksampler(host, watched), plain) for _ in range(4)]
     return {"same": all(same), "runs": node(host, patcher, "beside", record=False)[1].recording.runs}
 
