@@ -235,6 +235,7 @@ def calibrated(host: Host) -> list[int]:
     load, counts = host.module("qandc_core").load_calibration, []
     for sample in (lambda: ksampler(host, measured, positive, negative), lambda: recorder.report().replay(int)):
         sample()
+        host.module("nodes.comfyui.calibrate.recording").settle()
         (path,) = (host.base / "output" / "qandc").glob("repeated*")
         counts.append(load(path).recording.describe())
     return counts

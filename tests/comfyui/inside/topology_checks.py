@@ -375,6 +375,7 @@ def check_recording(host: Host, topology: Topology, models: list, plain: torch.T
         layers = [name for name, layer in one.model.model.diffusion_model.named_modules() if is_linear(layer)]
         with SampleRows(recording, layers) as rows:
             same = same and torch.equal(desk.again(one, rows.model), desk.again(one, one.model))
+        host.module("nodes.comfyui.calibrate.recording").settle()
         calibration = load(host.base / "output" / "qandc" / f"{name}.safetensors")
         rows.layers = {name: layer for name, layer in rows.layers.items() if name in calibration.statistics}
         errors.append(rows.nearest(calibration.statistics, calibration.recording.samples))
