@@ -2,10 +2,10 @@
 
     COMFYUI/python benchmarks/calibration/overhead.py CHECKOUT BASE [pairs]
 
-BASE is a ComfyUI base directory with the pack in it. A run of 20 steps under guidance, and one of four without, as
-distilled models have them. The clock says when the image is there, the time that the process had a core counts the
-file too, which may be written beside what comes next, and hardly depends on what else a machine does. Writes
-results/calibration-overhead.json and calibration-overhead.md.
+BASE is a ComfyUI base directory with the pack in it, and OMP_NUM_THREADS is 1. A run of 20 steps under guidance, and
+one of four without, as distilled models have them: the clock until the image is there, the time of a core that the run
+took until then, which hardly depends on what else a machine does, and that with the file, which another thread adds
+beside what comes next. Writes results/calibration-overhead.json and calibration-overhead.md.
 """
 
 from __future__ import annotations
@@ -53,15 +53,15 @@ def measure(checkout: str, base: str, pairs: int) -> dict[str, Any]:
     recording.add_run = timed
 
     def run(model, seed: int, steps: int, guidance: float) -> list[float]:
-        """Seconds of the clock until the image is there, and of a core until the file is."""
+        """Seconds of the clock and of a core until the image is there, and of a core until the file is too."""
         latent = {"samples": torch.zeros(1, 16, SIDE, SIDE)}
-        begun = time.perf_counter(), time.process_time()
+        begun = time.perf_counter(), time.thread_time(), time.process_time()
         host.nodes.common_ksampler(
             model, seed, steps, guidance, "euler", "simple", conditioning(family, 1), conditioning(family, 2), latent
         )
-        sampled = time.perf_counter() - begun[0]
+        sampled = [time.perf_counter() - begun[0], time.thread_time() - begun[1]]
         recording.settle()
-        return [sampled, time.process_time() - begun[1]]
+        return [*sampled, time.process_time() - begun[2]]
 
     found = []
     for steps, guidance in RUNS:
@@ -100,7 +100,7 @@ def row(name: str, pairs: list[tuple[float, float]]) -> str:
 def report(result: dict[str, Any]) -> str:
     runs, rows = result["runs"], []
     for found in runs:
-        for i, clock in enumerate(("clock", "time of a core")):
+        for i, clock in enumerate(("clock", "time of a core", "with the file")):
             name = f"{found['steps']} steps, guidance {found['guidance']:g}, {clock}"
             rows.append(row(name, [(a[i], b[i]) for a, b in found["pairs"]]))
     added = ", ".join(f"{median(found['adding']):.2f} s" for found in runs)
@@ -109,9 +109,9 @@ def report(result: dict[str, Any]) -> str:
 
 KSampler on a Flux of width {WIDTH} (2 double and 4 single blocks, a {SIDE} x {SIDE} latent) with and without Calibrate
 from Runs, {pairs} pairs in turns; ComfyUI 0.33.0, float32, {result["machine"]}, {result["threads"]} thread.
-Other work ran on the machine, which the clock sees and the time of a core hardly does. The clock stops when the image
-is there; the time of a core counts the file too ({size:.0f} MiB), which takes {added} of the clock (medians),
-for the most part beside what comes next.
+Other work ran on the machine, which the clock sees and the time of a core hardly does. Both stop when the image is
+there; the last row of each counts the file too ({size:.0f} MiB), which another thread adds beside what comes next, in
+{added} of the clock (medians).
 
 | | plain, median (range) | recorded, median (range) | ratio, geometric mean (95 % interval) | range of pairs |
 |---|---|---|---|---|

@@ -6,8 +6,9 @@ makes. What that costs is bounded in advance. At most one sample in ten of the m
 a quarter of a layer's inputs, drawn at random, enters its sums; bounds are those of all its inputs. X^T X of a layer
 may cost more than the layer itself, and inputs of one image at one step resemble each other. In a run of fewer than ten
 samples one is looked into all the same, and as many times fewer of its inputs enter, so that a run of four steps
-is slowed down by no larger a share than one of forty. Where the statistics fit beside the model, everything stays on
-its device until the run has ended, and nothing waits for it before.
+is slowed down by no larger a share than one of forty. The run itself only copies what was drawn, as far as that takes
+no more memory than the statistics will; they are made of it once the run has ended. Where they fit beside the model,
+everything stays on its device until then, and nothing waits for it before.
 
 The host hands every model call to `called`, with the key of the network that it runs on. Clones of a model on several
 devices work in threads of their own: each has its own statistics, which add up at the end, and only the choice, a few
@@ -31,7 +32,7 @@ from .calls import ModelCall
 from .choice import CalibrationConfig, reduced
 from .layer_inputs import HELD_OUT_TOKENS, call_of, of_samples
 from .memory import StatisticsPlan, plan_statistics
-from .records import PROBE_TOKENS, LayerRecord, Room, RunRecord
+from .records import PROBE_TOKENS, Drawn, LayerRecord, Room, RunRecord, Waiting
 from .state import width_of
 from .statistics import observed
 from .stream import Strata
@@ -91,13 +92,43 @@ class NetworkRecorder:
         self.layers, self.space, self.room = layers, space, room
         self.generator = torch.Generator().manual_seed(seed)
         self.records: dict[str, LayerRecord] = {}
+        self.waiting: dict[str, Waiting] = {}
         self.failed = False
         self.probes = probes({name: width_of(layer) for name, layer in layers})
+
+    def add(self, name: str, drawn: Drawn) -> None:
+        """Leaves the sums for the end of the run, until there is no room for what they are of."""
+        width = drawn.tokens.shape[1]
+        waiting = self.waiting.setdefault(name, Waiting(width, self.space))
+        if name in self.records or not waiting.takes(drawn):
+            self.sum_up(name)
+            self.record(name, width).add(drawn)
+
+    def sum_up(self, name: str) -> None:
+        """Adds what waits of a layer to its record."""
+        drawn, self.waiting[name].drawn = self.waiting[name].drawn, []
+        while drawn:
+            self.record(name, drawn[0].tokens.shape[1]).add(drawn.pop(0))
 
     def record(self, name: str, width: int) -> LayerRecord:
         if name not in self.records:
             self.records[name] = LayerRecord.empty(width, self.space, name in self.probes, self.room)
         return self.records[name]
+
+    def taken_out(self, name: str) -> LayerRecord | None:
+        """The record of a layer, on the CPU; None where memory ran out."""
+        with self.giving_up():
+            self.sum_up(name)
+            record = self.records.pop(name)
+            record.fetch()
+            return record
+        return None
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the layers' sums and inputs."""
+        held = [*self.records.values(), *self.waiting.values()]
+        return sum(part.num_bytes for part in held)
 
     def call(self, sample: int, x: Tensor, t: Tensor, conditions: Mapping[str, Any]) -> ModelCall | None:
         """A copy of one sample's call, on the device where there is room; None where it cannot be stored."""
@@ -116,6 +147,7 @@ class NetworkRecorder:
                 raise
             self.failed = True
             self.records.clear()
+            self.waiting.clear()
 
     def observer(self, batch: int, chosen: list[int], apart: list[int], part: float) -> Callable[[str, Tensor], None]:
         """observe(name, inputs) of one model call; of what enters the sums of a long run, `part`."""
@@ -129,15 +161,13 @@ class NetworkRecorder:
                 add(name, inputs)
 
         def add(name: str, inputs: Tensor) -> None:
-            record = self.record(name, inputs.shape[-1])
             if chosen:
                 x = of_samples(inputs, batch, chosen)
                 some, keys = draws(x, len(chosen) * tokens_of(len(x) // len(chosen), part))
-                record.statistics.update(some, x)
-                for kind in record.kept.keys() - {"held_out"}:
-                    record.kept[kind].add(some, keys)
-            if apart and "held_out" in record.kept:
-                record.kept["held_out"].add(*draws_apart(of_samples(inputs, batch, apart), HELD_OUT_TOKENS))
+                low, high = x.aminmax(dim=0)
+                self.add(name, Drawn(some, keys, (low, high)))
+            if apart and self.space.held_out:
+                self.add(name, Drawn(*draws_apart(of_samples(inputs, batch, apart), HELD_OUT_TOKENS)))
 
         return observe
 
@@ -210,8 +240,8 @@ class Recorder:
 
     @property
     def num_bytes(self) -> int:
-        """Size of the layers' sums and inputs."""
-        return sum(record.num_bytes for place in self.places.values() for record in place.records.values())
+        """Size of all layers' sums and inputs."""
+        return sum(place.num_bytes for place in self.places.values())
 
     def taken(self) -> Recorder:
         """Another recorder with all that was recorded; this one is empty afterwards."""
@@ -222,17 +252,16 @@ class Recorder:
     @torch.inference_mode()
     def result(self) -> RunRecord:
         """The recorded run, on the CPU; the recorder is empty afterwards. Raises ValueError where it is incomplete."""
-        if any(place.failed for place in self.places.values()):
-            raise ValueError("memory ran out while it was recorded; lower memory_gb")
         layers: dict[str, LayerRecord] = {}
         for place in self.places.values():
-            for name in list(place.records):
-                record = place.records.pop(name)
-                record.fetch()
-                if name in layers:
+            for name in list(place.waiting):
+                record = place.taken_out(name)
+                if name in layers and record is not None:
                     layers[name].merge(record)
-                else:
+                elif record is not None:
                     layers[name] = record
+        if any(place.failed for place in self.places.values()):
+            raise ValueError("memory ran out while it was recorded; lower memory_gb")
         predictions: list[tuple[float, Tensor]] = []
         if self.predictions:
             levels, values = zip(*self.predictions)

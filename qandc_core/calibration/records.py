@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .calls import ModelCall
-from .memory import StatisticsPlan
+from .memory import StatisticsPlan, layer_bytes
 from .statistics import LayerStatistics
 from .stream import Reservoir
 
@@ -30,6 +30,17 @@ class Room:
         return self.device
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """Tokens (M, K) drawn from the inputs of a layer in one call, a key for each, and the bounds of all its inputs;
+    without bounds they are held out.
+    """
+
+    tokens: Tensor
+    keys: Tensor
+    bounds: tuple[Tensor, Tensor] | None = None
+
+
 @dataclass
 class LayerRecord:
     """Statistics of one layer: sums, and inputs by purpose."""
@@ -49,6 +60,13 @@ class LayerRecord:
             if tokens
         }
         return cls(statistics, kept)
+
+    def add(self, drawn: Drawn) -> None:
+        if drawn.bounds is not None:
+            self.statistics.update(drawn.tokens, drawn.bounds)
+        for kind, kept in self.kept.items():
+            if (kind == "held_out") == (drawn.bounds is None):
+                kept.add(drawn.tokens, drawn.keys)
 
     @property
     def num_bytes(self) -> int:
@@ -80,3 +98,22 @@ class RunRecord:
     calls: list[tuple[float, ModelCall]] = field(default_factory=list)
     predictions: list[tuple[float, Tensor]] = field(default_factory=list)
     samples: int = 0
+
+
+class Waiting:
+    """What was drawn of one layer and is not summed up yet: no more than its record will take."""
+
+    def __init__(self, width: int, space: StatisticsPlan):
+        self.most = layer_bytes(width, space.tokens, space.held_out)
+        self.drawn: list[Drawn] = []
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(drawn.tokens.nbytes for drawn in self.drawn)
+
+    def takes(self, drawn: Drawn) -> bool:
+        """False where there is no room for this one too."""
+        if self.num_bytes + drawn.tokens.nbytes > self.most:
+            return False
+        self.drawn.append(drawn)
+        return True

@@ -64,15 +64,14 @@ class LayerStatistics:
     def reach(self) -> float:
         return float(self.span)
 
-    def update(self, x: Tensor, among: Tensor | None = None) -> None:
+    def update(self, x: Tensor, bounds: tuple[Tensor, Tensor] | None = None) -> None:
         """Adds inputs x (M, K), on their device and without waiting for it: nothing is read before the end.
 
-        Where x was drawn from inputs `among` (N, K), the bounds are theirs.
+        Where x was drawn from more inputs, `bounds` are the lowest and highest of all of them by channel.
         """
         x = x.detach()
         self.follow(x.device)
-        low, high = (x if among is None else among.detach()).aminmax(dim=0)
-        low, high = low.float(), high.float()
+        low, high = (bound.float() for bound in bounds or x.aminmax(dim=0))
         self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
         self.widen(torch.maximum(high.max(), -low.min()))
         products = self.hessian

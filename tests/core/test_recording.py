@@ -254,6 +254,20 @@ def test_a_short_run_adds_fewer_tokens_of_its_sample(monkeypatch):
         assert recorder.result().layers["blocks.1.mlp.fc1"].statistics.count == int(part * whole)
 
 
+@pytest.mark.parametrize("batches", [1, 9])
+def test_sums_wait_for_the_end_of_the_run_as_far_as_memory_allows(batches):
+    recorder, model = Recorder(RecordingConfig(samples=4, held_out=0), STEPS, 3), dit()
+    with torch.inference_mode():
+        for seed in range(batches):
+            Sampled(model, recorder, seed)
+    (place,) = recorder.places.values()
+    assert bool(place.records) == (batches == 9)
+    assert 0 < recorder.num_bytes <= place.space.bytes
+    found = recorder.result()
+    assert found.samples > 1 and not recorder.places
+    assert all(record.statistics.count > 0 for record in found.layers.values())
+
+
 def test_recording_changes_no_output_and_leaves_no_hook():
     model = dit()
     plain = Sampled(model, Recorder(RecordingConfig(samples=1), STEPS, 1), 7).outputs
