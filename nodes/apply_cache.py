@@ -73,7 +73,7 @@ POLICIES = [
             ),
             io.Int.Input(
                 "max_reused",
-                default=4,
+                default=ErrorBudget.max_reused,
                 min=1,
                 max=50,
                 tooltip="Maximum number of consecutive reused steps.",
@@ -85,7 +85,7 @@ POLICIES = [
         [
             io.Int.Input(
                 "interval",
-                default=3,
+                default=Interval.interval,
                 min=1,
                 max=50,
                 tooltip="Compute every N-th step: 3 computes one step in three. 1 disables the cache.",
