@@ -1,43 +1,19 @@
-"""Predictors of a DeviceLoop: a plain DiT, or a FusedDiT with the modulations of all steps computed beforehand."""
+"""What a DeviceLoop calls: a FusedDiT with the modulations of all steps computed beforehand."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..models.dit import DiT
 from .attention import fastest_attention
 
 if TYPE_CHECKING:
     from .loop import DeviceLoop
 
 ROWS_AT_ONCE = 512  # conditions whose modulations are computed in one product
-
-
-class PlainPredictor:
-    """A DiT as it is: baselines."""
-
-    def __init__(self, loop: DeviceLoop):
-        if loop.cache.reuse != "prediction":
-            raise ValueError(
-                "On the device a DiT reuses predictions only; use reuse='prediction', or make it a FusedDiT with "
-                "fuse_dit()."
-            )
-        self.model, self.rows = loop.model, loop.rows
-        self.timesteps = torch.tensor(loop.schedule.timesteps, device=loop.device)
-        self.labels = torch.zeros_like(loop.rows)
-
-    def prepare(self, labels: Tensor) -> None:
-        self.labels.copy_(labels[self.rows])
-
-    def attention(self, loop: DeviceLoop) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def __call__(self, x: Tensor, index: Tensor, reused: bool) -> Tensor:
-        return self.model(x, self.timesteps.index_select(0, index).expand(len(x)), self.labels)
 
 
 class FusedPredictor:
@@ -74,7 +50,3 @@ class FusedPredictor:
     def __call__(self, x: Tensor, index: Tensor, reused: bool) -> Tensor:
         modulations = self.table.index_select(0, self.slots.index_select(0, index))[0]
         return self.model(x, modulations.index_select(0, self.rows), self.kept, reused)
-
-
-def predictor_of(loop: DeviceLoop) -> PlainPredictor | FusedPredictor:
-    return PlainPredictor(loop) if isinstance(loop.model, DiT) else FusedPredictor(loop)
