@@ -321,6 +321,10 @@ def test_sigmas_are_the_steps_of_k_diffusion(model, sampler, end):
     assert relative_error(images, ve_run(model, sigmas, noise, sampler)) < 1e-5
 
 
+def test_without_steps_there_are_50(model):
+    assert generate(model, LABELS, cfg_scale=1.0)[1].steps == 50
+
+
 @pytest.mark.parametrize("steps", [3, 50])
 def test_steps_beside_sigmas_are_refused(model, steps):
     with pytest.raises(ValueError, match="`steps` and `sigmas` both say how many steps"):
