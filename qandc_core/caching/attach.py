@@ -60,10 +60,14 @@ def is_ours(blocks: Any) -> bool:
     return all(hasattr(block, "attention_branch") and hasattr(block, "mlp_branch") for block in blocks)
 
 
+def is_branched(model: nn.Module) -> bool:
+    """True if attention and MLP are separate modules of this model of diffusers."""
+    return any(base.__name__ in BRANCHED for base in type(model).__mro__)
+
+
 def default_reuse(model: nn.Module) -> str:
     """Attention and MLP where they are separate modules, else whole blocks."""
-    separate = not diffusers_lists(model) or any(base.__name__ in BRANCHED for base in type(model).__mro__)
-    return "branch" if separate else "block"
+    return "branch" if not diffusers_lists(model) or is_branched(model) else "block"
 
 
 def branches(model: nn.Module, reuse: str) -> list[tuple[Any, str, str]]:
@@ -75,20 +79,14 @@ def branches(model: nn.Module, reuse: str) -> list[tuple[Any, str, str]]:
             return [(block, "forward", f"{i}.block") for i, block in enumerate(blocks)]
         kinds = (("attention_branch", "attention"), ("mlp_branch", "mlp"))
         return [(block, at, f"{i}.{kind}") for i, block in enumerate(blocks) for at, kind in kinds]
-    if not lists and blocks is None and getattr(model, "transformer_blocks", None) is None:
-        raise ValueError(
-            f"{name} has neither blocks nor transformer_blocks; expected this package's DiT or one of diffusers' "
-            f"{', '.join(DIFFUSERS)}."
-        )
     if not lists:
-        raise ValueError(
-            f"The blocks of {name} are not known; expected this package's DiT or one of diffusers' "
-            f"{', '.join(DIFFUSERS)}."
-        )
+        none = blocks is None and getattr(model, "transformer_blocks", None) is None
+        wrong = f"{name} has neither blocks nor transformer_blocks" if none else f"The blocks of {name} are not known"
+        raise ValueError(f"{wrong}; expected this package's DiT or one of diffusers' {', '.join(DIFFUSERS)}.")
     if reuse == "block":
         found: list[tuple[str, Any]] = [(path, model.get_submodule(path)) for path in lists]
         return [(block, "forward", f"{path}.{i}") for path, list_ in found for i, block in enumerate(list_)]
-    if not any(base.__name__ in BRANCHED for base in type(model).__mro__):
+    if not is_branched(model):
         raise ValueError(f"reuse='branch' cannot tell attention and MLP of {name} apart; use reuse='block'.")
     inside, blocks = (("attn1", "attention"), ("ff", "mlp")), model.transformer_blocks
     return [

@@ -79,14 +79,9 @@ class ReverseProcess:
     def __len__(self) -> int:
         return len(self.schedule)
 
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        config = self.model.config
-        return (config.in_channels, config.input_size, config.input_size)
-
     def noise_source(self, seed: int, indices: Sequence[int], noise: Tensor | None = None) -> NoiseSource:
         if noise is None:
-            return ImageNoise(seed, indices, self.shape)
+            return ImageNoise(seed, indices, self.model.config.shape)
         return GivenNoise(noise, seed, indices, self.model.config.in_channels)
 
     def needs_noise(self, i: int) -> bool:

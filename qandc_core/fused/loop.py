@@ -94,7 +94,7 @@ class DeviceLoop:
 
     def allocate(self, images: int) -> None:
         config, steps = self.model.config, len(self.schedule)
-        shape = (images, config.in_channels, config.input_size, config.input_size)
+        shape = (images, *config.shape)
         zeros = lambda *sizes: torch.zeros(*sizes, device=self.device)  # noqa: E731
         self.index = torch.zeros(1, dtype=torch.long, device=self.device)
         self.x, self.denoised, self.older = zeros(shape), zeros(shape), zeros(shape)

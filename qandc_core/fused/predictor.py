@@ -30,7 +30,7 @@ class FusedPredictor:
         conditions = int(loop.rows.max()) + 1
         tensor: dict[str, Any] = {"dtype": loop.dtype, "device": loop.device}
         self.table = torch.zeros(len(needed), conditions, 6 * config.depth + 2, config.hidden_size, **tensor)
-        tokens = (len(loop.rows), (config.input_size // config.patch_size) ** 2, config.hidden_size)
+        tokens = (len(loop.rows), config.side**2, config.hidden_size)
         shapes = {"branch": (config.depth, 2, *tokens), "block": tokens}
         reuse = loop.cache.reuse
         self.kept = torch.zeros(shapes[reuse], **tensor) if reuse in shapes else None
@@ -43,9 +43,8 @@ class FusedPredictor:
 
     def attention(self, loop: DeviceLoop) -> AbstractContextManager[None]:
         config = loop.model.config
-        tokens = (config.input_size // config.patch_size) ** 2
         width = config.hidden_size // config.num_heads
-        return fastest_attention(len(loop.rows), config.num_heads, tokens, width, self.table)
+        return fastest_attention(len(loop.rows), config.num_heads, config.side**2, width, self.table)
 
     def __call__(self, x: Tensor, index: Tensor, reused: bool) -> Tensor:
         modulations = self.table.index_select(0, self.slots.index_select(0, index))[0]

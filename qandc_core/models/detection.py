@@ -110,9 +110,8 @@ def check_sizes(tensors: Mapping[str, Tensor], config: DiTConfig) -> None:
 
     Made before the model is: a header can claim any size, tensors only what the file holds.
     """
-    side = config.input_size // config.patch_size
     sizes = {
-        "pos_embed": (1, side**2, config.hidden_size),
+        "pos_embed": (1, config.side**2, config.hidden_size),
         "x_embedder.proj.weight": (config.hidden_size, config.in_channels, config.patch_size, config.patch_size),
         "y_embedder.embedding_table.weight": (config.num_embeddings, config.hidden_size),
     }
