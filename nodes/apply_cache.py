@@ -73,7 +73,7 @@ POLICIES = [
             ),
             io.Int.Input(
                 "max_reused",
-                default=4,
+                default=ErrorBudget.max_reused,
                 min=1,
                 max=50,
                 tooltip="Maximum number of consecutive reused steps.",
@@ -85,7 +85,7 @@ POLICIES = [
         [
             io.Int.Input(
                 "interval",
-                default=3,
+                default=Interval.interval,
                 min=1,
                 max=50,
                 tooltip="Compute every N-th step: 3 computes one step in three. 1 disables the cache.",
@@ -149,25 +149,19 @@ class ApplyCache(io.ComfyNode):
                     "adds half their curvature from the last three. auto, safe, balanced and fast choose it "
                     "themselves.",
                 ),
-                io.Float.Input(
+                schema.fraction(
                     "start_percent",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
+                    0.0,
+                    "Fraction of the run at which reuse begins; every step before it is computed.",
                     optional=True,
                     advanced=True,
-                    tooltip="Fraction of the run at which reuse begins; every step before it is computed.",
                 ),
-                io.Float.Input(
+                schema.fraction(
                     "end_percent",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
+                    1.0,
+                    "Fraction of the run at which reuse ends; every step after it is computed.",
                     optional=True,
                     advanced=True,
-                    tooltip="Fraction of the run at which reuse ends; every step after it is computed.",
                 ),
                 io.Combo.Input(
                     "reuse",

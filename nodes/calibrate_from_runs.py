@@ -14,10 +14,11 @@ from ..qandc_core.calibration.presets import preset_recording as recorded_by
 from ..qandc_core.calibration.recorder import RecordingConfig
 from ..qandc_core.calibration.recording import describe
 from . import schema
-from .comfyui.calibrate.recording import RunRecorder, record_runs, settle, without_recording
+from .comfyui.calibrate.recording import RECORDING, RunRecorder, record_runs, settle
 from .comfyui.files import check_writable, file_state, named_path
 from .comfyui.quantize.weights import fingerprint_of
 from .comfyui.status import node_of, show
+from .comfyui.wrappers import without
 
 
 class CalibrateFromRuns(io.ComfyNode):
@@ -55,14 +56,7 @@ class CalibrateFromRuns(io.ComfyNode):
                 schema.hessians(),
                 schema.memory_gb(advanced=True),
                 schema.tokens(),
-                io.Int.Input(
-                    "held_out",
-                    default=RecordingConfig.held_out,
-                    min=0,
-                    max=256,
-                    advanced=True,
-                    tooltip="Model calls held out of the runs for Quantize to measure its error on. 0 = none.",
-                ),
+                schema.held_out("Model calls held out of the runs for Quantize to measure its error on. 0 = none."),
                 io.Int.Input(
                     "reset",
                     default=RecordingConfig.reset,
@@ -112,7 +106,7 @@ class CalibrateFromRuns(io.ComfyNode):
         config = RecordingConfig(samples, hessians, memory_gb, tokens, held_out, reset)
         config = recorded_by(preset, config, mm.get_total_memory(torch.device("cpu")))
         if not record:
-            return io.NodeOutput(without_recording(model), recorded_calibration(path, model, node_id))
+            return io.NodeOutput(without(model, RECORDING), recorded_calibration(path, model, node_id))
         recorder = RunRecorder(path, config, fingerprint_of(model), node_id)
         made = record_runs(model, recorder)
         check_writable()

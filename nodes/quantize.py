@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from comfy_api.v0_0_2 import io, ui
 
 from ..qandc_core.calibration.file import Calibration
@@ -150,6 +152,8 @@ class Quantize(io.ComfyNode):
         if method == "paper":
             config = QuantizationConfig(rounding="nearest" if rounding == "auto" else rounding)
             quantized, text = quantized_patcher(model, *BITS[format], calibration, config)
+            asked = {"max_size_mb": max_size_mb, "max_model_error": max_model_error}
+            text += ignored_by_paper({**asked, "skip": parts(skip), "include": parts(include)})
             show(node_id, text)
             return io.NodeOutput(quantized, file_prefix(model, format), ui=ui.PreviewText(text))
         settings = NativeSettings(
@@ -168,6 +172,12 @@ class Quantize(io.ComfyNode):
         text = f"{report.summary()}{said}\n\n{report.table()}"
         shown = ui.PreviewImage(to_image(report_picture(report)), cls=cls).as_dict()
         return io.NodeOutput(quantized, file_prefix(model, format), ui={**shown, "text": (text,)})
+
+
+def ignored_by_paper(inputs: Mapping[str, object]) -> str:
+    """A warning where inputs are set that only the method native reads."""
+    names = [name for name, value in inputs.items() if value]
+    return f"\n\nWarning: the method paper ignores {', '.join(names)}; the method native does not." if names else ""
 
 
 def parts(text: str) -> tuple[str, ...]:

@@ -20,12 +20,7 @@ class RunReport(io.ComfyNode):
             search_aliases=["report", "benchmark", "timing", "speed", "seconds per step", "profile", "memory"],
             inputs=[
                 io.Model.Input("model", tooltip="The MODEL to measure, on its way to a sampler or guider."),
-                io.String.Input(
-                    "label",
-                    default="",
-                    tooltip="Name of the run in Compare. Empty = named after the "
-                    "cache, quantization and compensation on the model.",
-                ),
+                schema.label(),
                 schema.Report.Input(
                     "report",
                     optional=True,

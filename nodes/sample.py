@@ -18,8 +18,7 @@ class Sample(io.ComfyNode):
             display_name="Sample",
             category=schema.CATEGORY,
             description="KSampler with a report of the run: the time of every step, which steps were computed or "
-            "reused, "
-            "memory. Gives the same images as KSampler.",
+            "reused, memory. Gives the same images as KSampler.",
             search_aliases=["ksampler", "report", "benchmark", "timing"],
             inputs=[
                 io.Model.Input("model", tooltip="The model that denoises."),
@@ -34,20 +33,8 @@ class Sample(io.ComfyNode):
                     tooltip="Seed of the noise. Runs with the same seed can be compared.",
                 ),
                 *schema.sampler_settings("of the run"),
-                io.Float.Input(
-                    "denoise",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Below 1, part of the input image is kept.",
-                ),
-                io.String.Input(
-                    "label",
-                    default="",
-                    tooltip="Name of the run in Compare. Empty = named after the "
-                    "cache, quantization and compensation on the model.",
-                ),
+                schema.fraction("denoise", 1.0, "Below 1, part of the input image is kept."),
+                schema.label(),
             ],
             outputs=[
                 io.Latent.Output(display_name="latent", tooltip="The denoised latent."),

@@ -132,17 +132,39 @@ def wired_sampling() -> list[io.Input]:
             label_off="disable",
             tooltip="As in KSampler (Advanced): turn off if the latent already contains noise from another sampler.",
         ),
-        io.Float.Input(
-            "denoise",
-            default=1.0,
-            min=0.0,
-            max=1.0,
-            step=0.01,
-            optional=True,
-            advanced=True,
-            tooltip="As in KSampler: below 1, part of the input image is kept.",
+        fraction(
+            "denoise", 1.0, "As in KSampler: below 1, part of the input image is kept.", optional=True, advanced=True
         ),
     ]
+
+
+def fraction(name: str, default: float, tooltip: str, **flags: bool) -> io.Input:
+    """A number from 0 to 1, such as a place in a run."""
+    return io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.01, tooltip=tooltip, **flags)
+
+
+def label() -> io.Input:
+    return io.String.Input(
+        "label",
+        default="",
+        tooltip="Name of the run in Compare. Empty = named after the cache, quantization and compensation on the "
+        "model.",
+    )
+
+
+def filename_prefix(default: str) -> io.Input:
+    return io.String.Input(
+        "filename_prefix",
+        default=default,
+        advanced=True,
+        tooltip="Prefix of new files; the model, the date and a number are appended.",
+    )
+
+
+def held_out(tooltip: str, **flags: bool) -> io.Input:
+    return io.Int.Input(
+        "held_out", default=CalibrationConfig.held_out, min=0, max=256, advanced=True, tooltip=tooltip, **flags
+    )
 
 
 def hessians() -> io.Input:

@@ -128,22 +128,12 @@ class TAPCalibrate(io.ComfyNode):
                     tooltip="Select only from steps that the cache computes; cached layers run on no others.",
                 ),
                 schema.hessians(),
-                io.String.Input(
-                    "filename_prefix",
-                    default="calibration",
-                    advanced=True,
-                    tooltip="Prefix of new files; the model, the date and a number are appended.",
-                ),
+                schema.filename_prefix("calibration"),
                 schema.memory_gb(optional=True),
                 schema.tokens(optional=True),
-                io.Int.Input(
-                    "held_out",
-                    default=DEFAULT.held_out,
-                    min=0,
-                    max=256,
+                schema.held_out(
+                    "Model calls of the last images, held out for Quantize to measure its error on. 0 = none.",
                     optional=True,
-                    advanced=True,
-                    tooltip="Model calls of the last images, held out for Quantize to measure its error on. 0 = none.",
                 ),
                 *schema.wired_sampling(),
                 schema.preset(

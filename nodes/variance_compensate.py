@@ -84,30 +84,11 @@ class VarianceCompensate(io.ComfyNode):
                     tooltip="variance_match: match the standard deviation. paper: the paper's objective. "
                     "least_squares: least squared error.",
                 ),
-                io.Float.Input(
-                    "start_percent",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    advanced=True,
-                    tooltip="Fraction of the run at which the correction begins.",
+                schema.fraction(
+                    "start_percent", 0.0, "Fraction of the run at which the correction begins.", advanced=True
                 ),
-                io.Float.Input(
-                    "end_percent",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    advanced=True,
-                    tooltip="Fraction of the run at which the correction ends.",
-                ),
-                io.String.Input(
-                    "filename_prefix",
-                    default="compensation",
-                    advanced=True,
-                    tooltip="Prefix of new files; the model, the date and a number are appended.",
-                ),
+                schema.fraction("end_percent", 1.0, "Fraction of the run at which the correction ends.", advanced=True),
+                schema.filename_prefix("compensation"),
                 *schema.wired_sampling(),
             ],
             hidden=[io.Hidden.unique_id],

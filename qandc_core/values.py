@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -38,10 +38,9 @@ def is_number(value: Any, kind: Any, text: bool) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool) or text and isinstance(value, str)
 
 
-def check_finite(tensors: Mapping[str, Tensor], names: Iterable[str] | None = None) -> None:
+def check_finite(tensors: Mapping[str, Tensor]) -> None:
     """Raises ValueError on NaN and infinity in floating-point tensors."""
-    for name in tensors if names is None else names:
-        tensor = tensors[name]
+    for name, tensor in tensors.items():
         if not tensor.is_floating_point() or not tensor.numel():
             continue
         low, high = (tensor.float() if tensor.element_size() == 1 else tensor).aminmax()

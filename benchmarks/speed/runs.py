@@ -21,6 +21,7 @@ from qandc_core.sampling.clock import Stopwatch
 from qandc_core.sampling.report import peak_memory, reset_peak_memory
 
 from .models import Subject, model_bytes, resize
+from .plain import loop_of
 
 Row = Mapping[str, Any]  # a Measured, as JSON has it
 ALL_STEPS, CHOSEN = "all steps", "chosen steps"
@@ -126,7 +127,7 @@ class Bench:
         before = torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
         reset_peak_memory(self.device)
         graphs = subject.graph and self.device.type == "cuda"
-        loop = DeviceLoop(model, self.setting.images, config, cache, graphs=graphs)
+        loop = loop_of(model, self.setting.images, config, cache, graphs=graphs)
         row.computed_steps = sum(loop.computed)
         loop.prepare(self.labels, [self.noise], None)
         for reuse in {not computes for computes in loop.computed}:

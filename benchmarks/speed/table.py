@@ -28,6 +28,7 @@ from .models import (
     random_dit,
     resize,
 )
+from .plain import loop_of
 from .profile import PRODUCTS, profile_step
 from .runs import ALL_STEPS, CHOSEN, Bench, Note, Row, Setting, fastest, find, measure_subject
 from .words import StepProfile, explain
@@ -175,7 +176,7 @@ def step_profile(machine: Machine, bench: Bench, subject: Subject, row: Row, bas
     setting, model = bench.setting, machine.model_of(subject)
     graphs = subject.graph and machine.device.type == "cuda"
     resize(model, setting.pixels // 8)
-    loop = DeviceLoop(model, setting.images, setting.config(), graphs=graphs)
+    loop = loop_of(model, setting.images, setting.config(), graphs=graphs)
     loop.prepare(bench.labels, [bench.noise], None)
     groups = profile_step(in_place(loop), machine.device)
     fused = isinstance(model, FusedDiT)

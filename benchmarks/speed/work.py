@@ -92,7 +92,7 @@ def step_work(config: DiTConfig, rows: int, steps: int | None = None) -> StepWor
     """A step of `rows` latents, 2 x images with guidance. With `steps` the modulations of all of a run's steps come
     from one product for each layer, whose rows are steps x conditions, one condition for each latent.
     """
-    tokens = (config.input_size // config.patch_size) ** 2
+    tokens = config.side**2
     main = mark_quantizable(main_gemms(config, rows, tokens), config)
     conditions = mark_quantizable(condition_gemms(config, rows * (steps or 1), steps or rows), config)
     attention = AttentionWork(

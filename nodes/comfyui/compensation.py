@@ -193,7 +193,6 @@ def fit_compensation(
     method: str,
     start: float,
     end: float,
-    eps: float = 1e-2,
 ) -> tuple[VarianceCompensation, FittedFor, int]:
     """Samples the images of a plan with both models from one noise and fits K_t step by step, over all of them.
 
@@ -202,7 +201,7 @@ def fit_compensation(
     methods and samplers that cannot be fitted.
     """
     while True:
-        fit = SequentialFit(settings.steps_on(reference), method, eps, start, end)
+        fit = SequentialFit(settings.steps_on(reference), method, start=start, end=end)
         pairing = Pairing(reference, accelerated, settings, latent, plan, estimate)
         largest = max(batch.size for batch in pairing.batches)
         try:

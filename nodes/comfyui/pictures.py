@@ -21,15 +21,15 @@ PALETTE = (BLUE, (60, 150, 90), ORANGE, (150, 80, 170))
 COLORS = {**{format.name: color for format, color in zip(ALL, PALETTE)}, "float": GRAY}
 
 
-def error_bars(errors: dict[str, float], measure: str = "relative weight error") -> Image.Image:
-    """The error of every layer so far."""
+def error_bars(errors: dict[str, float]) -> Image.Image:
+    """The relative weight error of every layer so far."""
     width, height = 512, 256
     picture = Image.new("RGB", (width, height), PAPER)
     draw, highest = ImageDraw.Draw(picture), max(errors.values()) or 1.0
     for i, error in enumerate(errors.values()):
         left, right = width * i // len(errors), max(width * i // len(errors), width * (i + 1) // len(errors) - 2)
         draw.rectangle((left, height - round((height - 24) * error / highest), right, height), fill=BLUE)
-    title = f"{measure} of {len(errors)} layers, largest {highest:.4f}"
+    title = f"relative weight error of {len(errors)} layers, largest {highest:.4f}"
     draw.text((8, 4), title, INK, ImageFont.load_default(14))
     return picture
 

@@ -37,7 +37,7 @@ class Settings:
 
     A wired `guider` has the conditioning and the guidance, `sampler` and `sigmas` stand for the names, `noise` for the
     noise of a seed. `prompts` is a CONDITIONING whose entries, each by itself, take turns with the positive one. Raises
-    ValueError on a cfg that is no number, and on a part of a schedule that is wired whole.
+    ValueError on a cfg that is no number, and on widgets that ask for another schedule or noise than what is wired.
     """
 
     positive: Any
@@ -60,12 +60,14 @@ class Settings:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.cfg) and math.isfinite(self.denoise)):
             raise ValueError(f"cfg and denoise must be finite numbers, got {self.cfg} and {self.denoise}.")
-        part = (self.start_at_step, self.end_at_step, self.denoise)
-        if self.sigmas is not None and part != (0, LAST_STEP, 1.0):
+        part = (self.start_at_step, self.end_at_step, self.return_with_leftover_noise, self.denoise)
+        if self.sigmas is not None and part != (0, LAST_STEP, False, 1.0):
             raise ValueError(
-                "start_at_step, end_at_step and denoise apply to the schedule of the widgets; split the wired sigmas "
-                "with SplitSigmas instead, and reset the three to their defaults."
+                "start_at_step, end_at_step, return_with_leftover_noise and denoise apply to the schedule of the "
+                "widgets; split the wired sigmas with SplitSigmas instead, and reset the four to their defaults."
             )
+        if self.noise is not None and not self.add_noise:
+            raise ValueError("add_noise is off, but noise is wired; wire DisableNoise instead, and turn add_noise on.")
 
     def schedule(self, patcher) -> Tensor:
         """Noise levels (T + 1,) of the run, on the CPU; empty where there is nothing to sample."""

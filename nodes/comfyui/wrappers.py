@@ -19,6 +19,7 @@ NOTES = "qandc"
 REPORT = "qandc_report"  # key of the wrappers that record runs, and where a script puts a report into the options
 QUANTIZATION = "qandc_quantization"  # where a model's options hold what Quantize measured
 WRAPPERS = comfy.patcher_extension.WrappersMP
+PRE_RUN = comfy.patcher_extension.CallbacksMP.ON_PRE_RUN
 reports: ContextVar[tuple[RunReport, ...]] = ContextVar("reports", default=())  # of the run that goes on
 
 # Where a run that is only repeated, for its time, reports; None in a run of the user's.
@@ -95,6 +96,16 @@ def options_of_run(guider) -> Iterator[dict[str, Any]]:
 def replace_wrapper(patcher, kind: str, key: str, wrapper) -> None:
     patcher.remove_wrappers_with_key(kind, key)
     patcher.add_wrapper_with_key(kind, key, wrapper)
+
+
+def without(patcher, key: str):
+    """A clone of the model without the wrappers and callbacks of this key."""
+    clone = patcher.clone()
+    for kind in list(clone.wrappers):
+        clone.remove_wrappers_with_key(kind, key)
+    for kind in list(clone.callbacks):
+        clone.remove_callbacks_with_key(kind, key)
+    return clone
 
 
 def on_one_device(patcher) -> bool:

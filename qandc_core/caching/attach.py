@@ -53,17 +53,21 @@ class PolicyConfig:
                 "it; use another policy, such as Speedup."
             )
         plan = self.policy.plan(total, cost=cost, sampler=sampler)
-        return CacheConfig(1, frozenset(plan.steps), self.reuse, plan.order)
+        return CacheConfig(steps=frozenset(plan.steps), reuse=self.reuse, order=plan.order)
 
 
 def is_ours(blocks: Any) -> bool:
     return all(hasattr(block, "attention_branch") and hasattr(block, "mlp_branch") for block in blocks)
 
 
+def is_branched(model: nn.Module) -> bool:
+    """True if attention and MLP are separate modules of this model of diffusers."""
+    return any(base.__name__ in BRANCHED for base in type(model).__mro__)
+
+
 def default_reuse(model: nn.Module) -> str:
     """Attention and MLP where they are separate modules, else whole blocks."""
-    separate = not diffusers_lists(model) or any(base.__name__ in BRANCHED for base in type(model).__mro__)
-    return "branch" if separate else "block"
+    return "branch" if not diffusers_lists(model) or is_branched(model) else "block"
 
 
 def branches(model: nn.Module, reuse: str) -> list[tuple[Any, str, str]]:
@@ -75,20 +79,14 @@ def branches(model: nn.Module, reuse: str) -> list[tuple[Any, str, str]]:
             return [(block, "forward", f"{i}.block") for i, block in enumerate(blocks)]
         kinds = (("attention_branch", "attention"), ("mlp_branch", "mlp"))
         return [(block, at, f"{i}.{kind}") for i, block in enumerate(blocks) for at, kind in kinds]
-    if not lists and blocks is None and getattr(model, "transformer_blocks", None) is None:
-        raise ValueError(
-            f"{name} has neither blocks nor transformer_blocks; expected this package's DiT or one of diffusers' "
-            f"{', '.join(DIFFUSERS)}."
-        )
     if not lists:
-        raise ValueError(
-            f"The blocks of {name} are not known; expected this package's DiT or one of diffusers' "
-            f"{', '.join(DIFFUSERS)}."
-        )
+        none = blocks is None and getattr(model, "transformer_blocks", None) is None
+        wrong = f"{name} has neither blocks nor transformer_blocks" if none else f"The blocks of {name} are not known"
+        raise ValueError(f"{wrong}; expected this package's DiT or one of diffusers' {', '.join(DIFFUSERS)}.")
     if reuse == "block":
         found: list[tuple[str, Any]] = [(path, model.get_submodule(path)) for path in lists]
         return [(block, "forward", f"{path}.{i}") for path, list_ in found for i, block in enumerate(list_)]
-    if not any(base.__name__ in BRANCHED for base in type(model).__mro__):
+    if not is_branched(model):
         raise ValueError(f"reuse='branch' cannot tell attention and MLP of {name} apart; use reuse='block'.")
     inside, blocks = (("attn1", "attention"), ("ff", "mlp")), model.transformer_blocks
     return [
@@ -98,7 +96,7 @@ def branches(model: nn.Module, reuse: str) -> list[tuple[Any, str, str]]:
 
 def apply_cache_to_dit(
     model: nn.Module,
-    cache_interval: int | CachePolicy = 3,
+    cache_interval: int | CachePolicy | None = None,
     *,
     steps: Iterable[int] | None = None,
     reuse: str | None = None,
@@ -109,13 +107,15 @@ def apply_cache_to_dit(
     """Caches features over timesteps (FORA, arXiv 2407.01425), in place; replaces a cache already there.
 
     `model` is our DiT or a transformer of diffusers (DiT, PixArt, Flux, SD3, Wan, CogVideoX). The second argument is an
-    interval or a policy: apply_cache_to_dit(model, Speedup(2)). `steps` lists the computed steps instead of every
-    `cache_interval`-th; see PolicyConfig for `reuse` (default "branch" where attention and MLP are separate modules,
-    else "block"). A policy holds its `order` itself. `mode` is the former name of `reuse`.
+    interval (None: that of Interval()) or a policy: apply_cache_to_dit(model, Speedup(2)). `steps`, given in its place,
+    lists the computed steps; see PolicyConfig for `reuse` (default "branch" where attention and MLP are separate
+    modules, else "block"). A policy holds its `order` itself. `mode` is the former name of `reuse`.
     generate() tells a policy the steps of a run; a loop of your own gives them as `num_steps`.
     A call reuses only what provably belongs to its own run (`calls`); fresh_caches says so outright.
     Raises ValueError, and changes nothing, on other models and settings.
     """
+    if reuse is not None and mode is not None:
+        raise ValueError("`mode` is the former name of `reuse`; give `reuse` alone.")
     config = PolicyConfig(policy_of(cache_interval, steps, order), reuse or mode or default_reuse(model))
     own: Any = getattr(model, "set_cache", None)
     if own is not None:  # a FusedDiT, whose loop follows the configuration itself
@@ -136,15 +136,17 @@ def apply_cache_to_dit(
     return model
 
 
-def policy_of(interval: int | CachePolicy, steps: Iterable[int] | None, order: int | None) -> CachePolicy:
-    """The policy that the arguments of apply_cache_to_dit stand for."""
-    if not isinstance(interval, CachePolicy):
-        return (
-            Interval(interval, order=order or 0) if steps is None else ChosenSteps(frozenset(steps), order=order or 0)
-        )
-    if steps is not None or order is not None:
-        raise ValueError("A policy holds steps and order itself; omit `steps` and `order`.")
-    return interval
+def policy_of(interval: int | CachePolicy | None, steps: Iterable[int] | None, order: int | None) -> CachePolicy:
+    """The policy that the arguments of apply_cache_to_dit stand for. Raises ValueError on two that say which steps."""
+    if isinstance(interval, CachePolicy):
+        if steps is not None or order is not None:
+            raise ValueError("A policy holds steps and order itself; omit `steps` and `order`.")
+        return interval
+    if interval is not None and steps is not None:
+        raise ValueError("`cache_interval` and `steps` both say which steps compute; give one of them.")
+    if steps is not None:
+        return ChosenSteps(frozenset(steps), order=order or 0)
+    return Interval(order=order or 0) if interval is None else Interval(interval, order=order or 0)
 
 
 def config_of(config: PolicyConfig, num_steps: int | None, cost: float) -> CacheConfig | PolicyConfig:
@@ -153,9 +155,9 @@ def config_of(config: PolicyConfig, num_steps: int | None, cost: float) -> Cache
     if num_steps is not None:
         return config.for_run(num_steps, cost)
     if (policy.start, policy.end) == (0, 1) and isinstance(policy, Interval):
-        return CacheConfig(policy.interval, None, config.reuse, policy.order)
+        return CacheConfig(policy.interval, reuse=config.reuse, order=policy.order)
     if (policy.start, policy.end) == (0, 1) and isinstance(policy, ChosenSteps):
-        return CacheConfig(1, policy.steps, config.reuse, policy.order)
+        return CacheConfig(steps=policy.steps, reuse=config.reuse, order=policy.order)
     return config
 
 

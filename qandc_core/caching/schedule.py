@@ -24,26 +24,28 @@ def check_reuse(reuse: str) -> None:
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """The computed steps that a policy has chosen for a run: `steps`, and step 0; or where the number of steps is not
-    known every `interval`-th. For `reuse` see PolicyConfig, for `order` CachePolicy.
+    """The computed steps that a policy has chosen for a run: `steps`, and step 0; or, where the number of steps is not
+    known, every `interval`-th. Exactly one of the two. For `reuse` see PolicyConfig, for `order` CachePolicy.
     """
 
-    interval: int = 3
+    interval: int | None = None
     steps: frozenset[int] | None = None
     reuse: str = "branch"
     order: int = 0
 
     def __post_init__(self) -> None:
-        if self.interval < 1:
+        if (self.interval is None) == (self.steps is None):
+            raise ValueError("`interval` and `steps` each say which steps compute; give one of them.")
+        if self.interval is not None and self.interval < 1:
             raise ValueError(f"interval must be 1 (no reuse) or more, got {self.interval}.")
         check_reuse(self.reuse)
         check_order(self.order)
 
     def computes(self, step: int) -> bool:
         """FORA (arXiv 2407.01425): computed where mod(step, interval) = 0."""
-        if self.steps is not None:
-            return step == 0 or step in self.steps
-        return step % self.interval == 0
+        if self.interval is not None:
+            return step % self.interval == 0
+        return step == 0 or step in (self.steps or ())
 
     def keeps(self, step: int) -> bool:
         """True if a later step may read what `step` computes: with order 0 never where the next step computes too."""

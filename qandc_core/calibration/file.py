@@ -249,7 +249,9 @@ def read_variance(tensors: dict[str, Tensor], method: str | None) -> VarianceCom
 def read_sampling(values: Mapping[str, Any] | None) -> SamplingConfig | None:
     if values is None:
         return None
-    sigmas = values["sigmas"]
-    config = SamplingConfig(**{**values, "sigmas": None if sigmas is None else tuple(sigmas)})
+    if values["sigmas"] is not None:  # earlier files hold steps and spacing beside them, which say nothing
+        ignored = ("steps", "spacing")
+        values = {**{k: v for k, v in values.items() if k not in ignored}, "sigmas": tuple(values["sigmas"])}
+    config = SamplingConfig(**values)
     config.schedule()  # raises ValueError on steps or noise levels that nobody can sample
     return config

@@ -48,7 +48,10 @@ def load_dit(
     sentence that says what is wrong.
     """
     if is_quantized(locate(source)):
-        return load_quantized(locate(source), dtype, device)
+        quantized = load_quantized(locate(source), dtype, device)
+        with reading(source):
+            check_asked(quantized.config, num_heads)
+        return quantized
     state_dict, config = read_dit(source, num_heads)
     model = DiT(config, device="meta")
     tensors = {key: tensor.to(device=device, dtype=dtype) for key, tensor in state_dict.items()}
@@ -70,8 +73,8 @@ def read_dit(
 ) -> tuple[dict[str, Tensor], DiTConfig]:
     """Tensors in our layout and configuration of any source `load_dit` accepts, checked against each other.
 
-    `input_size` is needed for a diffusers file without the config.json of its folder. Layers in ComfyUI's quantized
-    formats come in full precision.
+    `input_size` is needed for a diffusers file without the config.json of its folder. What the file says goes before
+    it and `num_heads`: ValueError where they differ. Layers in ComfyUI's quantized formats come in full precision.
     """
     path = locate(source)
     tensors, metadata = read_tensors(path)
@@ -82,12 +85,21 @@ def read_dit(
         tensors = dequantized(strip_prefix(tensors))
         known = read_json(path.parent / "config.json") if has_config(path, tensors) else {}
         if input_size is not None:
-            known = {**known, "sample_size": input_size}
+            known = {"sample_size": input_size, **known}
         state_dict, metadata = to_published_layout(tensors, metadata, known)
         config = detect_config(state_dict, metadata, num_heads)
+        check_asked(config, num_heads, input_size)
         check_shapes(state_dict, config)
         check_finite(state_dict)
     return state_dict, config
+
+
+def check_asked(config: DiTConfig, num_heads: int | None, input_size: int | None = None) -> None:
+    """Raises ValueError where the caller says of a model what its file says otherwise."""
+    for name, asked in (("num_heads", num_heads), ("input_size", input_size)):
+        found = getattr(config, name)
+        if asked not in (None, found):
+            raise ValueError(f"its {name} is {found}, not {asked}; leave that to the file")
 
 
 def locate(source: str | os.PathLike[str]) -> Path:

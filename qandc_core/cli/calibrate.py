@@ -4,6 +4,7 @@ import argparse
 from copy import deepcopy
 from dataclasses import replace
 
+from ..caching.policies import ChosenSteps, Interval
 from ..calibration.choice import SELECTIONS, SURPLUS, CalibrationConfig
 from ..calibration.file import Calibration
 from ..diffusion.classes import balanced_labels
@@ -92,7 +93,8 @@ def calibrated(args: argparse.Namespace, process: Distributed) -> Calibration:
         distances = process.shared(lambda: feature_distances(model, few, config, seed=settings.seed))
         schedule = optimal_schedule(distances, len(range(0, args.steps, args.cache_interval)))
     if args.cache_interval > 1:
-        apply_cache_to_dit(fast, args.cache_interval, steps=schedule)
+        interval = Interval(args.cache_interval)
+        apply_cache_to_dit(fast, interval if schedule is None else ChosenSteps(frozenset(schedule)))
     log(f"Calibrating on {args.trajectories} trajectories with cache interval {args.cache_interval}")
     runs = len(list(settings.batches()))
     if runs < process.world:

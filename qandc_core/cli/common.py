@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
+from ..caching.policies import Interval
 from ..calibration.choice import CalibrationConfig
 from ..diffusion.process import SamplingConfig
 from ..distributed import rank
 from ..models.dit import DiT
 
-CACHE_INTERVAL = 3
+CACHE_INTERVAL = Interval.interval
 
 
 def log(text: str) -> None:

@@ -57,8 +57,7 @@ def evaluate(args: argparse.Namespace, process: Distributed) -> Iterator[dict[st
     from ..evaluation.scores import real_floor
     from ..evaluation.variants import Workbench
 
-    if args.model != "demo" and not (args.vae and args.inception and args.reference):
-        raise ValueError("An ImageNet model is judged with --vae, --inception and --reference; give all three.")
+    check_judge(args)
     model, config = load(args), sampling(args)
     judge: Judge
     if args.model == "demo":
@@ -94,6 +93,15 @@ def evaluate(args: argparse.Namespace, process: Distributed) -> Iterator[dict[st
         few = Evaluation(args.factor_images, tuple(args.seeds[:1]), args.batch)
         result["factors"] = run_factors(Experiment(bench, judge, few, process, log))
         yield result
+
+
+def check_judge(args: argparse.Namespace) -> None:
+    """Raises ValueError on files that the model's judge lacks or has no use for."""
+    files = (args.vae, args.inception, args.reference)
+    if args.model == "demo" and any(files):
+        raise ValueError("The built-in model has a judge of its own; leave out --vae, --inception and --reference.")
+    if args.model != "demo" and not all(files):
+        raise ValueError("An ImageNet model is judged with --vae, --inception and --reference; give all three.")
 
 
 def write(args: argparse.Namespace, result: dict[str, Any]) -> None:

@@ -76,7 +76,9 @@ def sampled_images(args: argparse.Namespace, process: Distributed) -> tuple[Tens
     channels = model.config.in_channels
     if channels != 3 and args.vae is None:
         raise ValueError(f"This model samples latents with {channels} channels; give the VAE that decodes them: --vae.")
-    vae = load_vae(args.vae, model.pos_embed.device) if channels != 3 else None
+    if channels == 3 and args.vae is not None:
+        raise ValueError("This model samples images, which no VAE decodes; leave out --vae.")
+    vae = load_vae(args.vae, model.pos_embed.device) if args.vae is not None else None
     calibration = load_calibration(args.calibration) if args.calibration else None
     if calibration is not None:
         calibration.check_model(model)
@@ -130,7 +132,7 @@ def found_policy(calibration: Calibration | None) -> CachePolicy:
     """The default policy: the steps of the calibration, or else the default interval."""
     if calibration is not None and calibration.schedule is not None:
         return ChosenSteps(frozenset(calibration.schedule))
-    return Interval(CACHE_INTERVAL)
+    return Interval()
 
 
 def check_run(calibration: Calibration, config: SamplingConfig, asked: CachePolicy | None) -> None:

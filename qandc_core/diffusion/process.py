@@ -24,7 +24,8 @@ VARIANCES = ("fixed_small", "learned_range")
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """Settings of a sampling run. `sigmas` (falling, ending at 0) replaces `steps` and `spacing`.
+    """Settings of a sampling run. `sigmas` (falling, ending at 0) is the whole schedule, in place of `steps` and
+    `spacing`.
 
     `guidance_channels` None guides all channels; 3 gives the grids published for DiT.
     """
@@ -43,9 +44,17 @@ class SamplingConfig:
             raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {self.sampler!r}.")
         if self.variance not in VARIANCES:
             raise ValueError(f"variance must be one of {', '.join(VARIANCES)}, got {self.variance!r}.")
+        if self.sigmas is not None:
+            self.take_steps_of(self.sigmas)
         real_number(vars(self), "cfg_scale", -1e6, 1e6)  # NaN is in no range
         if self.guidance_channels is not None:
             whole_number(vars(self), "guidance_channels", 0, 2**16)
+
+    def take_steps_of(self, sigmas: tuple[float, ...]) -> None:
+        steps = len(sigmas) - 1
+        if self.steps not in (SamplingConfig.steps, steps) or self.spacing != SamplingConfig.spacing:
+            raise ValueError("`sigmas` is the whole schedule; leave out `steps` and `spacing`.")
+        object.__setattr__(self, "steps", steps)
 
     def schedule(self) -> NoiseSchedule:
         return from_sigmas(self.sigmas) if self.sigmas is not None else respaced(self.steps, self.spacing)
@@ -70,14 +79,9 @@ class ReverseProcess:
     def __len__(self) -> int:
         return len(self.schedule)
 
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        config = self.model.config
-        return (config.in_channels, config.input_size, config.input_size)
-
     def noise_source(self, seed: int, indices: Sequence[int], noise: Tensor | None = None) -> NoiseSource:
         if noise is None:
-            return ImageNoise(seed, indices, self.shape)
+            return ImageNoise(seed, indices, self.model.config.shape)
         return GivenNoise(noise, seed, indices, self.model.config.in_channels)
 
     def needs_noise(self, i: int) -> bool:

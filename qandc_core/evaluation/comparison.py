@@ -19,6 +19,7 @@ from .metrics import Fidelity, bands_of, pair_fidelity
 from .panels import draw_lines, draw_table, panels, stack
 from .remarks import layers, remarks, timelines
 from .repeats import MeasuredSpeedup, in_turns
+from .tables import markdown_table
 
 log = logging.getLogger(__name__)
 COLUMNS = ("run", "time s", "speedup", "steps computed", "cache MiB", "peak MiB", "PSNR dB", "SSIM", "rel. L2")
@@ -168,9 +169,7 @@ def mismatches(runs: Sequence[ComparedRun]) -> list[str]:
 
 
 def comparison_markdown(rows: Sequence[dict[str, str]]) -> str:
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    lines += ["| " + " | ".join(row[column] for column in COLUMNS) + " |" for row in rows]
-    return "\n".join(lines)
+    return markdown_table(COLUMNS, [[row[column] for column in COLUMNS] for row in rows])
 
 
 def run_comparison(

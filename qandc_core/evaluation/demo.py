@@ -29,12 +29,14 @@ from .experiment import hardware
 from .figure import FigureRow, comparison_figure
 from .judges import BuiltInJudge
 from .metrics import psnr, relative_l2, ssim
+from .tables import markdown_table
 from .variants import RECOMMENDED, Variant, Workbench
 
 DEMO_SAMPLING = SamplingConfig(50, 2.0, "ddim")  # adds no noise, so that features can be extrapolated
 # Small, so that all of it takes less than a minute on two cores.
 DEMO_CALIBRATION, DEMO_PAIRS = CalibrationConfig(trajectories=8, samples=100, clusters=25), 10
 REPEATS = 5
+DIGITS = {"psnr": 1, "ssim": 3, "relative_l2": 3}
 SHOWN = ("cat", "panda", "penguin", "butterfly", "apple", "sunflower", "rocket", "house", "heart", "car")
 NAIVE = Variant("naive W8A8 + cache", bits=(8, 8), interval=4, reuse="block", sampler=DEMO_SAMPLING.sampler)
 
@@ -146,21 +148,20 @@ def times(found: Sequence[float]) -> str:
 
 def demo_markdown(result: dict[str, Any]) -> str:
     device = result["hardware"]
-    lines = [
+    about = (
         f"{result['images']} images on {device['device']}, {device['threads']} threads. Full precision and Q&C were "
-        f"sampled {result['repeats']} times in turns: median, and range of the speedup; the other rows once.",
-        "",
-        "| | seconds | speedup | steps computed | PSNR dB | SSIM | relative L2 | class accuracy % |",
-        "|---|---|---|---|---|---|---|---|",
+        f"sampled {result['repeats']} times in turns: median, and range of the speedup; the other rows once."
+    )
+    head = ["", "seconds", "speedup", "steps computed", "PSNR dB", "SSIM", "relative L2", "class accuracy %"]
+    rows = [
+        [
+            row["name"],
+            f"{row['seconds']:.2f}",
+            times([row["speedup"], *row["speedup_range"]]),
+            f"{row['computed_steps']} of {row['steps']}",
+            *(f"{row[key]:.{digits}f}" if key in row else "-" for key, digits in DIGITS.items()),
+            f"{row['class_accuracy']:.0f}",
+        ]
+        for row in result["rows"]
     ]
-    for row in result["rows"]:
-        fidelity = (
-            [f"{row['psnr']:.1f}", f"{row['ssim']:.3f}", f"{row['relative_l2']:.3f}"] if "psnr" in row else ["-"] * 3
-        )
-        lines.append(
-            f"| {row['name']} | {row['seconds']:.2f} | {times([row['speedup'], *row['speedup_range']])} "
-            f"| {row['computed_steps']} of {row['steps']} | "
-            + " | ".join(fidelity)
-            + f" | {row['class_accuracy']:.0f} |"
-        )
-    return "\n".join(lines) + "\n"
+    return f"{about}\n\n{markdown_table(head, rows)}\n"

@@ -115,13 +115,7 @@ def sample(
         part = labels[at : min(at + batch, shard.stop)]
         made = partial(sampler, part, seed, at)
         parts.append(kept.tensor(f"seed {seed}, images {at} to {at + len(part) - 1}", made).cpu())
-    mine = torch.cat(parts) if parts else torch.empty(0, *generate_shape(sampler.model))
-    return all_gather_tensors(mine)
-
-
-def generate_shape(model: DiT) -> tuple[int, int, int]:
-    config = model.config
-    return (config.in_channels, config.input_size, config.input_size)
+    return all_gather_tensors(torch.cat(parts) if parts else torch.empty(0, *sampler.model.config.shape))
 
 
 class Experiment:

@@ -132,11 +132,12 @@ SSIM_SIDE, SSIM_SIGMA = 11, 1.5  # the window of Wang et al. 2004
 BAND = 1 << 18  # pixels of one channel that are compared at once
 
 
-def gaussian_blur(images: Tensor, size: int = SSIM_SIDE, sigma: float = SSIM_SIGMA) -> Tensor:
-    """Gaussian-weighted mean of every full window: (..., H, W) -> (..., H - size + 1, W - size + 1)."""
-    window = torch.softmax(-(torch.arange(size) - size // 2).double().square() / (2 * sigma**2), 0).tolist()
+def gaussian_blur(images: Tensor) -> Tensor:
+    """Gaussian-weighted mean of every full window of s = SSIM_SIDE: (..., H, W) -> (..., H - s + 1, W - s + 1)."""
+    offsets = (torch.arange(SSIM_SIDE) - SSIM_SIDE // 2).double()
+    window = torch.softmax(-offsets.square() / (2 * SSIM_SIGMA**2), 0).tolist()
     for dim in (-2, -1):  # shifted sums: six times as fast as a grouped convolution in float64 on a CPU
-        length = images.shape[dim] - size + 1
+        length = images.shape[dim] - SSIM_SIDE + 1
         blurred = images.narrow(dim, 0, length) * window[0]
         for at, weight in enumerate(window[1:], 1):
             blurred.add_(images.narrow(dim, at, length), alpha=weight)

@@ -33,9 +33,8 @@ def scheduler(solver: str, prediction: str) -> Any:
 @torch.inference_mode()
 def solve(model: DiT, labels: Tensor, config: SamplingConfig, solver: Any, seed: int, first_index: int = 0) -> Tensor:
     """Samples (N, C, H, W) float32 from the noise that generate() starts from; `solver` is a scheduler of diffusers."""
-    shape = (model.config.in_channels, model.config.input_size, model.config.input_size)
     device, dtype = model.pos_embed.device, model.pos_embed.dtype
-    x = ImageNoise(seed, range(first_index, first_index + len(labels)), shape).draw().to(device)
+    x = ImageNoise(seed, range(first_index, first_index + len(labels)), model.config.shape).draw().to(device)
     predict = partial(
         guided_prediction,
         model,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,11 @@ COLUMNS = (
 )
 
 
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
+
+
 def cell(value: dict[str, float | None], pattern: str) -> str:
     mean, error = value["mean"], value["standard_error"]
     text = pattern.format(mean)
@@ -27,7 +33,7 @@ def metrics_table(rows: list[dict[str, Any]], timing: dict[str, dict[str, float]
     """One line for each row, mean +- standard error over seeds; fidelity is left out for the reference itself."""
     columns = [c for c in COLUMNS if any(c[1] in row["metrics"] for row in rows)]
     head = ["", *(name for name, _, _ in columns)] + (["seconds", "speedup (range)"] if timing else [])
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines = []
     for row in rows:
         metrics, same = row["metrics"], row["metrics"]["relative_l2"]["mean"] == 0
         cells = [
@@ -37,8 +43,8 @@ def metrics_table(rows: list[dict[str, Any]], timing: dict[str, dict[str, float]
         if timing:
             t = timing[row["name"]]
             cells += [f"{t['seconds']:.2f}", f"{t['speedup']:.2f}x ({t['speedup_low']:.2f}-{t['speedup_high']:.2f})"]
-        lines.append("| " + " | ".join([row["name"], *cells]) + " |")
-    return "\n".join(lines)
+        lines.append([row["name"], *cells])
+    return markdown_table(head, lines)
 
 
 def factor_table(rows: list[dict[str, Any]]) -> str:
@@ -48,11 +54,11 @@ def factor_table(rows: list[dict[str, Any]]) -> str:
 def differences_table(differences: list[dict[str, Any]]) -> str:
     """One line for each pair of rows: mean and 95 % interval."""
     columns = [c for c in COLUMNS if any(c[1] in pair["metrics"] for pair in differences)]
-    lines = ["| " + " | ".join(["", *(name for name, _, _ in columns)]) + " |", "|" + "---|" * (1 + len(columns))]
+    rows = []
     for pair in differences:
         cells = [between(pair["metrics"].get(key), pattern) for _, key, pattern in columns]
-        lines.append("| " + " | ".join([f"{pair['row']} - {pair['minus']}", *cells]) + " |")
-    return "\n".join(lines)
+        rows.append([f"{pair['row']} - {pair['minus']}", *cells])
+    return markdown_table(["", *(name for name, _, _ in columns)], rows)
 
 
 def between(value: dict[str, float] | None, pattern: str) -> str:

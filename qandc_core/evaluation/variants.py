@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ..caching.attach import apply_cache_to_dit
+from ..caching.policies import CachePolicy, ChosenSteps, Interval
 from ..caching.schedule import optimal_schedule
 from ..calibration.choice import CalibrationConfig
 from ..calibration.distances import feature_distances
@@ -106,9 +107,13 @@ class Workbench:
         """A full-precision copy with the variant's cache."""
         model = copy.deepcopy(self.model)
         if variant.interval > 1:
-            steps = self.schedule(variant) if variant.optimal else None
-            apply_cache_to_dit(model, variant.interval, steps=steps, reuse=variant.reuse, order=variant.order)
+            apply_cache_to_dit(model, self.policy(variant), reuse=variant.reuse)
         return model
+
+    def policy(self, variant: Variant) -> CachePolicy:
+        if variant.optimal:
+            return ChosenSteps(frozenset(self.schedule(variant)), order=variant.order)
+        return Interval(variant.interval, order=variant.order)
 
     def schedule(self, variant: Variant) -> tuple[int, ...]:
         """The DP-optimal steps, measured on full-precision trajectories."""

@@ -31,13 +31,13 @@ from ..compensation.correction import VarianceCompensation, compensate
 from ..diffusion.guidance import guide, split_variance
 from ..diffusion.process import NoiseSource, ReverseProcess, SamplingConfig
 from ..diffusion.steps import StepCoefficients, step_coefficients
-from ..models.dit import DiT
 from ..sampling.clock import StepClock
 from ..sampling.generate import StepInfo, progress_bar
 from ..sampling.report import RunReport, peak_memory, reset_peak_memory
-from .predictors import predictor_of
+from .predictor import FusedPredictor
 
 if TYPE_CHECKING:
+    from ..models.dit import DiT
     from .dit import FusedDiT
 
 EVERY_STEP = CacheConfig(interval=1, reuse="prediction")
@@ -52,7 +52,8 @@ class DeviceLoop:
     """A run of `images` images with fixed settings; `run` may be called again with other classes and noise.
 
     With graphs (None: on CUDA) the two programs are captured once and replayed; nothing waits for the device between
-    steps. Raises ValueError on settings that need the host in each step.
+    steps. Another model than a FusedDiT brings its own `predictor`. Raises ValueError on settings that need the host
+    in each step.
     """
 
     @torch.inference_mode()
@@ -64,6 +65,7 @@ class DeviceLoop:
         cache: CacheConfig | None = None,
         compensated: bool = False,
         graphs: bool | None = None,
+        predictor: Callable[[DeviceLoop], Any] = FusedPredictor,
     ):
         if config.variance != "fixed_small" or not config.batched_guidance:
             raise ValueError("A FusedDiT samples with variance='fixed_small' and batched_guidance=True only.")
@@ -78,7 +80,7 @@ class DeviceLoop:
         self.rows = torch.arange(images, device=self.device)
         if config.cfg_scale != 1:  # all images share the unconditional row
             self.rows = torch.cat([self.rows, torch.full_like(self.rows, images)])
-        self.predictor = predictor_of(self)
+        self.predictor = predictor(self)
         self.allocate(images)
         self.programs: dict[bool, Callable[[], Any]] = {}
         self.recorded = addresses(model)
@@ -92,7 +94,7 @@ class DeviceLoop:
 
     def allocate(self, images: int) -> None:
         config, steps = self.model.config, len(self.schedule)
-        shape = (images, config.in_channels, config.input_size, config.input_size)
+        shape = (images, *config.shape)
         zeros = lambda *sizes: torch.zeros(*sizes, device=self.device)  # noqa: E731
         self.index = torch.zeros(1, dtype=torch.long, device=self.device)
         self.x, self.denoised, self.older = zeros(shape), zeros(shape), zeros(shape)

@@ -24,7 +24,7 @@ def detect_config(
 ) -> DiTConfig:
     """Configuration of a state dict in our layout: every size from shapes, the rest from `metadata` (see METADATA).
 
-    Heads: `num_heads`, else metadata, else the table `HEADS`. Raises ValueError where a shape is not a DiT's.
+    Heads: metadata, else `num_heads`, else the table `HEADS`. Raises ValueError where a shape is not a DiT's.
     """
     metadata = {"norm2_eps": 1e-6, "frequency_shift": 0, **(metadata or {})}
     hidden, in_channels, _, patch = shape(state_dict, "x_embedder.proj.weight", 4)
@@ -84,7 +84,7 @@ def detect_classes(state_dict: Mapping[str, Tensor], metadata: Mapping[str, Any]
 
 
 def detect_heads(hidden: int, metadata: Mapping[str, Any], num_heads: int | None) -> int:
-    if num_heads is None and "num_heads" in metadata:
+    if "num_heads" in metadata:
         num_heads = whole_number(metadata, "num_heads", 1, MAX_HEADS, text=True)
     heads = HEADS.get(hidden) if num_heads is None else num_heads
     if heads is None:
@@ -110,9 +110,8 @@ def check_sizes(tensors: Mapping[str, Tensor], config: DiTConfig) -> None:
 
     Made before the model is: a header can claim any size, tensors only what the file holds.
     """
-    side = config.input_size // config.patch_size
     sizes = {
-        "pos_embed": (1, side**2, config.hidden_size),
+        "pos_embed": (1, config.side**2, config.hidden_size),
         "x_embedder.proj.weight": (config.hidden_size, config.in_channels, config.patch_size, config.patch_size),
         "y_embedder.embedding_table.weight": (config.num_embeddings, config.hidden_size),
     }

@@ -56,6 +56,16 @@ class DiTConfig:
         return self.in_channels * (2 if self.learn_sigma else 1)
 
     @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of an image or latent."""
+        return (self.in_channels, self.input_size, self.input_size)
+
+    @property
+    def side(self) -> int:
+        """Tokens in a row or column of an image."""
+        return self.input_size // self.patch_size
+
+    @property
     def num_embeddings(self) -> int:
         return self.num_classes + self.has_null_class
 
@@ -206,7 +216,7 @@ class PatchGrid(nn.Module):
 
     def positions(self, rows: int, cols: int, like: Tensor | None = None) -> Tensor:
         """(1, rows * cols, D) in the device and dtype of `like`; other sizes than the model's own are computed once."""
-        side, like = self.config.input_size // self.config.patch_size, self.pos_embed if like is None else like
+        side, like = self.config.side, self.pos_embed if like is None else like
         if (rows, cols) == (side, side):
             return self.pos_embed.to(like)
         key = rows, cols, like.device, like.dtype
@@ -253,8 +263,8 @@ class DiT(PatchGrid):
         self.y_embedder = LabelEmbedder(config, operations, **factory)
         self.blocks = nn.ModuleList(DiTBlock(config, operations, **factory) for _ in range(config.depth))
         self.final_layer = FinalLayer(config, operations, **factory)
-        side = config.input_size // config.patch_size
-        self.register_buffer("pos_embed", sincos_positions(config.hidden_size, side, side, side).to(**factory))
+        positions = sincos_positions(config.hidden_size, config.side, config.side, config.side)
+        self.register_buffer("pos_embed", positions.to(**factory))
 
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor) -> Tensor:
         """Predicts the noise (or the clean image), and with `learn_sigma` the variance channels after it.

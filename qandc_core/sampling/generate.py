@@ -32,7 +32,7 @@ class StepInfo:
 def generate(
     model: PatchGrid,
     class_labels: Sequence[int] | Tensor,
-    steps: int = 50,
+    steps: int | None = None,
     cfg_scale: float = 4.0,
     sampler: str = "ddpm",
     seed: int = 0,
@@ -52,8 +52,11 @@ def generate(
 
     `model` is a DiT, or one made ready by fuse_dit; the cache that is attached to it is used. Image i depends on `seed`
     and first_index + i alone, not on the batch. `noise` is the start (N, C, H, W) or the start and every step's
-    (1 + steps, N, C, H, W); `sigmas` replaces `steps`.
+    (1 + steps, N, C, H, W); `sigmas` is the whole schedule, given in place of `steps` (50) and `spacing`.
     """
+    if steps is not None and sigmas is not None:
+        raise ValueError("`steps` and `sigmas` both say how many steps there are; give one of them.")
+    steps = SamplingConfig.steps if steps is None else steps
     chosen = None if sigmas is None else tuple(torch.as_tensor(sigmas, dtype=torch.float64).tolist())
     config = SamplingConfig(steps, cfg_scale, sampler, spacing, variance, guidance_channels, batched_guidance, chosen)
     return sample_images(

@@ -147,6 +147,12 @@ def test_models_given_to_a_node_stay_as_they_are(run):
     assert all(run("pipeline")["inputs stay"].values())
 
 
+def test_the_method_paper_says_what_it_ignores(run):
+    said = run("pipeline")["paper says"]
+    assert "Warning" not in said["plain"]
+    assert "Warning: the method paper ignores max_size_mb, max_model_error, skip; the method" in said["limited"]
+
+
 def test_compensated_samples_deviate_as_the_reference_does(run):
     assert run("pipeline")["deviation"] < 1e-5
 

@@ -29,6 +29,8 @@ REFUSALS = {
     "no latent": "connect latent_image",
     "another model": "disconnect `model`",
     "part of sigmas": "SplitSigmas",
+    "leftover of sigmas": "SplitSigmas",
+    "noise without noise": "wire DisableNoise instead",
     "no step": "leave no step to sample",
     "no step of sigmas": "leave no step to sample",
     "no model": "has no MODEL of its own",

@@ -679,6 +679,9 @@ def test_bypass_nests_and_survives_exceptions(model):
         ({"cache_interval": 0}, "interval must be 1"),
         ({"reuse": "layer"}, "reuse must be one of branch, block, prediction, got 'layer'"),
         ({"order": 3}, "order must be 0, 1 or 2, got 3"),
+        ({"cache_interval": 3, "steps": [0, 2]}, "`cache_interval` and `steps` both say which steps compute"),
+        ({"cache_interval": 3, "steps": []}, "`cache_interval` and `steps` both say which steps compute"),
+        ({"reuse": "branch", "mode": "block"}, "give `reuse` alone"),
     ],
 )
 def test_bad_settings_are_refused(model, kwargs, message):
@@ -690,6 +693,12 @@ def test_bad_settings_are_refused(model, kwargs, message):
 def test_a_model_without_blocks_is_refused():
     with pytest.raises(ValueError, match="Linear has neither blocks nor transformer_blocks"):
         apply_cache_to_dit(nn.Linear(2, 2), 3)
+
+
+@pytest.mark.parametrize("both_or_none", [{}, {"interval": 3, "steps": frozenset({2})}])
+def test_computed_steps_are_said_in_one_way(both_or_none):
+    with pytest.raises(ValueError, match="give one of them"):
+        CacheConfig(**both_or_none)
 
 
 @given(st.sets(st.integers(1, 20)))

@@ -1,6 +1,6 @@
 import json
 import os
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from torch import nn
 
 from benchmarks.calibration.pool import CandidatePool, collect_pool, collect_statistics, is_cached_layer
 from qandc_core.caching.attach import apply_cache_to_dit, feature_cache
-from qandc_core.calibration.file import Calibration, fingerprint, load_calibration
+from qandc_core.calibration.file import Calibration, fingerprint, load_calibration, read_sampling
 from qandc_core.calibration.statistics import BINS, LayerStatistics, add_products
 from qandc_core.checkpoints import save_dit
 from qandc_core.compensation.correction import VarianceCompensation
@@ -181,7 +181,7 @@ def test_mse_bounds_lower_the_real_error():
 
 
 def sampling(sampler="ddpm", **overrides):
-    return SamplingConfig(steps=6, sampler=sampler, cfg_scale=2.0, **overrides)
+    return SamplingConfig(**{"steps": 6, "sampler": sampler, "cfg_scale": 2.0, **overrides})
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
@@ -354,7 +354,7 @@ def full_calibration():
         variance=VarianceCompensation(
             torch.tensor([9.5, 1 / 3, 0.1], dtype=torch.float64), torch.randn(3, 4), torch.rand(3, 4), "paper"
         ),
-        sampling=replace(sampling("ddim"), guidance_channels=3, sigmas=(14.6, 1 / 3, 0.0)),
+        sampling=replace(sampling("ddim", steps=2), guidance_channels=3, sigmas=(14.6, 1 / 3, 0.0)),
         notes={"seed": 3, "classes": [1, 2], "selection": {"method": "tap", "alpha": 0.5}, "made": "\u00e9 1.0"},
     )
 
@@ -394,6 +394,11 @@ def test_file_round_trip_is_exact(tmp_path):
         assert_equal(load_calibration(path), part)
         assert_equal(load_calibration(str(path)), part)
         assert os.listdir(path.parent) == ["calibration.safetensors"]
+
+
+def test_steps_that_a_file_holds_beside_sigmas_say_nothing():
+    values = {**asdict(SamplingConfig()), "steps": 20, "spacing": "trailing", "sigmas": [14.6, 1 / 3, 0.0]}
+    assert read_sampling(values) == SamplingConfig(sigmas=(14.6, 1 / 3, 0.0))
 
 
 def test_a_calibration_without_distances_says_what_to_do():

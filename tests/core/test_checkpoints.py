@@ -1,4 +1,5 @@
 import argparse
+import copy
 import json
 import os
 import re
@@ -12,8 +13,11 @@ from qandc_core import files
 from qandc_core.checkpoints import dit as checkpoints
 from qandc_core.checkpoints import load_dit, save_dit
 from qandc_core.checkpoints.dit import detect_config, read_dit
+from qandc_core.checkpoints.quantized import save_quantized
 from qandc_core.models import DiT, DiTConfig
+from qandc_core.models.layers import DIT_SKIP
 from qandc_core.models.layouts import from_diffusers
+from qandc_core.quantization.model import quantize_model
 
 CONFIG = DiTConfig(input_size=8, hidden_size=32, depth=2, num_heads=4, num_classes=10)
 
@@ -295,6 +299,19 @@ def test_published_layout_equals_diffusers_under_its_conventions(tmp_path, refer
     assert_equals_diffusers(load_dit(tmp_path / "told.safetensors"), reference)
 
 
+def test_what_the_file_says_is_not_overruled(tmp_path, reference, model):
+    path = folder(reference, tmp_path / "diffusers") / "config.json"
+    assert read_dit(path.parent, num_heads=4, input_size=8)[1] == load_dit(path.parent).config
+    with pytest.raises(ValueError, match="diffusers.*: its num_heads is 4, not 8; leave that to the file"):
+        load_dit(path.parent, num_heads=8)
+    with pytest.raises(ValueError, match="its input_size is 8, not 16"):
+        read_dit(path.parent, input_size=16)
+    save_quantized(quantize_model(copy.deepcopy(model), 8, 8, DIT_SKIP), tmp_path / "quantized.safetensors")
+    assert load_dit(tmp_path / "quantized.safetensors", num_heads=4).config == model.config
+    with pytest.raises(ValueError, match="quantized.safetensors: its num_heads is 4, not 2"):
+        load_dit(tmp_path / "quantized.safetensors", num_heads=2)
+
+
 def test_diffusers_config_and_metadata_decide_the_epsilon(tmp_path, reference):
     path = folder(reference, tmp_path) / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "norm_eps": 1e-4, "num_attention_heads": 8}))
@@ -317,7 +334,7 @@ def test_heads_come_from_the_width(hidden, heads):
     state_dict = DiT(config, device="meta").state_dict()
     assert detect_config(state_dict) == config
     assert detect_config(state_dict, {"num_heads": "8"}).num_heads == 8
-    assert detect_config(state_dict, {"num_heads": "8"}, num_heads=4).num_heads == 4
+    assert detect_config(state_dict, num_heads=4).num_heads == 4
 
 
 def test_read_dit_gives_what_a_host_needs_to_build_the_model(tmp_path, reference):

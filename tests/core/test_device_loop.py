@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.speed.plain import loop_of
 from qandc_core import (
     SamplingConfig,
     apply_cache_to_dit,
@@ -22,7 +23,6 @@ from qandc_core.diffusion.process import ReverseProcess
 from qandc_core.diffusion.schedule import respaced
 from qandc_core.diffusion.steps import step_coefficients
 from qandc_core.fused.dit import FusedDiT
-from qandc_core.fused.loop import DeviceLoop
 
 LABELS = [3, 7]
 
@@ -117,7 +117,7 @@ def by_hand(model, config, cache, seed):
 def test_reuses_predictions_as_steps_by_hand(model, sampler, order, fused):
     config = SamplingConfig(12, 1.5, sampler)
     cache = CacheConfig(steps=frozenset(spaced_steps(12, 5)), reuse="prediction", order=order)
-    loop = DeviceLoop(fuse_dit(model) if fused else model, len(LABELS), config, cache)
+    loop = loop_of(fuse_dit(model) if fused else model, len(LABELS), config, cache)
     process = ReverseProcess(model, LABELS, config)
     source = process.noise_source(9, range(len(LABELS)))
     noise = [source.draw() for _ in range(1 + sum(map(process.needs_noise, range(12))))]
@@ -173,13 +173,13 @@ def test_a_loop_is_made_once_for_the_same_settings(model):
 
 def test_refuses_what_needs_the_host(model):
     with pytest.raises(ValueError, match="fixed_small"):
-        DeviceLoop(model, 2, SamplingConfig(variance="learned_range"))
+        loop_of(model, 2, SamplingConfig(variance="learned_range"))
     with pytest.raises(ValueError, match="batched_guidance"):
         generate(fuse_dit(model), LABELS, 4, 1.5, batched_guidance=False)
     with pytest.raises(ValueError, match=r"the noise is \(2, 3, 16, 16\)"):
         generate(fuse_dit(model), LABELS, 4, 1.5, noise=torch.zeros(2, 3, 16, 16))
     with pytest.raises(ValueError, match="reuses predictions only"):
-        DeviceLoop(model, 2, SamplingConfig(), CacheConfig(3))
+        loop_of(model, 2, SamplingConfig(), CacheConfig(3))
 
 
 def test_modulations_of_all_steps_come_from_few_products(model, monkeypatch):

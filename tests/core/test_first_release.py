@@ -32,7 +32,7 @@ def test_a_calibration_file_accelerates_as_then(images, tmp_path):
     model, calibration = load_dit(FOLDER / "dit.safetensors"), load_calibration(FOLDER / "calibration.safetensors")
     calibration.check_model(model)
     quantize_model(model, 8, 8, DIT_SKIP, calibration)
-    apply_cache_to_dit(model, 2, steps=calibration.schedule)
+    apply_cache_to_dit(model, steps=calibration.schedule)
     found, report = generate(model, **RUN, compensation=calibration.variance)
     assert report.computed == [step in (0, 4, 5) for step in range(6)] and calibration.schedule == (0, 4, 5)
     assert relative_error(images["fast"], images["full"]) > 1e-2 and relative_error(found, images["fast"]) < 1e-4

@@ -24,7 +24,7 @@ NEEDED = inspect.Parameter.empty
 SIGNATURES = {
     "load_dit": {"source": NEEDED, "dtype": None, "device": None},
     "quantize_model": {"model": NEEDED, "w_bits": 8, "a_bits": 8, "skip_patterns": (), "calibration": None},
-    "apply_cache_to_dit": {"model": NEEDED, "cache_interval": 3},
+    "apply_cache_to_dit": {"model": NEEDED, "cache_interval": None},
     "reset_all_caches": {"model": NEEDED},
     "remove_cache": {"model": NEEDED},
     "tap_select": {
@@ -34,7 +34,7 @@ SIGNATURES = {
     "variance_factors": {"reference": NEEDED, "accelerated": NEEDED, "method": "variance_match", "eps": 1e-2},
     "optimal_schedule": {"distances": NEEDED, "num_computed": NEEDED},
     "generate": {
-        "model": NEEDED, "class_labels": NEEDED, "steps": 50, "cfg_scale": 4.0, "sampler": "ddpm", "seed": 0,
+        "model": NEEDED, "class_labels": NEEDED, "steps": None, "cfg_scale": 4.0, "sampler": "ddpm", "seed": 0,
         "sigmas": None, "noise": None,
     },
 }  # fmt: skip

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from qandc_core.caching.attach import apply_cache_to_dit, cache_bypassed, feature_cache
 from qandc_core.diffusion.guidance import guided_prediction
 from qandc_core.diffusion.noise import ImageNoise
+from qandc_core.diffusion.process import SamplingConfig
 from qandc_core.diffusion.schedule import from_sigmas, respaced
 from qandc_core.models import DiT, DiTConfig
 from qandc_core.sampling.generate import generate
@@ -320,6 +321,25 @@ def test_sigmas_are_the_steps_of_k_diffusion(model, sampler, end):
     assert relative_error(images, ve_run(model, sigmas, noise, sampler)) < 1e-5
 
 
+def test_without_steps_there_are_50(model):
+    assert generate(model, LABELS, cfg_scale=1.0)[1].steps == 50
+
+
+@pytest.mark.parametrize("steps", [3, 50])
+def test_steps_beside_sigmas_are_refused(model, steps):
+    with pytest.raises(ValueError, match="`steps` and `sigmas` both say how many steps"):
+        generate(model, LABELS, steps, sigmas=[5.0, 2.0, 0.5, 0.0])
+
+
+@pytest.mark.parametrize("beside", [{"steps": 9}, {"spacing": "trailing"}])
+def test_settings_of_sigmas_have_no_other_schedule(beside):
+    sigmas = (5.0, 2.0, 0.5, 0.0)
+    assert SamplingConfig(sigmas=sigmas).steps == 3
+    assert replace(SamplingConfig(sigmas=sigmas), cfg_scale=1.0).steps == 3
+    with pytest.raises(ValueError, match="`sigmas` is the whole schedule"):
+        SamplingConfig(sigmas=sigmas, **beside)
+
+
 def test_sigmas_of_a_schedule_give_the_schedule(model):
     schedule = respaced(9)
     again = from_sigmas(schedule.sigmas)
@@ -387,9 +407,12 @@ def test_report_without_cache(model):
 
 
 @pytest.mark.parametrize("batched", [True, False])
-@pytest.mark.parametrize("chosen, computed", [({}, {0, 3, 6}), ({"steps": [2, 5]}, {0, 2, 5}), ({"steps": []}, {0})])
+@pytest.mark.parametrize(
+    "chosen, computed",
+    [({"cache_interval": 3}, {0, 3, 6}), ({}, {0, 3, 6}), ({"steps": [2, 5]}, {0, 2, 5}), ({"steps": []}, {0})],
+)
 def test_report_with_cache(model, chosen, computed, batched):
-    apply_cache_to_dit(model, 3, **chosen)
+    apply_cache_to_dit(model, **chosen)
     _, report = generate(model, LABELS, 7, batched_guidance=batched)
     assert report.computed == [i in computed for i in range(7)]
     assert report.computed_steps == len(computed)
@@ -439,7 +462,7 @@ def test_report_is_json(model):
 )
 def test_bad_input_is_one_clear_sentence(model, labels, kwargs, message):
     with pytest.raises(ValueError, match=message) as caught:
-        generate(model, labels, **{"steps": 3, **kwargs})
+        generate(model, labels, **(kwargs if "sigmas" in kwargs else {"steps": 3, **kwargs}))
     assert str(caught.value).endswith(".") and "\n" not in str(caught.value)
 
 

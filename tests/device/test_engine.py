@@ -6,6 +6,7 @@ import gc
 import pytest
 import torch
 
+from benchmarks.speed.plain import loop_of
 from qandc_core import (
     SamplingConfig,
     VarianceCompensation,
@@ -18,7 +19,6 @@ from qandc_core.caching.policies import ErrorBudget, Plan
 from qandc_core.caching.run import SamplingRun
 from qandc_core.calibration import statistics
 from qandc_core.calibration.recorder import Recorder, RecordingConfig
-from qandc_core.fused.loop import DeviceLoop
 from qandc_core.models.dit import DiT, DiTConfig
 from qandc_core.models.layers import DIT_SKIP, named_linears
 from qandc_core.numerics import _has_float64
@@ -219,7 +219,7 @@ def test_graphs_follow_the_weights(device, how):
 
 def test_a_loop_refuses_a_model_that_left_its_device(device):
     model = small_dit("cuda:0")
-    loop = DeviceLoop(model, 1, SamplingConfig(3, 1.0, "ddim"))
+    loop = loop_of(model, 1, SamplingConfig(3, 1.0, "ddim"))
     noise = [torch.randn(1, 3, 8, 8)]
     loop.run(torch.tensor([1], device="cuda:0"), noise)
     model.to("cpu")

@@ -128,6 +128,22 @@ def test_chinese_help_page_names_every_input_and_output(node):
     assert len(re.findall(r"^## ", page, re.MULTILINE)) >= 5 and len(re.findall(r"[\u4e00-\u9fff]", page)) > 400
 
 
+@pytest.mark.parametrize("node", NODES)
+def test_chinese_help_page_calls_inputs_as_the_interface_does(node):
+    page, entry = help_page(node, "zh"), locale("zh")[node]["inputs"]
+    called = {key: re.search(rf"`{name}`\uff08(.*?)\uff09[\uff1a\u3001]", page) for key, name, _ in inputs(node)}
+    assert len([found for found in called.values() if found]) > len(called) / 2
+    assert not {key: found[1] for key, found in called.items() if found and found[1] != entry[key]["name"]}
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_chinese_help_page_quotes_the_messages_of_the_english_one(node):
+    english = re.split(r"^## Limits and messages$", help_page(node), flags=re.MULTILINE)[1].split("\n## ")[0]
+    chinese = re.split(r"^## \u9650\u5236\u4e0e\u63d0\u793a$", help_page(node, "zh"), flags=re.MULTILINE)[1]
+    quoted = {" ".join(text.split()) for text in re.findall(r'"([^"]+)"', english)}
+    assert quoted == set(re.findall(r"\u201c([^\u201d]*[a-z] [^\u201d]*)\u201d", chinese.split("\n## ")[0]))
+
+
 @pytest.mark.parametrize("language", LOCALES)
 @pytest.mark.parametrize("node", NODES)
 def test_help_page_fits_the_panel(node, language):

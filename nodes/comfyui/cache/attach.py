@@ -9,7 +9,6 @@ from functools import lru_cache
 from typing import Any
 
 import comfy.model_management
-import comfy.patcher_extension
 import torch
 from torch import Tensor, nn
 
@@ -23,14 +22,13 @@ from ....qandc_core.sampling.clock import mark
 from ....qandc_core.sampling.report import RunReport
 from ..model.dit import DiTModel
 from ..status import show
-from ..wrappers import WRAPPERS, note, options_of_run, reports_of, samples_flow
+from ..wrappers import PRE_RUN, WRAPPERS, note, options_of_run, reports_of, samples_flow, without
 from .calls import CACHE, COMPILE, keep_inside, nothing_between, state_of
 from .others import other_caches
 from .run import AUTOMATIC, BLOCKS, BRANCHES, LAST_BLOCK, PREDICTION, CacheSettings, ModelRun
 from .words import cache_words
 
 SELF_TEST = {2: 3e-2, 4: 1e-3}  # relative difference allowed, by bytes of a value
-PRE_RUN = comfy.patcher_extension.CallbacksMP.ON_PRE_RUN
 log = logging.getLogger(__name__)
 running: ContextVar[tuple[RunWrapper, ...]] = ContextVar("running", default=())  # runs that have begun
 
@@ -271,10 +269,7 @@ def cost_of(network: nn.Module, reuse: str) -> float:
 
 def apply_cache(patcher, settings: CacheSettings):
     """A clone of the model that caches; interval 1 attaches nothing and removes a cache that was there."""
-    clone = patcher.clone()
-    for kind in (WRAPPERS.OUTER_SAMPLE, WRAPPERS.PREDICT_NOISE, WRAPPERS.APPLY_MODEL):
-        clone.remove_wrappers_with_key(kind, CACHE)
-    clone.remove_callbacks_with_key(PRE_RUN, CACHE)
+    clone = without(patcher, CACHE)
     if settings.policy.off:
         note(clone, "cache", "")
         return clone

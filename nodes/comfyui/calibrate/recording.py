@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import comfy.model_management as mm
-import comfy.patcher_extension
 import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
@@ -33,10 +32,9 @@ from ..cache.calls import CACHE, COMPILE
 from ..cache.others import other_caches
 from ..quantize.layers import calibrated, check_not_quantized
 from ..status import show
-from ..wrappers import WRAPPERS, declares_noise, options_of_run, repeated, replace_wrapper, sampler_function_name
+from ..wrappers import PRE_RUN, WRAPPERS, declares_noise, options_of_run, repeated, sampler_function_name, without
 
 RECORDING = "qandc_recording"
-PRE_RUN = comfy.patcher_extension.CallbacksMP.ON_PRE_RUN
 log = logging.getLogger(__name__)
 WAIT = 0.05  # of its own time, for which a run waits until it is added
 adding = ThreadPoolExecutor(1, "qandc-recording")  # one run after the other
@@ -236,20 +234,10 @@ def before_run(patcher) -> None:
 def record_runs(patcher, recorder: RunRecorder):
     """A clone of the model whose runs are recorded."""
     recorder.check(patcher)
-    clone = patcher.clone()
-    replace_wrapper(clone, WRAPPERS.OUTER_SAMPLE, RECORDING, recorder)
-    replace_wrapper(clone, WRAPPERS.PREDICT_NOISE, RECORDING, predict_noise)
-    replace_wrapper(clone, WRAPPERS.CALC_COND_BATCH, RECORDING, calc_cond_batch)
-    replace_wrapper(clone, WRAPPERS.APPLY_MODEL, RECORDING, apply_model)
-    clone.remove_callbacks_with_key(PRE_RUN, RECORDING)
+    clone = without(patcher, RECORDING)
+    clone.add_wrapper_with_key(WRAPPERS.OUTER_SAMPLE, RECORDING, recorder)
+    clone.add_wrapper_with_key(WRAPPERS.PREDICT_NOISE, RECORDING, predict_noise)
+    clone.add_wrapper_with_key(WRAPPERS.CALC_COND_BATCH, RECORDING, calc_cond_batch)
+    clone.add_wrapper_with_key(WRAPPERS.APPLY_MODEL, RECORDING, apply_model)
     clone.add_callback_with_key(PRE_RUN, RECORDING, before_run)
-    return clone
-
-
-def without_recording(patcher):
-    """A clone of the model whose runs are not recorded, whatever was attached before."""
-    clone = patcher.clone()
-    for kind in (WRAPPERS.OUTER_SAMPLE, WRAPPERS.PREDICT_NOISE, WRAPPERS.CALC_COND_BATCH, WRAPPERS.APPLY_MODEL):
-        clone.remove_wrappers_with_key(kind, RECORDING)
-    clone.remove_callbacks_with_key(PRE_RUN, RECORDING)
     return clone

@@ -22,7 +22,7 @@ from comfy_execution.utils import get_executing_context
 from torch import Tensor
 
 from ....qandc_core.calibration.file import FINGERPRINT, fingerprint_tensors
-from ....qandc_core.checkpoints.dit import dit_metadata, locate, read_dit
+from ....qandc_core.checkpoints.dit import check_asked, dit_metadata, locate, read_dit
 from ....qandc_core.checkpoints.native import holds_quantized, quantized_names
 from ....qandc_core.checkpoints.prefixes import strip_prefix
 from ....qandc_core.checkpoints.quantized import is_quantized, load_codes, quantized_metadata, read_quantized
@@ -146,6 +146,7 @@ def load_dit_patcher(
     if is_quantized(path):
         tensors, header = read_quantized(path)
         patcher = quantized_dit(tensors, {"qandc": json.dumps(header)}, dtype, disable_dynamic, str(path))
+        check_asked(patcher.model.diffusion_model.config, num_heads, input_size)
     else:
         tensors, config = read_dit(source, num_heads, input_size)
         patcher = new_patcher(config, dtype, tensors, disable_dynamic)

@@ -200,6 +200,15 @@ def inputs_stay_as_they_are(host: Host) -> dict[str, bool]:
     }
 
 
+def what_paper_says(host: Host) -> dict[str, str]:
+    """The text of Quantize with the method paper: without limits, and with limits that only native reads."""
+    node, limits = host.node("QandC_Quantize"), {"max_size_mb": 1, "skip": " mlp,", "max_model_error": 0.02}
+    plain = {"max_size_mb": 0, "skip": " ,", "loras": "bake in", "rounding": "auto"}
+    asked = {"plain": plain, "limited": {**plain, **limits}}
+    made = {name: node.execute(demo(host), "W8A8", "paper", 0.1, **inputs) for name, inputs in asked.items()}
+    return {name: found.ui.as_dict()["text"][0] for name, found in made.items()}
+
+
 def snapshot(patcher) -> tuple:
     state = host_hash(patcher.model.diffusion_model.state_dict())
     options = {k: str(v) for k, v in patcher.model_options["transformer_options"].items()}
@@ -262,6 +271,7 @@ if __name__ == "__main__":
         "hooks are gone": hooks_are_gone,
         "pipeline": pipeline,
         "pipeline, gptq": lambda host: pipeline(host, True),
+        "paper says": what_paper_says,
         "inputs stay": inputs_stay_as_they_are,
         "deviation": corrected_samples_have_the_reference_deviation,
         "timesteps": schedule_is_dit_s,

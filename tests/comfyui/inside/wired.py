@@ -257,6 +257,8 @@ def refused(host: Host) -> dict[str, str]:
         "another model": said(build(FAMILIES["SDXL"]), guider=guider, latent_image=empty),
         "same model": said(watched.clone(), guider=guider, latent_image=empty),
         "part of sigmas": said(watched, **wires, sigmas=sigmas, start_at_step=1),
+        "leftover of sigmas": said(watched, **wires, sigmas=sigmas, return_with_leftover_noise=True),
+        "noise without noise": said(watched, **wires, noise=first(nodes.RandomNoise, SEED), add_noise=False),
         "no step": said(watched, **wires, start_at_step=STEPS),
         "no step of sigmas": said(watched, **wires, sigmas=sigmas[:1]),
         "no model": said(guider=object(), latent_image=empty),

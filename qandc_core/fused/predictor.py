@@ -1,43 +1,19 @@
-"""Predictors of a DeviceLoop: a plain DiT, or a FusedDiT with the modulations of all steps computed beforehand."""
+"""What a DeviceLoop calls: a FusedDiT with the modulations of all steps computed beforehand."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..models.dit import DiT
 from .attention import fastest_attention
 
 if TYPE_CHECKING:
     from .loop import DeviceLoop
 
 ROWS_AT_ONCE = 512  # conditions whose modulations are computed in one product
-
-
-class PlainPredictor:
-    """A DiT as it is: baselines."""
-
-    def __init__(self, loop: DeviceLoop):
-        if loop.cache.reuse != "prediction":
-            raise ValueError(
-                "On the device a DiT reuses predictions only; use reuse='prediction', or make it a FusedDiT with "
-                "fuse_dit()."
-            )
-        self.model, self.rows = loop.model, loop.rows
-        self.timesteps = torch.tensor(loop.schedule.timesteps, device=loop.device)
-        self.labels = torch.zeros_like(loop.rows)
-
-    def prepare(self, labels: Tensor) -> None:
-        self.labels.copy_(labels[self.rows])
-
-    def attention(self, loop: DeviceLoop) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def __call__(self, x: Tensor, index: Tensor, reused: bool) -> Tensor:
-        return self.model(x, self.timesteps.index_select(0, index).expand(len(x)), self.labels)
 
 
 class FusedPredictor:
@@ -54,7 +30,7 @@ class FusedPredictor:
         conditions = int(loop.rows.max()) + 1
         tensor: dict[str, Any] = {"dtype": loop.dtype, "device": loop.device}
         self.table = torch.zeros(len(needed), conditions, 6 * config.depth + 2, config.hidden_size, **tensor)
-        tokens = (len(loop.rows), (config.input_size // config.patch_size) ** 2, config.hidden_size)
+        tokens = (len(loop.rows), config.side**2, config.hidden_size)
         shapes = {"branch": (config.depth, 2, *tokens), "block": tokens}
         reuse = loop.cache.reuse
         self.kept = torch.zeros(shapes[reuse], **tensor) if reuse in shapes else None
@@ -67,14 +43,9 @@ class FusedPredictor:
 
     def attention(self, loop: DeviceLoop) -> AbstractContextManager[None]:
         config = loop.model.config
-        tokens = (config.input_size // config.patch_size) ** 2
         width = config.hidden_size // config.num_heads
-        return fastest_attention(len(loop.rows), config.num_heads, tokens, width, self.table)
+        return fastest_attention(len(loop.rows), config.num_heads, config.side**2, width, self.table)
 
     def __call__(self, x: Tensor, index: Tensor, reused: bool) -> Tensor:
         modulations = self.table.index_select(0, self.slots.index_select(0, index))[0]
         return self.model(x, modulations.index_select(0, self.rows), self.kept, reused)
-
-
-def predictor_of(loop: DeviceLoop) -> PlainPredictor | FusedPredictor:
-    return PlainPredictor(loop) if isinstance(loop.model, DiT) else FusedPredictor(loop)
