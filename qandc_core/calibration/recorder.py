@@ -17,10 +17,11 @@ integers, is shared.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
+from itertools import chain
 from threading import Lock
 from typing import Any
 
@@ -98,17 +99,13 @@ class NetworkRecorder:
 
     def add(self, name: str, drawn: Drawn) -> None:
         """Leaves the sums for the end of the run, until there is no room for what they are of."""
-        width = drawn.tokens.shape[1]
-        waiting = self.waiting.setdefault(name, Waiting(width, self.space))
+        waiting = self.waiting.setdefault(name, Waiting(drawn.tokens.shape[1], self.space, self.room))
         if name in self.records or not waiting.takes(drawn):
-            self.sum_up(name)
-            self.record(name, width).add(drawn)
+            self.sum_up(name, chain(waiting.emptied(), [drawn]))
 
-    def sum_up(self, name: str) -> None:
-        """Adds what waits of a layer to its record."""
-        drawn, self.waiting[name].drawn = self.waiting[name].drawn, []
-        while drawn:
-            self.record(name, drawn[0].tokens.shape[1]).add(drawn.pop(0))
+    def sum_up(self, name: str, parts: Iterable[Drawn]) -> None:
+        for drawn in parts:
+            self.record(name, drawn.tokens.shape[1]).add(drawn)
 
     def record(self, name: str, width: int) -> LayerRecord:
         if name not in self.records:
@@ -118,8 +115,9 @@ class NetworkRecorder:
     def taken_out(self, name: str) -> LayerRecord | None:
         """The record of a layer, on the CPU; None where memory ran out."""
         with self.giving_up():
-            self.sum_up(name)
+            self.sum_up(name, self.waiting[name].emptied())
             record = self.records.pop(name)
+            self.room.give_back(record.large)
             record.fetch()
             return record
         return None
@@ -128,7 +126,7 @@ class NetworkRecorder:
     def num_bytes(self) -> int:
         """Size of the layers' sums and inputs."""
         held = [*self.records.values(), *self.waiting.values()]
-        return sum(part.num_bytes for part in held)
+        return sum(tensor.nbytes for part in held for tensor in part.large)
 
     def call(self, sample: int, x: Tensor, t: Tensor, conditions: Mapping[str, Any]) -> ModelCall | None:
         """A copy of one sample's call, on the device where there is room; None where it cannot be stored."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -28,6 +29,10 @@ class Room:
             return torch.device("cpu")
         self.left -= size
         return self.device
+
+    def give_back(self, tensors: Iterable[Tensor]) -> None:
+        """Notes that these tensors are about to leave the device, if they are there."""
+        self.left += sum(tensor.nbytes for tensor in tensors if tensor.device == self.device)
 
 
 @dataclass(frozen=True)
@@ -69,10 +74,10 @@ class LayerRecord:
                 kept.add(drawn.tokens, drawn.keys)
 
     @property
-    def num_bytes(self) -> int:
-        """Size of X^T X and the kept inputs."""
+    def large(self) -> list[Tensor]:
+        """X^T X and the kept inputs."""
         held = [self.statistics.hessian, *(kept.memory for kept in self.kept.values())]
-        return sum(tensor.nbytes for tensor in held if tensor is not None)
+        return [tensor for tensor in held if tensor is not None]
 
     def fetch(self) -> None:
         """Brings everything to the CPU."""
@@ -103,17 +108,27 @@ class RunRecord:
 class Waiting:
     """What was drawn of one layer and is not summed up yet: no more than its record will take."""
 
-    def __init__(self, width: int, space: StatisticsPlan):
+    def __init__(self, width: int, space: StatisticsPlan, room: Room):
         self.most = layer_bytes(width, space.tokens, space.held_out)
+        self.room = room
         self.drawn: list[Drawn] = []
 
     @property
-    def num_bytes(self) -> int:
-        return sum(drawn.tokens.nbytes for drawn in self.drawn)
+    def large(self) -> list[Tensor]:
+        return [drawn.tokens for drawn in self.drawn]
 
     def takes(self, drawn: Drawn) -> bool:
         """False where there is no room for this one too."""
-        if self.num_bytes + drawn.tokens.nbytes > self.most:
+        size = drawn.tokens.nbytes
+        if size > self.room.left or size + sum(tensor.nbytes for tensor in self.large) > self.most:
             return False
+        self.room.left -= size
         self.drawn.append(drawn)
         return True
+
+    def emptied(self) -> Iterator[Drawn]:
+        """What waits, one after the other; the room of each is free when the next one comes."""
+        while self.drawn:
+            drawn = self.drawn.pop(0)
+            yield drawn
+            self.room.give_back([drawn.tokens])

@@ -16,8 +16,9 @@ from qandc_core.calibration.file import Calibration, fingerprint
 from qandc_core.calibration.gain import DAMPING, ENOUGH, LATEST, left_to_gain, lowered, rounding_error
 from qandc_core.calibration.growth import RunSchedule, add_run, check_recording, with_run
 from qandc_core.calibration.layer_inputs import HELD_OUT_TOKENS
-from qandc_core.calibration.memory import plan_statistics
-from qandc_core.calibration.recorder import LayerRecord, Recorder, RecordingConfig, RunRecord
+from qandc_core.calibration.memory import StatisticsPlan, plan_statistics
+from qandc_core.calibration.recorder import Recorder, RecordingConfig
+from qandc_core.calibration.records import Drawn, LayerRecord, Room, RunRecord, Waiting
 from qandc_core.calibration.statistics import SAMPLING_DAMPING, LayerStatistics
 from qandc_core.calibration.stream import Reservoir, Strata
 from qandc_core.models.layers import named_linears
@@ -266,6 +267,20 @@ def test_sums_wait_for_the_end_of_the_run_as_far_as_memory_allows(batches):
     found = recorder.result()
     assert found.samples > 1 and not recorder.places
     assert all(record.statistics.count > 0 for record in found.layers.values())
+
+
+@given(st.lists(st.integers(1, 99), max_size=20), st.integers(0, 40000), st.integers(0, 50))
+def test_what_waits_takes_no_more_than_the_room_and_the_record(sizes, free, tokens):
+    width, room = 4, Room(torch.device("cpu"), free)
+    waiting = Waiting(width, StatisticsPlan(tokens, 9, 0), room)
+    parts = [Drawn(torch.full((n, width), float(n)), torch.zeros(n, dtype=torch.float64)) for n in sizes]
+    taken = [part for part in parts if waiting.takes(part)]
+    held = sum(part.tokens.nbytes for part in taken)
+    assert room.left == free - held >= 0 and held <= waiting.most
+    smallest = min((part.tokens.nbytes for part in parts if not any(part is kept for kept in taken)), default=2**20)
+    assert held + smallest > min(free, waiting.most)
+    assert all(a is b for a, b in zip(waiting.emptied(), taken, strict=True))
+    assert room.left == free and waiting.large == []
 
 
 def test_recording_changes_no_output_and_leaves_no_hook():
