@@ -82,9 +82,7 @@ def unreadable(frontend: Frontend, node: int, found: dict) -> list[str]:
     drawn, bare = pixels(frontend), without(frontend, node)
     wrong = []
     for word, (left, top, right, bottom) in found["words"]:
-        outside = any(
-            left < a - 1 or top < b - 1 or right > c + 1 or bottom > d + 1 for a, b, c, d in found["limits"]
-        )
+        outside = any(left < a - 1 or top < b - 1 or right > c + 1 or bottom > d + 1 for a, b, c, d in found["limits"])
         area = np.s_[round(top) : round(bottom), round(left) : round(right)]
         below = bare[area].reshape(-1, 3)
         if outside:
