@@ -138,7 +138,8 @@ class TAPCalibrate(io.ComfyNode):
                 *schema.wired_sampling(),
                 schema.preset(
                     "quick, standard and thorough choose trajectories, samples, batch_size, hessians, memory_gb and "
-                    "tokens for the model, the size and the memory. custom = as set."
+                    "tokens for the model, the size and the memory. On a DiT of 4 blocks (one core of an AMD EPYC) "
+                    "quick took 0.3 times, thorough 2.5 times as long as standard. custom = as set."
                 ),
             ],
             hidden=[io.Hidden.unique_id],

@@ -26,7 +26,8 @@ TEXT = """# Time of the presets
 A DiT of {depth} blocks of width {width} (random weights, float32, 256 tokens an image), {threads} thread of {machine},
 ComfyUI {comfyui}; {steps} steps, guidance {cfg:g}, Apply Cache with interval {interval}. One run, one preset after the
 other; seconds are of the processor, so that others on the machine do not count. Quantize has its preset too and
-measures the model's error on held-out calls in each. Made by `python -m benchmarks.quantization.presets`.
+measures the model's error on the held-out calls of that preset's calibration, so errors of two presets do not compare.
+Made by `python -m benchmarks.quantization.presets`.
 
 {rows}
 """

@@ -25,6 +25,14 @@ def test_rounding_the_largest_layer_fits(found):
     assert found["freed"]["asked"] >= found["freed"]["needed"]
 
 
+def test_statistics_fit_beside_a_loaded_model(found):
+    """Flux.1 in W4A8 at 1024 x 1024: nothing of it has to be unloaded for what moves to the card."""
+    loaded, taken = found["loaded"], found["Flux.1"]["128, thorough"]
+    beside = sum(taken[part] for part in ("activations", "inputs", "parts", "reserve"))
+    assert 0 < loaded["room"] < CARD - loaded["weights"] - beside
+    assert loaded["least"] == 0
+
+
 def test_calibrating_fits(found, subtests):
     """All that is there beside the weights, of which ComfyUI loads what there is room for."""
     for name, side, preset in product(MODELS, SIDES, PRESETS):

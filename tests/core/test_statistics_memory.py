@@ -2,7 +2,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from qandc_core.calibration import statistics
 from qandc_core.calibration.memory import layer_bytes, plan_statistics
 from qandc_core.calibration.statistics import LayerStatistics
 
@@ -104,3 +106,27 @@ def test_the_second_moment_is_the_hessian_or_its_estimate():
     assert float((second - exact.hessian).norm() / exact.hessian.norm()) < 0.1
     rows = estimate.inputs.float()
     assert torch.allclose(second, 4 * rows.T @ rows)
+
+
+class Largest(TorchDispatchMode):
+    """The most values of a tensor that any operator made, views of `x` aside."""
+
+    def __init__(self, x):
+        super().__init__()
+        self.own, self.values = x.untyped_storage().data_ptr(), 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, (tuple, list)) else (made,):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() != self.own:
+                self.values = max(self.values, tensor.numel())
+        return made
+
+
+def test_inputs_are_copied_in_parts(monkeypatch):
+    monkeypatch.setattr(statistics, "PART", 2**14)
+    x = torch.randn(2**13, 64, dtype=torch.bfloat16)
+    layer = LayerStatistics.empty(64, hessian=True)
+    with Largest(x) as largest:
+        layer.update(x)
+    assert layer.count == len(x) and largest.values <= 2**14
