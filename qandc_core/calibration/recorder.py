@@ -125,8 +125,8 @@ class NetworkRecorder:
     @property
     def num_bytes(self) -> int:
         """Size of the layers' sums and inputs."""
-        held = [*self.records.values(), *self.waiting.values()]
-        return sum(tensor.nbytes for part in held for tensor in part.large)
+        held = [part.large for part in self.records.values()] + [part.large for part in self.waiting.values()]
+        return sum(tensor.nbytes for large in held for tensor in large)
 
     def call(self, sample: int, x: Tensor, t: Tensor, conditions: Mapping[str, Any]) -> ModelCall | None:
         """A copy of one sample's call, on the device where there is room; None where it cannot be stored."""
