@@ -171,10 +171,14 @@ class Experiment:
         """How far the first row lies above the second in every metric: mean, and the 95 % interval of Student's t.
 
         Paired by image, over all seeds, where each image has a value of its own; else by seed, of which two are needed.
+        The reference is left out of PSNR, which is infinite for it.
         """
         first, second = self.judged[name], self.judged[other]
+        reference = any(run.scores["relative_l2"][0] == 0 for run in (first[0], second[0]))
         metrics: dict[str, dict[str, float]] = {}
         for key in first[0].scores:
+            if key == "psnr" and reference:
+                continue
             if key in first[0].values:
                 a, b = (torch.cat([run.values[key] for run in runs]) for runs in (first, second))
             else:
@@ -259,7 +263,8 @@ def run_main(experiment: Experiment, time_batch: int, time_repeats: int) -> dict
         log(f"{name:32} {values['seconds']:.2f} s  {values['speedup']:.2f}x")
     rows = {row.name: row for row in (*parts, *shorter, *shipped, *solved)}
     found = [experiment.row(row) for row in rows.values()]
-    pairs = [*COMPARED, *((shipped[-1].name, row.name) for row in solved)]
+    beside = [(group[-1], row) for group, plain in ((parts, shorter), (shipped, solved)) for row in plain]
+    pairs = [*COMPARED, *((row.name, plain.name) for row, plain in beside)]
     return {"rows": found, "timing": timing, "differences": [experiment.difference(*pair) for pair in pairs]}
 
 

@@ -75,7 +75,7 @@ def markdown(result: dict[str, Any]) -> str:
     parts = [
         "# Ablation",
         f"`{result['command']}`",
-        f"{setup['hardware']['device']}, {setup['hardware']['threads']} threads, torch {setup['hardware']['torch']}. "
+        f"{setup['hardware']['device']}, {workers(setup)}, torch {setup['hardware']['torch']}. "
         f"Model {setup['model']}, {setup['sampler']} {setup['steps']} steps, guidance {setup['cfg_scale']}, "
         f"{setup['images']} images, seeds {', '.join(map(str, setup['seeds']))}; errors are standard errors {errors}. "
         f"Time: batch of {setup['time_batch']}, median of {setup['time_repeats']} interleaved runs.",
@@ -100,6 +100,13 @@ def markdown(result: dict[str, Any]) -> str:
             factor_table(result["factors"]),
         ]
     return "\n\n".join(parts) + "\n"
+
+
+def workers(setup: dict[str, Any]) -> str:
+    """Threads of a process, and the processes where there are several; one of them measures the time."""
+    threads, processes = setup["hardware"]["threads"], setup.get("processes", 1)
+    each = f"{threads} thread{'s' * (threads > 1)}"
+    return each if processes == 1 else f"{processes} processes of {each}, of which one is timed"
 
 
 def plot_main(result: dict[str, Any], path: Path) -> None:

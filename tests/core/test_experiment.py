@@ -316,9 +316,11 @@ def test_the_main_table_has_plain_runs_in_the_measured_time(main_result):
 
 def test_every_part_is_compared_with_the_row_without_it(main_result):
     pairs = [(found["row"], found["minus"]) for found in main_result["differences"]]
-    assert pairs == [*COMPARED, *((RECOMMENDED.name, name) for name in SHORT)]
+    shorter = (MAIN_ROWS[-1].name, "full precision, 2 steps")
+    assert pairs == [*COMPARED, shorter, *((RECOMMENDED.name, name) for name in SHORT)]
     rows = {row["name"]: row["metrics"] for row in main_result["rows"]}
     for found in main_result["differences"]:
+        assert ("psnr" in found["metrics"]) == (found["minus"] != "full precision")
         for metric, value in found["metrics"].items():
             expected = rows[found["row"]][metric]["mean"] - rows[found["minus"]][metric]["mean"]
             assert (
@@ -463,12 +465,13 @@ def test_markdown_and_plot_show_every_row(main_result, tmp_path):
         assert cells[-1] == "2.00x (1.80-2.20)"
     assert lines[1].count(" - ") == 2  # the reference has no distance from itself
     for pair in main_result["differences"]:
-        value = pair["metrics"]["psnr"]
-        shown = " to ".join(f"{value[key]:.2f}" for key in ("low", "high"))
+        value = pair["metrics"]["relative_l2"]
+        shown = " to ".join(f"{value[key]:.4f}" for key in ("low", "high"))
         line = next(
             line for line in differences.splitlines() if line.startswith(f"| {pair['row']} - {pair['minus']} |")
         )
-        assert f" {value['mean']:.2f} ({shown}) " in line
+        assert f" {value['mean']:.4f} ({shown}) " in line
+        assert (" - |" in line) == ("psnr" not in pair["metrics"])
     assert "1.50 +- 0.25" in text and "python -m qandc_core x" in text
     plot_main(result, tmp_path / "plot.png")
     assert len(Image.open(tmp_path / "plot.png").convert("L").getcolors()) > 10
