@@ -22,17 +22,22 @@ def install_pack(base: Path) -> None:
 
 
 def run_program(
-    checkout: Checkout, name: str, base: Path, kitchen: Path | None = None, only: tuple[str, ...] = ()
+    checkout: Checkout,
+    name: str,
+    base: Path,
+    kitchen: Path | None = None,
+    only: tuple[str, ...] = (),
+    longest: float = 900,
 ) -> dict:
-    """What the program printed: check -> value, of the checks in `only` where it names some. `kitchen` holds a
-    comfy-kitchen to run with instead of the Python's or that of $QANDC_KITCHEN.
+    """What the program printed within `longest` seconds: check -> value, of the checks in `only` where it names some.
+    `kitchen` holds a comfy-kitchen to run with instead of the Python's or that of $QANDC_KITCHEN.
     """
     command = [checkout.python, str(PROGRAMS / f"{name}.py"), str(checkout.path), str(base), *only]
     kitchen = kitchen or kitchens.wanted()
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
     if kitchen is not None:
         environment["PYTHONPATH"] = str(kitchen)
-    done = subprocess.run(command, cwd=base, env=environment, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, cwd=base, env=environment, capture_output=True, text=True, timeout=longest)
     results = [line for line in done.stdout.splitlines() if line.startswith("RESULTS ")]
     assert done.returncode == 0 and results, done.stderr[-4000:]
     return json.loads(results[0].removeprefix("RESULTS "))

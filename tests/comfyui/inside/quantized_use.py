@@ -153,6 +153,14 @@ def compiled(patcher, backend):
     return clone
 
 
+def compiled_alone(case: Case) -> dict[str, Any]:
+    """The difference that compiling makes, and in how many graphs; what a table of all families has the time for."""
+    steady_memory()
+    graphs = Graphs()
+    difference = answer(lambda: relative(case.run(compiled(case.lossy, graphs)), case.out))
+    return {"quantized": difference, "graphs": {"quantized": graphs.count}}
+
+
 def compilation(case: Case) -> dict[str, Any]:
     """Differences from the runs that are not compiled, and how many graphs a network came to."""
     steady_memory()
@@ -272,7 +280,8 @@ def skipping(case: Case) -> dict[str, Any]:
 
 CHECKS = {
     "LoRA": loras, "unloading": unloading, "low VRAM": low_vram, "second copy": second_copy, "cache": caches,
-    "skip": skipping, "precisions": precisions, "compile": compilation, "attachments": attachments,
+    "skip": skipping, "precisions": precisions, "compile": compilation, "compiled": compiled_alone,
+    "attachments": attachments,
 }  # fmt: skip
 
 
@@ -294,7 +303,7 @@ def checks(host: Host, name: str, kinds: list[str]) -> dict[str, dict]:
 def kinds_of(name: str) -> list[str]:
     """The checks that argv names, which the host replaces, else all; compiling takes long, not for every family."""
     asked = [kind for kind in CHECKS if kind in sys.argv[3:]]
-    return asked or [kind for kind in CHECKS if kind != "compile" or name in COMPILED]
+    return asked or [kind for kind in CHECKS if kind != "compiled" and (kind != "compile" or name in COMPILED)]
 
 
 if __name__ == "__main__":
