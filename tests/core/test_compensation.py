@@ -417,7 +417,10 @@ def test_unknown_method_is_refused_before_sampling():
         fit_variance_compensation(reference, accelerated, LABELS, SAMPLERS["ddim"], method="mean")
 
 
-@pytest.mark.parametrize("change", [{"steps": 7}, {"spacing": "linspace"}, {"steps": 4}, {"sigmas": [8.0, 4.0, 0.0]}])
+OTHER_LEVELS = {"sigmas": [8.0, 4.0, 0.0], "steps": None, "spacing": SamplingConfig.spacing}
+
+
+@pytest.mark.parametrize("change", [{"steps": 7}, {"spacing": "linspace"}, {"steps": 4}, OTHER_LEVELS])
 def test_generate_refuses_a_fit_of_another_schedule(change):
     reference, accelerated = paired_models()
     config = replace(SAMPLERS["ddim"], spacing="leading")  # the 4 timesteps of 4 steps are among the 8 of 8
