@@ -350,7 +350,7 @@ def test_one_seed_gives_no_interval_to_what_images_do_not_have(model, pictures):
     run = experiment(model, pictures, replace(SIZES, seeds=(4,)))
     for variant in (FULL, FORA):
         run.row(variant)
-    assert set(run.difference("cache", FULL.name)["metrics"]) == {"psnr", "relative_l2", "class_accuracy"}
+    assert set(run.difference("cache", FULL.name)["metrics"]) == {"relative_l2", "class_accuracy"}
 
 
 @given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=9))
