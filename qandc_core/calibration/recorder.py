@@ -5,10 +5,11 @@ Nothing is sampled twice and nothing is computed anew: statistics are gathered i
 makes. What that costs is bounded in advance. At most one sample in ten of the model calls is looked into, and of it
 a quarter of a layer's inputs, drawn at random, enters its sums; bounds are those of all its inputs. X^T X of a layer
 may cost more than the layer itself, and inputs of one image at one step resemble each other. In a run of fewer than ten
-samples one is looked into all the same, and as many times fewer of its inputs enter, so that a run of four steps
-is slowed down by no larger a share than one of forty. The run itself only copies what was drawn, as far as that takes
-no more memory than the statistics will; they are made of it once the run has ended. Where they fit beside the model,
-everything stays on its device until then, and nothing waits for it before.
+samples one is looked into all the same, and fewer of its inputs enter: of four samples, four tenths as many.
+
+The run itself only copies what was drawn, as far as that takes no more memory than the statistics will; they are made
+of it once the run has ended. Where they fit beside the model, everything stays on its device until then, and nothing
+waits for it before.
 
 The host hands every model call to `called`, with the key of the network that it runs on. Clones of a model on several
 devices work in threads of their own: each has its own statistics, which add up at the end, and only the choice, a few
@@ -115,7 +116,7 @@ class NetworkRecorder:
     def taken_out(self, name: str) -> LayerRecord | None:
         """The record of a layer, on the CPU; None where memory ran out."""
         with self.giving_up():
-            self.sum_up(name, self.waiting[name].emptied())
+            self.sum_up(name, self.waiting.pop(name).emptied())
             record = self.records.pop(name)
             self.room.give_back(record.large)
             record.fetch()
@@ -252,7 +253,8 @@ class Recorder:
         """The recorded run, on the CPU; the recorder is empty afterwards. Raises ValueError where it is incomplete."""
         layers: dict[str, LayerRecord] = {}
         for place in self.places.values():
-            for name in list(place.waiting):
+            while place.waiting:  # nothing waits any more once memory ran out
+                name = next(iter(place.waiting))
                 record = place.taken_out(name)
                 if name in layers and record is not None:
                     layers[name].merge(record)

@@ -506,3 +506,19 @@ def test_an_image_goes_on_where_memory_runs_out(endless):
     assert not any(place.records for place in recorder.places.values())
     with pytest.raises(ValueError, match="memory ran out while it was recorded"):
         recorder.result()
+
+
+def test_a_run_whose_statistics_do_not_fit_is_not_added():
+    """Inputs of 168 TB would be kept of each of two layers, which shows when the run has ended."""
+    width, tokens = 6_500_000, 12_900_000
+    layers = [Layer(), Layer()]
+    for layer in layers:
+        layer.in_features = width
+    recorder = Recorder(RecordingConfig(samples=1, memory_gb=1e9, tokens=tokens, held_out=0), 1, seed=1)
+    named, x = [(f"blocks.{i}.fc", layer) for i, layer in enumerate(layers)], torch.ones(1, 1, 4)
+    inputs = torch.ones(1, 2, width)
+    recorder.expect(1)
+    recorder.called(0, lambda: named, lambda: 2**40, lambda: [layer(inputs) for layer in layers], x, x, {})
+    assert all(place.waiting for place in recorder.places.values())
+    with pytest.raises(ValueError, match="memory ran out while it was recorded"):
+        recorder.result()
