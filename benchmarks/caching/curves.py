@@ -34,17 +34,18 @@ DRAWN = {
 
 TEXT = """# Fidelity against computed steps
 
-Distance of the images to those of the full run with the same noise, guidance 1.5, ComfyUI {version}, float32 on CPU
-({machine}). A column is a speedup by the count of computed steps (in brackets); between two
-settings of a method the error is interpolated geometrically.
+Distance of the images to those of the full run with the same noise, ComfyUI {version}, float32 on CPU
+({machine}); guidance 2 for the built-in model, 1.5 for the flow model. A column is a speedup by the count of computed
+steps (in brackets); between two settings of a method the error is interpolated geometrically.
 "In equal time" is the same by CPU seconds of one thread, everything in them, against those of the full run. The
-perceptual distance is that of LPIPS with all weights 1 on the convolutions of the digits' classifier (fidelity.py);
+perceptual distance is that of LPIPS with all weights 1 on the convolutions of the built-in model's judge (fidelity.py);
 less is better, and of PSNR more. A dash: no setting that was tried lies there.
 
-The digits DiT predicts the clean image of 32 x 32 digits; the flow model is of ComfyUI's Lumina 2 class, trained by
-flow_model.py on the same digits. EasyCache and LazyCache have their default start and end; in float32 EasyCache writes
-into the tensor that it was given on flow models, so a second row copies its input. "Presets" are Apply Cache as it is,
-without a calibration. "Calibrated" and "error budget" forecast as Apply Cache does: with order 1, and with 0 where the
+The built-in model is a DiT that predicts the clean picture of 32 x 32 pixels; the flow model is of ComfyUI's Lumina 2
+class, trained by flow_model.py on the same drawings. Nothing about Apply Cache was chosen on either. EasyCache and
+LazyCache have their default start and end; in float32 EasyCache writes into the tensor that it was given on flow
+models, so a second row copies its input. "Presets" are Apply Cache as it is, without a calibration.
+"Calibrated" and "error budget" forecast as Apply Cache does: with order 1, and with 0 where the
 sampler adds noise. FORA, TaylorSeer, HiCache, Spectrum and MagCache are written as their papers and code say
 (rivals.py); "the pack" is another pack's own code in the same process (packs.py). Made by
 `python -m benchmarks.caching fidelity`.

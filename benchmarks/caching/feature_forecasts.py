@@ -1,6 +1,6 @@
 """Forecasting the last block's feature against forecasting the prediction, at equal computed steps.
 
-    COMFYUI/.venv/bin/python benchmarks/caching/feature_forecasts.py COMFYUI BASE out/digits_flow.safetensors
+    COMFYUI/.venv/bin/python benchmarks/caching/feature_forecasts.py COMFYUI BASE out/pictures_flow.safetensors
 
 BASE is a ComfyUI base directory with the pack in custom_nodes. A feature is what the last block returns, as in Spectrum
 (arXiv 2603.01623), or what all blocks add to their stream; the layers after it see the present input either way. A
@@ -87,7 +87,7 @@ def main() -> None:
     rows = []
     with torch.inference_mode():
         for name, subject in {
-            "digits DiT, ddim, 50 steps": fidelity.digits(host, "ddim"),
+            "built-in, ddim, 50 steps": fidelity.built_in(host, "ddim"),
             "flow, euler, 50 steps": fidelity.flow(host, weights, "euler", 50),
             "flow, dpmpp_2m, 30 steps": fidelity.flow(host, weights, "dpmpp_2m", 30),
         }.items():
@@ -117,7 +117,7 @@ def main() -> None:
 def report(rows: list[dict]) -> str:
     lines = [
         "# What to forecast", "",
-        f"Relative L2 to the full run, mean and standard error over {IMAGES} images with their own noise, cfg 1.5,",
+        f"Relative L2 to the full run, mean and standard error over {IMAGES} images with their own noise,",
         "the same computed steps for all (the default spacing). Made by `benchmarks/caching/feature_forecasts.py`.",
         "",
     ]  # fmt: skip

@@ -1,6 +1,6 @@
 """Images of the two small models under every cache against the full run: runs in ComfyUI's Python.
 
-    OMP_NUM_THREADS=1 COMFYUI/.venv/bin/python benchmarks/caching/fidelity.py COMFYUI BASE out/digits_flow.safetensors
+    OMP_NUM_THREADS=1 COMFYUI/.venv/bin/python benchmarks/caching/fidelity.py COMFYUI BASE out/pictures_flow.safetensors
 
 Called by `python -m benchmarks.caching`. BASE is a ComfyUI base directory with the pack in custom_nodes. Writes
 results/caching.json after each setting and goes on where it stands, so that --seconds may cut it into pieces, and
@@ -28,10 +28,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-DIGITS = next(ROOT.glob("*/d*/digits_dit.safetensors"))
-CLASSIFIER = ".".join((*DIGITS.parent.relative_to(ROOT).parts, "classifier"))
 IMAGES = 16
-CLASSES = 40  # of the built-in model
 MOST_PSNR = 150.0  # dB, of equal images
 
 
@@ -74,19 +71,16 @@ class Subject:
         return self.decode(out), sum(calls) // (2 * IMAGES)
 
 
-def digits(host: Host, sampler: str) -> Subject:
-    patcher = host.module("nodes.comfyui.model.dit").load_dit_patcher(DIGITS)
-    labels = ",".join(str(i % 10) for i in range(IMAGES))
-    positive, negative = host.module("nodes.class_label").ClassLabel.execute(labels, "none").args
-    empty = torch.zeros(IMAGES, 3, 32, 32)
-    return Subject(patcher, positive, negative, empty, sampler, "normal", 1.5, lambda x: x, "blocks.0.attn")
+def labels() -> list[int]:
+    """Of the images: every third class."""
+    return [3 * i % flow_model.CLASSES for i in range(IMAGES)]
 
 
 def built_in(host: Host, sampler: str) -> Subject:
     """The built-in model at its own guidance."""
     patcher = host.module("nodes.comfyui.model.dit").load_dit_patcher("demo")
-    labels = ",".join(str(3 * i % CLASSES) for i in range(IMAGES))
-    positive, negative = host.module("nodes.class_label").ClassLabel.execute(labels, "none").args
+    wanted = ",".join(map(str, labels()))
+    positive, negative = host.module("nodes.class_label").ClassLabel.execute(wanted, "none").args
     guidance = host.module("nodes.comfyui.defaults").DIT.cfg
     empty = torch.zeros(IMAGES, 3, 32, 32)
     return Subject(patcher, positive, negative, empty, sampler, "normal", guidance, lambda x: x, "blocks.0.attn")
@@ -102,11 +96,10 @@ def flow(host: Host, weights: str, sampler: str, steps: int) -> Subject:
     model = config.get_model({}, "")
     model.diffusion_model.load_state_dict({key: value.float() for key, value in load_file(weights).items()})
     cpu = torch.device("cpu")
-    labels = torch.arange(IMAGES) % flow_model.CLASSES
     none = torch.full((IMAGES,), flow_model.CLASSES)
     patcher = comfy.model_patcher.ModelPatcher(model, cpu, cpu)
-    positive, negative = [[flow_model.context(labels), {}]], [[flow_model.context(none), {}]]
-    empty = torch.zeros(IMAGES, 16, 8, 8)
+    positive, negative = [[flow_model.context(torch.tensor(labels())), {}]], [[flow_model.context(none), {}]]
+    empty = torch.zeros(IMAGES, *flow_model.LATENT)
 
     def decode(latent: torch.Tensor) -> torch.Tensor:
         return flow_model.decode(model.latent_format.process_in(latent))
@@ -115,9 +108,7 @@ def flow(host: Host, weights: str, sampler: str, steps: int) -> Subject:
 
 
 def models(host: Host, weights: str, sampler: str, steps: int) -> dict[str, Subject]:
-    """All models; nothing about caches was chosen on the built-in one."""
-    made = {"digits DiT": digits(host, sampler), "flow": flow(host, weights, sampler, steps)}
-    return made | ({"built-in": built_in(host, sampler)} if DIGITS.parent.name == "digits" else {})
+    return {"built-in": built_in(host, sampler), "flow": flow(host, weights, sampler, steps)}
 
 
 def copied_input(patcher):
@@ -248,15 +239,15 @@ def relative_l2(images: torch.Tensor, reference: torch.Tensor) -> list[float]:
 class Measures:
     """How far images are from others, by image: relative L2, PSNR in dB, and a perceptual distance.
 
-    The latter is that of LPIPS (arXiv 1801.03924, Eq. 1) with all its weights 1 and the convolutions of the digits'
-    classifier in the place of AlexNet's: squared differences of features of unit length, mean over the places of a
-    layer, summed over the four layers.
+    The latter is that of LPIPS (arXiv 1801.03924, Eq. 1) with all its weights 1 and the convolutions of the built-in
+    model's judge in the place of AlexNet's: squared differences of features of unit length, mean over the places of a
+    layer, summed over the six layers.
     """
 
     def __init__(self, host: Host):
         self.psnr = host.module("qandc_core.evaluation.metrics").psnr
-        (classifier, _) = host.module(CLASSIFIER).load_classifier()
-        self.layers = classifier.body[:10]
+        judge, _ = host.module("qandc_core.demo.judge").load_judge()
+        self.layers = [layer for stage in judge.body[:3] for layer in stage]
 
     def features(self, images: torch.Tensor) -> list[torch.Tensor]:
         found, x = [], images
@@ -270,15 +261,12 @@ class Measures:
         pairs = zip(self.features(images), self.features(reference))
         return sum((a - b).square().sum(dim=1).mean(dim=(1, 2)) for a, b in pairs).tolist()
 
-    def __call__(
-        self, images: torch.Tensor, reference: torch.Tensor, perceptual: bool = True
-    ) -> dict[str, list[float]]:
+    def __call__(self, images: torch.Tensor, reference: torch.Tensor) -> dict[str, list[float]]:
         found = {
             "errors": relative_l2(images, reference),
             "psnr": self.psnr(images, reference).clamp(max=MOST_PSNR).tolist(),
+            "perceptual": self.perceptual(images, reference),
         }
-        if perceptual:
-            found["perceptual"] = self.perceptual(images, reference)
         return {name: [float(f"{value:.4g}") for value in values] for name, values in found.items()}
 
 
@@ -290,11 +278,9 @@ def seconds_of(run: Callable, seeds: list[int]) -> tuple[float, list]:
 
 
 def subjects(host: Host, weights: str) -> dict[str, Callable[[], Subject]]:
-    untuned = {"built-in, ddim, 50 steps": lambda: built_in(host, "ddim")} if DIGITS.parent.name == "digits" else {}
     return {
-        **untuned,
-        "digits DiT, ddim, 50 steps": lambda: digits(host, "ddim"),
-        "digits DiT, ddpm, 50 steps": lambda: digits(host, "ddpm"),
+        "built-in, ddim, 50 steps": lambda: built_in(host, "ddim"),
+        "built-in, ddpm, 50 steps": lambda: built_in(host, "ddpm"),
         "flow, euler, 50 steps": lambda: flow(host, weights, "euler", 50),
         "flow, euler, 20 steps": lambda: flow(host, weights, "euler", 20),
         "flow, dpmpp_2m, 30 steps": lambda: flow(host, weights, "dpmpp_2m", 30),
@@ -310,7 +296,7 @@ def rows_of(name: str, subject: Subject, method: str, settings: dict, full, meas
         row |= {"seconds": round(taken, 4), "full seconds": round(seconds, 4)}
         row["calls"] = [calls for _, calls in results for _ in range(IMAGES)]
         images, reference = torch.cat([r for r, _ in results]), torch.cat([*full.values()])
-        yield {**row, **measures(images, reference, perceptual=not name.startswith("built-in"))}
+        yield {**row, **measures(images, reference)}
 
 
 def row_key(row: dict) -> tuple:
@@ -332,7 +318,7 @@ def main() -> None:
     declares_noise = host.module("nodes.comfyui.wrappers").declares_noise
     model_run = host.module("nodes.comfyui.cache.run").ModelRun
     watches, measures = model_run.look, Measures(host)
-    done = {row_key(row) for row in shared.read(args.out) if "psnr" in row}
+    done = {row_key(row) for row in shared.read(args.out)}
     made = {name: make() for name, make in subjects(host, str(args.flow)).items() if shared.chosen(name, args.only)}
     noisy = {name: declares_noise(sampler_object(subject.sampler)) for name, subject in made.items()}
 

@@ -1,6 +1,6 @@
 """Where the computed steps lie and how the others are forecast, at equal computed steps:
 
-    COMFYUI/.venv/bin/python benchmarks/caching/plans.py COMFYUI BASE out/digits_flow.safetensors
+    COMFYUI/.venv/bin/python benchmarks/caching/plans.py COMFYUI BASE out/pictures_flow.safetensors
 
 BASE is a ComfyUI base directory with the pack in custom_nodes. Calibrated steps are planned from the distances of one
 run on noise of its own: for holding ("order 0 plan", executed by order 1), and for the forecast that is executed.
@@ -33,8 +33,8 @@ def main() -> None:
     rows = []
     with torch.inference_mode():
         for name, subject in {
-            "digits DiT, ddim, 50 steps": fidelity.digits(host, "ddim"),
-            "digits DiT, dpmpp_2m, 50 steps": fidelity.digits(host, "dpmpp_2m"),
+            "built-in, ddim, 50 steps": fidelity.built_in(host, "ddim"),
+            "built-in, dpmpp_2m, 50 steps": fidelity.built_in(host, "dpmpp_2m"),
             "flow, euler, 50 steps": fidelity.flow(host, weights, "euler", 50),
             "flow, dpmpp_2m, 20 steps": fidelity.flow(host, weights, "dpmpp_2m", 20),
         }.items():

@@ -1,6 +1,6 @@
 """Every sampler of ComfyUI at few and many steps: the presets of Apply Cache against runs of as many steps.
 
-    OMP_NUM_THREADS=1 COMFYUI/.venv/bin/python benchmarks/caching/samplers.py COMFYUI BASE out/digits_flow.safetensors
+    OMP_NUM_THREADS=1 COMFYUI/.venv/bin/python benchmarks/caching/samplers.py COMFYUI BASE out/pictures_flow.safetensors
 
 BASE is a ComfyUI base directory with the pack in custom_nodes. Writes results/caching-samplers.json after each sampler
 and goes on where it stands, so that --seconds may cut it into pieces, and --jobs share it out over cores; --report
@@ -255,10 +255,7 @@ def main() -> None:
     import torch
 
     fidelity.IMAGES = IMAGES
-    made = {"digits DiT": fidelity.digits(host, "euler"), "flow": fidelity.flow(host, str(args.flow), "euler", 50)}
-
-    if fidelity.DIGITS.parent.name == "digits":
-        made["built-in"] = fidelity.built_in(host, "euler")
+    made = fidelity.models(host, str(args.flow), "euler", 50)
 
     @cache
     def converged(name: str):

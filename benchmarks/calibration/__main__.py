@@ -1,4 +1,4 @@
-"""Which samples to calibrate on, compared on the digits DiT (about half an hour on two cores):
+"""Which samples to calibrate on, compared on the built-in model (hours on two cores):
 
     python -m benchmarks.calibration --out benchmarks/results
 
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/calibration"), help="folder for JSON and table")
     args = parser.parse_args()
     config = CalibrationConfig(trajectories=64, batch_size=50, held_out=0)
-    bench = Workbench(load_dit("demo"), SamplingConfig(50, 1.5), config)
+    bench = Workbench(load_dit("demo"), SamplingConfig(50, 2.0), config)
     rows = calibration_choice(bench, ChoiceSizes(args.draws), lambda text: print(text, file=sys.stderr, flush=True))
     command = shlex.join(["python", "-m", "benchmarks.calibration", *sys.argv[1:]])
     result = {"command": command, "hardware": hardware(), "rows": rows}

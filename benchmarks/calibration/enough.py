@@ -1,7 +1,7 @@
 """How many runs are enough: what Calibrate from Runs says after each, beside what more runs really gain.
 
     P=COMFYUI/.venv/bin/python
-    $P benchmarks/calibration/enough.py COMFYUI BASE out/digits_flow.safetensors PART SUBJECT ORDER
+    $P benchmarks/calibration/enough.py COMFYUI BASE out/pictures_flow.safetensors PART SUBJECT ORDER
     $P benchmarks/calibration/enough.py --report PART...
 
 BASE is a ComfyUI base directory with the pack in custom_nodes. A run is one image of a random class through the node
@@ -27,14 +27,14 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 RUNS = (6, 8, 12, 16, 24, 32, 40)
 MANY, IMAGES, SAMPLES = 10, 32, 1024  # runs of so many images, of which as many samples are taken as there may be
-SUBJECTS = ("digits DiT, ddim, 50 steps", "flow, euler, 30 steps")
+SUBJECTS = ("built-in, ddim, 50 steps", "flow, euler, 30 steps")
 sys.path[:0] = [
     str(ROOT / folder) for folder in ("tests/comfyui/inside", "benchmarks/caching", "benchmarks/quantization")
 ]
 
 
 def prompts(host: Host, name: str, label: int) -> tuple[Any, Any]:
-    if name.startswith("digits"):
+    if name.startswith("built-in"):
         return host.module("nodes.class_label").ClassLabel.execute(str(label), "none").args
     import flow_model
     import torch
@@ -91,7 +91,7 @@ def growing(study: Study, name: str, order: int, part: Path) -> None:
         noise = torch.randn(images, *subject.latent.shape[1:], generator=torch.Generator().manual_seed(seed))
         comfy.sample.sample(
             recorder, noise, subject.steps, subject.cfg, subject.sampler, subject.scheduler,
-            *prompts(host, name, number % 10 if many else draw.randrange(10)), torch.zeros_like(noise),
+            *prompts(host, name, number % 40 if many else draw.randrange(40)), torch.zeros_like(noise),
             disable_pbar=True, seed=seed,
         )  # fmt: skip
         recording.settle()

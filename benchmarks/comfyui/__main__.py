@@ -6,7 +6,7 @@
 
 Runs on a GPU where ComfyUI's Python has one, in bfloat16, else on CPU in float32. Adds the run to
 comfyui-speed-cpu.json and comfyui-speed-cpu.md in benchmarks/results, or to those of the GPU. The model "flow" needs
-out/digits_flow.safetensors, which `python -m benchmarks.caching` trains.
+out/pictures_flow.safetensors, which `python -m benchmarks.caching` trains.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--model", choices=["demo", "dit", "flow", *REAL], default="demo")
     made.add_argument("--width", type=int, default=1152, help="of the model dit, a multiple of 72; 1152 is DiT-XL/2's")
     made.add_argument("--depth", type=int, default=28, help="blocks of the model dit")
-    made.add_argument("--flow", type=Path, default=Path("out/digits_flow.safetensors"))
+    made.add_argument("--flow", type=Path, default=Path("out/pictures_flow.safetensors"))
     made.add_argument("--batch", type=int, default=1)
     made.add_argument("--steps", type=int, default=30)
     made.add_argument("--cfg", type=float, default=1.5)

@@ -65,7 +65,7 @@ def random_dit(host: Host, options: dict[str, Any]) -> Subject:
 
 
 def flow(host: Host, options: dict[str, Any]) -> Subject:
-    """The digits of `benchmarks/caching/flow_model.py`, of ComfyUI's Lumina 2 class."""
+    """The model of `benchmarks/caching/flow_model.py`, of ComfyUI's Lumina 2 class."""
     import comfy.model_management as mm
     import comfy.model_patcher
     import comfy.supported_models
@@ -81,7 +81,7 @@ def flow(host: Host, options: dict[str, Any]) -> Subject:
     labels = torch.arange(options["batch"]) % flow_model.CLASSES
     none = torch.full((options["batch"],), flow_model.CLASSES)
     positive, negative = ([[flow_model.context(of), {}]] for of in (labels, none))
-    return Subject("flow model", patcher, positive, negative, torch.zeros(options["batch"], 16, 8, 8), True)
+    return Subject("flow model", patcher, positive, negative, torch.zeros(options["batch"], *flow_model.LATENT), True)
 
 
 def real(host: Host, options: dict[str, Any], name: str) -> Subject:

@@ -2,19 +2,16 @@
 
     python -m benchmarks.quantization
 
-Needs out/digits_flow.safetensors, which `python -m benchmarks.caching` trains. Writes quantization.json and
-quantization.md into benchmarks/results.
+Needs out/pictures_flow.safetensors, which `python -m benchmarks.caching` trains. Seeds that quantization.json has are
+not measured again. Writes quantization.json and quantization.md into benchmarks/results.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
-import sys
-from pathlib import Path
+from typing import Any
 
-from .start import RESULTS, run_inside
+from .seeds import measured
 
 COLUMNS = {
     "layers": "layers, held-out inputs",
@@ -26,12 +23,12 @@ OTHERS = ("nearest", "GPTQ, random", "GPTQ, TAP, no cache", "GPTQ, noise", "GPTQ
 PAIRS = [*(("GPTQ, TAP", other) for other in OTHERS), ("nearest, corrected biases", "nearest")]
 TEXT = """# Errors of quantized models by what chose their integers
 
-Mean and standard error over {seeds} seeds of calibration and of images, {images} images each; Apply Cache with interval
-{interval} ({reuse}); ComfyUI {comfyui}, float32 and eager integer kernels on CPU ({machine}, {threads} threads,
-{minutes:.0f} minutes in all). All errors are relative L2 distances:
+Mean and standard error over seeds of calibration and of images, {images} images each; Apply Cache with interval
+{interval}; ComfyUI {comfyui}, comfy-kitchen {kitchen}, float32 and eager integer kernels on CPU ({machine}). All
+errors are relative L2 distances:
 
-- layers: output of every quantized layer, activations in 8 bits, averaged over the layers, on at most {inputs} inputs
-  of each, the same for all rows, from trajectories that no row was calibrated on;
+- layers: output of every quantized layer, activations in 8 bits, averaged over the layers, on inputs that are the same
+  for all rows, from trajectories that no row was calibrated on;
 - model: prediction of the whole model, on {calls} calls of those trajectories;
 - images, same cache: against full precision with the same cache and noise, which leaves the loss of quantization;
 - images, no cache: against full precision without a cache, which is the loss of both.
@@ -43,8 +40,9 @@ normal inputs for each layer, as converters use them. GPTQ corrects biases by th
 bytes, with comfy-kitchen's own quantizer in W4A8; in W8A8 the scales of rows were searched, which makes the error of
 the weights no larger.
 "Paper" has static activation scales, calibrated like "GPTQ, TAP", and rounds to nearest. No layer is kept in a finer
-format. The digits DiT draws 32 x 32 digits; the flow model is of ComfyUI's Lumina 2 class, trained on the same
-digits by benchmarks/caching/flow_model.py. Made by `python -m benchmarks.quantization`.
+format. The built-in model is a DiT that draws 32 x 32 pictures (guidance 2); the flow model is of ComfyUI's Lumina 2
+class (guidance 1.5), trained on the same drawings by benchmarks/caching/flow_model.py. Made by
+`python -m benchmarks.quantization`.
 
 Held-out inputs and calls are the same for all seeds: the spread of those errors is that of the calibration alone.
 Differences are paired by seed, in percent of the second row's mean; "smaller" and "larger" are what a t test at 95 %
@@ -52,11 +50,12 @@ says of them.
 """
 
 
-def groups(rows: list[dict]) -> dict[tuple[str, str], dict[str, list[dict]]]:
+def groups(data: dict[str, Any]) -> dict[tuple[str, str], dict[str, list[dict]]]:
     """(model, format) -> method -> its rows, one for each seed."""
     found: dict[tuple[str, str], dict[str, list[dict]]] = {}
-    for row in rows:
-        found.setdefault((row["subject"], row["format"]), {}).setdefault(row["method"], []).append(row)
+    for run in sorted(data["runs"], key=lambda run: (run["subject"], run["seed"])):
+        for row in run["rows"]:
+            found.setdefault((run["subject"], row["format"]), {}).setdefault(row["method"], []).append(row)
     return found
 
 
@@ -116,33 +115,14 @@ def summary(found: dict[tuple[str, str], dict[str, list[dict]]]) -> str:
     return "\n".join(lines)
 
 
-def report(data: dict) -> str:
-    found = groups(data["rows"])
-    parts = [TEXT.format(**{**data, "minutes": data["seconds"] / 60}), summary(found), ""]
+def report(data: dict[str, Any]) -> str:
+    found = groups(data)
+    parts = [TEXT.format(**data), summary(found), ""]
     for (subject, format), methods in found.items():
-        parts += [f"## {subject}, {format}", "", table(methods), "", differences(methods), ""]
+        seeds = len(next(iter(methods.values())))
+        parts += [f"## {subject}, {format}, {seeds} seeds", "", table(methods), "", differences(methods), ""]
     return "\n".join(parts)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--flow", type=Path, default=Path("out/digits_flow.safetensors"))
-    parser.add_argument("--seeds", type=int, default=8)
-    parser.add_argument("--reuse", default="automatic", help="what Apply Cache reuses")
-    parser.add_argument("--only", default="", help="parts of 'model, format, method', separated by semicolons")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--redraw", action="store_true", help="only write quantization.md from quantization.json again")
-    args = parser.parse_args()
-    file = args.out / "quantization.json"
-    if not args.redraw:
-        options = {"seeds": args.seeds, "reuse": args.reuse, "only": args.only, "flow": str(args.flow.resolve())}
-        data = run_inside("errors", options, args.threads)
-        file.write_text(json.dumps(data, indent=0) + "\n", encoding="utf-8")
-    data = json.loads(file.read_text(encoding="utf-8"))
-    (args.out / "quantization.md").write_text(report(data), encoding="utf-8")
-    print(f"wrote quantization.json and quantization.md in {args.out}", file=sys.stderr)
-
-
 if __name__ == "__main__":
-    main()
+    measured("errors", "quantization", report, __doc__, seeds=8, images=16)

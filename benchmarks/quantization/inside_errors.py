@@ -1,13 +1,8 @@
-"""Errors of both models under every way to choose their integers: runs in ComfyUI's Python, prints JSON.
-
-Called by `python -m benchmarks.quantization`; argv: checkout, base directory with the pack, options as JSON.
-"""
+"""One model and seed of `python -m benchmarks.quantization`: runs in ComfyUI's Python, prints JSON."""
 
 from __future__ import annotations
 
-import json
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
@@ -15,8 +10,7 @@ from typing import Any
 
 import fidelity
 import torch
-from host import Host
-from subjects import INTERVAL, SAMPLES, TRAJECTORIES, Study, studies
+from subjects import INTERVAL, SAMPLES, TRAJECTORIES, Study, over_seeds
 
 NOISE = 4096  # inputs of a layer
 CALIBRATION_SEED, IMAGE_SEED = 500, 20000
@@ -91,7 +85,7 @@ def image_errors(study: Study, patcher, references: dict[str, torch.Tensor], see
     return {name: sum(errors) / len(errors) for name, errors in found.items()}
 
 
-def rows(study: Study, name: str, seed: int, only: list[str]) -> list[dict]:
+def rows(study: Study, seed: int) -> list[dict[str, Any]]:
     """The rows of one seed of calibration and images."""
     subject, found = study.subject, []
     calibration = calibrations(study, seed)
@@ -102,34 +96,17 @@ def rows(study: Study, name: str, seed: int, only: list[str]) -> list[dict]:
     methods = [*METHODS, *([PAPER] if study.host.module("nodes.comfyui.model.dit").is_dit(subject.patcher) else [])]
     for format in ("W8A8", "W4A8"):
         for method in methods:
-            if only and not any(part in f"{name}, {format}, {method}" for part in only):
-                continue
             if method == PAPER:
                 patcher, errors = paper(study, format, calibration("GPTQ, TAP"))
             else:
                 rounding, corrected, source = METHODS[method]
                 patcher, errors = native(study, format, rounding, corrected, calibration(source))
             errors |= image_errors(study, patcher, references, seed)
-            found.append({"subject": name, "format": format, "method": method, "seed": seed, **errors})
+            found.append({"format": format, "method": method, **errors})
             print(found[-1], file=sys.stderr, flush=True)
     return found
 
 
-def main() -> None:
-    checkout, base, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-    host, begun, found = Host(checkout, base), time.perf_counter(), []
-    only = [part for part in options["only"].split(";") if part]
-    with torch.inference_mode():
-        for name, study in studies(host, options["flow"], options["reuse"]).items():
-            for seed in range(options["seeds"]):
-                found += rows(study, name, seed, only)
-    result = {
-        "interval": INTERVAL, "images": fidelity.IMAGES, "samples": SAMPLES, "trajectories": TRAJECTORIES,
-        "noise": NOISE, "calls": len(study.calls), "inputs": max(map(len, study.layers.values())),
-        "seconds": time.perf_counter() - begun, "rows": found,
-    }  # fmt: skip
-    print("RESULTS " + json.dumps(result))
-
-
 if __name__ == "__main__":
-    main()
+    shared = {"interval": INTERVAL, "samples": SAMPLES, "trajectories": TRAJECTORIES, "noise": NOISE}
+    over_seeds(rows, shared)

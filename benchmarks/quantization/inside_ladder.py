@@ -1,20 +1,13 @@
-"""One model and seed of `python -m benchmarks.quantization.ladder`: runs in ComfyUI's Python, prints JSON.
-
-argv: checkout, base directory with the pack, options as JSON.
-"""
+"""One model and seed of `python -m benchmarks.quantization.ladder`: runs in ComfyUI's Python, prints JSON."""
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from dataclasses import replace
-from importlib.metadata import version
 from typing import Any
 
-import torch
-from host import Host
-from subjects import Study, studies
+from subjects import Study, over_seeds
 
 SINGLE = ("W4A8", "W6A8", "W8A8")
 CALIBRATION_SEED = 700
@@ -55,14 +48,5 @@ def rows(study: Study, seed: int) -> list[dict[str, Any]]:
     return found
 
 
-def main() -> None:
-    checkout, base, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-    host = Host(checkout, base)
-    with torch.inference_mode():
-        study = studies(host, options["flow"], only=options["subject"])[options["subject"]]
-        found = rows(study, options["seed"])
-    print("RESULTS " + json.dumps({"calls": JUDGED, "kitchen": version("comfy-kitchen"), "rows": found}))
-
-
 if __name__ == "__main__":
-    main()
+    over_seeds(rows, {"calls": JUDGED})

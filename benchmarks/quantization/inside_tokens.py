@@ -1,20 +1,17 @@
-"""Held-out errors of W4A8 layers by how much of their inputs GPTQ knows: runs in ComfyUI's Python, prints JSON.
-
-Called by `python -m benchmarks.quantization.tokens`; argv: checkout, base directory with the pack, options as JSON.
+"""Held-out errors of W4A8 layers by how much of their inputs GPTQ knows: one model and seed of
+`python -m benchmarks.quantization.tokens`, in ComfyUI's Python; prints JSON.
 """
 
 from __future__ import annotations
 
-import json
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 from host import Host
-from subjects import INTERVAL, SAMPLES, Study, studies
+from subjects import INTERVAL, SAMPLES, Study, over_seeds
 
 TOKENS = (64, 128, 256, 512, 1024, 2048, 4096)
 NUMBERS = (8, 32, 128, 256)
@@ -75,19 +72,14 @@ def measured(study: Study, seed: int) -> Iterator[tuple[str, Any, dict[str, floa
         yield "tokens", "X^T X", whole
 
 
-def main() -> None:
-    checkout, base, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-    host, begun, rows = Host(checkout, base), time.perf_counter(), []
-    keep_both(host)
-    with torch.inference_mode():
-        for name, study in studies(host, options["flow"]).items():
-            for seed in range(options["seeds"]):
-                for kind, value, found in measured(study, SEED + 10 * seed):
-                    rows.append({"subject": name, "seed": seed, "kind": kind, "value": value, "errors": found})
-                    print(rows[-1], file=sys.stderr, flush=True)
-    result = {"interval": INTERVAL, "samples": SAMPLES, "seconds": time.perf_counter() - begun, "rows": rows}
-    print("RESULTS " + json.dumps(result))
+def rows(study: Study, seed: int) -> list[dict[str, Any]]:
+    keep_both(study.host)
+    found = []
+    for kind, value, error in measured(study, SEED + 10 * seed):
+        found.append({"kind": kind, "value": value, "errors": error})
+        print(found[-1], file=sys.stderr, flush=True)
+    return found
 
 
 if __name__ == "__main__":
-    main()
+    over_seeds(rows, {"interval": INTERVAL, "samples": SAMPLES})

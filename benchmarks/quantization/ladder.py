@@ -8,17 +8,12 @@ has are not measured again. Writes quantization-ladder.json and quantization-lad
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
-import sys
-from pathlib import Path
 from typing import Any
 
 from .__main__ import difference, mean_and_error
-from .start import RESULTS, run_inside
+from .seeds import SUBJECTS, groups, measured
 
-SUBJECTS = ("digits DiT, ddim, 50 steps", "flow, euler, 30 steps")
 SINGLE = ("W6A8", "W8A8")
 TEXT = """# A ladder of formats against single widths
 
@@ -30,15 +25,6 @@ at each layer's own error alone. "MiB" are of all quantized layers. ComfyUI {com
 kernels on CPU ({machine}), a shared machine: seconds are rough. The models are those of
 [quantization.md](quantization.md). Made by `python -m benchmarks.quantization.ladder`.
 """
-
-
-def groups(data: dict[str, Any], subject: str) -> dict[str, list[dict[str, Any]]]:
-    """Name -> its rows, one for each seed."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for run in data["runs"]:
-        for row in run["rows"] if run["subject"] == subject else ():
-            found.setdefault(row["name"], []).append(row)
-    return found
 
 
 def formats(rows: list[dict[str, Any]]) -> str:
@@ -92,33 +78,5 @@ def report(data: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--flow", type=Path, default=Path("out/digits_flow.safetensors"))
-    parser.add_argument("--kitchen", type=Path, help="folder with comfy-kitchen 0.2.36 or newer")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--first", type=int, default=0, help="the first seed")
-    parser.add_argument("--only", default="", help="part of a model's name")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    args = parser.parse_args()
-    file = args.out / "quantization-ladder.json"
-    data: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"runs": []}
-    for seed in range(args.first, args.seeds):
-        for subject in SUBJECTS:
-            if args.only not in subject or any(
-                (run["subject"], run["seed"]) == (subject, seed) for run in data["runs"]
-            ):
-                continue
-            options = {"subject": subject, "seed": seed, "flow": str(args.flow.resolve())}
-            run = run_inside("ladder", options, args.threads, kitchen=args.kitchen)
-            data |= {key: run.pop(key) for key in ("comfyui", "machine", "threads", "kitchen", "calls")}
-            data["runs"].append(run)
-            file.write_text(json.dumps(data, indent=0) + "\n", encoding="utf-8")
-            print(f"{subject}, seed {seed}", file=sys.stderr)
-    (args.out / "quantization-ladder.md").write_text(report(data), encoding="utf-8")
-    print(report(data))
-
-
 if __name__ == "__main__":
-    main()
+    measured("ladder", "quantization-ladder", report, __doc__)

@@ -12,7 +12,7 @@ from typing import Any
 
 from .start import RESULTS, run_inside
 
-SUBJECTS = ("digits DiT, ddim, 50 steps", "flow, euler, 30 steps")
+SUBJECTS = ("built-in, ddim, 50 steps", "flow, euler, 30 steps")
 
 
 def groups(data: dict[str, Any], subject: str) -> dict[str, list[dict[str, Any]]]:
@@ -28,14 +28,16 @@ def known(data: dict[str, Any]) -> set[tuple[str, int]]:
     return {(run["subject"], run["seed"]) for run in data["runs"]}
 
 
-def measured(program: str, name: str, report: Callable[[dict[str, Any]], str], doc: str) -> None:
+def measured(
+    program: str, name: str, report: Callable[[dict[str, Any]], str], doc: str, seeds: int = 5, images: int = 8
+) -> None:
     """Runs inside_<program>.py for the models and seeds that <name>.json lacks, and writes <name>.md."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
-    parser.add_argument("--flow", type=Path, default=Path("out/digits_flow.safetensors"))
+    parser.add_argument("--flow", type=Path, default=Path("out/pictures_flow.safetensors"))
     parser.add_argument("--kitchen", type=Path, help="folder with another comfy-kitchen than the installed one")
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=seeds)
     parser.add_argument("--only", default="", help="part of a model's name")
-    parser.add_argument("--images", type=int, default=8, help="for every row and seed")
+    parser.add_argument("--images", type=int, default=images, help="for every row and seed")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing new after so many")
     parser.add_argument("--jobs", type=int, default=1, help="processes at once")
     parser.add_argument("--threads", type=int, default=1, help="of each process")

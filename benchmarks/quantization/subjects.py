@@ -65,7 +65,7 @@ def studies(host: Host, flow: str, reuse: str = "automatic", only: str = "", **h
 
     comfy.utils.PROGRESS_BAR_ENABLED = False
     subjects = {
-        "digits DiT, ddim, 50 steps": lambda: fidelity.digits(host, "ddim"),
+        "built-in, ddim, 50 steps": lambda: fidelity.built_in(host, "ddim"),
         "flow, euler, 30 steps": lambda: fidelity.flow(host, flow, "euler", 30),
     }
     found = {name: make() for name, make in subjects.items() if only in name}
@@ -96,5 +96,5 @@ def over_seeds(rows: Callable[[Study, int], list[dict[str, Any]]], shared: dict[
                 break
     print(
         "RESULTS "
-        + json.dumps({**shared, "calls": len(study.calls), "kitchen": version("comfy-kitchen"), "runs": runs})
+        + json.dumps({"calls": len(study.calls), "kitchen": version("comfy-kitchen"), **shared, "runs": runs})
     )

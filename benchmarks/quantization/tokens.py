@@ -2,25 +2,22 @@
 
     python -m benchmarks.quantization.tokens
 
-Needs out/digits_flow.safetensors, which `python -m benchmarks.caching` trains. Writes quantization-tokens.json and
+Needs out/pictures_flow.safetensors, which `python -m benchmarks.caching` trains. Writes quantization-tokens.json and
 quantization-tokens.md into benchmarks/results.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
-from pathlib import Path
+from typing import Any
 
 from .__main__ import shown
-from .start import RESULTS, run_inside
+from .seeds import measured
 
 TEXT = """# Inputs and samples that GPTQ needs
 
 Relative error of the outputs of layers in W4A8 on held-out inputs, activations in 8 bits: mean over the layers of a
-model, and of its widest layers alone; mean and standard error over {seeds} calibrations with TAP and Apply Cache at
-interval {interval}. ComfyUI {comfyui}, float32 on CPU ({machine}, {threads} threads, {seconds:.0f} s in all).
+model, and of its widest layers alone; mean and standard error over calibrations with TAP and Apply Cache at
+interval {interval}. ComfyUI {comfyui}, float32 on CPU ({machine}).
 "Nearest" has the same corrected biases, without GPTQ.
 
 The first table keeps inputs of {samples} samples, drawn at random; "X^T X" is of all their inputs. The second has
@@ -49,29 +46,13 @@ def table(rows: list[dict], kind: str) -> str:
     return "\n".join(lines)
 
 
-def report(data: dict) -> str:
+def report(data: dict[str, Any]) -> str:
+    rows = [{**row, "subject": run["subject"]} for run in data["runs"] for row in run["rows"]]
     parts = [TEXT.format(**data)]
     for kind in TITLES:
-        parts += [table([row for row in data["rows"] if row["kind"] == kind], kind), ""]
+        parts += [table([row for row in rows if row["kind"] == kind], kind), ""]
     return "\n".join(parts)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--flow", type=Path, default=Path("out/digits_flow.safetensors"))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--redraw", action="store_true", help="only write the tables from the JSON again")
-    args = parser.parse_args()
-    file = args.out / "quantization-tokens.json"
-    if not args.redraw:
-        data = run_inside("tokens", {"seeds": args.seeds, "flow": str(args.flow.resolve())}, args.threads)
-        file.write_text(json.dumps(data, indent=0) + "\n", encoding="utf-8")
-    data = json.loads(file.read_text(encoding="utf-8"))
-    (args.out / "quantization-tokens.md").write_text(report(data), encoding="utf-8")
-    print(f"wrote quantization-tokens.json and quantization-tokens.md in {args.out}", file=sys.stderr)
-
-
 if __name__ == "__main__":
-    main()
+    measured("tokens", "quantization-tokens", report, __doc__, seeds=3)

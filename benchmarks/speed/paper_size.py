@@ -79,7 +79,8 @@ def markdown(result: dict[str, Any]) -> str:
     lines = [
         f"{result['model']}, random weights, {result['pixels']} px, {result['images']} image(s) with guidance, DDPM "
         f"{STEPS} steps, N = {INTERVAL}; {device['threads']} threads of {device['device']}, torch {device['torch']}; "
-        f"{rounds} interleaved round(s), medians with the range. W8A8 takes activation scales per token and leaves only the timestep embedder in float. Made by "
+        f"{rounds} interleaved round(s), medians with the range. W8A8 takes activation "
+        "scales per token and leaves only the timestep embedder in float. Made by "
         f"`{result['command']}`.",
         "",
         "| | seconds | against float32 | the public re-implementation's table |",

@@ -8,14 +8,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.digits import DIGITS
-from qandc_core import apply_cache_to_dit, fuse_dit, generate, load_dit
+from qandc_core import DiT, apply_cache_to_dit, fuse_dit, generate
 from qandc_core.caching.forecast import CURVATURE, coefficients, forecast_rows
 from qandc_core.caching.optimum import LONGEST, lengths_of, missed, optimal_schedule, squared_norm
 from qandc_core.caching.policies import Speedup, StepCount
 from qandc_core.caching.presets import Preset
 from qandc_core.caching.runs import StepDistances
 from qandc_core.calibration.distances import prediction_distances
+from qandc_core.models.dit import DiTConfig
+
+NARROW = DiTConfig(
+    patch_size=8, hidden_size=160, depth=6, num_heads=5, in_channels=3, num_classes=10, learn_sigma=False
+)
 
 seeds, orders = st.integers(0, 2**31), st.integers(1, 2)
 
@@ -236,7 +240,7 @@ def test_presets_take_a_calibration_of_their_run():
 def test_presets_run_in_every_loop_of_the_engine(fused, reuse):
     if reuse == "prediction" and not fused:
         pytest.skip("only a FusedDiT reuses predictions")
-    model = load_dit(DIGITS)
+    model = DiT(NARROW).eval()
     cached = apply_cache_to_dit(fuse_dit(model) if fused else model, Preset("fast"), reuse=reuse)
     dear = reuse == "branch"  # a reused step of so narrow a model costs something, so one more is reused
     for sampler, steps, computed in (("ddim", 21, 7 - dear), ("ddpm", 9, 4), ("ddim", 5, 5)):

@@ -144,7 +144,7 @@ def quantized_file(host: Host) -> str:
     return str(path)
 
 
-def digits(host: Host, patcher):
+def pictures(host: Host, patcher):
     return run(host, patcher, (1, 2), 32, 4)
 
 
@@ -153,10 +153,10 @@ def quantized_files_in_half_precision(host: Host) -> dict[str, float]:
     import comfy.model_management as mm
 
     path, cast = quantized_file(host), mm.unet_manual_cast
-    full = digits(host, load(host, path))
+    full = pictures(host, load(host, path))
     mm.unet_manual_cast = lambda *args, **kwargs: None
     try:
-        return {str(d): relative(digits(host, load(host, path, d)), full) for d in (torch.bfloat16, torch.float16)}
+        return {str(d): relative(pictures(host, load(host, path, d)), full) for d in (torch.bfloat16, torch.float16)}
     finally:
         mm.unet_manual_cast = cast
 
@@ -166,13 +166,13 @@ def quantized_file_with_lazy_layers(host: Host) -> bool:
     import comfy.memory_management
 
     path = quantized_file(host)
-    full = digits(host, load(host, path))
+    full = pictures(host, load(host, path))
     comfy.memory_management.aimdo_enabled = True
     try:
         patcher = load(host, path)
     finally:
         comfy.memory_management.aimdo_enabled = False
-    return torch.equal(digits(host, patcher), full)
+    return torch.equal(pictures(host, patcher), full)
 
 
 def second_copies(host: Host) -> dict[str, bool]:
@@ -184,7 +184,7 @@ def second_copies(host: Host) -> dict[str, bool]:
     for name, patcher in {"demo": plain, "quantized file": load(host, quantized_file(host)), "quantized": made}.items():
         function, arguments = patcher.cached_patcher_init
         copy = function(*arguments, disable_dynamic=True)
-        found[name] = torch.equal(digits(host, copy), digits(host, patcher)) and copy.model is not patcher.model
+        found[name] = torch.equal(pictures(host, copy), pictures(host, patcher)) and copy.model is not patcher.model
     return found
 
 

@@ -468,8 +468,8 @@ def built_in(host: Host) -> dict[str, Any]:
         (out,) = host.nodes.common_ksampler(model, SEED, 20, 1.5, "ddpm", "normal", *class_labels(host), empty)
         return out["samples"]
 
-    same = torch.equal(run(recording(host, patcher, "digits")), run(patcher))
-    found = loaded(host, "digits")
+    same = torch.equal(run(recording(host, patcher, "pictures")), run(patcher))
+    found = loaded(host, "pictures")
     return {"same": same, "layers": len(found.statistics), "sampler": found.notes["sampler"]}
 
 
