@@ -48,6 +48,7 @@ def spectrum(node: Any, subject: Subject, ramp: float) -> Callable:
     settings = {"w": 0.5, "M": 4, "lam": 0.1, "warmup_steps": 3, "window_size": 2.0, "max_w": 0.8, "verbose": False}
     with quiet():
         patcher = node.execute(subject.patcher, flex_window=ramp, **settings).args[0]
+    subject.attention = subject.attention.replace("layers.0.", "layers.0.original_layer.")  # each block is wrapped
 
     def images(seed: int):
         with quiet():

@@ -207,7 +207,7 @@ def markdown(result: dict[str, Any]) -> str:
         "# Which samples calibrate",
         f"`{result['command']}`",
         f"{hardware['device']}, {hardware['threads']} threads, torch {hardware['torch']}. Built-in model, "
-        f"ddpm 50 steps, guidance 1.5; {rows[0]['draws']} draws each, standard errors over draws.",
+        f"ddpm 50 steps, guidance 2; {rows[0]['draws']} draws each, standard errors over draws.",
         *([result["note"]] if "note" in result else []),
         choice_table(rows),
     ]

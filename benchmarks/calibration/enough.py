@@ -123,7 +123,8 @@ def measure(checkout: str, base: str, weights: str, part: str, subject: str, ord
 
 TEXT = """# How many runs are enough
 
-Calibrate from Runs with its defaults, one image of a random class a run, guidance 1.5, ComfyUI 0.33.0, float32 on CPU.
+Calibrate from Runs with its defaults, one image of a random class a run, guidance 2 for the built-in model and 1.5 for
+the flow model, ComfyUI 0.33.0, float32 on CPU.
 Errors are of W4A8 with GPTQ after so many runs, on calls of runs that are not in the calibration: mean relative error
 of the layers' outputs as Quantize reports it, the same without the rounding of inputs to 8 bits ("rounding"), and of
 the whole model's prediction. "Says" is by how much the node says more runs would lower the error of GPTQ's rounding; it

@@ -223,7 +223,7 @@ def markdown(result: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.calibration.runs", description=__doc__)
     parser.add_argument("--model", default="demo")
-    parser.add_argument("--cfg", type=float, default=1.5)
+    parser.add_argument("--cfg", type=float, default=2.0)
     parser.add_argument("--runs", type=int, default=64)
     parser.add_argument("--draws", type=int, default=8, help="of each choice; 0 leaves the comparison out")
     parser.add_argument("--seeds", type=int, default=4, help="orders of growing runs; 0 leaves them out")
