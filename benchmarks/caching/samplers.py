@@ -160,7 +160,7 @@ def comparable(row: dict) -> bool:
 TEXT = """# Every sampler against as many steps of it, and of the best one
 
 Presets of Apply Cache on ComfyUI 0.33.0, float32 on CPU ({machine}), {images} images with their own noise each, at
-guidance 1.5 and of the built-in model 2. Nothing about the cache was chosen on the built-in model. A cell is a
+guidance 1.5 and of the built-in model 2. Nothing about the cache was chosen on either model. A cell is a
 sampler, a number of steps and a preset that computes fewer; presets with the same steps are one cell. Its error is
 the relative L2 distance to the run that computes all steps, and for samplers that add no noise also to the solution
 (dpmpp_2m, {converged} steps; CFG++ has another one). It is compared, paired by image, with a run of as many steps of
