@@ -3,14 +3,13 @@
 # make lint    ruff, mypy and the order of imports
 # make bench   speed and memory, ratios in one run
 # make experiment   the ablation behind the README's table (hours on two cores; goes on where it was cut off)
-# make caching      every table and plot of Apply Cache, on ComfyUI (about two hours of one core, JOBS=8 shares
-#                   them out; DRAWINGS=drawings.safetensors trains its flow model; what is measured is kept: ANEW=--anew begins again)
+# make caching      every table and plot of Apply Cache, on ComfyUI (some hours of one core, JOBS=8 shares
+#                   them out; what is measured is kept: ANEW=--anew begins again)
 
 PYTHON ?= python3
 VENV ?= .venv
 TESTS ?=
 RUN = $(VENV)/bin/python
-DRAWINGS ?= drawings.safetensors
 JOBS ?= 1
 ANEW ?=
 
@@ -37,7 +36,7 @@ experiment: $(VENV)/.demo
 	$(RUN) -m qandc_core experiment --out benchmarks/results
 
 caching: $(VENV)/.demo
-	$(RUN) -m benchmarks.caching --drawings $(DRAWINGS) --jobs $(JOBS) $(ANEW)
+	$(RUN) -m benchmarks.caching --jobs $(JOBS) $(ANEW)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

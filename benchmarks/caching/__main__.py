@@ -1,15 +1,13 @@
 """Everything that is measured of Apply Cache on real ComfyUI, every table and plot:
 
-    python -m benchmarks.caching --drawings drawings.safetensors [--packs "ComfyUI-Spectrum;ComfyUI-TeaCache"]
+    python -m benchmarks.caching [--packs "ComfyUI-Spectrum;ComfyUI-TeaCache"] [--jobs 8]
     python -m benchmarks.caching fidelity samplers    only these parts
     python -m benchmarks.caching --redraw             tables and plots of the JSON files again
 
-Trains the flow model first where out/pictures_flow.safetensors is absent (40 minutes), on the drawings
-that `python -m benchmarks.training.prepare` makes. What the JSON files have is not
-measured again: a call goes on where an earlier one stopped, and `--anew` begins the parts from the beginning. All parts
-together take about two hours of one core; `fidelity`, `solution`, `samplers`, `compensation` and `chain` share theirs
-out over --jobs cores, and begin nothing after --seconds. `packs` are folders of other packs (packs.py). Writes
-caching*.json, .md and .png into benchmarks/results.
+What the JSON files have is not measured again: a call goes on where an earlier one stopped, and `--anew` begins the
+parts from the beginning. All parts together take some hours of one core; `fidelity`, `solution`, `samplers`,
+`compensation` and `chain` share theirs out over --jobs cores, and begin nothing after --seconds. `packs` are folders
+of other packs (packs.py). Writes caching*.json, .md and .png into benchmarks/results.
 """
 
 from __future__ import annotations
@@ -27,6 +25,7 @@ from tests.comfyui.checkouts import Checkout, checkouts
 from tests.comfyui.inside_programs import install_pack
 
 from .curves import draw, report
+from .flow_model import WEIGHTS
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results"
@@ -99,8 +98,7 @@ def flow_for(part: str, flow: Path) -> Sequence[Path]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("parts", nargs="*", metavar="part", help=f"of {', '.join(PARTS)}; all by default")
-    parser.add_argument("--drawings", help="drawings.safetensors, by python -m benchmarks.training.prepare")
-    parser.add_argument("--flow", type=Path, default=Path("out/pictures_flow.safetensors"))
+    parser.add_argument("--flow", type=Path, default=WEIGHTS, help="a model that flow_model.py trained")
     parser.add_argument("--packs", default="", help="folders of other packs, separated by semicolons")
     parser.add_argument("--seeds", type=int, default=1, help="of 16 images each, of fidelity")
     parser.add_argument("--only", default="", help="parts of the models' names, with semicolons between")
@@ -113,10 +111,6 @@ def main() -> None:
     if unknown:
         parser.error(f"unknown part {min(unknown)}; expected some of {', '.join(PARTS)}")
     checkout = checkouts()[0]
-    if not args.redraw and not args.flow.is_file():
-        if args.drawings is None:
-            parser.error(f"{args.flow} is absent and is trained from --drawings")
-        run(checkout, "flow_model.py", checkout.path, args.drawings, args.flow)
     for part in (args.parts or PARTS) if args.anew else ():
         data_of(part).unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as base:

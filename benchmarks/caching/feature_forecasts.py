@@ -1,12 +1,12 @@
 """Forecasting the last block's feature against forecasting the prediction, at equal computed steps.
 
-    COMFYUI/.venv/bin/python benchmarks/caching/feature_forecasts.py COMFYUI BASE out/pictures_flow.safetensors
+    COMFYUI/.venv/bin/python benchmarks/caching/feature_forecasts.py COMFYUI BASE FLOW
 
-BASE is a ComfyUI base directory with the pack in custom_nodes. A feature is what the last block returns, as in Spectrum
-(arXiv 2603.01623), or what all blocks add to their stream; the layers after it see the present input either way. A
-forecast is the pack's of order 1, or Spectrum's: a ridge regression (0.1) of Chebyshev polynomials up to degree 4
-over all computed steps, blended half and half with the line through the last two. Writes results/caching-features.json
-and .md.
+BASE is a ComfyUI base directory with the pack in custom_nodes, FLOW flow_model.safetensors. A feature is what the last
+block returns, as in Spectrum (arXiv 2603.01623), or what all blocks add to their stream; the layers after it see the
+present input either way. A forecast is the pack's of order 1, or Spectrum's: a ridge regression (0.1) of Chebyshev
+polynomials up to degree 4 over all computed steps, blended half and half with the line through the last two. Writes
+results/caching-features.json and .md.
 """
 
 from __future__ import annotations

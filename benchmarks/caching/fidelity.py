@@ -1,10 +1,10 @@
 """Images of the two small models under every cache against the full run: runs in ComfyUI's Python.
 
-    OMP_NUM_THREADS=1 COMFYUI/.venv/bin/python benchmarks/caching/fidelity.py COMFYUI BASE out/pictures_flow.safetensors
+    OMP_NUM_THREADS=1 COMFYUI/.venv/bin/python benchmarks/caching/fidelity.py COMFYUI BASE FLOW
 
-Called by `python -m benchmarks.caching`. BASE is a ComfyUI base directory with the pack in custom_nodes. Writes
-results/caching.json after each setting and goes on where it stands, so that --seconds may cut it into pieces, and
---jobs share it out over cores.
+Called by `python -m benchmarks.caching`. BASE is a ComfyUI base directory with the pack in custom_nodes, FLOW
+flow_model.safetensors. Writes results/caching.json after each setting and goes on where it stands, so that --seconds
+may cut it into pieces, and --jobs share it out over cores.
 """
 
 from __future__ import annotations

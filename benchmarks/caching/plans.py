@@ -1,6 +1,6 @@
 """Where the computed steps lie and how the others are forecast, at equal computed steps:
 
-    COMFYUI/.venv/bin/python benchmarks/caching/plans.py COMFYUI BASE out/pictures_flow.safetensors
+    COMFYUI/.venv/bin/python benchmarks/caching/plans.py COMFYUI BASE benchmarks/caching/flow_model.safetensors
 
 BASE is a ComfyUI base directory with the pack in custom_nodes. Calibrated steps are planned from the distances of one
 run on noise of its own: for holding ("order 0 plan", executed by order 1), and for the forecast that is executed.

@@ -1,11 +1,11 @@
 """Every sampler of ComfyUI at few and many steps: the presets of Apply Cache against runs of as many steps.
 
-    OMP_NUM_THREADS=1 COMFYUI/.venv/bin/python benchmarks/caching/samplers.py COMFYUI BASE out/pictures_flow.safetensors
+    OMP_NUM_THREADS=1 COMFYUI/.venv/bin/python benchmarks/caching/samplers.py COMFYUI BASE FLOW
 
-BASE is a ComfyUI base directory with the pack in custom_nodes. Writes results/caching-samplers.json after each sampler
-and goes on where it stands, so that --seconds may cut it into pieces, and --jobs share it out over cores; --report
-writes caching-samplers.md from it.
-Left out are names that are the same on CPU (_gpu) and dpm_adaptive, which chooses its steps itself.
+BASE is a ComfyUI base directory with the pack in custom_nodes, FLOW flow_model.safetensors. Writes
+results/caching-samplers.json after each sampler and goes on where it stands, so that --seconds may cut it into pieces,
+and --jobs share it out over cores; --report writes caching-samplers.md from it. Left out are names that are the same
+on CPU (_gpu) and dpm_adaptive, which chooses its steps itself.
 
 Each image of a batch has its own noise and counts as one seed. A method is a function from a sampler, a number of
 steps and a number of computed steps to a model; METHODS takes others.

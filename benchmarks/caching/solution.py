@@ -1,6 +1,6 @@
 """Apply Cache with a good solver against the best plain sampler with as many model calls, by distance to the solution:
 
-    COMFYUI/.venv/bin/python benchmarks/caching/solution.py COMFYUI BASE out/pictures_flow.safetensors
+    COMFYUI/.venv/bin/python benchmarks/caching/solution.py COMFYUI BASE benchmarks/caching/flow_model.safetensors
 
 BASE is a ComfyUI base directory with the pack in custom_nodes. The solution is dpmpp_2m with 400 steps. Writes
 results/caching-solution.json after each run and goes on where it stands; --report writes caching-solution.md from it.

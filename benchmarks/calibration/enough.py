@@ -1,7 +1,7 @@
 """How many runs are enough: what Calibrate from Runs says after each, beside what more runs really gain.
 
     P=COMFYUI/.venv/bin/python
-    $P benchmarks/calibration/enough.py COMFYUI BASE out/pictures_flow.safetensors PART SUBJECT ORDER
+    $P benchmarks/calibration/enough.py COMFYUI BASE benchmarks/caching/flow_model.safetensors PART SUBJECT ORDER
     $P benchmarks/calibration/enough.py --report PART...
 
 BASE is a ComfyUI base directory with the pack in custom_nodes. A run is one image of a random class through the node

@@ -5,8 +5,7 @@
     python -m benchmarks.comfyui --model flux-dev --steps 20 --cfg 1 --warm 4 --seconds 200    # on a GPU
 
 Runs on a GPU where ComfyUI's Python has one, in bfloat16, else on CPU in float32. Adds the run to
-comfyui-speed-cpu.json and comfyui-speed-cpu.md in benchmarks/results, or to those of the GPU. The model "flow" needs
-out/pictures_flow.safetensors, which `python -m benchmarks.caching` trains.
+comfyui-speed-cpu.json and comfyui-speed-cpu.md in benchmarks/results, or to those of the GPU.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ from qandc_core.evaluation.experiment import cpu_name
 from tests.comfyui.checkouts import Checkout, checkouts
 from tests.comfyui.inside_programs import PROGRAMS, install_pack
 
+from ..caching.flow_model import WEIGHTS
 from .tables import report
 
 HERE = Path(__file__).parent
@@ -83,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--model", choices=["demo", "dit", "flow", *REAL], default="demo")
     made.add_argument("--width", type=int, default=1152, help="of the model dit, a multiple of 72; 1152 is DiT-XL/2's")
     made.add_argument("--depth", type=int, default=28, help="blocks of the model dit")
-    made.add_argument("--flow", type=Path, default=Path("out/pictures_flow.safetensors"))
+    made.add_argument("--flow", type=Path, default=WEIGHTS)
     made.add_argument("--batch", type=int, default=1)
     made.add_argument("--steps", type=int, default=30)
     made.add_argument("--cfg", type=float, default=1.5)

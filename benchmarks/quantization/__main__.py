@@ -2,8 +2,8 @@
 
     python -m benchmarks.quantization
 
-Needs out/pictures_flow.safetensors, which `python -m benchmarks.caching` trains. Seeds that quantization.json has are
-not measured again. Writes quantization.json and quantization.md into benchmarks/results.
+Seeds that quantization.json has are not measured again. Writes quantization.json and quantization.md into
+benchmarks/results.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+from ..caching.flow_model import WEIGHTS
 from .start import RESULTS, run_inside
 
 SUBJECTS = ("built-in, ddim, 50 steps", "flow, euler, 30 steps")
@@ -33,7 +34,7 @@ def measured(
 ) -> None:
     """Runs inside_<program>.py for the models and seeds that <name>.json lacks, and writes <name>.md."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
-    parser.add_argument("--flow", type=Path, default=Path("out/pictures_flow.safetensors"))
+    parser.add_argument("--flow", type=Path, default=WEIGHTS)
     parser.add_argument("--kitchen", type=Path, help="folder with another comfy-kitchen than the installed one")
     parser.add_argument("--seeds", type=int, default=seeds)
     parser.add_argument("--only", default="", help="part of a model's name")

@@ -2,8 +2,7 @@
 
     python -m benchmarks.quantization.tokens
 
-Needs out/pictures_flow.safetensors, which `python -m benchmarks.caching` trains. Writes quantization-tokens.json and
-quantization-tokens.md into benchmarks/results.
+Writes quantization-tokens.json and quantization-tokens.md into benchmarks/results.
 """
 
 from __future__ import annotations
