@@ -27,7 +27,7 @@ def keep_both(host: Host) -> None:
         def hessian(self, width: int) -> bool:
             return True
 
-        def rows(self, width: int) -> int:
+        def inputs(self, width: int) -> int:
             return self.tokens
 
     module.plan_statistics = lambda widths, budget, tokens, held_out: Both(tokens, held_out, 0)
