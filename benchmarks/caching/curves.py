@@ -37,7 +37,8 @@ TEXT = """# Fidelity against computed steps
 Distance of the images to those of the full run with the same noise, ComfyUI {version}, float32 on CPU
 ({machine}); guidance 2 for the built-in model, 1.5 for the flow model. A column is a speedup by the count of computed
 steps (in brackets); between two settings of a method the error is interpolated geometrically.
-"In equal time" is the same by CPU seconds of one thread, everything in them, against those of the full run. The
+"In equal time" is the same by CPU seconds of one thread, everything in them, against those of the full run; beside
+other work on the machine, as here, these show an order and no factors. The
 perceptual distance is that of LPIPS with all weights 1 on the convolutions of the built-in model's judge (fidelity.py);
 less is better, and of PSNR more. A dash: no setting that was tried lies there.
 

@@ -75,6 +75,7 @@ def growing(study: Study, name: str, order: int, part: Path) -> None:
     import random
 
     import comfy.sample
+    import flow_model
     import torch
 
     host, subject, rows = study.host, study.subject, []
@@ -89,9 +90,10 @@ def growing(study: Study, name: str, order: int, part: Path) -> None:
     for number in range(1, last + 1):
         seed = 1000 * (order + 2) + number
         noise = torch.randn(images, *subject.latent.shape[1:], generator=torch.Generator().manual_seed(seed))
+        label = (number if many else draw.randrange(flow_model.CLASSES)) % flow_model.CLASSES
         comfy.sample.sample(
             recorder, noise, subject.steps, subject.cfg, subject.sampler, subject.scheduler,
-            *prompts(host, name, number % 40 if many else draw.randrange(40)), torch.zeros_like(noise),
+            *prompts(host, name, label), torch.zeros_like(noise),
             disable_pbar=True, seed=seed,
         )  # fmt: skip
         recording.settle()

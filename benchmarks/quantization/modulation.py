@@ -19,6 +19,7 @@ from torch import Tensor
 from benchmarks.speed.work import step_weight_bytes, step_work
 from qandc_core import CalibrationConfig, DiT, DiTTrajectories, SamplingConfig, calibrate, fuse_dit, generate, load_dit
 from qandc_core.calibration.statistics import LayerStatistics
+from qandc_core.demo import CLASS_NAMES
 from qandc_core.evaluation.experiment import hardware
 from qandc_core.models.layers import DIT_SKIP, named_linears
 from qandc_core.models.presets import preset
@@ -30,7 +31,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 KEPT = {"float": DIT_SKIP, "quantized": NATIVE_SKIP}
 FORMATS = ("W8A8", "W4A8")
 STEPS, CFG, IMAGES, SEED = 50, 2.0, 16, 1000
-CALIBRATED = range(0, 40, 4)  # classes
+CALIBRATED = range(0, len(CLASS_NAMES), 4)  # classes
 TEXT = """# Quantizing the modulation layers
 
 Relative L2 distance of the images to full precision's, built-in model, DDIM {steps} steps, guidance {cfg}, {seeds}
@@ -63,7 +64,7 @@ def quantized(
 
 
 def images(model: Any, seed: int) -> Tensor:
-    return generate(model, [3 * i % 40 for i in range(IMAGES)], STEPS, CFG, "ddim", seed)[0]
+    return generate(model, [3 * i % len(CLASS_NAMES) for i in range(IMAGES)], STEPS, CFG, "ddim", seed)[0]
 
 
 def measure(seeds: int) -> dict[str, Any]:

@@ -60,7 +60,7 @@ class Study:
         return replace(calibration, statistics=statistics, held_out=self.calls)
 
 
-def studies(host: Host, flow: str, reuse: str = "automatic", only: str = "", **held_out) -> dict[str, Study]:
+def studies(host: Host, flow: str, only: str = "", **held_out) -> dict[str, Study]:
     import comfy.utils
 
     comfy.utils.PROGRESS_BAR_ENABLED = False
@@ -70,7 +70,7 @@ def studies(host: Host, flow: str, reuse: str = "automatic", only: str = "", **h
     }
     found = {name: make() for name, make in subjects.items() if only in name}
     return {
-        name: Study(host, subject, fidelity.ours(host, subject.patcher, reuse, 1, INTERVAL), **held_out)
+        name: Study(host, subject, fidelity.ours(host, subject.patcher, "automatic", 1, INTERVAL), **held_out)
         for name, subject in found.items()
     }
 
