@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from qandc_core.cli.memory import keep_freed_memory
 from qandc_core.evaluation.experiment import hardware
 
 from . import ratios, table, tap
@@ -62,4 +63,5 @@ def words(part: str, result: Any) -> str:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()  # as the commands of qandc_core do
     main()

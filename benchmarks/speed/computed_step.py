@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from qandc_core.checkpoints import load_dit
+from qandc_core.cli.memory import keep_freed_memory
 from qandc_core.evaluation.demo import DEMO_CALIBRATION, DEMO_SAMPLING
 from qandc_core.evaluation.experiment import hardware
 from qandc_core.evaluation.variants import Variant, Workbench
@@ -64,4 +65,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()  # as the commands of qandc_core do
     main()

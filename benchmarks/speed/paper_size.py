@@ -1,7 +1,8 @@
 """The paper's own model and setting on this machine: `python -m benchmarks.speed.paper_size [--seconds 600]`.
 
 DiT-XL/2 with random weights, 256 px, guidance, DDPM, 20 steps, every fourth computed: float32, W8A8 (activation scales
-per token), both kinds of cache, and both together, in turn, so that a slow spell of the machine hits all alike.
+per token), both kinds of cache, and both together, each by the plain loop and made ready by fuse_dit, in turn, so that
+a slow spell of the machine hits all alike.
 Writes speed-dit-xl-cpu.json and .md after every round; a run that is stopped there and started again goes on.
 """
 
@@ -21,14 +22,18 @@ from typing import Any
 import torch
 
 from qandc_core.caching.attach import apply_cache_to_dit, remove_cache
+from qandc_core.cli.memory import keep_freed_memory
 from qandc_core.evaluation.experiment import hardware
 from qandc_core.files import save_text
+from qandc_core.fused.dit import FusedDiT, fuse_dit
 from qandc_core.models.dit import DiT, DiTConfig
 from qandc_core.models.presets import PRESETS, preset
 from qandc_core.quantization.model import NATIVE_SKIP, quantize_model
 from qandc_core.sampling.generate import generate
 
 from .models import random_dit
+
+Models = dict[tuple[bool, bool], DiT | FusedDiT]  # by whether it is quantized and whether it is fused
 
 RESULTS = Path(__file__).parents[1] / "results"
 STEPS, INTERVAL, CFG_SCALE = 20, 4, 4.0
@@ -42,9 +47,10 @@ class Way:
     quantized: bool = False
     reuse: str | None = None
     public: float | None = None
+    fused: bool = False
 
 
-WAYS = (
+PLAIN = (
     Way("float32"),
     Way("quantized", True, public=1.16),
     Way("cached, branches", reuse="branch"),
@@ -52,11 +58,12 @@ WAYS = (
     Way("quantized and cached, branches", True, "branch"),
     Way("quantized and cached, blocks", True, "block", public=3.10),
 )
+WAYS = (*PLAIN, *(replace(way, name=f"{way.name}, fused", fused=True) for way in PLAIN))
 
 
-def sample_seconds(models: dict[bool, DiT], way: Way, images: int) -> float:
+def sample_seconds(models: Models, way: Way, images: int) -> float:
     """Wall seconds of one whole run."""
-    model = models[way.quantized]
+    model = models[way.quantized, way.fused]
     if way.reuse is not None:
         apply_cache_to_dit(model, INTERVAL, reuse=way.reuse)
     try:
@@ -80,7 +87,8 @@ def markdown(result: dict[str, Any]) -> str:
         f"{result['model']}, random weights, {result['pixels']} px, {result['images']} image(s) with guidance, DDPM "
         f"{STEPS} steps, N = {INTERVAL}; {device['threads']} threads of {device['device']}, torch {device['torch']}; "
         f"{rounds} interleaved round(s), medians with the range. W8A8 takes activation "
-        "scales per token and leaves only the timestep embedder in float. Made by "
+        "scales per token and leaves only the timestep embedder in float; a fused row samples with fuse_dit(), which "
+        "computes the modulations of all steps at once. Made by "
         f"`{result['command']}`.",
         "",
         "| | seconds | against float32 | the public re-implementation's table |",
@@ -145,14 +153,17 @@ def resumed(found: dict[str, Any], about: dict[str, Any]) -> dict[str, list[floa
     return found["seconds"]
 
 
-def build(config: DiTConfig) -> dict[bool, DiT]:
-    """The model as it is and quantized, each after a first call, which pays for set-up."""
-    models = {False: random_dit(config), True: random_dit(config)}
-    quantize_model(models[True], 8, 8, NATIVE_SKIP)
+def build(config: DiTConfig) -> Models:
+    """The model as it is and quantized, plain and fused, each after a first call, which pays for set-up."""
+    full, integers = random_dit(config), random_dit(config)
+    quantize_model(integers, 8, 8, NATIVE_SKIP)
+    models: Models = {(False, False): full, (True, False): integers}
+    models |= {(quantized, True): fuse_dit(model) for quantized, model in ((False, full), (True, integers))}
     for model in models.values():
         generate(model, [0], 1, CFG_SCALE)
     return models
 
 
 if __name__ == "__main__":
+    keep_freed_memory()  # as the commands of qandc_core do
     main()

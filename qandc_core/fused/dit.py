@@ -56,10 +56,10 @@ class FusedBlock(nn.Module):
             return self.mlp(x, shift_m, scale_m, GatedResidual(x, gate_m))
         if not reused:
             kept[0].copy_(self.attention(x, shift_a, scale_a))
-        x = x + gate_a[:, None] * kept[0]
+        x = torch.addcmul(x, gate_a[:, None], kept[0])
         if not reused:
             kept[1].copy_(self.mlp(x, shift_m, scale_m))
-        return x + gate_m[:, None] * kept[1]
+        return torch.addcmul(x, gate_m[:, None], kept[1])
 
 
 class FusedDiT(PatchGrid):

@@ -1,5 +1,6 @@
 import argparse
 import json
+import platform
 import re
 import subprocess
 import sys
@@ -133,6 +134,39 @@ def run_module(*argv):
 def test_the_module_runs_as_a_program():
     done = run_module("--help")
     assert done.returncode == 0 and done.stdout.startswith("usage: python -m qandc_core ") and not done.stderr
+
+
+# The module with a command in its place that takes and frees memory as layers do.
+FREED = """
+import resource, runpy, sys
+import torch
+import qandc_core.cli.main as commands
+
+def paged_in():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+def run():
+    for number in range(8):
+        if number == 4:
+            before = paged_in()
+        torch.ones(24 * 2**20)  # 96 MiB
+    print(paged_in() - before)
+
+commands.main = run
+runpy.run_module("qandc_core", run_name=sys.argv[1])
+if sys.argv[1] != "__main__":
+    run()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="sets what glibc has")
+def test_a_command_keeps_freed_memory_and_the_library_leaves_it_to_the_process():
+    root = Path(qandc_core.__file__).parents[1]
+    found = {
+        name: int(subprocess.run([sys.executable, "-c", FREED, name], cwd=root, capture_output=True, text=True).stdout)
+        for name in ("__main__", "imported")
+    }
+    assert found["__main__"] < 100 and found["imported"] >= 4 * 48, found  # pages of up to 2 MiB
     done = run_module("generate", "--model", "missing.safetensors", "--classes", "0")
     assert done.returncode == 2 and not done.stdout
     assert done.stderr == "qandc_core generate: no DiT checkpoint at missing.safetensors\n"
