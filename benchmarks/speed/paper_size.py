@@ -58,7 +58,7 @@ PLAIN = (
     Way("quantized and cached, branches", True, "branch"),
     Way("quantized and cached, blocks", True, "block", public=3.10),
 )
-WAYS = (*PLAIN, *(replace(way, name=f"{way.name}, fused", fused=True) for way in PLAIN))
+WAYS = (*PLAIN, *(replace(way, name=f"{way.name}, fused", public=None, fused=True) for way in PLAIN))
 
 
 def sample_seconds(models: Models, way: Way, images: int) -> float:
