@@ -146,10 +146,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def resumed(found: dict[str, Any], about: dict[str, Any]) -> dict[str, list[float]]:
-    """The rounds of a file; raises ValueError where it is of another machine or setting."""
+    """The rounds of a file; raises ValueError where it is of another machine, setting or set of rows."""
     for key in ("model", "pixels", "images", "hardware"):
         if found[key] != about[key]:
             raise ValueError(f"The result file is of {key} {found[key]}, not {about[key]}; choose another --out.")
+    if set(found["seconds"]) != {way.name for way in WAYS}:
+        raise ValueError("The result file has other rows; choose another --out.")
     return found["seconds"]
 
 

@@ -20,7 +20,7 @@ from ..caching.attach import feature_cache
 from ..models.dit import DiT, DiTBlock, PatchGrid
 from ..quantization.linear import QuantizedLinear
 from .kernels import available
-from .linear import KERNELS, GatedResidual, Int8Linear, Modulation, fused_linear, stacked
+from .linear import KERNELS, GatedResidual, Int8Linear, Modulation, fused_linear, gated, stacked
 from .loop import generate_on_device
 
 if TYPE_CHECKING:
@@ -56,10 +56,10 @@ class FusedBlock(nn.Module):
             return self.mlp(x, shift_m, scale_m, GatedResidual(x, gate_m))
         if not reused:
             kept[0].copy_(self.attention(x, shift_a, scale_a))
-        x = torch.addcmul(x, gate_a[:, None], kept[0])
+        x = gated(kept[0], GatedResidual(x, gate_a))
         if not reused:
             kept[1].copy_(self.mlp(x, shift_m, scale_m))
-        return torch.addcmul(x, gate_m[:, None], kept[1])
+        return gated(kept[1], GatedResidual(x, gate_m))
 
 
 class FusedDiT(PatchGrid):

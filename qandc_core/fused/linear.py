@@ -49,7 +49,7 @@ def modulated(x: Tensor, by: Modulation) -> Tensor:
 
 
 def gated(y: Tensor, after: GatedResidual | None) -> Tensor:
-    return y if after is None else after.x + after.gate[:, None] * y
+    return y if after is None else torch.addcmul(after.x, after.gate[:, None], y)
 
 
 def tanh_gelu(x: Tensor) -> Tensor:

@@ -262,3 +262,6 @@ def test_the_timing_of_the_papers_model_goes_on_where_it_stands(tmp_path, monkey
     assert "No time for another round; 2 of 3" in capsys.readouterr().err
     with pytest.raises(ValueError, match="choose another --out"):
         paper_size.main([*command, "--images", "2"])
+    monkeypatch.setattr(paper_size, "WAYS", paper_size.WAYS[:-1])
+    with pytest.raises(ValueError, match="has other rows; choose another --out"):
+        paper_size.main([*command, "--rounds", "3"])
